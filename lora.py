@@ -1,0 +1,229 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), written out by hand and stored as PEFT stores them.
+
+    lora.inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"))   # freezes m; only lora_A and lora_B train
+    lora.save(m, "out/adapter")                                      # adapter_config.json, adapter_model.safetensors
+    lora.load(m, "out/adapter")                                      # ours or PEFT's
+    with lora.disabled(m): ...                                       # the base model
+    lora.merge(m); lora.unmerge(m)                                   # fold into the weights, and take out again
+
+    y = W x + b + (alpha / rank) * B A dropout(x)         A [rank, in], B [out, rank], B = 0 at the start
+
+A and B are float32 whatever the dtype of W, and the sum is formed in float32, as PEFT does. Works on any nn.Module; a
+module with a method `checkpoint_name` is saved under the names that it gives (those of the official model class).
+"""
+
+import contextlib
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+PREFIX = "base_model.model."  # PEFT wraps the official model class twice
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with an adapter. Shares its weight with the layer that it replaces."""
+
+    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.alpha, self.dropout, self.enabled = rank, alpha, dropout, True
+        where = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **where)
+        bound = 1 / math.sqrt(self.in_features)  # PEFT's start: kaiming_uniform_(a=sqrt(5))
+        start = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A.weight.data.copy_(start)
+        nn.init.zeros_(self.lora_B.weight)
+        self.unmerged = None  # after merge(): (weight, lora_A, lora_B) as they were
+
+    def forward(self, x):
+        if self.unmerged is not None:
+            return F.linear(x, self.weight if self.enabled else self.unmerged[0], self.bias)
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        z = F.dropout(x.float(), self.dropout, self.training)
+        return (y + self.alpha / self.rank * self.lora_B(self.lora_A(z))).to(y.dtype)
+
+    def merge(self):
+        if self.unmerged is None:
+            delta = self.alpha / self.rank * (self.lora_B.weight @ self.lora_A.weight)
+            self.unmerged = (self.weight, self.lora_A, self.lora_B)
+            merged = (self.weight.detach().float() + delta.detach()).to(self.weight.dtype)
+            self.weight, self.lora_A, self.lora_B = nn.Parameter(merged, requires_grad=False), None, None
+
+    def unmerge(self):
+        if self.unmerged is not None:
+            self.weight, self.lora_A, self.lora_B = self.unmerged
+            self.unmerged = None
+
+
+def official(m, name):
+    return m.checkpoint_name(name) if hasattr(m, "checkpoint_name") else name
+
+
+def layers(m):
+    """Name -> LoRALinear, for every adapter of m."""
+    return {name: module for name, module in m.named_modules() if isinstance(module, LoRALinear)}
+
+
+def find(m, targets):
+    """Name -> linear layer, for the layers whose official name is a target or ends in .target; a string is a pattern
+    for the whole name, as in PEFT. Raises ValueError for a target that matches nothing."""
+    linears = {name: module for name, module in m.named_modules() if isinstance(module, nn.Linear)}
+    names = {name: official(m, name) for name in linears}
+    if isinstance(targets, str):
+        hits = {targets: [n for n, o in names.items() if re.fullmatch(targets, o)]}
+    else:
+        hits = {t: [n for n, o in names.items() if o == t or o.endswith("." + t)] for t in targets}
+    nothing = [t for t, found in hits.items() if not found]
+    if nothing or not hits:
+        known = sorted({o.rsplit(".", 1)[-1] for o in names.values()})
+        raise ValueError(
+            f"no linear layer is called {', '.join(nothing) or '(no target)'}; there are {', '.join(known)}"
+        )
+    wanted = {n for found in hits.values() for n in found}
+    return {name: module for name, module in linears.items() if name in wanted}
+
+
+def inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"), dropout=0.0, generator=None):
+    """Freeze m and put an adapter on every target layer, in place. Returns m.
+
+    generator (a CPU torch.Generator) draws lora_A. Raises ValueError for an unknown target, a rank below 1, a dropout
+    outside [0, 1), or a model that has adapters already.
+    """
+    if layers(m):
+        raise ValueError("the model has adapters already: merge them, or load the base model again")
+    if rank < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"LoRA rank {rank} must be at least 1, and dropout {dropout} in [0, 1)")
+    found = find(m, targets)
+    m.requires_grad_(False)
+    for name, linear in found.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(m.get_submodule(parent), leaf, LoRALinear(linear, rank, alpha, dropout, generator))
+    return m
+
+
+@contextlib.contextmanager
+def disabled(m):
+    """Inside, m computes what its base model computes. Nests, and restores the state before it on any exit."""
+    before = {layer: layer.enabled for layer in layers(m).values()}
+    for layer in before:
+        layer.enabled = False
+    try:
+        yield m
+    finally:
+        for layer, enabled in before.items():
+            layer.enabled = enabled
+
+
+def merge(m):
+    """W <- W + (alpha / rank) B A, in place; the sum in float32, rounded once to W's dtype. Twice is as good as once.
+    Afterwards the model's parameters are those of the base class, and it can be saved. Returns m."""
+    for layer in layers(m).values():
+        layer.merge()
+    return m
+
+
+def unmerge(m):
+    """Undo merge() exactly: the base weights are kept, not computed by a subtraction. Returns m."""
+    for layer in layers(m).values():
+        layer.unmerge()
+    return m
+
+
+def tensors(m):
+    """PEFT's tensor name -> lora_A or lora_B weight (the parameter itself), merged or not."""
+    found = {}
+    for name, layer in layers(m).items():
+        A, B = (layer.lora_A, layer.lora_B) if layer.unmerged is None else layer.unmerged[1:]
+        found[f"{PREFIX}{official(m, name)}.lora_A.weight"] = A.weight
+        found[f"{PREFIX}{official(m, name)}.lora_B.weight"] = B.weight
+    return found
+
+
+def save(m, folder, base=None):
+    """Write the adapter as a PEFT folder. base: the name or path of the base model, for PEFT's AutoPeftModel.
+
+    Raises ValueError for a model without adapters."""
+    found = layers(m)
+    if not found:
+        raise ValueError("the model has no adapter to save: lora.inject(m) first")
+    folder, layer = Path(folder), next(iter(found.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(
+        peft_type="LORA",
+        base_model_name_or_path=None if base is None else str(base),
+        r=layer.rank,
+        lora_alpha=layer.alpha,
+        lora_dropout=layer.dropout,
+        target_modules=sorted({official(m, name).rsplit(".", 1)[-1] for name in found}),
+        bias="none",
+        fan_in_fan_out=False,
+        inference_mode=True,
+        task_type=None,
+    )
+    weights = {name: p.detach().contiguous() for name, p in tensors(m).items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+PLAIN = dict(  # what lora.load can do; any other value asks for a variant that is not computed here
+    peft_type=("LORA",),
+    bias=("none", None),
+    **dict.fromkeys(
+        "alpha_pattern rank_pattern exclude_modules layers_to_transform modules_to_save".split(), ({}, None, [])
+    ),
+    **dict.fromkeys("fan_in_fan_out use_dora use_rslora lora_bias layer_replication".split(), (False, None)),
+    trainable_token_indices=(None,),
+)
+
+
+def load(m, folder):
+    """Inject and fill the adapter of a PEFT folder; into the adapter that m has already, if its shapes fit. Returns m.
+
+    Raises FileNotFoundError, or ValueError with every unsupported setting or every missing, unexpected or misshapen
+    tensor; m is unchanged then."""
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"no {file} in {folder}: not a PEFT adapter folder")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        stored = load_file(folder / "adapter_model.safetensors")
+        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder}: not a readable LoRA adapter ({type(e).__name__}: {e})") from e
+    odd = [f"{k} = {config[k]!r}" for k, plain in PLAIN.items() if k in config and config[k] not in plain]
+    if odd:
+        raise ValueError(f"{folder}: unsupported adapter settings {', '.join(odd)}")
+
+    targeted = layers(m) or find(m, targets)
+    shapes = {}
+    for name, linear in targeted.items():
+        shapes[f"{PREFIX}{official(m, name)}.lora_A.weight"] = (rank, linear.in_features)
+        shapes[f"{PREFIX}{official(m, name)}.lora_B.weight"] = (linear.out_features, rank)
+    wrong = [f"missing {k}" for k in shapes if k not in stored] + [f"unexpected {k}" for k in stored if k not in shapes]
+    both = shapes.keys() & stored.keys()
+    wrong += [f"{k} is {[*stored[k].shape]}, not {[*shapes[k]]}" for k in both if tuple(stored[k].shape) != shapes[k]]
+    if any(layer.rank != rank for layer in layers(m).values()):
+        wrong.append(f"rank {rank}, but the model's adapter has rank {next(iter(layers(m).values())).rank}")
+    if wrong:
+        raise ValueError(f"{folder}: the adapter does not fit this model: {'; '.join(wrong[:8])}")
+
+    if not layers(m):
+        inject(m, rank, alpha, targets, config.get("lora_dropout") or 0.0)
+    for layer in layers(m).values():
+        layer.alpha = alpha
+    with torch.no_grad():
+        for name, p in tensors(m).items():
+            p.copy_(stored[name])
+    return m
