@@ -58,9 +58,9 @@ def generate(
     prompt_ids [B, P], left-padded where prompt_mask [B, P] is 0.
     strategy: what makes a token one of the next to be decoded: low entropy, a high probability of the token, a large
         margin between the two most probable tokens, or chance.
-    schedule: "dream" unmasks int(n (1 - s/t)) of the n masked tokens, t and s neighbours in linspace(1, 1e-3, steps + 1),
-        and all at the last step; its scores see temperature, top_p and top_k. "llada" unmasks N // steps a step, one
-        more in the first N % steps; its scores are untempered.
+    schedule: "dream" unmasks int(n (1 - s/t)) of the n masked tokens, t and s neighbours in linspace(1, 1e-3,
+        steps + 1), and all at the last step; its scores see temperature, top_p and top_k. "llada" unmasks N // steps
+        a step, one more in the first N % steps; its scores are untempered.
     block_length: decode blocks of this many tokens from left to right, steps / blocks steps each; None = one block.
     temperature, top_p, top_k: how the token itself is chosen; 0 = the most probable one.
     threshold: instead of the schedule, every token more probable than this, and at least one, each step ("dynamic").
@@ -102,9 +102,7 @@ def generate(
             if threshold is None and not quota.any():
                 step += 1
                 continue
-            index = masked.int().argsort(dim=1, descending=True, stable=True)[
-                :, :K
-            ]  # [B, K] masked positions, in order
+            index = masked.int().argsort(dim=1, descending=True, stable=True)[:, :K]  # [B, K], left to right
             is_candidate = torch.arange(K, device=device) < count[:, None]  # rows with fewer end in filler
             logits = m(ids, attention_mask=attention_mask, positions=P + index)  # [B, K, V]
             token, probability, score = choose(
@@ -131,7 +129,7 @@ def generate(
 
 
 def step_quota(schedule, i, steps, count, block):
-    """How many tokens step i of `steps` unmasks in each row, [B]; count [B] are masked now, `block` were at the start."""
+    """Tokens that step i of `steps` unmasks in each row, [B]; count [B] are masked now, `block` were at the start."""
     if schedule == "llada":
         return torch.full_like(count, block // steps + (i < block % steps))
     if i == steps - 1:
@@ -143,7 +141,8 @@ def step_quota(schedule, i, steps, count, block):
 def choose(logits, count, strategy, schedule, temperature, top_p, top_k, generators, suppress):
     """A token, its probability and its score (higher = decoded sooner) for every candidate: three tensors [B, K].
 
-    logits [B, K, V], of which the first count [B] are real. Arithmetic stays in the logits' dtype, as the official code."""
+    logits [B, K, V], of which the first count [B] are real.
+    Arithmetic stays in the logits' dtype, as in the official code."""
     if suppress is not None:
         logits = logits.index_fill(-1, torch.as_tensor(suppress, device=logits.device), torch.finfo(logits.dtype).min)
     tempered = logits if schedule == "dream" or temperature == 0 else logits.double()
@@ -217,9 +216,7 @@ def check(N, steps, L, strategy, schedule, temperature, top_p, top_k, threshold,
     if N % L:
         raise ValueError(f"block_length {L} does not divide max_new_tokens {N}; nearest below: {divisor_below(N, L)}")
     if threshold is None and steps % (N // L):
-        raise ValueError(
-            f"steps {steps} do not divide by the {N // L} blocks of {L} tokens; use a multiple of {N // L}"
-        )
+        raise ValueError(f"steps {steps} do not divide by the {N // L} blocks of {L} tokens; give a multiple")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
     if schedule not in SCHEDULES:
