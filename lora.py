@@ -176,13 +176,12 @@ def save(m, folder, base=None):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-PLAIN = dict(  # what lora.load can do; any other value asks for a variant that is not computed here
+EMPTY, OFF = ({}, [], None), (False, None)
+PLAIN = dict(  # what load() can do; any other value asks for a variant that is not computed here
     peft_type=("LORA",),
     bias=("none", None),
-    **dict.fromkeys(
-        "alpha_pattern rank_pattern exclude_modules layers_to_transform modules_to_save".split(), ({}, None, [])
-    ),
-    **dict.fromkeys("fan_in_fan_out use_dora use_rslora lora_bias layer_replication".split(), (False, None)),
+    **dict.fromkeys("alpha_pattern rank_pattern exclude_modules layers_to_transform modules_to_save".split(), EMPTY),
+    **dict.fromkeys("fan_in_fan_out use_dora use_rslora lora_bias layer_replication".split(), OFF),
     trainable_token_indices=(None,),
 )
 

@@ -1,15 +1,15 @@
 """One bidirectional transformer for both families of masked diffusion language models: LLaDA-8B and Dream-7B.
 
-    m = model.load("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16, device="cuda")   # a folder or a Hub repo id
-    logits = m(ids, attention_mask=None, positions=None)                                # [B, L] -> [B, L, V] or [B, P, V]
-    model.save(m, "out/model")                                                          # the layout it was loaded from
+    m = model.load("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16, device="cuda")  # a folder or a Hub repo id
+    logits = m(ids, attention_mask=None, positions=None)                               # [B, L] -> [B, L or P, V]
+    model.save(m, "out/model")                                                         # the layout it was loaded from
 
 logits[b, i] always predicts token i. Checkpoints are Hugging Face folders (config.json, *.safetensors) and are read
 without the transformers library; nothing in a checkpoint is executed.
 
 Sources: ML-GSAI/LLaDA (modeling_llada.py: an OLMo / Llama block without a causal mask) and DreamLM/Dream
-(modeling_dream.py: Qwen2 without a causal mask). What differs between the two is in `Config`, in `NAMES`, and at the two
-lines of code that say so:
+(modeling_dream.py: Qwen2 without a causal mask). What differs between the two is in `Config`, in `NAMES`, and where a line
+of code says so:
 
                       LLaDA-8B                        Dream-7B
     biases            none                            on q, k and v
@@ -18,7 +18,8 @@ lines of code that say so:
     padding           positions not shifted           positions count real tokens only
     output            logits[i] predicts token i      logits[i] predicts token i + 1 (shifted here)
 
-Dimensions: B batch, L length, P chosen positions, V vocabulary, D width, H query heads, K key-value heads, E head width.
+Dimensions: B batch, L length, P positions asked for, V vocabulary, D width, H query heads, K key-value heads,
+E width of a head.
 """
 
 import json
@@ -271,7 +272,7 @@ class Transformer(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def checkpoint_name(self, name):
-        """The official name of one of our parameters or modules: layers.0.o_proj -> model.transformer.blocks.0.attn_out"""
+        """The official name of a parameter or module of ours: layers.0.o_proj -> model.transformer.blocks.0.attn_out"""
         names = NAMES[self.config.family]
         if not name.startswith("layers."):
             part, _, rest = name.partition(".")

@@ -28,8 +28,7 @@ def log_probs(m, batch, visible, positions, mask_id=None):
     visible [B, N]: U, the response tokens that the model sees; every other one is masked, and so is nothing of the
     prompt. positions [B, K]: where to predict, counted from the start of the response."""
     mask_id = m.config.mask_id if mask_id is None else mask_id
-    P, N = batch["prompt_ids"].shape[1], batch["response_ids"].shape[1]
-    real = valid(batch)  # [B, N]
+    P, real = batch["prompt_ids"].shape[1], valid(batch)  # [B, N]
     ids = torch.cat((batch["prompt_ids"], batch["response_ids"].masked_fill(~visible, mask_id)), dim=1)
     attention_mask = torch.cat((batch["prompt_mask"].bool(), real), dim=1)  # [B, P + N]
     logits = m(ids, attention_mask=attention_mask, positions=P + positions)
@@ -43,7 +42,7 @@ def valid(batch):
 
 
 def select(chosen, key):
-    """Positions [B, K] of the True entries of chosen [B, N], sorted by key, and which of the K are real: bool [B, K]."""
+    """Positions [B, K] of the True entries of chosen [B, N], by rising key, and which are real: bool [B, K]."""
     count = chosen.sum(1)
     K = int(count.max())
     index = torch.where(chosen, key, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)[:, :K]
@@ -226,7 +225,7 @@ def nelbo(m, batch, mask=None, generator=None, mask_id=None):
 
 def transition(m, batch, start=None, generator=None, mask_id=None):
     """dInfer: two random timesteps, cross-entropy on what was decoded between them given what was decoded before
-    -> dict(loss, ce, ...). That is TABOM with the global window and without ranking. start [B, 2]: the two timesteps."""
+    -> dict(loss, ce, ...). TABOM with the global window and without ranking. start [B, 2]: the two timesteps."""
     return tabom(m, batch, window="global", weight=0.0, start=start, generator=generator, mask_id=mask_id)
 
 
