@@ -8,8 +8,8 @@ logits[b, i] always predicts token i. Checkpoints are Hugging Face folders (conf
 without the transformers library; nothing in a checkpoint is executed.
 
 Sources: ML-GSAI/LLaDA (modeling_llada.py: an OLMo / Llama block without a causal mask) and DreamLM/Dream
-(modeling_dream.py: Qwen2 without a causal mask). What differs between the two is in `Config`, in `NAMES`, and where a line
-of code says so:
+(modeling_dream.py: Qwen2 without a causal mask). What differs between the two is in `Config`, in `NAMES`, and where a
+line of code says so:
 
                       LLaDA-8B                        Dream-7B
     biases            none                            on q, k and v
@@ -353,7 +353,8 @@ def resolve(path):
 
 
 def load(path, dtype=torch.float32, device="cpu"):
-    """Transformer in eval mode from a Hugging Face folder or Hub repo id, one tensor at a time.
+    """Transformer in eval mode from a Hugging Face folder or Hub repo id, one tensor at a time;
+    dtype None keeps the dtype of each stored tensor.
 
     Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and each tensor is read
     through a mapping of its own that is given back at once. Nothing refers to the files afterwards.
