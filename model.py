@@ -34,6 +34,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # ----------------------------------------------------------------------------------------------------------- config
 
 
