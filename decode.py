@@ -103,12 +103,15 @@ def generate(
                 step += 1
                 continue
             index = masked.int().argsort(dim=1, descending=True, stable=True)[:, :K]  # [B, K], left to right
-            is_candidate = torch.arange(K, device=device) < count[:, None]  # rows with fewer end in filler
             logits = m(ids, attention_mask=attention_mask, positions=P + index)  # [B, K, V]
-            token, probability, score = choose(
-                logits, count, strategy, schedule, temperature, top_p, top_k, generators, suppress
-            )
-            score = score.masked_fill(~is_candidate, -torch.inf)
+            token = index.new_full((B, K), mask_id)
+            probability = torch.zeros(B, K, device=device)
+            score = torch.full((B, K), -torch.inf, device=device)  # rows with fewer candidates end in filler
+            for b, n in enumerate(count.tolist()):
+                token[b, :n], probability[b, :n], score[b, :n] = choose(
+                    logits[b, :n], strategy, schedule, temperature, top_p, top_k, generators[b], suppress
+                )
+            is_candidate = torch.arange(K, device=device) < count[:, None]
             place = score.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)  # ties: the leftmost first
             if threshold is None:
                 chosen = (place < quota[:, None]) & is_candidate
@@ -138,69 +141,74 @@ def step_quota(schedule, i, steps, count, block):
     return (count.float() * (1 - s / t).to(count.device)).long()
 
 
-def choose(logits, count, strategy, schedule, temperature, top_p, top_k, generators, suppress):
-    """A token, its probability and its score (higher = decoded sooner) for every candidate: three tensors [B, K].
+def choose(logits, strategy, schedule, temperature, top_p, top_k, generator, suppress):
+    """A token, its probability and its score (higher = decoded sooner) for each of K positions: three tensors [K].
 
-    logits [B, K, V], of which the first count [B] are real.
-    Arithmetic stays in the logits' dtype, as in the official code."""
+    logits [K, V]. "dream" scores the distribution that tokens are drawn from, "llada" the model's own."""
     if suppress is not None:
-        logits = logits.index_fill(-1, torch.as_tensor(suppress, device=logits.device), torch.finfo(logits.dtype).min)
-    tempered = logits if schedule == "dream" or temperature == 0 else logits.double()
-    if temperature > 0:
-        tempered = tempered / temperature
-    if top_p is not None and top_p < 1:
-        tempered = keep_top_p(tempered, top_p)
-    if top_k is not None:
-        tempered = keep_top_k(tempered, top_k)
-    if temperature > 0:  # Gumbel-max: the argmax of log p - log(Exponential noise) is a sample of p, in float64
-        token = (tempered.double() - exponential(tempered, count, generators).log()).argmax(-1)
+        never = torch.as_tensor(suppress, dtype=torch.int64, device=logits.device)
+        logits = logits.index_fill(-1, never, torch.finfo(logits.dtype).min)
+    tempered = logits if temperature == 0 else (logits if schedule == "dream" else logits.double()) / temperature
+    if (top_p is not None and top_p < 1) or top_k is not None:
+        p, index = nucleus(tempered, top_p, top_k)
     else:
-        token = tempered.argmax(-1)
+        p, index = tempered.softmax(-1), None  # in the model's dtype, as the official code
 
-    p = (tempered if schedule == "dream" else logits).softmax(-1)
-    probability = p.gather(-1, token[..., None])[..., 0]
+    if temperature == 0:
+        token = at = logits.argmax(-1)
+        at = at if index is None else torch.zeros_like(at)
+    elif index is None:  # Gumbel-max: the argmax of log p - log(Exponential noise) is a sample of p
+        at = token = (tempered.double() - exponential(tempered, generator).log()).argmax(-1)
+    else:  # invert the cumulated probabilities of the few tokens left
+        u = uniform(p, generator)[:, None]  # [K, 1]
+        at = (p.cumsum(-1) <= u * p.sum(-1, keepdim=True)).sum(-1).clamp(max=p.shape[-1] - 1)
+        token = index.gather(-1, at[:, None])[:, 0]
+
+    if schedule == "llada" and (temperature > 0 or index is not None):
+        p, at = logits.softmax(-1), token
+    probability = p.gather(-1, at[:, None])[:, 0]
     if strategy == "entropy":
         score = (p * torch.log(p + 1e-10)).sum(-1)  # minus the entropy; the constant is Dream's
     elif strategy == "confidence":
         score = probability
     elif strategy == "margin":
-        first, second = p.topk(2, dim=-1).values.unbind(-1)
-        score = first - second
+        best = p.topk(min(2, p.shape[-1]), dim=-1).values
+        score = best[:, 0] - (best[:, 1] if best.shape[-1] > 1 else 0)
     else:
-        score = uniform(probability, count, generators)
+        score = uniform(p, generator)
     return token, probability, score
 
 
-def keep_top_p(logits, top_p):
-    """Remove what lies beyond the most probable tokens whose sum exceeds top_p; the token that crosses it stays."""
-    ranked, index = logits.sort(dim=-1, descending=True)
-    beyond = ranked.softmax(-1).cumsum(-1) > top_p
-    beyond = torch.cat((torch.zeros_like(beyond[..., :1]), beyond[..., :-1]), dim=-1)
-    beyond = torch.zeros_like(beyond).scatter(-1, index, beyond)
-    return logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+def nucleus(logits, top_p, top_k):
+    """The tokens that top_p and top_k leave, best first: probabilities (0 where removed) and ids, two [K, n].
+
+    top_p removes what lies beyond the best tokens whose sum exceeds it; the token that crosses it stays. The vocabulary
+    is not sorted: the best 64 are enough as a rule, and more are taken until every row has crossed."""
+    logits, V = logits.float(), logits.shape[-1]
+    limit = V if top_k is None else min(top_k, V)
+    total = logits.logsumexp(-1, keepdim=True)
+    n = min(64, limit)
+    while True:
+        best, index = logits.topk(n, dim=-1)  # [K, n]
+        p = (best - total).exp()
+        keep = p.cumsum(-1) - p <= (1 if top_p is None else top_p)  # the sum before the token
+        keep[:, 0] = True
+        if n == limit or not keep[:, -1].any():
+            return best.masked_fill(~keep, -torch.inf).softmax(-1), index
+        n = min(32 * n, limit)
 
 
-def keep_top_k(logits, top_k):
-    least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
+def exponential(like, generator):
+    """Exponential noise in float64, in the shape and on the device of like; above 0, so that it has a logarithm."""
+    device = like.device if generator is None else generator.device
+    noise = torch.empty(like.shape, dtype=torch.float64, device=device).exponential_(generator=generator)
+    return noise.clamp_(min=torch.finfo(torch.float64).tiny).to(like.device)
 
 
-def exponential(like, count, generators):
-    """Exponential noise, float64, in the shape of like [B, K, V]; row b draws from its generator for its candidates."""
-    noise = torch.ones(like.shape, dtype=torch.float64, device=like.device)
-    for row, n, g in zip(noise, count.tolist(), generators):
-        source = row.device if g is None else g.device
-        draw = torch.empty(row[:n].shape, dtype=row.dtype, device=source).exponential_(generator=g)
-        row[:n] = draw.clamp_(min=torch.finfo(row.dtype).tiny)  # log(0) would choose a removed token
-    return noise
-
-
-def uniform(like, count, generators):
-    """Uniform noise in [0, 1) in the shape of like [B, K]; row b draws from its generator for its candidates."""
-    noise = torch.zeros(like.shape, device=like.device)
-    for row, n, g in zip(noise, count.tolist(), generators):
-        row[:n] = torch.rand(n, generator=g, device=row.device if g is None else g.device)
-    return noise
+def uniform(like, generator):
+    """Uniform noise in [0, 1), one number for each row of like [K, ...]."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(len(like), generator=generator, device=device).to(like.device)
 
 
 def decode_order(step, entropy):
