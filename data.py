@@ -41,8 +41,13 @@ class Tokenizer:
         self.stop_ids = {self.ids[t] for t in (special.get("eos_token"), *END_OF_TURN) if t in self.ids}
 
     def encode(self, text):
-        """Token ids of a text; special tokens written in it become their ids, and none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text; special tokens written in it become their ids, and none are added.
+
+        Raises ValueError for a text that the vocabulary cannot spell."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the library raises plain Exception
+            raise ValueError(f"the tokenizer cannot encode {text!r:.80}: {e}") from e
 
     def decode(self, ids, skip_special=False):
         """Text of token ids. Raises ValueError for an id that the tokenizer does not have."""
@@ -331,8 +336,8 @@ def read_trajectories(path, vocab_size=None):
     Raises FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of different
     lengths, an order that is no permutation, or ids beyond vocab_size (trajectories of another model)."""
     files = trajectory_files(path)
-    if not files:
-        raise FileNotFoundError(f"no trajectories*.jsonl in {path}: make them with distill")
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or one of its files")
     return [check_record(record, where, vocab_size) for file in files for where, record in read_rows(file)]
 
 

@@ -94,6 +94,7 @@ class DatasetOptions:
 @dataclass
 class DistillOptions(ModelOptions, DecodeOptions, DatasetOptions):
     out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
+    adapter: str | None = opt(None, "adapter folder: distill from the adapted model")
     batch_size: int = opt(16, "prompts decoded together on each process")
     check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
@@ -313,11 +314,12 @@ def distill(c):
     Each finished record is written at once; the same command continues where an earlier one was stopped."""
     ranks = Ranks(c.device)
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
-    m, tok, folder = load_model(c, ranks)
+    m, tok, folder = load_model(c, ranks, c.adapter)
     settings = decoder(c, m.config.family, folder)
     meta = dict(
         command="distill",
         model=c.model,
+        adapter=c.adapter,
         data=c.data,
         data_sha256=fingerprint(c.data),
         decoder=settings,

@@ -1,0 +1,320 @@
+"""The whole method on puzzles and a tiny model: distill, train, and an evaluation before and after.
+
+    python tabom.py demo                          # run() below; under 5 minutes on 2 CPU cores
+    python tabom.py demo --data-only out/puzzles  # only the datasets: train.jsonl, test_in.jsonl, test_out.jsonl
+    python tabom.py demo --retrain out/tiny       # make the folder tiny/ again, from random weights
+
+The tasks are 6x6 squares of six symbols with blank cells to fill, because there the order of decoding decides: a cell
+whose symbol follows from its row and column is easy, one that needs its neighbours first is not.
+
+    latin (in-domain)      digits; every row and every column holds each of the six symbols once
+    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square, row r turned by r cells
+
+The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An easy puzzle has 16
+to 26 random blanks and possibly several solutions; its answer is the square that it was made from. A hard puzzle has 24
+blanks and exactly one solution, and filling in cells that have a single candidate, over and over, gets stuck. The base
+model in tiny/ has seen easy puzzles of both kinds; the demo is about hard ones.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import data
+import evaluate
+import model
+import tabom
+
+TINY = Path(__file__).parent / "tiny"
+
+# ---------------------------------------------------------------------------------------------------------- puzzles
+
+N = 6
+SYMBOLS = {"latin": "123456", "shear": "abcdef"}
+TAGS = {"latin": "L", "shear": "S"}
+BLANK = "."
+EASY_BLANKS = (16, 26)  # of the 36 cells, both included
+HARD_BLANKS = 24
+FULL = 2**N - 1  # a cell is one bit, or 0 where it is blank; a set of symbols is the union of their bits
+
+
+def make(task, rng, hard):
+    """(prompt, answer) of one puzzle; task is "latin" or "shear", rng a random.Random."""
+    puzzle, square = hard_puzzle(rng) if hard else easy_puzzle(rng)
+    if task == "shear":
+        puzzle, square = shear(puzzle), shear(square)
+    return TAGS[task] + text(puzzle, task), text(square, task)
+
+
+def text(cells, task):
+    return "".join(SYMBOLS[task][c.bit_length() - 1] if c else BLANK for c in cells)
+
+
+def shear(cells):
+    """Row r turned right by r cells: columns become broken diagonals."""
+    return [cells[i - i % N + (i % N - i // N) % N] for i in range(N * N)]
+
+
+def easy_puzzle(rng):
+    square = random_square(rng)
+    blanks = set(rng.sample(range(N * N), rng.randint(*EASY_BLANKS)))
+    return [0 if i in blanks else c for i, c in enumerate(square)], square
+
+
+def hard_puzzle(rng):
+    """Blank the cells of a random square in random order, as long as the solution stays unique."""
+    while True:
+        square = random_square(rng)
+        puzzle, blanks = list(square), 0
+        for i in rng.sample(range(N * N), N * N):
+            puzzle[i] = 0
+            if forced(puzzle, i, square[i]):
+                blanks += 1
+            else:
+                puzzle[i] = square[i]
+            if blanks == HARD_BLANKS:
+                if not singles_suffice(puzzle):
+                    return puzzle, square
+                break
+
+
+def random_square(rng):
+    cells = [0] * (N * N)
+    fill(cells, *used(cells), rng)
+    return cells
+
+
+def forced(puzzle, i, c):
+    """Whether no solution has a symbol other than c in the blank cell i."""
+    rows, columns = used(puzzle)
+    for other in bits(FULL & ~(rows[i // N] | columns[i % N] | c)):
+        cells = list(puzzle)
+        cells[i] = other
+        if fill(cells, *used(cells)):
+            return False
+    return True
+
+
+def fill(cells, rows, columns, rng=None):
+    """Solve `cells` in place, in random order with rng; False, and nothing changed, where there is no solution.
+
+    rows, columns: the symbols used in each, kept up to date."""
+    best, options, fewest = None, 0, N + 1
+    for i, c in enumerate(cells):
+        if not c:
+            free = FULL & ~(rows[i // N] | columns[i % N])
+            if free.bit_count() < fewest:
+                best, options, fewest = i, free, free.bit_count()
+                if fewest < 2:
+                    break
+    if best is None:
+        return True
+    row, column = best // N, best % N
+    choices = bits(options)
+    if rng:
+        rng.shuffle(choices)
+    for c in choices:
+        cells[best] = c
+        rows[row] |= c
+        columns[column] |= c
+        if fill(cells, rows, columns, rng):
+            return True
+        cells[best] = 0
+        rows[row] ^= c
+        columns[column] ^= c
+    return False
+
+
+def singles_suffice(puzzle):
+    """Whether filling in cells that have a single candidate, over and over, solves the puzzle."""
+    cells = list(puzzle)
+    rows, columns = used(cells)
+    progress = True
+    while progress:
+        progress = False
+        for i, c in enumerate(cells):
+            free = FULL & ~(rows[i // N] | columns[i % N])
+            if not c and free.bit_count() == 1:
+                cells[i] = free
+                rows[i // N] |= free
+                columns[i % N] |= free
+                progress = True
+    return all(cells)
+
+
+def used(cells):
+    """The symbols in each row and in each column."""
+    rows, columns = [0] * N, [0] * N
+    for i, c in enumerate(cells):
+        rows[i // N] |= c
+        columns[i % N] |= c
+    return rows, columns
+
+
+def bits(symbols):
+    return [1 << s for s in range(N) if symbols >> s & 1]
+
+
+def write_puzzles(file, tasks, count, hard, seed):
+    """A dataset of `count` different puzzles, the tasks in turn; the same file for the same arguments."""
+    rng, seen = random.Random(f"{file.name} {seed}"), {}
+    while len(seen) < count:
+        task = tasks[len(seen) % len(tasks)]
+        prompt, answer = make(task, rng, hard)
+        seen.setdefault(prompt, dict(id=f"{file.stem}-{len(seen)}", prompt=prompt, answer=answer))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tabom.atomic_file(file) as f:
+        f.writelines(json.dumps(row) + "\n" for row in seen.values())
+    return file
+
+
+def write_datasets(folder, seed=0, train=1000, test=500):
+    """train.jsonl (hard, in-domain), test_in.jsonl and test_out.jsonl (hard) -> their paths."""
+    folder = Path(folder)
+    return (
+        write_puzzles(folder / "train.jsonl", ["latin"], train, True, seed),
+        write_puzzles(folder / "test_in.jsonl", ["latin"], test, True, seed),
+        write_puzzles(folder / "test_out.jsonl", ["shear"], test, True, seed),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- the tiny model
+
+MASK, EOS, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
+VOCABULARY = [MASK, EOS, PAD, BLANK, *TAGS.values(), *SYMBOLS["latin"], *SYMBOLS["shear"]]
+CONFIG = dict(
+    model_type="llada",
+    architectures=["LLaDAModelLM"],
+    activation_type="silu",
+    block_type="llama",
+    layer_norm_type="rms",
+    rms_norm_eps=1e-5,
+    d_model=96,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=4,
+    mlp_hidden_size=192,
+    vocab_size=len(VOCABULARY),
+    embedding_size=len(VOCABULARY),
+    max_sequence_length=128,
+    rope=True,
+    rope_full_precision=True,
+    rope_theta=0.5,
+    include_bias=False,
+    include_qkv_bias=False,
+    weight_tying=False,
+    init_std=0.06,
+    mask_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+ANSWER = N * N + 1  # tokens: the cells and EOS
+
+
+def write_start(folder, seed):
+    """The tiny model before training: random weights, and a tokenizer of one token a character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = Path(folder)
+    model.save(model.create(CONFIG, data.generator(seed, "start")), folder)
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([MASK, EOS, PAD])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    special = dict(mask_token=MASK, eos_token=EOS, pad_token=PAD, chat_template=template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    own = dict(max_new_tokens=ANSWER, block_length=ANSWER, strategy="entropy")
+    (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
+
+
+def retrain(folder, seed=0, puzzles=256_000):
+    """Train the tiny model on easy puzzles of both kinds, through the training loop of every other model, into
+    folder/tiny -> the last metrics."""
+    folder = Path(folder)
+    write_start(folder / "start", seed)
+    dataset = write_puzzles(folder / "pretrain.jsonl", ["latin", "shear"], puzzles, False, seed)
+    result = tabom.train(
+        tabom.TrainOptions(
+            model=str(folder / "start"),
+            data=str(dataset),
+            out=str(folder / "run"),
+            objective="nelbo",
+            lora_rank=0,
+            epochs=1,
+            global_batch=64,
+            batch_size=64,
+            lr=3e-3,
+            warmup=50,
+            seed=seed,
+        )
+    )
+    with tabom.atomic_folder(folder / "tiny") as beside:
+        for file in Path(result["checkpoint"]).iterdir():
+            if file.name not in ("optimizer.safetensors", "trainer.json"):
+                shutil.copyfile(file, beside / file.name)
+    return {**result, "tiny": str(folder / "tiny")}
+
+
+# ------------------------------------------------------------------------------------------------------ the method
+
+TRAINING = dict(window=8, margin=0.2, weight=1.0, epochs=4, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
+QUICK = dict(train=64, test=32)
+BATCH = 64  # puzzles decoded together
+
+
+def run(c):
+    """Distill, train, evaluate before and after -> the table's figures. c: tabom.DemoOptions."""
+    if c.data_only:
+        return dict(datasets=[str(file) for file in write_datasets(c.data_only, c.seed)])
+    if c.retrain:
+        return retrain(c.retrain, c.seed)
+    out = Path(c.out) / ("quick" if c.quick else "full")
+    ranks = tabom.Ranks("cpu")
+    if ranks.first:
+        write_datasets(out / "data", c.seed, **QUICK if c.quick else {})
+    ranks.barrier()
+    base = dict(model=str(TINY), device="cpu", seed=c.seed)
+    train, *tests = (str(out / "data" / name) for name in ("train.jsonl", "test_in.jsonl", "test_out.jsonl"))
+    distilled = tabom.distill(
+        tabom.DistillOptions(**base, data=train, out=str(out / "T"), check="exact", batch_size=BATCH)
+    )
+    trained = tabom.train(tabom.TrainOptions(**base, data=str(out / "T"), out=str(out / "R"), **TRAINING))
+    rows = {}
+    for name, adapter in (("before", None), ("after", trained["checkpoint"])):
+        solved = []
+        for test in tests:
+            answers = out / f"{name}-{Path(test).stem}"
+            score = tabom.distill(
+                tabom.DistillOptions(
+                    **base, data=test, out=str(answers), adapter=adapter, check="exact", batch_size=BATCH
+                )
+            )
+            solved.append(score["correct"] / score["trajectories"])
+        rows[name] = dict(
+            zip(("in_domain", "out_of_domain"), solved), tds=separability(adapter, out / f"{name}-test_in")
+        )
+    count = score["trajectories"]
+    if ranks.first:
+        print(table(rows, count))
+    return dict(**rows, test_puzzles=count, kept=distilled["kept"], steps=trained["steps"], seed=c.seed)
+
+
+def separability(adapter, trajectories, limit=128):
+    """TDS of a model on the first of its own test trajectories."""
+    m, tok, _ = tabom.load_model(tabom.ModelOptions(model=str(TINY)), tabom.Ranks("cpu"), adapter)
+    records = sorted(data.read_trajectories(trajectories), key=lambda r: r["id"])[:limit]
+    return evaluate.tds(m, data.collate(records, m.config.pad_id), tok.eos_id)["tds"]
+
+
+def table(rows, count):
+    lines = [f"| {count} puzzles each | in-domain % | out-of-domain % | TDS |", "| --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        cells = [
+            f"{100 * p:.1f} ± {100 * (p * (1 - p) / count) ** 0.5:.1f}"
+            for p in (row["in_domain"], row["out_of_domain"])
+        ]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {row['tds']:.3f} |")
+    return "\n".join(lines)
