@@ -72,10 +72,12 @@ def generate(
     Raises ValueError for settings that do not fit together.
     """
     B, P = prompt_ids.shape
-    N, L = max_new_tokens, block_length or max_new_tokens
+    N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
     mask_id = m.config.mask_id if mask_id is None else mask_id
     check(N, steps, L, strategy, schedule, temperature, top_p, top_k, threshold, prompt_ids, prompt_mask)
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * B
+    if len(generators) != B:
+        raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
 
     device = prompt_ids.device
     ids = torch.cat((prompt_ids, prompt_ids.new_full((B, N), mask_id)), dim=1)  # [B, P + N]
@@ -83,12 +85,13 @@ def generate(
     attention_mask = None
     if prompt_mask is not None and not prompt_mask.bool().all():
         attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, N)), dim=1)
-    decoded_at = torch.full((B, N), steps, device=device)
+    never = steps if threshold is None else N  # dynamic decoding takes N steps at most
+    decoded_at = torch.full((B, N), never, device=device)
     entropy = torch.full((B, N), float("nan"), device=device)
     confidence = entropy.clone()
 
     steps_per_block = L if threshold is not None else steps // (N // L)
-    step = 0
+    step = torch.zeros(B, dtype=torch.long, device=device)
     for end in range(L, N + 1, L):  # one block after the other; an earlier block's leftovers stay candidates
         for i in range(steps_per_block):
             masked = response == mask_id
@@ -121,13 +124,14 @@ def generate(
             row, k = chosen.nonzero(as_tuple=True)
             at = (row, index[row, k])
             response[at] = token[row, k]
-            decoded_at[at] = step
+            decoded_at[at] = step[row]
             logp = logits[row, k].float().log_softmax(-1)  # untempered, over the whole vocabulary
             entropy[at] = -(logp.exp() * logp).sum(-1)
             confidence[at] = logp.gather(-1, token[row, k, None])[:, 0].exp()
             if on_step is not None:
-                on_step(step, response, entropy)
-            step += 1
+                on_step(int(step.max()), response, entropy)
+            step += 1 if threshold is None else (count > 0).long()
+    decoded_at[response == mask_id] = never
     return Trajectory(response.clone(), decoded_at, decode_order(decoded_at, entropy), entropy, confidence)
 
 

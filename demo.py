@@ -230,7 +230,7 @@ def write_start(folder, seed):
     (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
 
 
-def retrain(folder, seed=0, puzzles=256_000):
+def retrain(folder, seed=0, puzzles=64_000, epochs=3):
     """Train the tiny model on easy puzzles of both kinds, through the training loop of every other model, into
     folder/tiny -> the last metrics."""
     folder = Path(folder)
@@ -243,7 +243,7 @@ def retrain(folder, seed=0, puzzles=256_000):
             out=str(folder / "run"),
             objective="nelbo",
             lora_rank=0,
-            epochs=1,
+            epochs=epochs,
             global_batch=64,
             batch_size=64,
             lr=3e-3,

@@ -42,6 +42,7 @@ class LoRALinear(nn.Linear):
         start = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A.weight.data.copy_(start)
         nn.init.zeros_(self.lora_B.weight)
+        self.train(base.training)  # dropout of a loaded adapter does not act in an eval model
         self.unmerged = None  # after merge(): (weight, lora_A, lora_B) as they were
 
     def forward(self, x):
@@ -165,7 +166,7 @@ def save(m, folder, base=None):
         r=layer.rank,
         lora_alpha=layer.alpha,
         lora_dropout=layer.dropout,
-        target_modules=sorted({official(m, name).rsplit(".", 1)[-1] for name in found}),
+        target_modules=short_names(m, found),
         bias="none",
         fan_in_fan_out=False,
         inference_mode=True,
@@ -176,14 +177,21 @@ def save(m, folder, base=None):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-EMPTY, OFF = ({}, [], None), (False, None)
-PLAIN = dict(  # what load() can do; any other value asks for a variant that is not computed here
-    peft_type=("LORA",),
-    bias=("none", None),
-    **dict.fromkeys("alpha_pattern rank_pattern exclude_modules layers_to_transform modules_to_save".split(), EMPTY),
-    **dict.fromkeys("fan_in_fan_out use_dora use_rslora lora_bias layer_replication".split(), OFF),
-    trainable_token_indices=(None,),
+def short_names(m, found):
+    """The last parts of the adapted layers' names, as PEFT writes them; the whole names where those fit others too."""
+    short = sorted({official(m, name).rsplit(".", 1)[-1] for name in found})
+    return short if find(m, short).keys() == found.keys() else sorted(official(m, name) for name in found)
+
+
+# Of PEFT's settings: those that load() reads or that change nothing here, and the values of others that are computed
+# here. Anything else that is set asks for a variant of LoRA that this module is not.
+HARMLESS = set(
+    """
+    r lora_alpha lora_dropout target_modules base_model_name_or_path revision task_type auto_mapping inference_mode
+    peft_version layers_pattern loftq_config megatron_config megatron_core qalora_group_size ensure_weight_tying
+    """.split()
 )
+PLAIN = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, False, None, "gaussian"))
 
 
 def load(m, folder):
@@ -201,10 +209,12 @@ def load(m, folder):
         rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError) as e:
         raise ValueError(f"{folder}: not a readable LoRA adapter ({type(e).__name__}: {e})") from e
-    odd = [f"{k} = {config[k]!r}" for k, plain in PLAIN.items() if k in config and config[k] not in plain]
+    odd = [k for k, v in config.items() if k not in HARMLESS and (v not in PLAIN[k] if k in PLAIN else v)]
     if odd:
-        raise ValueError(f"{folder}: unsupported adapter settings {', '.join(odd)}")
+        raise ValueError(f"{folder}: unsupported adapter settings {', '.join(f'{k} = {config[k]!r}' for k in odd)}")
 
+    if not isinstance(targets, (str, list)):
+        raise ValueError(f"{folder}: target_modules is {targets!r}, not a list of names or a pattern")
     targeted = layers(m) or find(m, targets)
     shapes = {}
     for name, linear in targeted.items():
@@ -220,6 +230,7 @@ def load(m, folder):
 
     if not layers(m):
         inject(m, rank, alpha, targets, config.get("lora_dropout") or 0.0)
+    unmerge(m)
     for layer in layers(m).values():
         layer.alpha = alpha
     with torch.no_grad():

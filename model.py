@@ -138,13 +138,16 @@ def parse_config(raw, where="config.json"):
         values.setdefault("rope_float32", True)
         values["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size")
         values["kv_heads"] = raw.get("n_kv_heads") or values.get("heads")
-        values["mlp_width"] = raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * values.get("width", 0)
+        width, ratio = values.get("width"), raw.get("mlp_ratio", 4)
+        values["mlp_width"] = raw.get("mlp_hidden_size") or (
+            width * ratio if type(width) is type(ratio) is int else None
+        )
         values["qkv_bias"], values["shifted"] = bool(raw.get("include_qkv_bias")), False
     else:
         values.update(qkv_bias=True, shifted=True, rope_float32=False)
 
     wrong = [f"{key} is missing" for ours, key in READ[family].items() if values.get(ours) is None]
-    wrong += ["vocab_size is missing"] * (values.get("vocab_size") is None)
+    wrong += [f"{k} is missing" for k in ("vocab_size", "mlp_width") if values.get(k) is None]
     for ours, kind in Config.__annotations__.items():
         value = values.get(ours)
         if kind is int and value is not None and (type(value) is not int or value < 0):
@@ -257,7 +260,8 @@ class Transformer(nn.Module):
             x = torch.cat((x[:, :1], x[:, :-1]), dim=1)
         if positions is not None:
             x = x.gather(1, positions[..., None].expand(-1, -1, c.width))  # [B, P, D]
-        return F.linear(self.norm(x), self.embed.weight if c.tied else self.head.weight)
+        x = self.norm(x)
+        return F.linear(x, self.embed.weight) if c.tied else self.head(x)
 
     def rope(self, ids, attention_mask, dtype):
         """cos and sin, [1 or B, 1, L, E], in the dtype that the family rotates in."""
@@ -315,15 +319,16 @@ NAMES = {
 
 
 def create(raw, generator=None, dtype=torch.float32, device="cpu"):
-    """A model with random weights from the content of a config.json: normal, std 0.02, smaller towards the residual."""
+    """A model with random weights from the content of a config.json: normal, with the config's own standard deviation
+    (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers) where a block adds to its input."""
     m = empty(parse_config(raw)).to_empty(device=device).to(dtype)
-    residual = 0.02 / (2 * m.config.layers) ** 0.5
+    std = raw.get("init_std") or raw.get("initializer_range") or 0.02
     for name, p in m.named_parameters():
         if p.ndim == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         else:
-            std = residual if name.split(".")[-2] in ("o_proj", "down_proj") else 0.02
-            nn.init.normal_(p, std=std, generator=generator)
+            adds = name.split(".")[-2] in ("o_proj", "down_proj")
+            nn.init.normal_(p, std=std / (2 * m.config.layers) ** 0.5 if adds else std, generator=generator)
     return m.eval()
 
 
@@ -411,10 +416,11 @@ def find_tensors(folder):
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as f:
-                found.update(dict.fromkeys(f.keys(), file))
+                stored = f.keys()
+            found.update({name: file for name in stored if listed is None or listed.get(name, file) == file})
         except SafetensorError as e:
             raise ValueError(f"{folder / file}: truncated or not a safetensors file ({e}); download it again") from e
-    return {name: file for name, file in found.items() if listed is None or listed.get(name, file) == file}
+    return found
 
 
 def read_json(file):

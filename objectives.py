@@ -67,7 +67,10 @@ def nll(logp, batch, positions):
 
 def per_row(generator, B):
     """A generator for every row: the list given, or one shared by all."""
-    return list(generator) if isinstance(generator, (list, tuple)) else [generator] * B
+    found = list(generator) if isinstance(generator, (list, tuple)) else [generator] * B
+    if len(found) != B:
+        raise ValueError(f"{len(found)} generators for {B} rows: give one, or one for each")
+    return found
 
 
 def randint(low, high, generator):
@@ -117,13 +120,12 @@ def windows(length, window, start=None, generator=None):
                 b = randint(0, n - 1, g)
                 b += b >= a  # two different timesteps of 0..n
                 ends.append((min(a, b), max(a, b)))
-            start = torch.tensor(ends)
+            start = ends
+        start = torch.as_tensor(start)
         first, size = start[:, 0], start[:, 1] - start[:, 0]
     else:
         if not isinstance(window, int) or window < 2:
-            raise ValueError(
-                f"window {window!r}: must be a whole number of 2 or more (one token has no pair), or 'global'"
-            )
+            raise ValueError(f"window {window!r}: needs at least 2 tokens (one has no pair to rank), or 'global'")
         size = torch.tensor([min(window, n) for n in lengths])
         if start is None:
             start = torch.tensor([randint(0, n - int(w), g) for n, w, g in zip(lengths, size, generators)])

@@ -652,8 +652,8 @@ class Watch:
 
     COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of the 256-colour terminal palette
 
-    def __init__(self, tok, mask_id, out=sys.stderr):
-        self.tok, self.mask_id, self.out = tok, mask_id, out
+    def __init__(self, tok, mask_id):
+        self.tok, self.mask_id = tok, mask_id
 
     def __call__(self, step, response, entropy):
         cells = []
@@ -663,8 +663,8 @@ class Watch:
             elif token not in self.tok.stop_ids:
                 colour = self.COLOURS[min(int(h / 3 * 10), 10)]
                 cells.append(f"\x1b[38;5;{colour}m{self.tok.decode([token])}\x1b[0m")
-        self.out.write(f"\x1b[H\x1b[2Jstep {step}\n{''.join(cells)}\n")  # from the top left, on an empty screen
-        self.out.flush()
+        home = "\x1b[H\x1b[2J"  # the top left of an empty screen
+        print(f"{home}step {step}\n{''.join(cells)}", file=sys.stderr, flush=True)
 
 
 def merge(c):

@@ -1,0 +1,62 @@
+"""Fixtures that several test files share: the golden checkpoints, and a model that is a table."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model
+
+torch.set_num_threads(2)
+FOLDER = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """A tiny checkpoint in the official layout, and what the official implementation computed with it."""
+
+    def __init__(self, family):
+        self.family = family
+        self.folder = FOLDER / f"{family}-tiny"
+        self.expected = load_file(self.folder / "expected.safetensors")
+        self.objective = load_file(self.folder / "objective.safetensors")
+        self.decode_cases = json.loads((self.folder / "expected.json").read_text())["cases"]
+        self.objective_cases = json.loads((self.folder / "objective.json").read_text())
+
+    def load(self, **options):
+        return model.load(self.folder, **options)
+
+
+@pytest.fixture(scope="session", params=["llada", "dream"])
+def golden(request):
+    return Golden(request.param)
+
+
+class Toy:
+    """Logits from a table by place (counted over real tokens) and from what is visible. Records what it was asked."""
+
+    def __init__(self, vocab=13, seed=0, mask_logit=-30.0, scale=2.0):
+        g = torch.Generator().manual_seed(seed)
+        self.by_place = torch.randn(2048, vocab, generator=g)
+        self.by_token = torch.randn(vocab, vocab, generator=g)
+        self.mask_logit, self.scale = mask_logit, scale
+        self.config = SimpleNamespace(mask_id=vocab - 1)
+        self.calls = []  # (ids, attention_mask, positions) of every call
+
+    def __call__(self, ids, attention_mask=None, positions=None):
+        self.calls.append((ids.clone(), attention_mask, positions))
+        seen = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+        place = (seen.cumsum(1) - 1).clamp(min=0)
+        weight = seen / (1 + place)  # near the start counts more: the order of the tokens matters
+        context = (self.by_token[ids] * weight[..., None]).sum(1, keepdim=True)
+        logits = self.scale * (self.by_place[place] + context)  # [B, L, V]
+        logits[..., self.config.mask_id] = self.mask_logit
+        return logits if positions is None else logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The class: toy(vocab, seed) makes one."""
+    return Toy

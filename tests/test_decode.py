@@ -1,0 +1,482 @@
+"""decode.py: the official trajectories, and a decoder in plain loops over the whole matrix of options.
+
+python -m pytest tests/test_decode.py
+"""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import FOLDER
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import decode
+
+PROMPT = torch.tensor([1, 5, 2, 7, 3])
+CASES = [
+    (family, k) for family in ("llada", "dream")
+    for k in range(len(json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]))
+]  # fmt: skip
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def equal(a, b, fields=("response", "step", "order"), tolerance=1e-4):
+    for name in fields:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    for name in ("entropy", "confidence"):
+        close = torch.allclose(getattr(a, name), getattr(b, name), rtol=0, atol=tolerance, equal_nan=True)
+        assert close, name
+
+
+# ------------------------------------------------------------------------------------------------ the plain decoder
+
+
+def kept(logits, temperature, top_p, top_k):
+    """logits [V] of one position after temperature, top_p and top_k, token by token."""
+    logits = logits.clone()
+    if temperature > 0:
+        logits = logits / temperature
+    if top_p is not None:
+        total, remove = 0.0, False
+        p = logits.softmax(-1).tolist()
+        for token in sorted(range(len(p)), key=lambda v: -p[v]):
+            if remove:
+                logits[token] = torch.finfo(logits.dtype).min
+            total += p[token]
+            remove = total > top_p  # the token that crosses it stays
+    if top_k is not None:
+        removed = sorted(range(len(logits)), key=logits.tolist().__getitem__)[:-top_k]
+        logits[removed] = torch.finfo(logits.dtype).min
+    return logits
+
+
+def naive(
+    m, prompt, max_new_tokens, steps, strategy="entropy", schedule="dream", block_length=None, temperature=0.0,
+    top_p=None, top_k=None, threshold=None, response=None,
+):  # fmt: skip
+    """Decode one prompt [P] with all logits at every step. response: the tokens to take, instead of the best ones."""
+    P, N, L, mask_id = len(prompt), max_new_tokens, block_length or max_new_tokens, m.config.mask_id
+    ids = torch.cat((prompt, torch.full((N,), mask_id)))
+    step_of, entropy, confidence = [steps] * N, [math.nan] * N, [math.nan] * N
+    each = L if threshold is not None else steps // (N // L)
+    step = 0
+    for block, i in itertools.product(range(N // L), range(each)):
+        masked = [r for r in range((block + 1) * L) if ids[P + r] == mask_id]
+        if threshold is not None and not masked:
+            continue
+        if schedule == "llada":
+            quota = L // each + (i < L % each)
+        elif i == each - 1:
+            quota = len(masked)
+        else:
+            t = torch.linspace(1, 1e-3, each + 1)
+            quota = int(len(masked) * (1 - t[i + 1] / t[i]))
+        logits, candidates = m(ids[None])[0], []
+        for r in masked:
+            raw = logits[P + r].float()
+            reduced = kept(raw, temperature, top_p, top_k)
+            token = int(reduced.argmax() if response is None else response[r])
+            p = (reduced if schedule == "dream" else raw).softmax(-1)
+            most = p.sort(descending=True).values
+            score = dict(entropy=(p * torch.log(p + 1e-10)).sum(), confidence=p[token], margin=most[0] - most[1])
+            candidates.append((-float(score[strategy]), r, token, float(p[token])))
+        candidates.sort()  # ties: the leftmost first
+        for place, (_, r, token, probability) in enumerate(candidates):
+            if place < quota if threshold is None else place == 0 or probability > threshold:
+                ids[P + r], step_of[r] = token, step
+                p = logits[P + r].float().softmax(-1)
+                entropy[r] = -sum(x * math.log(x) for x in p.tolist() if x > 0)
+                confidence[r] = float(p[token])
+        step += 1
+    ranked = sorted(range(N), key=lambda r: (step_of[r], entropy[r], r))
+    order = [ranked.index(r) for r in range(N)]
+    return decode.Trajectory(ids[None, P:], *(torch.tensor([x]) for x in (step_of, order, entropy, confidence)))
+
+
+# -------------------------------------------------------------------------------------------------- the trajectories
+
+
+@pytest.mark.parametrize("golden, k", CASES, indirect=["golden"])
+def test_official_trajectories(golden, k):
+    case = golden.decode_cases[k]
+    official = {name: golden.expected.get(f"decode.{k}.{name}") for name in ("prompt", "prompt_mask")}
+    if golden.family == "llada":
+        options = dict(strategy="confidence", schedule="llada", block_length=case["block"])
+    else:
+        names = dict(maskgit_plus="confidence", topk_margin="margin", entropy="entropy")
+        options = dict(strategy=names[case["alg"]], top_p=case.get("top_p"))
+    t = decode.generate(golden.load(), *official.values(), max_new_tokens=case["new"], steps=case["steps"], **options)
+    equal(t, decode.Trajectory(*(golden.expected[f"decode.{k}.{name}"] for name in t._fields)))
+
+
+MATRIX = [
+    dict(strategy=strategy, schedule=schedule, steps=steps, block_length=block, **chosen)
+    for strategy, schedule, (steps, block), chosen in itertools.product(
+        ("entropy", "confidence", "margin"),
+        ("dream", "llada"),
+        ((12, None), (6, 4), (3, 4), (5, None), (24, 4)),
+        (dict(), dict(top_p=0.7), dict(top_p=0.9, top_k=3), dict(threshold=0.4)),
+    )
+]
+
+
+@pytest.mark.parametrize("options", MATRIX, ids=lambda o: "-".join(map(str, o.values())))
+def test_equals_the_plain_decoder(toy, options):
+    m = toy()
+    fast = decode.generate(m, PROMPT[None], max_new_tokens=12, **options)
+    equal(fast, naive(m, PROMPT, 12, **options))
+    assert (fast.response != m.config.mask_id).all()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 0.9999])
+def test_top_p_over_a_large_flat_vocabulary(toy, top_p):
+    m = toy(vocab=300, scale=0.3)  # far more tokens stay than a short list of the best ones holds
+    options = dict(steps=4, top_p=top_p, temperature=0.9)
+    t = decode.generate(m, PROMPT[None], max_new_tokens=6, generator=seeds(1)[0], **options)
+    equal(t, naive(m, PROMPT, 6, response=t.response[0], **options))
+
+
+@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("strategy", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize("chosen", [dict(top_p=0.8), dict(top_k=4), dict(top_p=0.9, top_k=3)], ids=str)
+def test_scores_at_a_temperature(toy, strategy, schedule, chosen):
+    """Dream's scores see temperature, top_p and top_k, LLaDA's do not; given the tokens, the order has to be the same.
+    The confidence of a token that is not drawn yet is unknown: there the most probable token has to be the only one."""
+    chosen = chosen if strategy != "confidence" else dict(top_k=1)
+    options = dict(max_new_tokens=12, steps=8, strategy=strategy, schedule=schedule, temperature=0.7, **chosen)
+    m = toy(seed=3)
+    t = decode.generate(m, PROMPT[None], generator=seeds(7)[0], **options)
+    equal(t, naive(m, PROMPT, response=t.response[0], **options))
+
+
+@torch.no_grad()
+def test_a_real_model_equals_the_plain_decoder(golden):
+    m, prompt = golden.load(), golden.expected["decode.0.prompt"]
+    for options in (dict(steps=8, block_length=8), dict(steps=16, threshold=0.02, schedule="llada")):
+        fast = decode.generate(m, prompt, max_new_tokens=16, strategy="confidence", **options)
+        equal(fast, naive(m, prompt[0], 16, strategy="confidence", **options))
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+ROWS = [
+    dict(),
+    dict(strategy="confidence", schedule="llada", block_length=4),
+    dict(temperature=0.8, top_p=0.9),
+    dict(temperature=1.0, top_k=5, strategy="margin", schedule="llada"),
+    dict(strategy="random", temperature=0.5),
+    dict(threshold=0.02, strategy="confidence"),
+    dict(threshold=0.02, strategy="confidence", block_length=4, temperature=0.9),
+]
+
+
+@pytest.mark.parametrize("options", ROWS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_each_row_of_a_padded_batch_equals_its_single_run(golden, options):
+    m = golden.load()
+    prompts = [golden.expected["logits.ids"][b, :n] for b, n in ((0, 11), (1, 4), (0, 7))]
+    ids, mask = torch.full((3, 11), m.config.pad_id), torch.zeros(3, 11, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, 11 - len(prompt) :], mask[b, 11 - len(prompt) :] = prompt, 1
+    options = dict(max_new_tokens=12, steps=9, **options)
+    if options.get("block_length"):
+        options["steps"] = 6
+    batch = decode.generate(m, ids, mask, generator=seeds(4, 5, 6), **options)
+    for b, prompt in enumerate(prompts):
+        single = decode.generate(m, prompt[None], generator=seeds(4 + b), **options)
+        equal(decode.Trajectory(*(x[b : b + 1] for x in batch)), single)
+
+
+def test_padding_that_is_not_there_is_no_padding(toy):
+    m = toy()
+    ids = torch.stack((PROMPT, PROMPT.flip(0)))
+    a = decode.generate(m, ids, max_new_tokens=6, steps=6)
+    equal(a, decode.generate(m, ids, torch.ones_like(ids).bool(), max_new_tokens=6, steps=6))
+    assert all(mask is None for _, mask, _ in m.calls)
+
+
+# ------------------------------------------------------------------------------------------------------- the schedule
+
+
+def per_step(t, steps):
+    return torch.bincount(t.step[0], minlength=steps).tolist()
+
+
+@pytest.mark.parametrize(
+    "tokens, steps, first, middle, last",
+    [
+        (256, 256, [0], 1, [2]),
+        (512, 512, [0], 1, [2]),
+        (768, 768, [0], 1, [2]),
+        (1024, 1024, [0, 0], 1, [3]),
+        (1280, 1280, [0, 0], 1, [3]),
+        (256, 128, [1], 2, [3]),
+    ],
+)
+def test_tokens_per_step_of_dream(toy, tokens, steps, first, middle, last):
+    count, expected = torch.tensor([tokens]), first + [middle] * (steps - len(first) - 1) + last
+    for i, n in enumerate(expected):
+        assert decode.step_quota("dream", i, steps, count, tokens).tolist() == [n], i
+        count = count - n
+    assert count == 0
+    if tokens <= 256:  # the whole loop, once
+        m = fixed(torch.tensor([1.0, 0.0, -50.0]).expand(tokens, 3))
+        t = decode.generate(m, PROMPT[None, :1], mask_id=2, max_new_tokens=tokens, steps=steps)
+        assert per_step(t, steps) == expected
+
+
+@pytest.mark.parametrize(
+    "tokens, steps, block, expected",
+    [
+        (24, 15, 8, [2, 2, 2, 1, 1] * 3),
+        (8, 3, None, [3, 3, 2]),
+        (8, 8, 4, [1] * 8),
+        (4, 10, None, [1] * 4 + [0] * 6),
+    ],
+)
+def test_tokens_per_step_of_llada(toy, tokens, steps, block, expected):
+    t = decode.generate(toy(), PROMPT[None], max_new_tokens=tokens, steps=steps, schedule="llada", block_length=block)
+    assert per_step(t, steps) == expected
+
+
+@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("threshold, expected", [(1.0, [1] * 12), (0.0, [4] * 3)])
+def test_threshold_at_its_ends(toy, schedule, threshold, expected):
+    t = decode.generate(
+        toy(), PROMPT[None], max_new_tokens=12, steps=3, block_length=4, threshold=threshold, schedule=schedule
+    )
+    assert per_step(t, 1) == expected
+
+
+def test_threshold_unmasks_all_above_it_and_the_best_below_it():
+    probability = torch.tensor([0.55, 0.9, 0.6, 0.95, 0.5001, 0.8])
+    logits = torch.stack((probability.log(), (1 - probability).log(), torch.full((6,), -50.0)), dim=-1)
+    m = fixed(logits)
+    t = decode.generate(m, PROMPT[None, :1], mask_id=2, max_new_tokens=6, steps=6, strategy="confidence", threshold=0.7)
+    assert t.step.tolist() == [[2, 0, 1, 0, 3, 0]]
+    assert t.order.tolist() == [[4, 1, 3, 0, 5, 2]]
+    torch.testing.assert_close(t.confidence[0], probability)
+
+
+# ------------------------------------------------------------------------------------------- what a trajectory means
+
+
+def fixed(logits, P=1):
+    """A model of the logits [N, V] of a response after a prompt of P tokens, whatever the response is."""
+
+    def m(ids, attention_mask=None, positions=None):
+        return logits[positions - P]
+
+    return m
+
+
+def test_ties_go_to_the_leftmost():
+    m = fixed(torch.tensor([1.0, 0.0, -50.0]).expand(8, 3))
+    for strategy in ("entropy", "confidence", "margin"):
+        t = decode.generate(
+            m, PROMPT[None, :1], mask_id=2, max_new_tokens=8, steps=4, strategy=strategy, schedule="llada"
+        )
+        assert t.step.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+        assert t.order.tolist() == [list(range(8))]
+        assert t.response.tolist() == [[0] * 8]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    strategy=st.sampled_from(decode.STRATEGIES),
+    schedule=st.sampled_from(decode.SCHEDULES),
+    blocks=st.sampled_from([1, 2, 3]),
+    steps=st.integers(1, 5),
+    threshold=st.none() | st.floats(0, 1),
+    temperature=st.sampled_from([0.0, 0.1, 1.0]),
+    top_p=st.none() | st.floats(0.01, 1),
+    mask_logit=st.sampled_from([-30.0, 2.0]),
+)
+def test_order_is_a_permutation_by_step_and_entropy(
+    toy, seed, strategy, schedule, blocks, steps, threshold, temperature, top_p, mask_logit
+):
+    m = toy(seed=seed, mask_logit=mask_logit)  # a high mask_logit: some positions stay masked
+    t = decode.generate(
+        m, torch.stack((PROMPT, PROMPT.flip(0))), max_new_tokens=12, steps=steps * blocks, strategy=strategy,
+        schedule=schedule, block_length=12 // blocks, threshold=threshold, temperature=temperature, top_p=top_p,
+        generator=seeds(seed, seed + 1),
+    )  # fmt: skip
+    for response, step, order, entropy, confidence in zip(*(x.tolist() for x in t)):
+        done = [r for r in range(12) if response[r] != m.config.mask_id]
+        ranked = sorted(done, key=lambda r: (step[r], entropy[r], r))
+        assert [order[r] for r in ranked] == list(range(len(done)))  # what is still masked comes last
+        assert sorted(order) == list(range(12))
+        assert all(0 <= entropy[r] <= math.log(13) + 1e-5 and 0 < confidence[r] <= 1 for r in done)
+        end = max((step[r] for r in done), default=-1)
+        assert end < (12 if threshold is not None else steps * blocks)
+        assert all(step[r] > end for r in range(12) if r not in done)  # never decoded: later than every step
+
+
+def test_positions_given_the_mask_token_stay_masked_unless_suppressed(toy):
+    for options in (dict(), dict(schedule="llada"), dict(threshold=0.3, block_length=3)):
+        m = toy(mask_logit=30.0)
+        options = dict(max_new_tokens=6, steps=6, **options)
+        t = decode.generate(m, PROMPT[None], **options)
+        assert (t.response == m.config.mask_id).all() and len(m.calls) <= 6
+        assert sorted(t.order[0].tolist()) == list(range(6))
+        suppressed = [m.config.mask_id, 0, 4, 6]
+        for temperature in (0.0, 2.0):
+            t = decode.generate(m, PROMPT[None], suppress=suppressed, temperature=temperature, **options)
+            assert not torch.isin(t.response, torch.tensor(suppressed)).any()
+
+
+def test_suppressing_nothing_is_allowed(toy):
+    for nothing in ([], (), range(5, 5), torch.tensor([], dtype=torch.long)):
+        equal(
+            decode.generate(toy(), PROMPT[None], max_new_tokens=4, steps=4, suppress=nothing),
+            decode.generate(toy(), PROMPT[None], max_new_tokens=4, steps=4),
+        )
+
+
+def test_the_log_is_untempered_and_over_the_whole_vocabulary(toy):
+    """Whatever the sampling options, entropy and confidence are those of the model's own distribution."""
+    m = toy(seed=5)
+    t = decode.generate(
+        m, PROMPT[None], max_new_tokens=1, steps=1, temperature=0.1, top_p=0.5, top_k=2, suppress=[12, 3]
+    )
+    p = m(torch.cat((PROMPT, torch.tensor([12])))[None])[0, -1].softmax(-1)
+    assert float(t.entropy) == pytest.approx(-float((p * p.log()).sum()), abs=1e-5)
+    assert float(t.confidence) == pytest.approx(float(p[t.response]), abs=1e-5)
+
+
+def test_the_prompt_never_changes_even_if_it_holds_the_mask_token(toy):
+    m = toy()
+    ids = torch.tensor([[1, m.config.mask_id, 2], [m.config.mask_id, 3, m.config.mask_id]])
+    before = ids.clone()
+    t = decode.generate(m, ids, max_new_tokens=6, steps=6, temperature=1.0)
+    assert torch.equal(ids, before)
+    assert all(torch.equal(seen[:, :3], before) for seen, _, _ in m.calls)
+    assert (t.response != m.config.mask_id).all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(schedule="llada", steps=40), dict(threshold=0.2)], ids=str)
+def test_one_call_for_every_step_that_unmasks_and_none_after_the_last(toy, options):
+    m, seen = toy(), []
+    options = dict(max_new_tokens=10, steps=10) | options
+    t = decode.generate(
+        m, PROMPT[None], on_step=lambda *step: seen.append([step[0], step[1].clone(), step[2].clone()]), **options
+    )
+    assert [step for step, _, _ in seen] == sorted(set(t.step[0].tolist()))
+    assert len(m.calls) == len(seen)
+    for step, response, entropy in seen:
+        done = t.step <= step
+        assert torch.equal(response, t.response.where(done, m.config.mask_id))
+        assert torch.equal(entropy[done], t.entropy[done]) and entropy[~done].isnan().all()
+    for ids, _, positions in m.calls:  # the output head is asked for what is masked, and for nothing else
+        assert torch.equal(positions[0], (ids[0] == m.config.mask_id).nonzero()[:, 0])
+
+
+def test_generate_leaves_no_graph(golden):
+    t = decode.generate(golden.load(), golden.expected["decode.0.prompt"], max_new_tokens=2, steps=2)
+    assert not t.entropy.requires_grad
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+def chi_square(counts, p):
+    """Pearson's statistic over the tokens that can occur; the others must not."""
+    expected = p * counts.sum()
+    assert counts[p == 0].sum() == 0
+    return float(((counts - expected)[p > 0] ** 2 / expected[p > 0]).sum())
+
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, -9.0])
+
+
+@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize(
+    "options, tokens",
+    [
+        (dict(temperature=1.0), 7),
+        (dict(temperature=0.5), 7),
+        (dict(temperature=2.0, top_k=3), 3),
+        (dict(temperature=1.0, top_p=0.8), 3),  # 0.47 + 0.28 < 0.8 < 0.47 + 0.28 + 0.17: the third one crosses it
+        (dict(temperature=1.0, top_p=0.4), 1),
+        (dict(temperature=1.0, top_p=1.0), 7),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_from_the_tempered_distribution(schedule, options, tokens):
+    m = fixed(LOGITS.expand(4000, 7))
+    t = decode.generate(
+        m, PROMPT[None, :1], mask_id=99, max_new_tokens=4000, steps=1, schedule=schedule, generator=seeds(1)[0],
+        **options,
+    )  # fmt: skip
+    p = torch.zeros(7)
+    p[:tokens] = (LOGITS / options["temperature"])[:tokens].softmax(-1)
+    assert chi_square(torch.bincount(t.response[0], minlength=7), p) < 25  # 6 degrees of freedom: p = 0.0003
+
+
+def test_random_strategy_is_uniform_and_greedy(toy):
+    m = fixed(LOGITS.expand(2, 7))
+    first = [
+        int(
+            decode.generate(
+                m, PROMPT[None, :1], mask_id=99, max_new_tokens=2, steps=2, strategy="random", schedule="llada",
+                generator=seeds(seed)[0],
+            ).step[0, 0]
+        )
+        for seed in range(200)
+    ]  # fmt: skip
+    assert abs(sum(first) - 100) < 28  # four standard deviations
+    t = decode.generate(toy(), PROMPT[None], max_new_tokens=1, steps=1, strategy="random")
+    assert torch.equal(t.response, naive(toy(), PROMPT, 1, 1).response)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(strategy="random")], ids=str)
+def test_chance_comes_from_the_generator_alone(toy, options):
+    def run(generator, noise):
+        torch.manual_seed(noise)
+        return decode.generate(
+            toy(), PROMPT[None], max_new_tokens=12, steps=12, schedule="llada", generator=generator, **options
+        )
+
+    a = run(seeds(1)[0], 0)
+    equal(a, run(seeds(1)[0], 9))
+    assert not torch.equal(a.step, run(seeds(2)[0], 0).step)
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens 0"),
+        (dict(steps=0), "steps 0"),
+        (dict(block_length=0), "block_length 0"),
+        (dict(block_length=-4), "block_length -4"),
+        (dict(block_length=5), "block_length 5 .* 12; nearest below: 4"),
+        (dict(block_length=24), "block_length 24 .* 12; nearest below: 12"),
+        (dict(block_length=4, steps=8), "steps 8 .* 3 blocks of 4"),
+        (dict(strategy="entrpy"), "entrpy.*entropy, confidence, margin, random"),
+        (dict(schedule="cosine"), "cosine.*dream, llada"),
+        (dict(temperature=-1.0), "temperature -1"),
+        (dict(top_p=0.0), "top_p 0.0"),
+        (dict(top_p=1.5), "top_p 1.5"),
+        (dict(top_k=0), "top_k 0"),
+        (dict(threshold=1.1), "threshold 1.1"),
+        (dict(prompt_mask=torch.ones(1, 4)), r"\[1, 4\].*\[1, 5\]"),
+        (dict(prompt_mask=torch.tensor([[1, 1, 1, 0, 0]])), "left"),
+        (dict(generator=[None, None]), "generator"),
+        (dict(generator=[]), "generator"),
+    ],
+    ids=lambda x: None if isinstance(x, str) else "-".join(x),
+)
+def test_settings_that_do_not_fit_together(toy, options, message):
+    m = toy()
+    with pytest.raises(ValueError, match=message):
+        decode.generate(m, PROMPT[None], **(dict(max_new_tokens=12, steps=12) | options))
+    assert not m.calls

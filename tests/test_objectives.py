@@ -1,0 +1,421 @@
+"""objectives.py: the official losses and gradients, the sets of the paper in plain loops, expectations by enumeration.
+
+python -m pytest tests/test_objectives.py
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora
+import objectives
+
+quick = settings(max_examples=50, deadline=None)
+entropies = st.lists(st.floats(0, 12, width=32), min_size=2, max_size=40).map(torch.tensor)
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def make_batch(lengths, seed=0, vocab=12, P=4):
+    """Random responses of these lengths, prompts of 1..P tokens, rubbish in all padding."""
+    g = torch.Generator().manual_seed(seed)
+    B, N = len(lengths), max(lengths)
+    batch = dict(
+        prompt_ids=torch.randint(0, vocab, (B, P), generator=g),
+        prompt_mask=torch.zeros(B, P, dtype=torch.long),
+        response_ids=torch.randint(0, vocab, (B, N), generator=g),
+        order=torch.randint(0, N, (B, N), generator=g),
+        length=torch.tensor(lengths),
+    )
+    for b, n in enumerate(lengths):
+        batch["prompt_mask"][b, int(torch.randint(0, P, (), generator=g)) :] = 1
+        batch["order"][b, :n] = torch.randperm(n, generator=g)
+    return batch
+
+
+def single(batch, b):
+    """Row b alone, without any padding."""
+    n, start = int(batch["length"][b]), int((1 - batch["prompt_mask"][b]).sum())
+    return dict(
+        prompt_ids=batch["prompt_ids"][b : b + 1, start:],
+        prompt_mask=batch["prompt_mask"][b : b + 1, start:],
+        response_ids=batch["response_ids"][b : b + 1, :n],
+        order=batch["order"][b : b + 1, :n],
+        length=batch["length"][b : b + 1],
+    )
+
+
+def log_p(m, row, visible):
+    """log p(. | U) at every position of the response, [N, V] in float64: one call of the model, all its logits."""
+    prompt, response = row["prompt_ids"][0].tolist(), row["response_ids"][0].tolist()
+    ids = prompt + [x if r in visible else m.config.mask_id for r, x in enumerate(response)]
+    return m(torch.tensor([ids]))[0, len(prompt) :].double().log_softmax(-1)
+
+
+def naive_ranking(h, margin):
+    """Eq. 8 -> the mean over pairs, and the share of pairs in order."""
+    pairs = list(itertools.combinations([float(x) for x in h], 2))
+    count = max(len(pairs), 1)
+    return sum(max(0.0, r - s + margin) for r, s in pairs) / count, sum(r < s for r, s in pairs) / count
+
+
+def naive_tabom(m, row, first, size, margin, weight, context="window"):
+    """Eq. 9 for one row without padding."""
+    order, response = row["order"][0].tolist(), row["response_ids"][0].tolist()
+    position = [order.index(k) for k in range(len(order))]  # position[k] was decoded k-th
+    logp = log_p(m, row, position[:first])
+    ce, h = 0.0, []
+    for k in range(first, first + size):
+        ce -= float(logp[position[k], response[position[k]]]) / size
+        own = logp if context == "window" else log_p(m, row, position[:k])
+        h.append(-float((own[position[k]].exp() * own[position[k]]).sum()))
+    rank, in_order = naive_ranking(h, margin)
+    return dict(loss=ce + weight * rank, ce=ce, rank=rank, in_order=in_order, entropy=sum(h) / size)
+
+
+def number(x):
+    return float(torch.as_tensor(x).detach())
+
+
+def mean(rows):
+    return {key: sum(number(row[key]) for row in rows) / len(rows) for key in rows[0]}
+
+
+def close(out, expected, tolerance=1e-4):
+    for key, value in expected.items():
+        assert number(out[key]) == pytest.approx(number(value), abs=tolerance), key
+
+
+def fits(counts, outcomes, total):
+    """Pearson's statistic for equally likely outcomes, within five standard deviations of its mean."""
+    assert set(counts) <= set(outcomes)
+    expected, degrees = total / len(outcomes), len(outcomes) - 1
+    statistic = sum((counts[x] - expected) ** 2 / expected for x in outcomes)
+    return abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+# ------------------------------------------------------------------------------------------------ the official values
+
+
+def golden_batch(golden, j):
+    get = {k: golden.objective[f"tabom.{j}.{k}"] for k in ("prompt", "prompt_mask", "response", "order", "start")}
+    batch = dict(
+        prompt_ids=get["prompt"],
+        prompt_mask=get["prompt_mask"],
+        response_ids=get["response"],
+        order=get["order"],
+        length=torch.tensor([get["response"].shape[1]] * 2),
+    )
+    return batch, get["start"]
+
+
+@pytest.mark.parametrize("j", [0, 1])
+def test_official_losses_and_gradients(golden, j):
+    case, (batch, start) = golden.objective_cases[j], golden_batch(golden, j)
+    m = lora.load(golden.load(), golden.folder / "adapter")
+    options = dict(window=case["W"], margin=case["margin"], weight=case["weight"])
+    out = objectives.tabom(m, batch, start=start, **options)
+    close(out, {k: case[k] for k in ("loss", "ce", "rank")})
+    out["loss"].backward()
+    for name, p in lora.tensors(m).items():
+        official = golden.objective[f"tabom.{j}.grad.{name}"]
+        assert (p.grad - official).norm() <= 1e-3 * official.norm(), name
+    for b in range(2):
+        with torch.no_grad():
+            out = objectives.tabom(m, single(batch, b), start=start[b : b + 1], **options)
+        close(out, dict(ce=case["ce_rows"][b], rank=case["rank_rows"][b]))
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 8, the ranking
+
+
+@quick
+@given(entropies, st.floats(0, 2))
+def test_ranking_loss_is_the_double_loop(h, margin):
+    assert float(objectives.ranking_loss(h, margin)) == pytest.approx(naive_ranking(h, margin)[0], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("W", [2, 3, 7, 32, 100])
+def test_every_pair_counts_once(W):
+    assert float(objectives.ranking_loss(torch.zeros(W), 0.2)) == pytest.approx(0.2)
+    h = torch.zeros(W, requires_grad=True)
+    objectives.ranking_loss(h, 5.0).backward()  # each pair pulls its first entropy down and its second one up
+    pulls = h.grad * W * (W - 1) / 2
+    torch.testing.assert_close(pulls, torch.tensor([W - 1.0 - 2 * k for k in range(W)]))
+
+
+@quick
+@given(entropies, st.floats(0, 2))
+def test_ranking_loss_is_zero_where_every_pair_is_in_order_by_the_margin(h, margin):
+    loss = float(objectives.ranking_loss(h, margin))
+    assert (loss == 0) == all(float((r - s) + margin) <= 0 for r, s in itertools.combinations(h, 2))
+    sorted_by_margin = torch.arange(len(h)) * (margin + 0.01)
+    assert float(objectives.ranking_loss(sorted_by_margin, margin)) == 0
+
+
+@quick
+@given(entropies, st.floats(0, 2), st.floats(0, 2), st.floats(-5, 5))
+def test_ranking_loss_ignores_a_constant_and_grows_with_the_margin(h, margin, more, constant):
+    loss = objectives.ranking_loss(h, margin)
+    torch.testing.assert_close(objectives.ranking_loss(h + constant, margin), loss, rtol=1e-3, atol=1e-4)
+    larger = objectives.ranking_loss(h, margin + more)
+    assert loss - 1e-5 <= larger <= loss + more + 1e-5
+
+
+@quick
+@given(st.permutations(range(5)), st.integers(0, 99))
+def test_ranking_loss_ignores_the_order_of_rows_and_what_is_not_real(rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    h, lengths = torch.rand(5, 9, generator=g) * 3, torch.randint(1, 10, (5,), generator=g)
+    real = torch.arange(9) < lengths[:, None]
+    loss = objectives.ranking_loss(h, 0.3, real)
+    assert float(loss) == pytest.approx(sum(naive_ranking(x[:n], 0.3)[0] for x, n in zip(h, lengths)) / 5, abs=1e-5)
+    torch.testing.assert_close(objectives.ranking_loss(h[rows], 0.3, real[rows]), loss)
+    torch.testing.assert_close(objectives.ranking_loss(h.where(real, 1e6), 0.3, real), loss)
+
+
+def test_one_token_has_no_pair():
+    assert float(objectives.ranking_loss(torch.ones(3, 1), 0.5)) == 0
+
+
+# ------------------------------------------------------------------------------------------------- Eq. 9, the window
+
+some_batches = st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 999))
+
+
+@quick
+@given(some_batches, st.integers(2, 11) | st.just("global"))
+def test_the_model_is_asked_for_the_window_and_sees_what_came_before(toy, spec, window):
+    lengths, seed = spec
+    batch, m = make_batch(lengths, seed), toy()
+    seeds = range(seed, seed + len(lengths))
+    first, size = objectives.windows(batch["length"], window, generator=generators(*seeds))
+    objectives.tabom(m, batch, window=window, generator=generators(*seeds))
+    ((ids, attention_mask, positions),) = m.calls  # one forward pass
+    P = batch["prompt_ids"].shape[1]
+    assert positions.shape == (len(lengths), int(size.max()))  # the output head runs there and nowhere else
+    assert torch.equal(ids[:, :P], batch["prompt_ids"])
+    assert torch.equal(attention_mask[:, :P], batch["prompt_mask"].bool())
+    for b, (n, w, t) in enumerate(zip(lengths, size.tolist(), first.tolist())):
+        assert w == min(window, n) if window != "global" else 1 <= w <= n
+        assert 0 <= t <= n - w
+        order = batch["order"][b, :n].tolist()
+        asked, visible = [order.index(k) for k in range(t, t + w)], {order.index(k) for k in range(t)}
+        assert (positions[b, :w] - P).tolist() == asked and not visible & set(asked)
+        for r in range(ids.shape[1] - P):
+            assert attention_mask[b, P + r] == (r < n)
+            if r < n:
+                expected = batch["response_ids"][b, r] if r in visible else m.config.mask_id
+                assert ids[b, P + r] == expected
+
+
+@quick
+@given(some_batches, st.integers(2, 6) | st.just("global"), st.sampled_from(["window", "step"]))
+def test_tabom_is_the_mean_of_its_rows_in_plain_loops(toy, spec, window, context):
+    """Padding on both sides, and what it holds, changes nothing; "step" is W passes."""
+    lengths, seed = spec
+    batch, m = make_batch(lengths, seed), toy(scale=0.5)  # flat distributions: no two entropies as good as equal
+    first, size = objectives.windows(batch["length"], window, generator=generators(seed)[0])
+    options = dict(window=window, margin=0.3, weight=2.0, entropy_context=context)
+    out = objectives.tabom(m, batch, generator=generators(seed)[0], **options)
+    assert len(m.calls) == (1 if context == "window" else int(size.max()))
+    rows = [
+        naive_tabom(m, single(batch, b), int(first[b]), int(size[b]), 0.3, 2.0, context) for b in range(len(lengths))
+    ]
+    close(out, mean(rows))
+
+
+def test_a_real_model_ignores_padding_and_the_order_of_rows(golden):
+    m = lora.load(golden.load(), golden.folder / "adapter")
+    batch = make_batch([9, 4, 6], vocab=300)
+    batch["prompt_mask"][0] = 1
+    start = torch.tensor([2, 0, 1])
+    options = dict(window=4, margin=0.5, weight=1.5)
+
+    def gradients(out):
+        out["loss"].backward()
+        found = {name: p.grad.clone() for name, p in lora.tensors(m).items()}
+        m.zero_grad()
+        return found
+
+    # Dream predicts the first token of a response from the last of its prompt, so a prompt needs a real token
+    assert (batch["prompt_mask"][:, -1] == 1).all()
+    out = objectives.tabom(m, batch, start=start, **options)
+    rows = [objectives.tabom(m, single(batch, b), start=start[b : b + 1], **options) for b in range(3)]
+    close(out, mean(rows), 1e-5)
+    turned = objectives.tabom(m, {k: v.flip(0) for k, v in batch.items()}, start=start.flip(0), **options)
+    close(turned, out, 1e-5)
+    by_row, whole = [gradients(row) for row in rows], gradients(out)
+    for name, grad in whole.items():
+        torch.testing.assert_close(grad, sum(g[name] for g in by_row) / 3, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_a_short_response_is_a_window_as_a_whole(toy, N):
+    batch = make_batch([N])
+    out = objectives.tabom(toy(), batch, window=32)
+    close(out, naive_tabom(toy(), single(batch, 0), 0, N, 0.2, 1.0))
+    everything = objectives.nelbo(toy(), batch, mask=torch.ones(1, N, dtype=torch.bool))
+    close(out, dict(ce=everything["ce"]))  # from nothing, all of it
+
+
+def test_transition_is_tabom_with_the_global_window_and_no_ranking(toy):
+    batch, start = make_batch([8, 5]), torch.tensor([[2, 7], [0, 5]])
+    out = objectives.transition(toy(), batch, start=start)
+    rows = [naive_tabom(toy(), single(batch, b), int(s), int(e - s), 0.2, 0.0) for b, (s, e) in enumerate(start)]
+    close(out, mean(rows))
+    assert number(out["loss"]) == number(out["ce"])
+    drawn = objectives.transition(toy(), batch, generator=generators(3)[0])
+    close(drawn, dict(loss=objectives.tabom(toy(), batch, window="global", generator=generators(3)[0])["ce"]), 1e-6)
+
+
+def test_starts_are_uniform():
+    first, size = objectives.windows(torch.full((7000,), 10), 4, generator=generators(0)[0])
+    assert set(size.tolist()) == {4}
+    assert fits(Counter(first.tolist()), range(7), 7000)
+
+
+def test_pairs_of_timesteps_are_uniform():
+    first, size = objectives.windows(torch.full((6000,), 5), "global", generator=generators(0)[0])
+    drawn = Counter(zip(first.tolist(), (first + size).tolist()))
+    assert fits(drawn, list(itertools.combinations(range(6), 2)), 6000)
+
+
+@pytest.mark.parametrize("window", [3, "global"])
+def test_a_row_with_its_own_generator_does_not_depend_on_its_batch(window):
+    lengths = torch.tensor([9, 30, 12])
+    together = torch.stack(objectives.windows(lengths, window, generator=generators(1, 2, 3)))
+    alone = [torch.stack(objectives.windows(lengths[b : b + 1], window, generator=generators(b + 1))) for b in range(3)]
+    assert torch.equal(together, torch.cat(alone, dim=1))
+
+
+# -------------------------------------------------------------------------------------------------- Eq. 1, the NELBO
+
+
+def exact_probability(k, N):
+    """Of one mask of k of N tokens: integral of t^k (1 - t)^(N - k) over t in 0..1, given that k > 0."""
+    integral = math.factorial(k) * math.factorial(N - k) / math.factorial(N + 1)
+    return integral / (1 - 1 / (N + 1))
+
+
+MASKS = [mask for mask in itertools.product([False, True], repeat=6) if any(mask)]
+
+
+def naive_nelbo(m, row, mask):
+    logp = log_p(m, row, [r for r, hidden in enumerate(mask) if not hidden])
+    return sum(-float(logp[r, row["response_ids"][0, r]]) for r, hidden in enumerate(mask) if hidden) / sum(mask)
+
+
+def test_average_over_every_mask_is_the_exact_expectation(toy):
+    assert sum(exact_probability(sum(mask), 6) for mask in MASKS) == pytest.approx(1)
+    m, batch = toy(), make_batch([6])
+    exact = sum(exact_probability(sum(mask), 6) * naive_nelbo(m, single(batch, 0), mask) for mask in MASKS)
+    average = 0.0
+    for mask in MASKS:  # as nelbo says that it draws: the count uniform, then the subset
+        loss = objectives.nelbo(m, batch, mask=torch.tensor([mask]))["loss"]
+        average += float(loss) / 6 / math.comb(6, sum(mask))
+    assert average == pytest.approx(exact, abs=1e-5)
+
+
+def test_masks_are_drawn_with_the_exact_probability(toy):
+    m, batch = toy(), make_batch([6] * 500)
+    for seed in range(8):
+        objectives.nelbo(m, batch, generator=generators(seed)[0])
+    hidden = torch.cat([ids[:, 4:] == m.config.mask_id for ids, _, _ in m.calls])
+    counts = Counter(map(tuple, hidden.tolist()))
+    expected = {mask: 4000 * exact_probability(sum(mask), 6) for mask in MASKS}
+    assert set(counts) <= set(expected)
+    statistic = sum((counts[mask] - e) ** 2 / e for mask, e in expected.items())
+    assert abs(statistic - 62) < 5 * math.sqrt(2 * 62)
+
+
+@quick
+@given(some_batches)
+def test_nelbo_is_the_mean_of_its_rows_in_plain_loops(toy, spec):
+    lengths, seed = spec
+    batch, m = make_batch(lengths, seed), toy()
+    seeds = range(seed, seed + len(lengths))
+    out = objectives.nelbo(m, batch, generator=generators(*seeds))
+    ((ids, attention_mask, positions),) = m.calls
+    losses, shares, P = [], [], batch["prompt_ids"].shape[1]
+    for b, n in enumerate(lengths):
+        mask = (ids[b, P : P + n] == m.config.mask_id).tolist()
+        assert any(mask)
+        assert torch.equal(attention_mask[b, P:], torch.arange(ids.shape[1] - P) < n)
+        losses.append(naive_nelbo(m, single(batch, b), mask))
+        shares.append(sum(mask) / n)
+        alone = toy()  # the same generator hides the same tokens without the other rows
+        objectives.nelbo(alone, single(batch, b), generator=generators(seeds[b]))
+        assert (alone.calls[0][0][0, -n:] == m.config.mask_id).tolist() == mask
+    assert positions.shape[1] == max(round(share * n) for share, n in zip(shares, lengths))
+    close(out, dict(loss=sum(losses) / len(losses), masked=sum(shares) / len(shares)))
+
+
+# ------------------------------------------------------------------------------------------ dtypes, options, errors
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_losses_are_float32_whatever_the_model(golden, name):
+    batch, losses = make_batch([8, 5], vocab=300), []
+    for dtype in (torch.float32, torch.bfloat16):
+        m = lora.load(golden.load(dtype=dtype), golden.folder / "adapter")
+        out = objectives.OBJECTIVES[name](m, batch, generator=generators(1)[0])
+        assert {v.dtype for v in out.values()} == {torch.float32}
+        out["loss"].backward()
+        assert all(p.grad.isfinite().all() for p in lora.tensors(m).values())
+        assert not any(out[k].requires_grad for k in ("masked", "in_order", "entropy") if k in out)  # for the log
+        losses.append(number(out["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_mask_id_can_be_given(toy, name):
+    m = toy()
+    objectives.OBJECTIVES[name](m, make_batch([6]), mask_id=3, generator=generators(0)[0])
+    assert (m.calls[0][0] == 3).any() and not (m.calls[0][0] == m.config.mask_id).any()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(window=0), "window 0"),
+        (dict(window=1), "window 1"),
+        (dict(window=-3), "window -3"),
+        (dict(window=True), "window True"),
+        (dict(window=2.5), "window 2.5"),
+        (dict(window="gobal"), "window 'gobal'"),
+        (dict(window=4, start=torch.tensor([3, 2])), r"\[3, 2\] of \[4, 4\] .* \[8, 5\]"),
+        (dict(window=4, start=torch.tensor([-1, 0])), r"\[-1, 0\]"),
+        (dict(window="global", start=torch.tensor([[0, 9], [0, 5]])), r"\[9, 5\]"),
+        (dict(window="global", start=torch.tensor([[3, 3], [0, 5]])), r"\[0, 5\]"),
+        (dict(entropy_context="both"), "entropy_context 'both'"),
+        (dict(generator=[None]), "generator"),
+        (dict(generator=[None] * 3), "generator"),
+    ],
+    ids=str,
+)
+def test_tabom_refuses(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.tabom(toy(), make_batch([8, 5]), **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(mask=torch.tensor([[True] * 8, [False] * 8])), "every row"),
+        (dict(mask=torch.tensor([[True] * 8, [False] * 5 + [True] * 3])), "every row"),  # only padding
+        (dict(generator=[None]), "generator"),
+        (dict(generator=[None] * 3), "generator"),
+    ],
+    ids=str,
+)
+def test_nelbo_refuses(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.nelbo(toy(), make_batch([8, 5]), **options)
