@@ -169,7 +169,7 @@ def write_puzzles(file, tasks, count, hard, seed):
     return file
 
 
-def write_datasets(folder, seed=0, train=1000, test=500):
+def write_datasets(folder, seed=0, train=1600, test=500):
     """train.jsonl (hard, in-domain), test_in.jsonl and test_out.jsonl (hard) -> their paths."""
     folder = Path(folder)
     return (

@@ -1,0 +1,131 @@
+"""The puzzles, the tiny model and the demo: python -m pytest tests/test_demo.py"""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import data
+import demo
+import model
+import tabom
+
+ROOT = Path(__file__).parent.parent
+
+
+def groups(task):
+    """The sets of cells that must hold every symbol once."""
+    rows = [[6 * r + c for c in range(6)] for r in range(6)]
+    columns = [[6 * r + (c + (r if task == "shear" else 0)) % 6 for r in range(6)] for c in range(6)]
+    return rows + columns
+
+
+def solve(puzzle, task):
+    """Every solution of a puzzle, by plain search: cell by cell, left to right."""
+    blanks = [i for i, c in enumerate(puzzle) if c == demo.BLANK]
+    if not blanks:
+        yield puzzle
+        return
+    i = blanks[0]
+    taken = {puzzle[j] for group in groups(task) if i in group for j in group}
+    for symbol in demo.SYMBOLS[task]:
+        if symbol not in taken:
+            yield from solve(puzzle[:i] + symbol + puzzle[i + 1 :], task)
+
+
+@pytest.mark.parametrize("task", ["latin", "shear"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_answers_solve_their_puzzles(task, hard):
+    rng = random.Random(1)
+    for _ in range(20):
+        prompt, answer = demo.make(task, rng, hard)
+        assert prompt[0] == demo.TAGS[task] and len(prompt) == 37 and len(answer) == 36
+        assert all(clue in (demo.BLANK, cell) for clue, cell in zip(prompt[1:], answer))
+        for group in groups(task):
+            assert sorted(answer[i] for i in group) == list(demo.SYMBOLS[task])
+        blanks = prompt.count(demo.BLANK)
+        assert blanks == demo.HARD_BLANKS if hard else demo.EASY_BLANKS[0] <= blanks <= demo.EASY_BLANKS[1]
+
+
+@pytest.mark.parametrize("task", ["latin", "shear"])
+def test_hard_puzzles_have_one_solution_and_singles_get_stuck(task):
+    rng = random.Random(2)
+    for _ in range(10):
+        prompt, answer = demo.make(task, rng, True)
+        assert list(itertools.islice(solve(prompt[1:], task), 2)) == [answer]
+        cells, progress = prompt[1:], True
+        while progress:
+            progress = False
+            for i, c in enumerate(cells):
+                taken = {cells[j] for group in groups(task) if i in group for j in group}
+                left = [s for s in demo.SYMBOLS[task] if s not in taken]
+                if c == demo.BLANK and len(left) == 1:
+                    cells, progress = cells[:i] + left[0] + cells[i + 1 :], True
+        assert demo.BLANK in cells
+
+
+def test_datasets_follow_from_the_seed_and_do_not_overlap(tmp_path):
+    sizes = dict(train=30, test=20)
+    files = demo.write_datasets(tmp_path / "a", 0, **sizes)
+    again = demo.write_datasets(tmp_path / "b", 0, **sizes)
+    other = demo.write_datasets(tmp_path / "c", 1, **sizes)
+    assert [f.read_text() for f in files] == [f.read_text() for f in again] != [f.read_text() for f in other]
+    rows = [[json.loads(line) for line in f.read_text().splitlines()] for f in files]
+    assert [len(r) for r in rows] == [30, 20, 20]
+    prompts = [r["prompt"] for r in itertools.chain(*rows)]
+    assert len(set(prompts)) == 70
+
+
+def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
+    m, tok = model.load(demo.TINY), data.load_tokenizer(demo.TINY)
+    assert (demo.TINY / "model.safetensors").stat().st_size < 4e6
+    assert m.config.raw == demo.CONFIG
+    assert tok.size == m.config.vocab_size == len(demo.VOCABULARY)
+    assert (tok.eos_id, tok.ids[demo.MASK]) == (m.config.eos_id, m.config.mask_id)
+
+
+def test_the_tiny_model_solves_what_it_was_trained_on():
+    """Easy puzzles with few blanks: most are right, whatever the processor's rounding."""
+    m, tok = model.load(demo.TINY), data.load_tokenizer(demo.TINY)
+    rng, right = random.Random(3), 0
+    for _ in range(10):
+        prompt, answer = demo.make("latin", rng, False)
+        shown = "".join(a if c == demo.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
+        options = tabom.decoder(tabom.DecodeOptions(), "llada", demo.TINY)
+        t = tabom.decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **options)
+        right += tok.response_text(t.response[0].tolist()) == answer
+    assert right >= 8
+
+
+def test_retrain_builds_a_model_folder(tmp_path):
+    result = demo.retrain(tmp_path, puzzles=128, epochs=1)
+    folder = Path(result["tiny"])
+    assert {f.name for f in folder.iterdir()} == {f.name for f in demo.TINY.iterdir()}
+    with (
+        safe_open(folder / "model.safetensors", "pt") as ours,
+        safe_open(demo.TINY / "model.safetensors", "pt") as tiny,
+    ):
+        assert set(ours.keys()) == set(tiny.keys())
+    assert result["steps"] == 2
+
+
+@pytest.mark.slow
+def test_the_quick_demo_prints_a_table_and_json(tmp_path):
+    words = [sys.executable, str(ROOT / "tabom.py"), "demo", "--quick", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, header, _, before, after, last = done.stdout.strip().splitlines()
+    result = json.loads(last)
+    assert "in-domain" in header and before.startswith("| before") and after.startswith("| after")
+    for line, row in ((before, result["before"]), (after, result["after"])):
+        assert f"{100 * row['in_domain']:.1f}" in line and f"{row['tds']:.3f}" in line
+    records = data.read_trajectories(tmp_path / "demo" / "quick" / "before-test_in")
+    assert result["before"]["in_domain"] == sum(r["correct"] for r in records) / len(records)
+    again = subprocess.run(words, capture_output=True, text=True)  # everything is there already
+    assert json.loads(again.stdout.strip().splitlines()[-1]) == result
