@@ -20,7 +20,7 @@ import string
 from functools import partial
 from itertools import pairwise
 
-# ----------------------------------------------------------------------------------------------------------- grading
+# -------------------------------------------------------------------------------------------------------------- grading
 
 
 def grade(record, response):
@@ -69,7 +69,7 @@ def compare(count, relation, threshold):
     return count >= threshold if relation == "at least" else count < threshold
 
 
-# ---------------------------------------------------------------------------------------------------------- keywords
+# ------------------------------------------------------------------------------------------------------------- keywords
 
 
 def existence(response, keywords):
@@ -90,7 +90,7 @@ def letter_frequency(response, letter, let_frequency, let_relation):
     return compare(response.lower().count(letter.strip().lower()), let_relation, let_frequency)
 
 
-# ------------------------------------------------------------------------------------------------ language and case
+# ---------------------------------------------------------------------------------------------------- language and case
 
 
 def response_language(response, language):
@@ -123,7 +123,7 @@ def detected(text):
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------ length
+# --------------------------------------------------------------------------------------------------------------- length
 
 
 def number_words(response, num_words, relation):
@@ -152,7 +152,7 @@ def nth_paragraph_first_word(response, num_paragraphs, nth_paragraph, first_word
     return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
-# ------------------------------------------------------------------------------------------------ content and format
+# --------------------------------------------------------------------------------------------------- content and format
 
 
 def number_placeholders(response, num_placeholders):
@@ -206,7 +206,7 @@ def title(response):
     return any(text.lstrip("<").rstrip(">").strip() for text in re.findall(r"<<[^\n]+>>", response))
 
 
-# ------------------------------------------------------------------------------- combination, start and end, commas
+# ----------------------------------------------------------------------------------- combination, start and end, commas
 
 
 def two_responses(response):
@@ -262,7 +262,7 @@ INSTRUCTIONS = {
     "punctuation:no_comma": no_comma,
 }
 
-# ----------------------------------------------------------------------------------------------- sentences and words
+# -------------------------------------------------------------------------------------------------- sentences and words
 
 # Punkt's English model: what its training corpus, news of the 1980s, knew about words. All without the final period.
 ABBREVIATIONS = frozenset(
@@ -274,11 +274,10 @@ ABBREVIATIONS = frozenset(
     r.i r.j r.k r.t rep reps s s.a s.a.y s.c s.g s.p.a s.s sen sep sept sr st sw t t.j tenn tues u.k u.n u.s u.s.a
     u.s.s.r v va vs vt w w.c w.r w.va w.w wash wed wis yr
     """.split()
-    + [". . "]
 )
 
-# Words that, with a capital, show that a sentence starts. The model has 39 frequent openers and 12,348 words that it saw
-# with a small letter, and with a capital only at the start of a sentence. These are the 39 and 283 common ones.
+# Words that, with a capital, show that a sentence starts. The model has 39 frequent openers, and 12,348 words that it
+# saw with a small letter, and with a capital only at the start of a sentence. Here are the 39 and 283 common ones.
 OPENERS = frozenset(
     """
     above absolutely according accordingly adding afterward afterwards almost along already although always among
@@ -320,7 +319,7 @@ COLLOCATIONS = {
 SEEN_SMALL_AT_START = ("administrators", "b-week", "r-revised", "z-holiday")  # and never with a capital
 
 INSIDE = r"[)\";}\]*:@'({\[?!]"  # characters that are not part of a word
-DASHES_OR_DOTS = r"(?:-{2,}|\.{2,}|(?:\.\s){2,}\.)"
+DASHES_OR_DOTS = r"(?:-{2,}|\.{2,})"
 TOKEN = re.compile(
     rf"{DASHES_OR_DOTS}"
     rf"|(?=[^(\"`{{\[:;&#*@)}}\]\-,])\S+?(?=\s|$|{INSIDE}|{DASHES_OR_DOTS}|,(?=$|\s|{INSIDE}|{DASHES_OR_DOTS}))"
@@ -356,7 +355,7 @@ def sentences(text):
         closing = following and CLOSING.match(text[slice(*following)])
         if closing:
             end, taken = following[0] + len(closing.group().rstrip()), closing.end()
-        if closing or text[start:end]:
+        if text[start:end]:
             found.append(text[start:end])
     return found
 

@@ -5,6 +5,9 @@ python -m pytest tests/test_model.py
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,3 +396,22 @@ def test_a_long_list_is_cut(copy):
     change_tensors(copy, lambda tensors: tensors.update({f"surplus.{i}": torch.zeros(1) for i in range(500)}))
     message = error(copy)
     assert message.count("surplus") == 20 and "480 more" in message
+
+
+def test_loading_peaks_at_the_models_size_and_one_tensor(tmp_path):
+    """In a process of its own, whose peak resident memory only rises: file pages must go."""
+    raw = json.loads((Path(__file__).parent / "golden" / "dream-tiny" / "config.json").read_text())
+    raw.update(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16)
+    model.save(model.create(raw, dtype=torch.bfloat16), tmp_path)
+    script = f"""
+import resource, torch, model
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+m = model.load({str(tmp_path)!r}, dtype=torch.bfloat16)
+sizes = [p.numel() * p.element_size() for p in m.parameters()]
+print((peak() - before - max(sizes)) / sum(sizes))
+"""
+    root = Path(model.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.15
