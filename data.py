@@ -13,6 +13,7 @@ the checkpoint's own chat_template for prompts, rendered in jinja2's sandbox.
 import gzip
 import hashlib
 import json
+import zlib
 from pathlib import Path
 
 import torch
@@ -120,6 +121,10 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: the tokenizer's files cannot be read ({e})") from e
 
     added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(
+        i.isdigit() and isinstance(t, dict) and isinstance(t.get("content"), str) for i, t in added.items()
+    ):
+        raise ValueError(f"{config_file}: added_tokens_decoder must map ids to tokens with a content")
     for i, token in sorted(added.items(), key=lambda item: int(item[0])):
         if backend.token_to_id(token["content"]) != int(i):
             flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
@@ -135,7 +140,8 @@ def load_tokenizer(folder):
             special[key] = text
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = {t["name"]: t["template"] for t in template}.get("default")
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return Tokenizer(backend, special, template)
@@ -155,8 +161,13 @@ def qwen2_backend(vocab, merges):
 
 
 def encode_prompt(tok, messages, raw=False):
-    """Token ids of a conversation, ready for a response; raw = the last message's text without the chat template."""
-    return tok.encode(messages[-1]["content"] if raw else tok.chat(messages))
+    """Token ids of a conversation, ready for a response; raw = the last message's text without the chat template.
+
+    Raises ValueError for a prompt of no tokens."""
+    ids = tok.encode(messages[-1]["content"] if raw else tok.chat(messages))
+    if not ids:
+        raise ValueError("an empty prompt: the model needs at least one token to answer")
+    return ids
 
 
 def encode_answer(tok, messages, answer, raw=False):
@@ -165,11 +176,12 @@ def encode_answer(tok, messages, answer, raw=False):
     if not raw:
         before = tok.chat(messages)
         after = tok.chat([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        text = after[len(before) :].rstrip() if after.startswith(before) else answer
+        text = after[len(before) :] if after.startswith(before) else answer
     if tok.eos_id is None:
         raise ValueError("the tokenizer has no eos_token in tokenizer_config.json, and an answer must end")
     ids = tok.encode(text)
-    return ids if ids and ids[-1] == tok.eos_id else [*ids, tok.eos_id]
+    end = next((i + 1 for i, token in enumerate(ids) if token in tok.stop_ids), len(ids))  # some templates go on
+    return ids[:end] if ids[end - 1 : end] == [tok.eos_id] else [*ids[:end], tok.eos_id]
 
 
 # --------------------------------------------------------------------------------------------------------- datasets
@@ -236,7 +248,7 @@ def read_jsonl(path):
                         yield f"{path}:{number}", json.loads(line)
                     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
                         raise ValueError(f"{path}:{number}: not valid JSON ({e})") from e
-    except (gzip.BadGzipFile, EOFError) as e:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(f"{path}: a damaged gzip file ({e})") from e
 
 
@@ -265,16 +277,14 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None):
     Raises ValueError for an empty dataset, and with file and line for a row that fits nothing."""
     examples, own = [], []
     for where, row in read_rows(path):
-        if limit is not None and len(examples) == limit:
-            break
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with named fields, found {type(row).__name__}")
         examples.append(to_example(row, where, prompt_field, answer_field))
         own.append(next((row[k] for k in IDS if isinstance(row.get(k), (str, int))), None))
     if not examples:
-        raise ValueError(f"{path}: the dataset is empty" + (" (--limit 0)" if limit == 0 else ""))
+        raise ValueError(f"{path}: the dataset is empty")
     unique = None not in own and len({str(i) for i in own}) == len(own)
-    return [{"id": own[i] if unique else i, **example} for i, example in enumerate(examples)]
+    return [{"id": own[i] if unique else i, **example} for i, example in enumerate(examples[:limit])]
 
 
 def to_example(row, where, prompt_field=None, answer_field=None):
@@ -345,6 +355,7 @@ def check_record(record, where, vocab_size=None):
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a trajectory record, found {type(record).__name__}")
     missing = [k for k in ("prompt_ids", "response_ids", "order") if not isinstance(record.get(k), list)]
+    missing += ["id"] * (not isinstance(record.get("id"), (str, int)))
     if missing:
         raise ValueError(
             f"{where}: not a trajectory: {', '.join(missing)} missing; has {', '.join(record) or 'nothing'}"

@@ -74,7 +74,11 @@ def generate(
     B, P = prompt_ids.shape
     N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
     mask_id = m.config.mask_id if mask_id is None else mask_id
-    check(N, steps, L, strategy, schedule, temperature, top_p, top_k, threshold, prompt_ids, prompt_mask)
+    check(N, steps, block_length, strategy, schedule, temperature, top_p, top_k, threshold)
+    if prompt_mask is not None:
+        check_padding(prompt_ids, prompt_mask)
+    if suppress is not None:
+        suppress = torch.as_tensor(suppress, dtype=torch.int64, device=prompt_ids.device)
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * B
     if len(generators) != B:
         raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
@@ -150,9 +154,8 @@ def choose(logits, strategy, schedule, temperature, top_p, top_k, generator, sup
 
     logits [K, V]. "dream" scores the distribution that tokens are drawn from, "llada" the model's own."""
     if suppress is not None:
-        never = torch.as_tensor(suppress, dtype=torch.int64, device=logits.device)
-        logits = logits.index_fill(-1, never, torch.finfo(logits.dtype).min)
-    tempered = logits if temperature == 0 else (logits if schedule == "dream" else logits.double()) / temperature
+        logits = logits.index_fill(-1, suppress, torch.finfo(logits.dtype).min)
+    tempered = logits if temperature == 0 else (logits if schedule == "dream" else wide(logits)) / temperature
     if (top_p is not None and top_p < 1) or top_k is not None:
         p, index = nucleus(tempered, top_p, top_k)
     else:
@@ -162,7 +165,7 @@ def choose(logits, strategy, schedule, temperature, top_p, top_k, generator, sup
         token = at = logits.argmax(-1)
         at = at if index is None else torch.zeros_like(at)
     elif index is None:  # Gumbel-max: the argmax of log p - log(Exponential noise) is a sample of p
-        at = token = (tempered.double() - exponential(tempered, generator).log()).argmax(-1)
+        at = token = (wide(tempered) - exponential(tempered, generator).log()).argmax(-1)
     else:  # invert the cumulated probabilities of the few tokens left
         u = uniform(p, generator)[:, None]  # [K, 1]
         at = (p.cumsum(-1) <= u * p.sum(-1, keepdim=True)).sum(-1).clamp(max=p.shape[-1] - 1)
@@ -202,11 +205,17 @@ def nucleus(logits, top_p, top_k):
         n = min(32 * n, limit)
 
 
+def wide(x):
+    """In float64, or float32 on Apple's GPUs, which have nothing wider."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def exponential(like, generator):
     """Exponential noise in float64, in the shape and on the device of like; above 0, so that it has a logarithm."""
     device = like.device if generator is None else generator.device
-    noise = torch.empty(like.shape, dtype=torch.float64, device=device).exponential_(generator=generator)
-    return noise.clamp_(min=torch.finfo(torch.float64).tiny).to(like.device)
+    noise = torch.empty(like.shape, dtype=wide(torch.empty(0, device=device)).dtype, device=device)
+    noise = noise.exponential_(generator=generator)
+    return noise.clamp_(min=torch.finfo(noise.dtype).tiny).to(like.device)
 
 
 def uniform(like, generator):
@@ -222,7 +231,19 @@ def decode_order(step, entropy):
     return by_both.argsort(dim=1)
 
 
-def check(N, steps, L, strategy, schedule, temperature, top_p, top_k, threshold, prompt_ids, prompt_mask):
+def check(
+    max_new_tokens,
+    steps,
+    block_length=None,
+    strategy="entropy",
+    schedule="dream",
+    temperature=0.0,
+    top_p=None,
+    top_k=None,
+    threshold=None,
+):
+    """Raises ValueError for settings of generate() that do not fit together."""
+    N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
     if N < 1 or steps < 1 or L < 1:
         raise ValueError(f"max_new_tokens {N}, steps {steps} and block_length {L} must be at least 1")
     if N % L:
@@ -233,15 +254,22 @@ def check(N, steps, L, strategy, schedule, temperature, top_p, top_k, threshold,
         raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
-    if temperature < 0 or (top_p is not None and not 0 < top_p <= 1) or (top_k is not None and top_k < 1):
+    if (
+        not 0 <= temperature < float("inf")
+        or (top_p is not None and not 0 < top_p <= 1)
+        or (top_k is not None and top_k < 1)
+    ):
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} must be a probability between 0 and 1")
-    if prompt_mask is not None:
-        if prompt_mask.shape != prompt_ids.shape:
-            raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
-        if (prompt_mask.int().diff(dim=1) < 0).any():
-            raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
+
+
+def check_padding(prompt_ids, prompt_mask):
+    """Raises ValueError for a mask of another shape, or one that pads on the right."""
+    if prompt_mask.shape != prompt_ids.shape:
+        raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
+    if (prompt_mask.int().diff(dim=1) < 0).any():
+        raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
 
 
 def divisor_below(n, k):

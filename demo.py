@@ -169,7 +169,7 @@ def write_puzzles(file, tasks, count, hard, seed):
     return file
 
 
-def write_datasets(folder, seed=0, train=1600, test=500):
+def write_datasets(folder, seed=0, train=800, test=500):
     """train.jsonl (hard, in-domain), test_in.jsonl and test_out.jsonl (hard) -> their paths."""
     folder = Path(folder)
     return (
@@ -267,11 +267,13 @@ BATCH = 64  # puzzles decoded together
 
 def run(c):
     """Distill, train, evaluate before and after -> the table's figures. c: tabom.DemoOptions."""
+    if (c.data_only or c.retrain) and tabom.Ranks("cpu").world > 1:
+        raise ValueError("--data-only and --retrain need one process: run them without torchrun")
     if c.data_only:
         return dict(datasets=[str(file) for file in write_datasets(c.data_only, c.seed)])
     if c.retrain:
         return retrain(c.retrain, c.seed)
-    out = Path(c.out) / ("quick" if c.quick else "full")
+    out = Path(c.out) / f"{'quick' if c.quick else 'full'}-{c.seed}"
     ranks = tabom.Ranks("cpu")
     if ranks.first:
         write_datasets(out / "data", c.seed, **QUICK if c.quick else {})

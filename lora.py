@@ -82,7 +82,10 @@ def find(m, targets):
     linears = {name: module for name, module in m.named_modules() if isinstance(module, nn.Linear)}
     names = {name: official(m, name) for name in linears}
     if isinstance(targets, str):
-        hits = {targets: [n for n, o in names.items() if re.fullmatch(targets, o)]}
+        try:
+            hits = {targets: [n for n, o in names.items() if re.fullmatch(targets, o)]}
+        except re.error as e:
+            raise ValueError(f"the pattern {targets!r} of layers is not one: {e}") from e
     else:
         hits = {t: [n for n, o in names.items() if o == t or o.endswith("." + t)] for t in targets}
     nothing = [t for t, found in hits.items() if not found]
@@ -194,6 +197,10 @@ HARMLESS = set(
 PLAIN = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, False, None, "gaussian"))
 
 
+def is_finite(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
 def load(m, folder):
     """Inject and fill the adapter of a PEFT folder; into the adapter that m has already, if its shapes fit. Returns m.
 
@@ -213,7 +220,10 @@ def load(m, folder):
     if odd:
         raise ValueError(f"{folder}: unsupported adapter settings {', '.join(f'{k} = {config[k]!r}' for k in odd)}")
 
-    if not isinstance(targets, (str, list)):
+    dropout = config.get("lora_dropout") or 0.0
+    if not (type(rank) is int and rank > 0 and is_finite(alpha) and is_finite(dropout)):
+        raise ValueError(f"{folder}: r {rank!r}, lora_alpha {alpha!r} or lora_dropout {dropout!r} is no usable number")
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise ValueError(f"{folder}: target_modules is {targets!r}, not a list of names or a pattern")
     targeted = layers(m) or find(m, targets)
     shapes = {}
@@ -229,7 +239,7 @@ def load(m, folder):
         raise ValueError(f"{folder}: the adapter does not fit this model: {'; '.join(wrong[:8])}")
 
     if not layers(m):
-        inject(m, rank, alpha, targets, config.get("lora_dropout") or 0.0)
+        inject(m, rank, alpha, targets, dropout)
     unmerge(m)
     for layer in layers(m).values():
         layer.alpha = alpha

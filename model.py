@@ -341,9 +341,11 @@ def empty(config):
 def resolve(path):
     """A local folder for a folder or a Hub repo id ("GSAI-ML/LLaDA-8B-Instruct", downloaded if need be).
 
-    Raises FileNotFoundError when it is neither."""
+    Raises FileNotFoundError when it is neither, or a folder without a config.json."""
     folder = Path(path)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
         return folder
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
         raise FileNotFoundError(
@@ -369,8 +371,6 @@ def load(path, dtype=torch.float32, device="cpu"):
     """
     folder = resolve(path)
     config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
     m = empty(parse_config(read_json(config_file), config_file))
     m.files = find_tensors(folder)
     wanted = {m.checkpoint_name(name): name for name, _ in m.named_parameters()}

@@ -153,7 +153,8 @@ def tabom(
     window: W, or "global" (see `windows`, also for start [B]). margin: gamma of Eq. 8, nats. weight: lambda.
     generator: a torch.Generator, or a list of one for each row.
     entropy_context: where the entropies of Eq. 8 come from. "window": all from the window's start U_t, in the same
-        forward pass as the cross-entropy. "step": each from the context of its own step (Eq. 5): W forward passes.
+        forward pass as the cross-entropy. "step": each from the context of its own step (Eq. 5): W forward passes,
+        and the activations of W passes at once.
     in_order (share of the window's pairs with h(r) < h(s)) and entropy (mean, nats) are for the log.
 
     Sources: section 4 of the paper; a response shorter than W is a window as a whole (our reading)."""

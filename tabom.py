@@ -14,6 +14,7 @@ progress and errors go to stderr. TABOM_DEBUG=1 shows the traceback of an error.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import inspect
 import json
@@ -44,7 +45,7 @@ import objectives
 
 
 def opt(default, help, **more):
-    """A field of an options dataclass; its help text is the command line's."""
+    """A field of an options dataclass; its help text is the command line's, and low the least value it takes."""
     return field(default=default, metadata=dict(help=help, **more))
 
 
@@ -87,7 +88,7 @@ class DatasetOptions:
     data: str = opt(None, "dataset: .jsonl, .jsonl.gz, .json or .parquet", required=True)
     prompt_field: str | None = opt(None, "name of the prompt's field, if it is none of the usual ones")
     answer_field: str | None = opt(None, "name of the answer's field, likewise")
-    limit: int | None = opt(None, "only the first so many rows")
+    limit: int | None = opt(None, "only the first so many rows", low=1)
     raw: bool = opt(False, "prompts as they are, without the chat template")
 
 
@@ -95,7 +96,7 @@ class DatasetOptions:
 class DistillOptions(ModelOptions, DecodeOptions, DatasetOptions):
     out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
     adapter: str | None = opt(None, "adapter folder: distill from the adapted model")
-    batch_size: int = opt(16, "prompts decoded together on each process")
+    batch_size: int = opt(16, "prompts decoded together on each process", low=1)
     check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
 
@@ -105,25 +106,25 @@ class TrainOptions(ModelOptions, DatasetOptions):
     out: str = opt(None, "folder for checkpoints and metrics; an unfinished run is continued", required=True)
     objective: str = opt("tabom", "what to train", choices=tuple(objectives.OBJECTIVES))
     window: int | str = opt(32, "W: consecutively decoded tokens, or global", parse=window_size)
-    margin: float = opt(0.2, "gamma of the ranking loss, nats")
-    weight: float = opt(1.0, "lambda: weight of the ranking loss")
+    margin: float = opt(0.2, "gamma of the ranking loss, nats", low=0)
+    weight: float = opt(1.0, "lambda: weight of the ranking loss", low=0)
     entropy_context: str = opt("window", "entropies given the window's start, or own step", choices=("window", "step"))
     keep: str = opt(
         "correct", "trajectories to train on (correct: or not checkable)", choices=("correct", "finished", "all")
     )
     keep_eos: bool = opt(False, "keep the tokens after the first EOS")
-    lora_rank: int = opt(16, "0 = train all weights")
-    lora_alpha: int = opt(16, "the adapter counts alpha / rank times")
-    lora_dropout: float = opt(0.0, "dropout before the adapter")
+    lora_rank: int = opt(16, "0 = train all weights", low=0)
+    lora_alpha: int = opt(16, "the adapter counts alpha / rank times", low=0)
+    lora_dropout: float = opt(0.0, "dropout before the adapter", low=0)
     lora_targets: tuple = opt(("q_proj", "v_proj"), "layers with an adapter, comma-separated", parse=names)
-    epochs: int = opt(5, "passes over the data; a checkpoint after each")
-    global_batch: int | None = opt(None, "examples per optimizer step, over all processes (4 per process)")
-    batch_size: int = opt(4, "examples per forward pass on each process; the rest accumulates")
-    lr: float = opt(2e-5, "peak learning rate")
-    final_lr: float = opt(0.0, "learning rate at the end of the cosine")
-    warmup: int = opt(50, "steps of linear warm-up")
-    weight_decay: float = opt(0.0, "of AdamW")
-    clip: float = opt(1.0, "largest gradient norm; 0 = no clipping")
+    epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
+    global_batch: int | None = opt(None, "examples per optimizer step, over all processes (4 per process)", low=1)
+    batch_size: int = opt(4, "examples per forward pass on each process; the rest accumulates", low=1)
+    lr: float = opt(2e-5, "peak learning rate", low=0)
+    final_lr: float = opt(0.0, "learning rate at the end of the cosine", low=0)
+    warmup: int = opt(50, "steps of linear warm-up", low=0)
+    weight_decay: float = opt(0.0, "of AdamW", low=0)
+    clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, a third more time")
 
 
@@ -160,16 +161,29 @@ DECODERS = {
 
 
 def decoder(options, family, folder):
-    """The arguments of decode.generate: the family's, then the model's own, then those given on the command line."""
+    """The arguments of decode.generate: the family's, then the model's own, then those given on the command line.
+
+    Raises ValueError for settings that do not fit together, before anything is decoded or written."""
+    known = {f.name: f for f in dataclasses.fields(DecodeOptions)}
     settings = dict(DECODERS[family])
     file = Path(folder) / "generation_config.json"
-    if file.is_file():
-        settings.update(data.read_json(file).get("tabom", {}))
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(DecodeOptions)}
-    settings.update({k: v for k, v in given.items() if v is not None})
+    own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
+    if type(own) is not dict or any(k not in known or not isinstance(v, known[k].type) for k, v in own.items()):
+        raise ValueError(f'{file}: "tabom" must hold decoder settings ({", ".join(known)}), not {own}')
+    settings.update(own)
+    settings.update({k: getattr(options, k) for k in known if getattr(options, k) is not None})
     settings.setdefault("steps", settings["max_new_tokens"])
     settings["block_length"] = settings.get("block_length") or None
+    decode.check(**settings)
     return settings
+
+
+def check_options(options):
+    """Raises ValueError for a number below the least that its option takes, or one that is none."""
+    for f in dataclasses.fields(options):
+        value, low = getattr(options, f.name), f.metadata.get("low")
+        if low is not None and value is not None and not low <= value < math.inf:
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be a number of at least {low}")
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -184,10 +198,16 @@ class Ranks:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(device)
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device).item()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        except Exception as e:  # torch raises whatever its backends do
+            raise ValueError(f"--device {device} cannot be used here: {str(e).strip().splitlines()[0]}") from e
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            patient = datetime.timedelta(hours=2)  # others wait while the first writes a checkpoint
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patient)
 
     @property
     def first(self):
@@ -222,21 +242,25 @@ class Ranks:
                 bucket, size = [], 0
 
 
-def load_model(options, ranks, adapter=None, dtype=None):
-    """The model on this process's device, its tokenizer, and the folder that both came from."""
+def load_model(options, ranks, adapter=None, weights=None, dtype="auto"):
+    """The model on this process's device, its tokenizer, and the folder that both came from.
+
+    weights: another folder with the same model's tensors, such as a checkpoint."""
     folder = model.resolve(options.model)
-    if dtype is None:
-        dtype = options.dtype
-        dtype = ("bfloat16" if ranks.device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    m = model.load(weights or folder, dtype=model.DTYPES[resolve_dtype(options, ranks, dtype)], device=ranks.device)
     tok = data.load_tokenizer(folder)
-    m = model.load(folder, dtype=model.DTYPES[dtype], device=ranks.device)
     if tok.size > m.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {m.config.vocab_size} rows"
-        )
+        rows = m.config.vocab_size
+        raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
     if adapter is not None:
         lora.load(m, adapter)
     return m, tok, folder
+
+
+def resolve_dtype(options, ranks, dtype="auto"):
+    """The dtype asked for; "auto" means `dtype`, and that again what the device is best at."""
+    dtype = options.dtype if options.dtype != "auto" else dtype
+    return ("bfloat16" if ranks.device.type == "cuda" else "float32") if dtype == "auto" else dtype
 
 
 # ------------------------------------------------------------------------------------------------------ run folders
@@ -244,21 +268,20 @@ def load_model(options, ranks, adapter=None, dtype=None):
 
 def open_run(out, meta, ranks, free=()):
     """Make the folder of a run, or continue the same one. What the run is stands in its meta.json; `free` keys may
-    change between two starts. Raises FileExistsError for a folder that holds anything else."""
-    out = Path(out)
+    change between two starts. Raises FileExistsError, on every process, for a folder that holds anything else."""
+    out, meta = Path(out), json.loads(json.dumps(meta))
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, not a folder")
+    if (out / "meta.json").is_file():
+        before = data.read_json(out / "meta.json")
+        differ = [k for k in {**before, **meta} if k not in {*free, "versions"} and before.get(k) != meta.get(k)]
+        if differ:
+            changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ)
+            raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
+    elif out.is_dir() and any(file.suffix != ".tmp" for file in out.iterdir()):
+        raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
+    ranks.barrier()  # all have looked before one writes
     if ranks.first:
-        if out.exists() and not out.is_dir():
-            raise FileExistsError(f"{out} is a file, not a folder")
-        if out.is_dir() and any(out.iterdir()):
-            if not (out / "meta.json").is_file():
-                raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
-            before = data.read_json(out / "meta.json")
-            free = {*free, "versions"}
-            now = json.loads(json.dumps(meta))
-            differ = [k for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
-            if differ:
-                changes = ", ".join(f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in differ)
-                raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(out / "meta.json") as f:
             f.write(json.dumps(meta, indent=2) + "\n")
@@ -270,17 +293,21 @@ def open_run(out, meta, ranks, free=()):
 def atomic_file(path):
     """A text file that appears whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        yield f
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path):
     """A folder that appears whole or not at all: written beside its place, and renamed once."""
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} is there already: choose another --out")
+    must_be_free(path)
     beside = path.with_name(path.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -291,18 +318,34 @@ def atomic_folder(path):
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def must_be_free(path):
+    """Raises FileExistsError for a path that is there already, unless it is an empty folder."""
+    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+        raise FileExistsError(f"{path} is there already: choose another --out")
+
+
 def versions():
     return dict(python=platform.python_version(), torch=torch.__version__)
 
 
 def fingerprint(path):
-    """SHA-256 over the bytes of a dataset file or of the trajectory files in a folder."""
-    digest = hashlib.sha256()
-    for file in data.trajectory_files(path):
-        with open(file, "rb") as f:
-            for block in iter(lambda: f.read(2**20), b""):
-                digest.update(block)
+    """SHA-256 of a file, or of the names, sizes and ends of the files in a model or adapter folder."""
+    digest, path = hashlib.sha256(), Path(path)
+    for file in [path] if path.is_file() else sorted(path.glob("*")):
+        if file.suffix in (".safetensors", ".json", ".txt", ".jinja") or file == path:
+            with open(file, "rb") as f:
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}".encode() if file != path else b"")
+                whole = file == path or size < 2**24
+                for start in range(0, size, 2**20) if whole else (0, size - 2**20):
+                    f.seek(start)
+                    digest.update(f.read(2**20))
     return digest.hexdigest()
+
+
+def identity(c, folder, adapter=None):
+    """What a run depends on besides its options: the bytes of the model and of the adapter."""
+    return dict(model_sha256=fingerprint(folder), adapter_sha256=None if adapter is None else fingerprint(adapter))
 
 
 # ---------------------------------------------------------------------------------------------------------- distill
@@ -311,26 +354,26 @@ def fingerprint(path):
 def distill(c):
     """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
 
-    Each finished record is written at once; the same command continues where an earlier one was stopped."""
+    Each finished batch is written at once; the same command continues where an earlier one was stopped."""
     ranks = Ranks(c.device)
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
     m, tok, folder = load_model(c, ranks, c.adapter)
     settings = decoder(c, m.config.family, folder)
     meta = dict(
         command="distill",
-        model=c.model,
-        adapter=c.adapter,
-        data=c.data,
+        **{k: getattr(c, k) for k in ("model", "adapter", "data", "prompt_field", "answer_field", "limit", "raw")},
+        **identity(c, folder, c.adapter),
         data_sha256=fingerprint(c.data),
+        dtype=resolve_dtype(c, ranks),
         decoder=settings,
         check=c.check,
-        raw=c.raw,
         seed=c.seed,
         vocab_size=m.config.vocab_size,
-        limit=c.limit,
         versions=versions(),
     )
-    out = open_run(c.out, meta, ranks, free=("limit",))
+    for e in examples:
+        e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
+    out = open_run(c.out, meta, ranks, free=("limit", "model", "adapter", "data"))  # these by their content
     if ranks.first:
         for file in data.trajectory_files(out):
             drop_torn_line(file)
@@ -339,27 +382,26 @@ def distill(c):
     ranks.barrier()  # nobody writes before everybody has read
 
     todo = [e for e in examples if json.dumps(e["id"]) not in done]
-    for e in todo:
-        e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
-    todo.sort(key=lambda e: len(e["prompt_ids"]))  # prompts of one length need no padding
+    todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
     batches = [todo[i : i + c.batch_size] for i in range(0, len(todo), c.batch_size)][ranks.rank :: ranks.world]
-    kept = tokens = 0
+    never = never_chosen(m, tok)
+    seen = kept = tokens = 0
     start = time.time()
     with (
         open(out / f"trajectories-{ranks.rank:05d}.jsonl", "a", encoding="utf-8") as f,
         tqdm(total=sum(map(len, batches)), desc="distill", unit="prompt", disable=not ranks.first) as bar,
     ):
-        for count, batch in enumerate(batches):
-            for record in decode_batch(m, tok, batch, settings, c, ranks.device):
+        for batch in batches:
+            for record in decode_batch(m, tok, batch, settings, never, c, ranks.device):
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
                 kept += data.usable(record)
                 tokens += len(record["response_ids"])
             f.flush()
+            seen += len(batch)
             bar.update(len(batch))
-            share = kept / (count * c.batch_size + len(batch))
-            bar.set_postfix_str(f"{tokens / (time.time() - start):.0f} tokens/s, kept {share:.0%}")
+            bar.set_postfix_str(f"{tokens / (time.time() - start):.0f} tokens/s, kept {kept / seen:.0%}")
     ranks.barrier()
-    records = data.read_trajectories(out)
+    records = data.read_trajectories(out) if ranks.first else []
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -371,14 +413,16 @@ def distill(c):
     )
 
 
-def decode_batch(m, tok, batch, settings, c, device):
+def decode_batch(m, tok, batch, settings, never, c, device):
     """Trajectory records of a few examples: the lines of a trajectory file."""
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in batch], m.config.pad_id))
     generators = [data.generator(c.seed, "decode", e["id"], device=device) for e in batch]
-    t = decode.generate(m, ids, mask, generator=generators, suppress=never_chosen(m, tok), **settings)
-    t = [x.tolist() for x in t]
-    for i, e in enumerate(batch):
-        response, step, order, entropy, confidence = (x[i] for x in t)
+    t = decode.generate(m, ids, mask, generator=generators, suppress=never, **settings)
+    if not t.entropy.isfinite().all():
+        raise ValueError(
+            f"{c.model}: the model's predictions are not finite (NaN weights, or an overflow of its dtype)"
+        )
+    for e, response, step, order, entropy, confidence in zip(batch, *(x.tolist() for x in t)):
         text = tok.response_text(response)
         yield dict(
             id=e["id"],
@@ -391,7 +435,7 @@ def decode_batch(m, tok, batch, settings, c, device):
             entropy=[round(x, 6) for x in entropy],
             confidence=[round(x, 6) for x in confidence],
             text=text,
-            finished=not tok.stop_ids.isdisjoint(response) or m.config.eos_id in response,
+            finished=m.config.eos_id in response,
             correct=evaluate.check(c.check, text, e["answer"]),
         )
 
@@ -416,51 +460,55 @@ def train(c):
     """Train an adapter (or, with --lora-rank 0, all weights) -> the last metrics and the last checkpoint.
 
     One optimizer step sees the same examples, windows and gradient whatever the number of processes: each takes every
-    world-th example of the global batch, sums its share of the mean loss, and the gradients are added up."""
-    check_train(c)
+    world-th example of the global batch, sums its share of the mean loss, and the gradients are added up. (Dropout is
+    the exception: its noise differs with the split.)"""
+    objective_options(c)
     ranks = Ranks(c.device)
     full = c.lora_rank == 0
-    m, tok, folder = load_model(c, ranks, dtype="float32" if full and c.dtype == "auto" else None)
+    last = last_checkpoint(Path(c.out))
+    prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
+    m, tok, folder = load_model(c, ranks, weights=last if full else None, dtype=prefer)
     records = training_records(c, m, tok)
-    G = c.global_batch or 4 * ranks.world
+    G = 4 * ranks.world if c.global_batch is None else c.global_batch
     steps_per_epoch = math.ceil(len(records) / G)
     total = c.epochs * steps_per_epoch
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
     machine = ("out", "device", "batch_size", "gradient_checkpointing")  # no part of what is computed
-    meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, "global_batch": G}
-    meta.update(data_sha256=fingerprint(c.data), examples=len(records), versions=versions())
-    out = open_run(c.out, meta, ranks)
-    if c.warmup >= total and ranks.first:
-        tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
-
-    last = last_checkpoint(out)
+    meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **identity(c, folder)}
+    meta.update(dtype=resolve_dtype(c, ranks, prefer), global_batch=G, examples=len(records), versions=versions())
+    meta["data_sha256"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     if full:
-        m = m if last is None else model.load(last, m.embed.weight.dtype, ranks.device)
         m.requires_grad_(True)
     else:
         start = data.generator(c.seed, "lora")
         lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
         m = m if last is None else lora.load(m, last)
-    m.train()
-    m.gradient_checkpointing = c.gradient_checkpointing
     weights = {name: p for name, p in m.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay)
+
+    out = open_run(c.out, meta, ranks, free=("model", "data"))  # these by their content
+    if c.warmup >= total and ranks.first:
+        tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
+    m.train()
+    m.gradient_checkpointing = c.gradient_checkpointing
     done = 0 if last is None else restore(last, weights, optimizer)
     if ranks.first:
         keep_lines(out / "metrics.jsonl", done)
 
-    metrics = {}
+    metrics, order = {}, None
     with (
         open(out / "metrics.jsonl", "a", encoding="utf-8") if ranks.first else contextlib.nullcontext() as log,
         tqdm(total=total, initial=done, desc="train", unit="step", disable=not ranks.first) as bar,
     ):
         for step in range(done, total):
             epoch, i = divmod(step, steps_per_epoch)
-            chosen = [records[k] for k in data.epoch_order(len(records), c.seed, epoch)[i * G : (i + 1) * G]]
+            if order is None or i == 0:
+                order = data.epoch_order(len(records), c.seed, epoch)
+            chosen = [records[k] for k in order[i * G : (i + 1) * G]]
             metrics = train_step(c, m, list(weights.values()), optimizer, chosen, step, epoch, total, ranks)
-            if not math.isfinite(metrics["loss"]):
-                ids = [r["id"] for r in chosen]
-                raise ValueError(f"loss {metrics['loss']} at step {step}, examples {ids}; last good checkpoint: {last}")
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step + 1}"
+                raise ValueError(f"{what}, examples {[r['id'] for r in chosen]}; last good checkpoint: {last}")
             if ranks.first:
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
@@ -475,27 +523,28 @@ def train(c):
     return dict(out=str(out), checkpoint=str(last), steps=total, examples=len(records), **metrics)
 
 
-def check_train(c):
+TUNABLE = ("window", "margin", "weight", "entropy_context")  # options that some objectives take and others do not
+
+
+def objective_options(c):
+    """The options of c that its objective takes. Raises ValueError for one that is set and would not be used."""
     if c.window != "global" and c.window < 2:
         raise ValueError(f"--window {c.window}: needs at least 2 tokens (one has no pair to rank), or global")
-    for name in ("epochs", "batch_size", "lr"):
-        if getattr(c, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} must be positive")
-    if (c.global_batch or 1) < 1 or c.lora_rank < 0 or c.warmup < 0:
-        raise ValueError(
-            f"--global-batch {c.global_batch}, --lora-rank {c.lora_rank}, --warmup {c.warmup}: out of range"
-        )
+    known = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
+    unused = [k for k in TUNABLE if k not in known and getattr(c, k) != getattr(TrainOptions, k)]
+    if unused:
+        raise ValueError(f"--objective {c.objective} does not use --{', --'.join(unused).replace('_', '-')}")
+    return {k: getattr(c, k) for k in TUNABLE if k in known}
 
 
 def training_records(c, m, tok):
-    """What to train on: the usable trajectories, cut at their first EOS, or a dataset's prompts with their answers."""
+    """What to train on, sorted by id: the usable trajectories, cut at their first EOS, or a dataset's prompts with
+    their answers, as dicts of id, prompt_ids, response_ids and order (None for an answer)."""
     path = Path(c.data)
     first = next(data.read_rows(path), (None, {}))[1] if path.is_file() else {}
     if path.is_file() and not (isinstance(first, dict) and "response_ids" in first):
         if c.objective != "nelbo":
-            raise ValueError(
-                f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
-            )
+            raise ValueError(f"{path} has no trajectories, and {c.objective} needs them: distill, or --objective nelbo")
         examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit)
         bare = [e["id"] for e in examples if e["answer"] is None]
         if bare:
@@ -503,17 +552,24 @@ def training_records(c, m, tok):
         for e in examples:
             e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
             e["response_ids"] = data.encode_answer(tok, e["messages"], e["answer"], c.raw)
-        return examples
-    records = data.read_trajectories(path, m.config.vocab_size)[: c.limit]
-    meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
-    if meta.get("vocab_size", m.config.vocab_size) != m.config.vocab_size:
-        raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {m.config.vocab_size}")
-    kept = [r for r in records if data.usable(r, c.keep)]
-    if not kept:
-        finished = sum(bool(r.get("finished")) for r in records)
-        wrong = sum(r.get("correct") is False for r in records)
-        raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
-    return kept if c.keep_eos else [data.cut_at_eos(r, m.config.eos_id) for r in kept]
+        kept = examples
+    else:
+        records = data.read_trajectories(path, m.config.vocab_size)
+        meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
+        rows = m.config.vocab_size
+        if meta.get("vocab_size", rows) != rows:
+            raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {rows}")
+        records.sort(key=lambda r: (str(type(r["id"])), r["id"]))
+        records = records[: c.limit]
+        kept = [r for r in records if data.usable(r, c.keep)]
+        if not kept:
+            finished = sum(bool(r.get("finished")) for r in records)
+            wrong = sum(r.get("correct") is False for r in records)
+            raise ValueError(
+                f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)"
+            )
+        kept = kept if c.keep_eos else [data.cut_at_eos(r, m.config.eos_id) for r in kept]
+    return [{k: r.get(k) for k in ("id", "prompt_ids", "response_ids", "order")} for r in kept]
 
 
 MEANS = ("loss", "ce", "rank", "in_order", "entropy", "masked")  # what objectives report, averaged over the batch
@@ -522,9 +578,7 @@ MEANS = ("loss", "ce", "rank", "in_order", "entropy", "masked")  # what objectiv
 def train_step(c, m, weights, optimizer, chosen, step, epoch, total, ranks):
     """One optimizer step on the examples of a global batch -> its line of metrics.jsonl."""
     begun = time.time()
-    objective = objectives.OBJECTIVES[c.objective]
-    known = inspect.signature(objective).parameters
-    options = {k: getattr(c, k) for k in ("window", "margin", "weight", "entropy_context") if k in known}
+    objective, options = objectives.OBJECTIVES[c.objective], objective_options(c)
     torch.manual_seed(data.generator(c.seed, step, ranks.rank, "dropout").initial_seed())
 
     mine = chosen[ranks.rank :: ranks.world]
@@ -547,7 +601,7 @@ def train_step(c, m, weights, optimizer, chosen, step, epoch, total, ranks):
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf)
-    if math.isfinite(means[0]):
+    if math.isfinite(means[0] + norm.item()):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     values = {k: v for k, v in zip(sums, means) if k in seen}
@@ -585,11 +639,17 @@ def last_checkpoint(out):
 
 def restore(checkpoint, weights, optimizer):
     """Fill the optimizer's state from a checkpoint, whose weights are loaded already -> optimizer steps done."""
-    state = load_file(checkpoint / "optimizer.safetensors")
+    state, step = (
+        load_file(checkpoint / "optimizer.safetensors"),
+        data.read_json(checkpoint / "trainer.json").get("step"),
+    )
+    wanted = {f"{k}.{name}" for name in weights for k in ("step", "exp_avg", "exp_avg_sq")}
+    if type(step) is not int or state.keys() != wanted:
+        raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
     for name, p in weights.items():
         moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": state[f"step.{name}"], **moments}
-    return data.read_json(checkpoint / "trainer.json")["step"]
+    return step
 
 
 def keep_lines(file, count):
@@ -613,6 +673,8 @@ def copy_extras(source, target):
 
 def generate(c):
     """Answer one prompt, or chat -> the last answer and its speed."""
+    if c.raw and (c.system or c.prompt is None):
+        raise ValueError("--raw takes one --prompt as it is: no --system and no chat")
     ranks = Ranks(c.device)
     m, tok, folder = load_model(c, ranks, c.adapter)
     settings = decoder(c, m.config.family, folder)
@@ -656,19 +718,23 @@ class Watch:
         self.tok, self.mask_id = tok, mask_id
 
     def __call__(self, step, response, entropy):
-        cells = []
-        for token, h in zip(response[0].tolist(), entropy[0].tolist()):
+        cells, tokens = [], list(zip(response[0].tolist(), entropy[0].tolist()))
+        while tokens:
+            token, h = tokens.pop(0)
             if token == self.mask_id:
                 cells.append("\x1b[2m·\x1b[0m")
             elif token not in self.tok.stop_ids:
-                colour = self.COLOURS[min(int(h / 3 * 10), 10)]
-                cells.append(f"\x1b[38;5;{colour}m{self.tok.decode([token])}\x1b[0m")
+                part = [token]  # a character may be spread over several tokens
+                while (text := self.tok.decode(part)).endswith("\ufffd") and tokens and tokens[0][0] != self.mask_id:
+                    part.append(tokens.pop(0)[0])
+                cells.append(f"\x1b[38;5;{self.COLOURS[min(int(h / 3 * 10), 10)]}m{text}\x1b[0m")
         home = "\x1b[H\x1b[2J"  # the top left of an empty screen
         print(f"{home}step {step}\n{''.join(cells)}", file=sys.stderr, flush=True)
 
 
 def merge(c):
     """Fold an adapter into its base model and write a model folder in the base's own layout and dtype."""
+    must_be_free(c.out)
     folder = model.resolve(c.model)
     m = lora.load(model.load(folder, dtype=None), c.adapter)
     changed = len(lora.layers(m))
@@ -703,7 +769,7 @@ def parser():
         summary = inspect.getdoc(run).split("\n\n")[0]
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         for f in dataclasses.fields(options):
-            flag, about = "--" + f.name.replace("_", "-"), dict(f.metadata)
+            flag, about = "--" + f.name.replace("_", "-"), {k: v for k, v in f.metadata.items() if k != "low"}
             kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not type(None))
             if kind is bool:
                 sub.add_argument(flag, action="store_true", help=about["help"])
@@ -714,19 +780,28 @@ def parser():
     return top
 
 
+ALONE = ("generate", "merge")  # nothing to share: under torchrun the first process does them
+
+
 def main(argv=None):
     """Run a command -> exit status. An error is one line on stderr."""
     given = vars(parser().parse_args(argv))
-    run, options = COMMANDS[given.pop("command")]
+    command = given.pop("command")
+    run, options = COMMANDS[command]
+    first = int(os.environ.get("RANK", 0)) == 0
+    if command in ALONE and not first:
+        return 0
     try:
-        result = run(options(**given))
-        if int(os.environ.get("RANK", 0)) == 0:
+        c = options(**given)
+        check_options(c)
+        result = run(c)
+        if first:
             print(json.dumps(result, ensure_ascii=False))
         return 0
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped" + ("" if command in ALONE else "; the same command continues"), file=sys.stderr)
         return 130
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as e:
+    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as e:  # torch's are RuntimeErrors
         if os.environ.get("TABOM_DEBUG"):
             raise
         print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)

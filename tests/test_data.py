@@ -68,6 +68,20 @@ def test_an_answer_is_encoded_as_the_model_would_write_it(dream):
     assert dream.response_text(ids + [151643] * 3) == "Hello"
 
 
+LLADA = (  # in the manner of LLaDA-8B-Instruct's template, which opens an answer whether asked to or not
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+
+def test_an_answer_ends_with_its_turn_whatever_the_template_writes_behind(dream):
+    tok = data.Tokenizer(dream.backend, dream.special, LLADA)
+    assert data.encode_answer(tok, [{"role": "user", "content": "Hi"}], "Hello") == [9707, 151645, 151643]
+    assert data.encode_answer(dream, [{"role": "user", "content": "Hi"}], "Hello", raw=True) == [9707, 151643]
+    with pytest.raises(ValueError, match="an empty prompt"):
+        data.encode_prompt(dream, [{"role": "user", "content": ""}], raw=True)
+
+
 def test_tiny_tokenizer_round_trips_and_refuses_what_it_cannot_spell(tiny):
     tok = data.load_tokenizer(tiny)
     text = "L12..ab"
@@ -167,6 +181,7 @@ def test_named_fields_and_own_ids(tmp_path):
     assert [(e["id"], e["prompt"], e["answer"]) for e in examples] == [("t/1", "q", "7"), ("t/2", "p", "8")]
     repeated = write(tmp_path / "e.jsonl", dict(id=5, prompt="a"), dict(id=5, prompt="b"))
     assert [e["id"] for e in data.read_examples(repeated)] == [0, 1]
+    assert [e["id"] for e in data.read_examples(repeated, limit=1)] == [0]  # the limit does not change what ids are
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_quick_demo_prints_a_table_and_json(tmp_path):
     assert "in-domain" in header and before.startswith("| before") and after.startswith("| after")
     for line, row in ((before, result["before"]), (after, result["after"])):
         assert f"{100 * row['in_domain']:.1f}" in line and f"{row['tds']:.3f}" in line
-    records = data.read_trajectories(tmp_path / "demo" / "quick" / "before-test_in")
+    records = data.read_trajectories(tmp_path / "demo" / "quick-0" / "before-test_in")
     assert result["before"]["in_domain"] == sum(r["correct"] for r in records) / len(records)
     again = subprocess.run(words, capture_output=True, text=True)  # everything is there already
     assert json.loads(again.stdout.strip().splitlines()[-1]) == result

@@ -207,6 +207,7 @@ def test_training_is_the_mean_gradient_of_the_global_batch_by_hand(tiny, traject
     """The first optimizer step, written out without accumulation."""
     m = lora.inject(model.load(tiny), generator=data.generator(0, "lora"))
     rows = [data.cut_at_eos(r, m.config.eos_id) for r in data.read_trajectories(trajectories)]
+    rows.sort(key=lambda r: r["id"])
     rows = [rows[k] for k in data.epoch_order(12, 0, 0)[:5]]
     generators = [data.generator(0, 0, r["id"]) for r in rows]
     out = objectives.tabom(m, data.collate(rows, m.config.pad_id), window=8, generator=generators)
@@ -258,8 +259,8 @@ def test_a_finished_run_is_left_alone(tiny, trajectories, trained, capsys):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(objective="nelbo"),
-        dict(objective="transition"),
+        dict(objective="nelbo", window=32),
+        dict(objective="transition", window=32),
         dict(window="global"),
         dict(entropy_context="step", window=4),
         dict(weight=0.0),
@@ -282,13 +283,13 @@ def test_training_lowers_the_loss(tiny, trajectories, tmp_path, capsys):
 
 def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
     out = tmp_path / "R"
-    run_train(capsys, model=tiny, data=puzzles, out=out, objective="nelbo", lora_rank=0, lr=3e-3)
+    run_train(capsys, model=tiny, data=puzzles, out=out, objective="nelbo", window=32, lora_rank=0, lr=3e-3)
     before, after = load_file(tiny / "model.safetensors"), load_file(out / "epoch-2" / "model.safetensors")
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[k], after[k]) for k in before)
     data.load_tokenizer(out / "epoch-2")  # the checkpoint is a model folder of its own
     shutil.rmtree(out / "epoch-2")
-    run_train(capsys, model=tiny, data=puzzles, out=out, objective="nelbo", lora_rank=0, lr=3e-3)
+    run_train(capsys, model=tiny, data=puzzles, out=out, objective="nelbo", window=32, lora_rank=0, lr=3e-3)
     again = load_file(out / "epoch-2" / "model.safetensors")
     assert all(torch.equal(after[k], again[k]) for k in after)
 
@@ -334,7 +335,7 @@ def test_an_infinite_loss_stops_the_run(tiny, trajectories, tmp_path, capsys):
     tensors["model.transformer.ln_f.weight"].fill_(float("nan"))
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     assert tabom.main(["train", *flags(model=broken, data=trajectories, out=tmp_path / "R", **TRAIN)]) == 1
-    assert re.search(r"error: loss nan at step 0, examples \[.*train-.*\]", capsys.readouterr().err)
+    assert re.search(r"error: loss nan .* at step 1, examples \[.*train-.*\]; last", capsys.readouterr().err)
 
 
 # ----------------------------------------------------------------------------------------------- generate and merge
@@ -477,6 +478,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tiny, puzzles, tmp_pa
         ('{"prompt": "L1"}\n{"prompt": \n', r"d\.jsonl:2: not valid JSON"),
         ('{"wrong": "L1"}\n', r"d\.jsonl:1: no known prompt field"),
         ('{"prompt": "hello"}\n', "cannot encode 'hello'"),
+        ('{"prompt": "L1"}\n{"prompt": ""}\n', "an empty prompt"),
     ],
 )
 def test_bad_datasets(tiny, tmp_path, capsys, lines, message):
@@ -523,7 +525,14 @@ def test_nothing_usable_to_train_on(tiny, trajectories, puzzles, tmp_path, capsy
     fails(capsys, "no trajectories, and tabom needs them", "train", data=puzzles, **options)
     fails(capsys, "no trajectories at", "train", data=tmp_path / "none", **options)
     (tmp_path / "bare.jsonl").write_text('{"prompt": "L1"}\n')
-    fails(capsys, "1 rows have no answer", "train", data=tmp_path / "bare.jsonl", objective="nelbo", **options)
+    fails(
+        capsys,
+        "1 rows have no answer",
+        "train",
+        data=tmp_path / "bare.jsonl",
+        objective="nelbo",
+        **{**options, "window": 32},
+    )
 
 
 def test_a_folder_with_another_run_is_refused_and_kept(tiny, puzzles, trajectories, trained, tmp_path, capsys):
@@ -550,6 +559,61 @@ def test_a_changed_dataset_is_noticed(tiny, puzzles, trajectories, tmp_path, cap
     changed.write_text(puzzles.read_text().replace("L", "S", 1))
     edit_json(tmp_path / "T" / "meta.json", data=str(changed))
     fails(capsys, "data_sha256 was", "distill", model=tiny, data=changed, out=tmp_path / "T", check="exact")
+
+
+@pytest.mark.parametrize(
+    "command, option, value, message",
+    [
+        ("distill", "batch_size", 0, "--batch-size 0: must be a number of at least 1"),
+        ("distill", "limit", -1, "--limit -1: must be"),
+        ("distill", "temperature", "nan", "temperature nan must be"),
+        ("distill", "device", "warp9", "--device warp9 cannot be used here"),
+        ("train", "limit", -5, "--limit -5: must be"),
+        ("train", "lr", "nan", "--lr nan: must be a number"),
+        ("train", "clip", -1, "--clip -1.0: must be"),
+        ("train", "global_batch", 0, "--global-batch 0: must be"),
+        ("train", "lora_targets", "foo", "no linear layer is called foo"),
+    ],
+)
+def test_values_out_of_range_are_refused_and_leave_no_trace(
+    tiny, puzzles, trajectories, tmp_path, capsys, command, option, value, message
+):
+    source = puzzles if command == "distill" else trajectories
+    options = {**(TRAIN if command == "train" else {}), option: value}
+    fails(capsys, message, command, model=tiny, data=source, out=tmp_path / "R", **options)
+    assert not (tmp_path / "R").exists()
+
+
+def test_options_that_an_objective_does_not_use_are_refused(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", keep="all")
+    fails(capsys, "nelbo does not use --window, --weight", "train", objective="nelbo", window=8, weight=2, **options)
+    fails(capsys, "--raw takes one --prompt", "generate", model=tiny, prompt="L", raw=True, system="S")
+
+
+def test_another_model_under_the_same_name_is_noticed(tiny, puzzles, tmp_path, capsys):
+    other = broken_model(tmp_path, tiny, lambda f: None)
+    options = dict(model=other, data=puzzles, out=tmp_path / "T", check="exact")
+    assert tabom.main(["distill", *flags(**options, limit=2)]) == 0
+    capsys.readouterr()
+    model.save(model.create(demo.CONFIG, torch.Generator().manual_seed(5)), other)
+    fails(capsys, "model_sha256 was", "distill", **options)
+
+
+def test_the_order_of_trajectory_lines_does_not_matter(tiny, trajectories, trained, tmp_path, capsys):
+    lines = (trajectories / "trajectories-00000.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "T").mkdir()
+    (tmp_path / "T" / "trajectories-00000.jsonl").write_text("".join(lines[::-2]))
+    (tmp_path / "T" / "trajectories-00001.jsonl").write_text("".join(lines[-2::-2]))
+    run_train(capsys, model=tiny, data=tmp_path / "T", out=tmp_path / "R")
+    assert [line["loss"] for line in metrics(tmp_path / "R")] == [line["loss"] for line in metrics(trained)]
+
+
+@pytest.mark.parametrize("own", [dict(foo=1), [1], None, dict(max_new_tokens="x"), dict(max_new_tokens=0)])
+def test_a_models_own_decoder_settings_are_checked(tiny, puzzles, tmp_path, capsys, own):
+    folder = broken_model(tmp_path, tiny, lambda f: edit_json(f / "generation_config.json", tabom=own))
+    fails(
+        capsys, "must hold decoder settings|max_new_tokens 0", "distill", model=folder, data=puzzles, out=tmp_path / "T"
+    )
 
 
 def test_bad_adapters(tiny, tmp_path, capsys):
