@@ -80,7 +80,7 @@ class ModelOptions:
 
 @dataclass
 class DecodeOptions:
-    """None = what the model's own decoder does: DECODERS below, then generation_config.json's "tabom" entry."""
+    """None = what the model's own decoder does: DECODERS above, then generation_config.json's "tabom" entry."""
 
     max_new_tokens: int | None = opt(None, "response length (256)")
     steps: int | None = opt(None, "decoding steps (as many as tokens)")
@@ -177,7 +177,7 @@ class MergeOptions:
 @dataclass
 class DemoOptions:
     out: str = opt("out/demo", "folder for datasets, trajectories and checkpoints")
-    quick: bool = opt(False, "a tenth of the data: shows that it runs, not what it does")
+    quick: bool = opt(False, "few puzzles: shows that it runs, not what it does")
     data_only: str | None = opt(None, "only write the tasks' datasets into this folder")
     retrain: str | None = opt(None, "only train the tiny model again, into this folder")
     seed: int = opt(0, "of the tasks and of the training")
