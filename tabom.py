@@ -135,7 +135,7 @@ class TrainOptions(ModelOptions, DatasetOptions):
     warmup: int = opt(50, "steps of linear warm-up", low=0)
     weight_decay: float = opt(0.0, "of AdamW", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
-    gradient_checkpointing: bool = opt(False, "recompute activations: less memory, a third more time")
+    gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
 
 
 @dataclass
