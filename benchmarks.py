@@ -12,6 +12,8 @@ from pathlib import Path
 
 import data
 import evaluate
+import options
+import runs
 import tabom
 
 # ------------------------------------------------------------------------------------------------ data and settings
@@ -36,7 +38,7 @@ TOKENS = {
     "llada": dict(gsm8k=512, math500=512, humaneval=512, mbpp=256, ifeval=512),
 }
 BLOCKS = {
-    "dream": dict.fromkeys(tabom.TASKS),
+    "dream": dict.fromkeys(options.TASKS),
     "llada": dict(gsm8k=8, math500=64, humaneval=512, mbpp=256, ifeval=512),
 }
 LONGEST_PROMPT = 1024  # tokens; Dream's evaluation cuts longer ones on the left
@@ -154,7 +156,7 @@ def score(task, found):
 
 
 def grade(c):
-    """Grade the responses of a file and write each line back with its verdict -> the score. c: tabom.GradeOptions."""
+    """Grade the responses of a file and write each line back with its verdict -> the score. c: options.GradeOptions."""
     rows = []
     for where, row in data.read_rows(c.responses):
         wanted = dict(FIELDS[c.task], response=str)
@@ -169,7 +171,7 @@ def grade(c):
     found = verdicts(c.task, c.family, rows, [row["response"] for row in rows])
     out = Path(c.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tabom.atomic_file(out) as f:
+    with runs.atomic_file(out) as f:
         f.writelines(json.dumps({**row, **v}, ensure_ascii=False) + "\n" for row, v in zip(rows, found))
     return dict(score(c.task, found), out=str(out))
 
@@ -178,23 +180,23 @@ def grade(c):
 
 
 def run(c):
-    """Answer and grade the questions of every task -> the scores. c: tabom.EvaluateOptions.
+    """Answer and grade the questions of every task -> the scores. c: options.EvaluateOptions.
 
     out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings."""
-    unknown = [t for t in c.tasks if t not in tabom.TASKS]
+    unknown = [t for t in c.tasks if t not in options.TASKS]
     if unknown:
-        raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(tabom.TASKS)}")
-    ranks = tabom.Ranks(c.device)
+        raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(options.TASKS)}")
+    ranks = runs.Ranks(c.device)
     questions = {task: read_records(task, c.data)[: c.limit] for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
-    m, tok, folder = tabom.load_model(c, ranks, c.adapter)
+    m, tok, folder = runs.load_model(c, ranks, c.adapter)
     results = []
     for task, records in questions.items():
         settings = decoder(c, task, m.config.family, folder)
         results.append(run_task(c, ranks, m, tok, folder, task, records, shots[task], settings))
     if ranks.first:
-        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=results, versions=tabom.versions())
-        with tabom.atomic_file(Path(c.out) / "results.json") as f:
+        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=results, versions=runs.versions())
+        with runs.atomic_file(Path(c.out) / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         print(table(results))
     return dict(out=c.out, scores=results)
@@ -210,7 +212,7 @@ def decoder(c, task, family, folder):
                 f"--tokens-per-step {c.tokens_per_step} must divide {tokens} tokens, and --steps be absent"
             )
         preset["steps"] = tokens // c.tokens_per_step
-    return tabom.decoder(c, family, folder, preset)
+    return options.decoder(c, family, folder, preset)
 
 
 def run_task(c, ranks, m, tok, folder, task, records, shots, settings):
@@ -223,15 +225,15 @@ def run_task(c, ranks, m, tok, folder, task, records, shots, settings):
     meta = dict(
         command="evaluate",
         task=task,
-        **tabom.identity(c, folder, c.adapter),
+        **runs.identity(c, folder, c.adapter),
         decoder=settings,
-        dtype=tabom.resolve_dtype(c, ranks),
+        dtype=runs.resolve_dtype(c, ranks),
         seed=c.seed,
         limit=c.limit,
         shots=len(shots),
-        versions=tabom.versions(),
+        versions=runs.versions(),
     )
-    out = tabom.open_run(Path(c.out) / task, meta, ranks, free=("limit",))
+    out = runs.open_run(Path(c.out) / task, meta, ranks, free=("limit",))
 
     def judge(batch, texts):
         texts = [trim(task, family, text) for text in texts]

@@ -24,6 +24,8 @@ from pathlib import Path
 import data
 import evaluate
 import model
+import options
+import runs
 import tabom
 
 TINY = Path(__file__).parent / "tiny"
@@ -100,18 +102,18 @@ def fill(cells, rows, columns, rng=None):
     """Solve `cells` in place, in random order with rng; False, and nothing changed, where there is no solution.
 
     rows, columns: the symbols used in each, kept up to date."""
-    best, options, fewest = None, 0, N + 1
+    best, symbols, fewest = None, 0, N + 1
     for i, c in enumerate(cells):
         if not c:
             free = FULL & ~(rows[i // N] | columns[i % N])
             if free.bit_count() < fewest:
-                best, options, fewest = i, free, free.bit_count()
+                best, symbols, fewest = i, free, free.bit_count()
                 if fewest < 2:
                     break
     if best is None:
         return True
     row, column = best // N, best % N
-    choices = bits(options)
+    choices = bits(symbols)
     if rng:
         rng.shuffle(choices)
     for c in choices:
@@ -164,7 +166,7 @@ def write_puzzles(file, tasks, count, hard, seed):
         prompt, answer = make(task, rng, hard)
         seen.setdefault(prompt, dict(id=f"{file.stem}-{len(seen)}", prompt=prompt, answer=answer))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tabom.atomic_file(file) as f:
+    with runs.atomic_file(file) as f:
         f.writelines(json.dumps(row) + "\n" for row in seen.values())
     return file
 
@@ -237,7 +239,7 @@ def retrain(folder, seed=0, puzzles=64_000, epochs=3):
     write_start(folder / "start", seed)
     dataset = write_puzzles(folder / "pretrain.jsonl", ["latin", "shear"], puzzles, False, seed)
     result = tabom.train(
-        tabom.TrainOptions(
+        options.TrainOptions(
             model=str(folder / "start"),
             data=str(dataset),
             out=str(folder / "run"),
@@ -251,7 +253,7 @@ def retrain(folder, seed=0, puzzles=64_000, epochs=3):
             seed=seed,
         )
     )
-    with tabom.atomic_folder(folder / "tiny") as beside:
+    with runs.atomic_folder(folder / "tiny") as beside:
         for file in Path(result["checkpoint"]).iterdir():
             if file.name not in ("optimizer.safetensors", "trainer.json"):
                 shutil.copyfile(file, beside / file.name)
@@ -266,31 +268,31 @@ BATCH = 64  # puzzles decoded together
 
 
 def run(c):
-    """Distill, train, evaluate before and after -> the table's figures. c: tabom.DemoOptions."""
-    if (c.data_only or c.retrain) and tabom.Ranks("cpu").world > 1:
+    """Distill, train, evaluate before and after -> the table's figures. c: options.DemoOptions."""
+    if (c.data_only or c.retrain) and runs.Ranks("cpu").world > 1:
         raise ValueError("--data-only and --retrain need one process: run them without torchrun")
     if c.data_only:
         return dict(datasets=[str(file) for file in write_datasets(c.data_only, c.seed)])
     if c.retrain:
         return retrain(c.retrain, c.seed)
     out = Path(c.out) / f"{'quick' if c.quick else 'full'}-{c.seed}"
-    ranks = tabom.Ranks("cpu")
+    ranks = runs.Ranks("cpu")
     if ranks.first:
         write_datasets(out / "data", c.seed, **QUICK if c.quick else {})
     ranks.barrier()
     base = dict(model=str(TINY), device="cpu", seed=c.seed)
     train, *tests = (str(out / "data" / name) for name in ("train.jsonl", "test_in.jsonl", "test_out.jsonl"))
     distilled = tabom.distill(
-        tabom.DistillOptions(**base, data=train, out=str(out / "T"), check="exact", batch_size=BATCH)
+        options.DistillOptions(**base, data=train, out=str(out / "T"), check="exact", batch_size=BATCH)
     )
-    trained = tabom.train(tabom.TrainOptions(**base, data=str(out / "T"), out=str(out / "R"), **TRAINING))
+    trained = tabom.train(options.TrainOptions(**base, data=str(out / "T"), out=str(out / "R"), **TRAINING))
     rows = {}
     for name, adapter in (("before", None), ("after", trained["checkpoint"])):
         solved = []
         for test in tests:
             answers = out / f"{name}-{Path(test).stem}"
             score = tabom.distill(
-                tabom.DistillOptions(
+                options.DistillOptions(
                     **base, data=test, out=str(answers), adapter=adapter, check="exact", batch_size=BATCH
                 )
             )
@@ -306,7 +308,7 @@ def run(c):
 
 def separability(adapter, trajectories, limit=128):
     """TDS of a model on the first of its own test trajectories."""
-    m, tok, _ = tabom.load_model(tabom.ModelOptions(model=str(TINY)), tabom.Ranks("cpu"), adapter)
+    m, tok, _ = runs.load_model(options.ModelOptions(model=str(TINY)), runs.Ranks("cpu"), adapter)
     records = sorted(data.read_trajectories(trajectories), key=lambda r: r["id"])[:limit]
     return evaluate.tds(m, data.collate(records, m.config.pad_id), tok.eos_id)["tds"]
 

@@ -14,6 +14,7 @@ import benchmarks
 import data
 import evaluate
 import model
+import options
 import tabom
 
 REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
@@ -88,16 +89,16 @@ def test_responses_end_at_the_first_stop_of_dreams_evaluation():
 
 
 def test_settings_are_those_of_table_8(tmp_path):
-    options = tabom.EvaluateOptions()
-    dream = benchmarks.decoder(options, "humaneval", "dream", tmp_path)
+    plain = options.EvaluateOptions()
+    dream = benchmarks.decoder(plain, "humaneval", "dream", tmp_path)
     wanted = dict(max_new_tokens=768, steps=768, temperature=0.1, top_p=0.9, strategy="entropy", block_length=None)
     assert {k: dream[k] for k in wanted} == wanted
-    llada = benchmarks.decoder(options, "math500", "llada", tmp_path)
+    llada = benchmarks.decoder(plain, "math500", "llada", tmp_path)
     wanted = dict(max_new_tokens=512, steps=512, temperature=0.0, strategy="confidence", block_length=64)
     assert {k: llada[k] for k in wanted} == wanted
-    assert benchmarks.decoder(tabom.EvaluateOptions(tokens_per_step=2), "gsm8k", "llada", tmp_path)["steps"] == 256
+    assert benchmarks.decoder(options.EvaluateOptions(tokens_per_step=2), "gsm8k", "llada", tmp_path)["steps"] == 256
     with pytest.raises(ValueError, match="--tokens-per-step 3 must divide 256"):
-        benchmarks.decoder(tabom.EvaluateOptions(tokens_per_step=3), "gsm8k", "dream", tmp_path)
+        benchmarks.decoder(options.EvaluateOptions(tokens_per_step=3), "gsm8k", "dream", tmp_path)
 
 
 def test_wilson_interval():

@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 
 import data
+import decode
 import demo
 import model
-import tabom
+import options
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,8 +98,8 @@ def test_the_tiny_model_solves_what_it_was_trained_on():
     for _ in range(10):
         prompt, answer = demo.make("latin", rng, False)
         shown = "".join(a if c == demo.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
-        options = tabom.decoder(tabom.DecodeOptions(), "llada", demo.TINY)
-        t = tabom.decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **options)
+        settings = options.decoder(options.DecodeOptions(), "llada", demo.TINY)
+        t = decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **settings)
         right += tok.response_text(t.response[0].tolist()) == answer
     assert right >= 8
 

@@ -70,6 +70,6 @@ def test_every_named_flag_exists():
 
 def test_every_named_function_exists():
     for module, name in re.findall(
-        r"`(model|lora|decode|objectives|data|evaluate|ifeval|execute|benchmarks)\.(\w+)`", README
+        r"`(model|lora|decode|objectives|data|evaluate|ifeval|execute|options|runs|benchmarks)\.(\w+)`", README
     ):
         assert name in ("py", "safetensors") or hasattr(__import__(module), name), f"{module}.{name}"

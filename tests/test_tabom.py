@@ -24,6 +24,8 @@ import demo
 import lora
 import model
 import objectives
+import options
+import runs
 import tabom
 
 ROOT = Path(__file__).parent.parent
@@ -295,7 +297,7 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
 
 
 def test_learning_rate_warms_up_and_falls_to_the_final_one():
-    c = tabom.TrainOptions(lr=1.0, final_lr=0.1, warmup=4)
+    c = options.TrainOptions(lr=1.0, final_lr=0.1, warmup=4)
     rates = [tabom.learning_rate(step, 12, c) for step in range(13)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[8] == pytest.approx(0.55)
@@ -309,14 +311,14 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(tiny, trajectories
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import tabom
-write, calls = tabom.write_checkpoint, []
+import runs, tabom
+write, calls = runs.write_checkpoint, []
 def limited(*arguments):
     calls.append(1)
     if len(calls) == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     write(*arguments)
-tabom.write_checkpoint = limited
+runs.write_checkpoint = limited
 sys.exit(tabom.main({["train", *flags(model=tiny, data=trajectories, out=out, **TRAIN)]!r}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -383,7 +385,7 @@ def test_merge_gives_the_adapters_logits_in_the_bases_layout(family, tmp_path, c
 def test_merge_keeps_the_dtype_and_the_tokenizer(tiny, trained, tmp_path):
     base = tmp_path / "bf16"
     model.save(model.load(tiny, dtype=torch.bfloat16), base)
-    tabom.copy_extras(tiny, base)
+    runs.copy_extras(tiny, base)
     assert tabom.main(["merge", *flags(model=base, adapter=trained / "epoch-2", out=tmp_path / "M")]) == 0
     assert {t.dtype for t in load_file(tmp_path / "M" / "model.safetensors").values()} == {torch.bfloat16}
     assert data.load_tokenizer(tmp_path / "M").size == len(demo.VOCABULARY)

@@ -1,0 +1,249 @@
+"""The processes of a run, the folder that it writes, and its checkpoints.
+
+    ranks = runs.Ranks("auto")                                      # this process among those of torchrun
+    m, tok, folder = runs.load_model(c, ranks, c.adapter)           # c: options with a model and a dtype
+    out = runs.open_run("out/R", meta, ranks)                       # a new folder, or the same run continued
+    with runs.atomic_folder(out / "epoch-1") as beside:             # appears whole or not at all
+        runs.write_checkpoint(beside, m, folder, False, c.model, weights, optimizer, step)
+    step = runs.restore(runs.last_checkpoint(out), weights, optimizer)
+
+A run may be killed at any time: what it has finished stays whole, and the same command continues from there.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import data
+import lora
+import model
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+class Ranks:
+    """This process among those that torchrun started: its rank, its device, and what they do together."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device).item()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        except Exception as e:  # torch raises whatever its backends do
+            raise ValueError(f"--device {device} cannot be used here: {str(e).strip().splitlines()[0]}") from e
+        if self.world > 1 and not dist.is_initialized():
+            patient = datetime.timedelta(hours=2)  # others wait while the first writes a checkpoint
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patient)
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, values):
+        """The sum over all processes of a list of numbers."""
+        total = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_gradients(self, parameters):
+        """Add up the gradients of all processes, in one message of float32 for each 64 MiB."""
+        if self.world == 1:
+            return
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a process without an example has none
+        bucket, size = [], 0
+        for i, p in enumerate(parameters, 1):
+            bucket, size = [*bucket, p.grad], size + p.numel()
+            if size >= 2**24 or i == len(parameters):
+                flat = torch.cat([g.float().flatten() for g in bucket])
+                dist.all_reduce(flat)
+                for g, total in zip(bucket, flat.split([g.numel() for g in bucket])):
+                    g.copy_(total.view_as(g))
+                bucket, size = [], 0
+
+
+def load_model(options, ranks, adapter=None, weights=None, dtype="auto"):
+    """The model on this process's device, its tokenizer, and the folder that both came from.
+
+    weights: another folder with the same model's tensors, such as a checkpoint."""
+    folder = model.resolve(options.model)
+    m = model.load(weights or folder, dtype=model.DTYPES[resolve_dtype(options, ranks, dtype)], device=ranks.device)
+    tok = data.load_tokenizer(folder)
+    if tok.size > m.config.vocab_size:
+        rows = m.config.vocab_size
+        raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
+    if adapter is not None:
+        lora.load(m, adapter)
+    return m, tok, folder
+
+
+def resolve_dtype(options, ranks, dtype="auto"):
+    """The dtype asked for; "auto" means `dtype`, and that again what the device is best at."""
+    dtype = options.dtype if options.dtype != "auto" else dtype
+    return ("bfloat16" if ranks.device.type == "cuda" else "float32") if dtype == "auto" else dtype
+
+
+# ------------------------------------------------------------------------------------------------------ run folders
+
+
+def open_run(out, meta, ranks, free=()):
+    """Make the folder of a run, or continue the same one. What the run is stands in its meta.json; `free` keys may
+    change between two starts. Raises FileExistsError, on every process, for a folder that holds anything else."""
+    out, meta = Path(out), json.loads(json.dumps(meta))
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, not a folder")
+    if (out / "meta.json").is_file():
+        before = data.read_json(out / "meta.json")
+        differ = [k for k in {**before, **meta} if k not in {*free, "versions"} and before.get(k) != meta.get(k)]
+        if differ:
+            changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ)
+            raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
+    elif out.is_dir() and any(file.suffix != ".tmp" for file in out.iterdir()):
+        raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
+    ranks.barrier()  # all have looked before one writes
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out / "meta.json") as f:
+            f.write(json.dumps(meta, indent=2) + "\n")
+    ranks.barrier()
+    return out
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """A text file that appears whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """A folder that appears whole or not at all: written beside its place, and renamed once."""
+    path = Path(path)
+    must_be_free(path)
+    beside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def must_be_free(path):
+    """Raises FileExistsError for a path that is there already, unless it is an empty folder."""
+    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+        raise FileExistsError(f"{path} is there already: choose another --out")
+
+
+def versions():
+    return dict(python=platform.python_version(), torch=torch.__version__)
+
+
+def fingerprint(path):
+    """SHA-256 of a file, or of the names, sizes and ends of the files in a model or adapter folder."""
+    digest, path = hashlib.sha256(), Path(path)
+    for file in [path] if path.is_file() else sorted(path.glob("*")):
+        if file.suffix in (".safetensors", ".json", ".txt", ".jinja") or file == path:
+            with open(file, "rb") as f:
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}".encode() if file != path else b"")
+                whole = file == path or size < 2**24
+                for start in range(0, size, 2**20) if whole else (0, size - 2**20):
+                    f.seek(start)
+                    digest.update(f.read(2**20))
+    return digest.hexdigest()
+
+
+def identity(c, folder, adapter=None):
+    """What a run depends on besides its options: the bytes of the model and of the adapter."""
+    return dict(model_sha256=fingerprint(folder), adapter_sha256=None if adapter is None else fingerprint(adapter))
+
+
+def drop_torn_line(file):
+    """Cut off what a process left behind that was killed while it wrote a line."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+
+
+def keep_lines(file, count):
+    """Cut a log back to its first lines: those of the steps that the checkpoint knows."""
+    if file.is_file():
+        lines = file.read_text().splitlines(keepends=True)
+        with atomic_file(file) as f:
+            f.writelines(lines[:count])
+
+
+def copy_extras(source, target):
+    """The small files of a model folder that are no weights: tokenizer, chat template, generation settings, code."""
+    for file in Path(source).iterdir():
+        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and not (Path(target) / file.name).exists() and file.stat().st_size < 2**26:
+            shutil.copyfile(file, Path(target) / file.name)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def write_checkpoint(folder, m, base_folder, full, base, weights, optimizer, step):
+    """An adapter (or a model) that every command takes, and beside it what a continued run needs."""
+    if full:
+        model.save(m, folder)
+        copy_extras(base_folder, folder)
+    else:
+        lora.save(m, folder, base)
+    state = {f"{k}.{name}": v for name, p in weights.items() for k, v in optimizer.state[p].items()}
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "optimizer.safetensors")
+    (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
+
+
+def last_checkpoint(out):
+    """The folder of the latest epoch in a run, or None."""
+    found = {int(p.name[6:]): p for p in out.glob("epoch-*") if p.name[6:].isdigit()}
+    return found[max(found)] if found else None
+
+
+def restore(checkpoint, weights, optimizer):
+    """Fill the optimizer's state from a checkpoint, whose weights are loaded already -> optimizer steps done."""
+    state, step = (
+        load_file(checkpoint / "optimizer.safetensors"),
+        data.read_json(checkpoint / "trainer.json").get("step"),
+    )
+    wanted = {f"{k}.{name}" for name in weights for k in ("step", "exp_avg", "exp_avg_sq")}
+    if type(step) is not int or state.keys() != wanted:
+        raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
+    for name, p in weights.items():
+        moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": state[f"step.{name}"], **moments}
+    return step
