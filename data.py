@@ -63,6 +63,23 @@ class Tokenizer:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         return self.decode(ids[:end])
 
+    def pieces(self, ids, mask_id=None):
+        """(text, places) of every token, in order: places are indexes into ids, several where only together they spell
+        a character. A mask token is a piece whose text is None."""
+        found, places = [], []
+        for i, token in enumerate(ids):
+            places.append(i)
+            if token == mask_id:
+                text = None
+            else:
+                text = self.decode([ids[k] for k in places])
+                goes_on = i + 1 < len(ids) and ids[i + 1] != mask_id
+                if text.endswith("\ufffd") and goes_on and len(places) < 8:
+                    continue
+            found.append((text, places))
+            places = []
+        return found
+
     def unused_ids(self, vocab_size):
         """The ids below vocab_size that are no token: rows of a network that must not be generated."""
         return sorted(set(range(vocab_size)) - set(self.ids.values()))
@@ -341,14 +358,21 @@ def trajectory_files(path):
 
 
 def read_trajectories(path, vocab_size=None):
-    """The records of a trajectory folder or file, checked, as dicts with prompt_ids, response_ids and order as lists.
+    """The records of a trajectory folder or file, checked and sorted by id: dicts with prompt_ids, response_ids and
+    order as lists.
 
     Raises FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of different
     lengths, an order that is no permutation, or ids beyond vocab_size (trajectories of another model)."""
     files = trajectory_files(path)
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or one of its files")
-    return [check_record(record, where, vocab_size) for file in files for where, record in read_rows(file)]
+    records = [check_record(record, where, vocab_size) for file in files for where, record in read_rows(file)]
+    return sorted(records, key=by_id)
+
+
+def by_id(record):
+    """Sorts records by their id, numbers before texts."""
+    return isinstance(record["id"], str), record["id"]
 
 
 def check_record(record, where, vocab_size=None):
@@ -369,6 +393,17 @@ def check_record(record, where, vocab_size=None):
     if vocab_size is not None and top >= vocab_size:
         raise ValueError(f"{where}: token id {top}, but the model has {vocab_size}: trajectories of another model")
     return record
+
+
+def holds_trajectories(path):
+    """Whether a path is a trajectory folder, or a file whose first row is a trajectory rather than a prompt."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no trajectories and no dataset at {path}")
+    if path.is_dir():
+        return True
+    first = next(read_rows(path), (None, None))[1]
+    return isinstance(first, dict) and "response_ids" in first
 
 
 def usable(record, keep="correct"):

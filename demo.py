@@ -309,7 +309,7 @@ def run(c):
 def separability(adapter, trajectories, limit=128):
     """TDS of a model on the first of its own test trajectories."""
     m, tok, _ = runs.load_model(options.ModelOptions(model=str(TINY)), runs.Ranks("cpu"), adapter)
-    records = sorted(data.read_trajectories(trajectories), key=lambda r: r["id"])[:limit]
+    records = data.read_trajectories(trajectories)[:limit]
     return evaluate.tds(m, data.collate(records, m.config.pad_id), tok.eos_id)["tds"]
 
 

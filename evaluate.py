@@ -1,5 +1,5 @@
 """Is a response right, and does a model decode from easy to hard: the graders of GSM8K, MATH500, HumanEval and MBPP, a
-plain check for other datasets, and the TDS of the TABOM paper.
+plain check for other datasets, the TDS of the TABOM paper and what else tells how a model decodes.
 
     evaluate.gsm8k(record, response)                        # {"correct": True, "reason": "18 = 18", "extracted": "18"}
     evaluate.math500(record, response)                      # needs math-verify
@@ -7,6 +7,8 @@ plain check for other datasets, and the TDS of the TABOM paper.
     evaluate.mbpp(record, response, execute.run)
     evaluate.check("number", response, reference_answer)    # True, False, or None where nothing can be checked
     evaluate.tds(m, batch, eos_id)                          # {"tds": 0.21, "per_step": [...], "rows": [...]}
+    evaluate.inversions(evaluate.replay(m, batch).diagonal(dim1=1, dim2=2))     # how often hard came before easy
+    evaluate.loss_at(m, batch, mask_ratio, generators)      # cross-entropy at a mask ratio, [B]
 
 record: a row of the benchmark's own file. response: the text a model wrote, without the prompt. `m` and batch are those
 of objectives.py: a callable m(ids, attention_mask=None, positions=None) -> logits, and a dict of prompt_ids and
@@ -355,35 +357,108 @@ def names_used(node):
             yield from names_used(child)
 
 
-# --------------------------------------------------------------------------------------------------------------- TDS
+# -------------------------------------------------------------------------------------------- how a model decodes
+
+
+def log_probs(m, batch, visible, positions, mask_id=None):
+    """log p(. | U) at response positions [B, K], where of the response only visible [B, N] is seen: [B, K, V]."""
+    mask_id = m.config.mask_id if mask_id is None else mask_id
+    ids = torch.cat((batch["prompt_ids"], batch["response_ids"].masked_fill(~visible, mask_id)), dim=1)
+    attention_mask = torch.cat((batch["prompt_mask"].bool(), real(batch)), dim=1)
+    logits = m(ids, attention_mask=attention_mask, positions=batch["prompt_ids"].shape[1] + positions)
+    return logits.float().log_softmax(-1)
+
+
+def real(batch):
+    """True at the tokens of each response, False at its padding: bool [B, N]."""
+    N = batch["response_ids"].shape[1]
+    return torch.arange(N, device=batch["length"].device) < batch["length"][:, None]
+
+
+def before_eos(batch, eos_id):
+    """True at the tokens of each response before its first EOS: bool [B, N]."""
+    return real(batch) & ((batch["response_ids"] == eos_id).cumsum(1) == 0)
+
+
+def leftmost(chosen):
+    """Positions [B, K] of the True entries of chosen [B, N] from left to right, and which of them are no filler."""
+    count = chosen.sum(1, keepdim=True)  # [B, 1]
+    K = int(count.max())
+    index = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :K]
+    return index, torch.arange(K, device=chosen.device) < count
 
 
 @torch.no_grad()
+def replay(m, batch, asked=None, mask_id=None):
+    """The entropies that a model has at every step of a trajectory: h [B, N, N] in nats. h[b, t, k] belongs to the
+    token decoded k-th (from 0), given the t tokens decoded before step t; NaN for k < t.
+
+    asked [B, N]: the positions to look at, NaN for all others; without it every real token. One forward pass a step, as
+    long as an asked token is masked. A trajectory that decoded several tokens a step is replayed one by one."""
+    order, asked = batch["order"], real(batch) if asked is None else asked
+    B, N = order.shape
+    h = torch.full((B, N, N), float("nan"), device=order.device)
+    for t in range(N):
+        masked = asked & (order >= t)
+        if not masked.any():
+            break
+        positions, kept = leftmost(masked)  # [B, K]
+        logp = log_probs(m, batch, real(batch) & (order < t), positions, mask_id)
+        entropy = -(logp.exp() * logp).sum(-1)  # [B, K]
+        h[:, t].scatter_(1, order.gather(1, positions), entropy.masked_fill(~kept, float("nan")))
+    return h
+
+
 def tds(m, batch, eos_id, mask_id=None):
     """Trajectory decoding separability (Eq. 10, 11): the variance, over the positions before the first EOS that are
     still masked, of the entropies in nats at each decoding step; averaged over the steps, then over the trajectories.
 
-    The batch is replayed in its decode order, one forward pass a step. -> dict(tds: float, rows: one value for each
-    trajectory, per_step: one for each step, over the trajectories that still have such a position)."""
-    mask_id = m.config.mask_id if mask_id is None else mask_id
-    response, order, length = batch["response_ids"], batch["order"], batch["length"]
-    P, (B, N) = batch["prompt_ids"].shape[1], response.shape
-    place = torch.arange(N, device=response.device)
-    real = place < length[:, None]  # [B, N]
-    attention_mask = torch.cat((batch["prompt_mask"].bool(), real), dim=1)
-    end = torch.where(response == eos_id, place, N).min(dim=1, keepdim=True).values  # [B, 1] the first EOS
-    content = real & (place < end)  # [B, N]
-    variance = torch.full((N, B), float("nan"), device=response.device)
-    for t in range(N):
-        asked = content & (order >= t)  # still masked before step t
-        if not asked.any():
-            break
-        ids = torch.cat((batch["prompt_ids"], response.masked_fill(order >= t, mask_id)), dim=1)
-        K = int(asked.sum(1).max())
-        index = asked.int().argsort(dim=1, descending=True, stable=True)[:, :K]  # [B, K]
-        logp = m(ids, attention_mask=attention_mask, positions=P + index).float().log_softmax(-1)
-        h = -(logp.exp() * logp).sum(-1).masked_fill(~asked.gather(1, index), float("nan"))  # [B, K]
-        variance[t] = (h - h.nanmean(1, keepdim=True)).square().nanmean(1)
-    rows = variance.nanmean(0)
-    per_step = variance.nanmean(1)
+    -> dict(tds: float, rows: one value for each trajectory, per_step: one for each step, over the trajectories that
+    still have such a position). One forward pass a step: see replay."""
+    variance = separability(replay(m, batch, before_eos(batch, eos_id), mask_id))  # [B, N]
+    rows, per_step = variance.nanmean(1), variance.nanmean(0)
     return dict(tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step[~per_step.isnan()].tolist())
+
+
+def separability(h):
+    """Eq. 10: the variance of the entropies at each step of a replay [..., K] -> [...], NaN where nothing was asked."""
+    return (h - h.nanmean(-1, keepdim=True)).square().nanmean(-1)
+
+
+def by_window(h, window, length):
+    """A replay [B, N, N] as the windows that TABOM ranks: [B, N, W], [b, t, i] = h of the token decoded i-th after step
+    t given U_t. NaN where t is no start of a window (0..length - W, or 0 alone in a shorter response)."""
+    B, N, _ = h.shape
+    W = min(window, N)
+    start = torch.arange(N, device=h.device)
+    rank = start[:, None] + torch.arange(W, device=h.device)  # [N, W]
+    found = h.gather(-1, rank.clamp(max=N - 1).expand(B, N, W))
+    outside = (start > (length[:, None] - W).clamp(min=0))[..., None] | (rank >= N)  # [B, N, W]
+    return found.masked_fill(outside, float("nan"))
+
+
+def inversions(h):
+    """How often an earlier token is less certain than a later one. h [..., K]: entropies in decode order, NaN takes no
+    part, such as the diagonal of a replay (each token's own step) or its windows.
+
+    -> dict(inverted, pairs), int64 tensors [K - 1]: of the pairs at distance 1, 2, ... in decode order, how many have
+    h(earlier) > h(later), and how many there are."""
+    gaps = [h[..., :-d] - h[..., d:] for d in range(1, h.shape[-1])]
+    count = [((gap > 0).sum(), (~gap.isnan()).sum()) for gap in gaps]
+    inverted, pairs = torch.tensor(count, dtype=torch.int64).reshape(-1, 2).T
+    return dict(inverted=inverted, pairs=pairs)
+
+
+@torch.no_grad()
+def loss_at(m, batch, mask_ratio, generators, mask_id=None):
+    """Cross-entropy at a mask ratio (Figure 3): the mean of -log p(x0) in nats over a random share mask_ratio of each
+    response's tokens, rounded and at least one, given the rest: [B].
+
+    generators: one CPU torch.Generator for each row."""
+    mask = torch.zeros_like(real(batch))
+    for row, n, g in zip(mask, batch["length"].tolist(), generators):
+        row[torch.randperm(n, generator=g)[: max(1, round(mask_ratio * n))].to(row.device)] = True
+    positions, kept = leftmost(mask)  # [B, K]
+    logp = log_probs(m, batch, real(batch) & ~mask, positions, mask_id)
+    nll = -logp.gather(-1, batch["response_ids"].gather(1, positions)[..., None])[..., 0]
+    return torch.where(kept, nll, 0.0).sum(1) / kept.sum(1)

@@ -4,6 +4,7 @@
     lora.save(m, "out/adapter")                                      # adapter_config.json, adapter_model.safetensors
     lora.load(m, "out/adapter")                                      # ours or PEFT's
     with lora.disabled(m): ...                                       # the base model
+    reference = lora.Reference(m); reference.update()                # the model as it was
     lora.merge(m); lora.unmerge(m)                                   # fold into the weights, and take out again
 
     y = W x + b + (alpha / rank) * B A dropout(x)         A [rank, in], B [out, rank], B = 0 at the start
@@ -127,6 +128,33 @@ def disabled(m):
     finally:
         for layer, enabled in before.items():
             layer.enabled = enabled
+
+
+class Reference:
+    """The model as it was: called like m, it computes what m computed at the last `update`, and before the first one
+    what the base model does. Without gradient and dropout. Holds one copy of the adapter, never one of the base."""
+
+    def __init__(self, m):
+        if not layers(m):
+            raise ValueError("a reference needs an adapter on the model: the base weights are not copied")
+        self.m, self.adapter = m, {}  # parameter's name -> tensor; empty = no adapter
+
+    def update(self):
+        for name, p in self.m.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                self.adapter[name] = p.detach().clone()
+
+    @torch.no_grad()
+    def __call__(self, *inputs, **options):
+        training = self.m.training
+        self.m.eval()
+        try:
+            if self.adapter:
+                return torch.func.functional_call(self.m, self.adapter, inputs, options)
+            with disabled(self.m):
+                return self.m(*inputs, **options)
+        finally:
+            self.m.train(training)
 
 
 def merge(m):

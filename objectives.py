@@ -18,18 +18,21 @@ Dimensions: B batch, P prompt, N response, W window, K positions asked for, V vo
 """
 
 import torch
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------- the primitive
 
 
-def log_probs(m, batch, visible, positions, mask_id=None):
+def log_probs(m, batch, visible, positions, mask_id=None, noise=None):
     """log p(. | U) at some response positions: [B, K, V], float32.
 
     visible [B, N]: U, the response tokens that the model sees; every other one is masked, and so is nothing of the
-    prompt. positions [B, K]: where to predict, counted from the start of the response."""
+    prompt. positions [B, K]: where to predict, counted from the start of the response. noise [B, N]: ids to show
+    instead of the mask (see `disturb`)."""
     mask_id = m.config.mask_id if mask_id is None else mask_id
     P, real = batch["prompt_ids"].shape[1], valid(batch)  # [B, N]
-    ids = torch.cat((batch["prompt_ids"], batch["response_ids"].masked_fill(~visible, mask_id)), dim=1)
+    hidden = torch.full_like(batch["response_ids"], mask_id) if noise is None else noise
+    ids = torch.cat((batch["prompt_ids"], torch.where(visible, batch["response_ids"], hidden)), dim=1)
     attention_mask = torch.cat((batch["prompt_mask"].bool(), real), dim=1)  # [B, P + N]
     logits = m(ids, attention_mask=attention_mask, positions=P + positions)
     return logits.float().log_softmax(-1)
@@ -59,10 +62,14 @@ def entropy(logp):
     return -(logp.exp() * logp).sum(-1)
 
 
+def at(logp, token):
+    """log p of the tokens [B, K]: [B, K, V] -> [B, K]."""
+    return logp.gather(-1, token[..., None])[..., 0]
+
+
 def nll(logp, batch, positions):
     """-log p(x0) at the positions: [B, K]."""
-    target = batch["response_ids"].gather(1, positions)
-    return -logp.gather(-1, target[..., None])[..., 0]
+    return -at(logp, batch["response_ids"].gather(1, positions))
 
 
 def per_row(generator, B):
@@ -77,6 +84,11 @@ def randint(low, high, generator):
     """One whole number, uniform in low..high, both included."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(low, high + 1, (), generator=generator, device=device))
+
+
+def coins(n, share, generator):
+    """True with probability share, n times: bool [n]. (Not more than n are drawn: a row's randomness is its own.)"""
+    return torch.rand(n, generator=generator, device="cpu" if generator is None else generator.device) < share
 
 
 # ------------------------------------------------------------------------------------------------------------ TABOM
@@ -136,6 +148,14 @@ def windows(length, window, start=None, generator=None):
     return first, size
 
 
+def decoded(batch, first, size):
+    """What a decoder saw and what it decoded next: the tokens of rank below first [B] (bool [B, N]), and the positions
+    of the `size` [B] tokens from there on in decode order, [B, K], with which of them are real."""
+    rank = batch["order"] - first[:, None]  # [B, N] rank after the state
+    following = (rank >= 0) & (rank < size[:, None]) & valid(batch)
+    return (rank < 0) & valid(batch), *select(following, batch["order"])
+
+
 def tabom(
     m,
     batch,
@@ -145,12 +165,14 @@ def tabom(
     start=None,
     generator=None,
     entropy_context="window",
+    ce_weight=1.0,
     mask_id=None,
 ):
     """Eq. 9: reconstruct a window of W consecutively decoded tokens from the context that decoding had, and rank their
-    entropies -> dict(loss, ce, rank, in_order, entropy); loss = ce + weight * rank.
+    entropies -> dict(loss, ce, rank, in_order, entropy); loss = ce_weight * ce + weight * rank.
 
-    window: W, or "global" (see `windows`, also for start [B]). margin: gamma of Eq. 8, nats. weight: lambda.
+    window: W, or "global" (see `windows`, also for start [B]). margin: gamma of Eq. 8, nats. weight: lambda; 0 leaves
+    the masking along the trajectory alone. ce_weight: 1 in the paper; 0 leaves the ranking alone.
     generator: a torch.Generator, or a list of one for each row.
     entropy_context: where the entropies of Eq. 8 come from. "window": all from the window's start U_t, in the same
         forward pass as the cross-entropy. "step": each from the context of its own step (Eq. 5): W forward passes,
@@ -160,10 +182,7 @@ def tabom(
     Sources: section 4 of the paper; a response shorter than W is a window as a whole (our reading)."""
     # 1. the window in the decode order, and what was decoded before it
     first, size = windows(batch["length"], window, start, generator)
-    rank = batch["order"] - first[:, None]  # [B, N] rank inside the window
-    in_window = (rank >= 0) & (rank < size[:, None]) & valid(batch)
-    visible = (rank < 0) & valid(batch)  # U_t
-    positions, real = select(in_window, batch["order"])  # [B, W] in decode order
+    visible, positions, real = decoded(batch, first, size)  # U_t [B, N]; the window [B, W] in decode order
 
     # 2. reconstruct it from U_t
     logp = log_probs(m, batch, visible, positions, mask_id)  # [B, W, V]
@@ -179,7 +198,7 @@ def tabom(
 
     # 4. rank them
     rank_loss, in_order = rank_rows(h, margin, real)  # [B]
-    loss = ce + weight * rank_loss
+    loss = ce_weight * ce + weight * rank_loss
     return dict(
         loss=loss.mean(),
         ce=ce.mean(),
@@ -198,7 +217,108 @@ def own_step_entropy(m, batch, first, positions, h_first, mask_id=None):
     return torch.cat(h, dim=1)
 
 
-# -------------------------------------------------------------------------------------------- without a trajectory
+# ------------------------------------------------------------------------------- other objectives along a trajectory
+
+
+def transition(m, batch, start=None, generator=None, mask_id=None):
+    """dInfer: two random timesteps, cross-entropy on what was decoded between them given what was decoded before
+    -> dict(loss, ce, ...) as of tabom. start [B, 2]: the two timesteps, the lower one first.
+
+    It is TABOM with the global window and without ranking, which is here measured and not trained."""
+    return tabom(m, batch, window="global", weight=0.0, start=start, generator=generator, mask_id=mask_id)
+
+
+def states(length, start=None, generator=None):
+    """How many tokens are decoded in a random state of each trajectory: uniform in 0..length - 1, int64 [B].
+
+    start [B], if given, instead. Raises ValueError for a start outside the response, or one that leaves nothing."""
+    lengths = length.tolist()
+    if start is None:
+        start = [randint(0, n - 1, g) for n, g in zip(lengths, per_row(generator, len(lengths)))]
+    start = torch.as_tensor(start).to(length.device)
+    if (start < 0).any() or (start >= length).any():
+        raise ValueError(f"states of {start.tolist()} decoded tokens leave nothing of responses of {lengths} tokens")
+    return start
+
+
+def traj(m, batch, start=None, generator=None, mask_id=None):
+    """Naive trajectory distillation: cross-entropy on every token that is still masked at a random state of the
+    trajectory -> dict(loss, ce, ...) as of tabom. start [B]: tokens decoded in that state.
+
+    Source: the baseline of the T3D paper. A transition whose later timestep is the end."""
+    first = states(batch["length"], start, generator)
+    ends = torch.stack((first, batch["length"]), dim=1)
+    return transition(m, batch, start=ends, mask_id=mask_id)
+
+
+def t3d(
+    m,
+    batch,
+    alpha=0.5,
+    beta=0.1,
+    path_weight=0.2,
+    random_tokens=0.1,
+    reference=None,
+    start=None,
+    generator=None,
+    mask_id=None,
+):
+    """T3D: prefer the trajectory's tokens over those that a reference model would choose, at all positions still masked
+    in a random state, and stay consistent with the path -> dict(loss, ddo, path, ce); loss = ddo + path_weight * path.
+
+        d    = mean over the targets of log p - log p_ref: d_real on the trajectory's tokens, d_fake on the argmaxes of
+               the reference
+        ddo  = -log sigmoid(beta d_real) - alpha log(1 - sigmoid(beta d_fake))
+        path = mean over the targets of -w log p(x0), w = (N - order) / N: what was decoded early counts more
+
+    reference: a callable like m, the student as it was some optimizer steps ago; no gradient goes through it.
+    random_tokens: share of the masked positions that show the model and the reference a random token instead of the
+        mask. Only while m.training, as dropout.  start [B]: tokens decoded in the state.
+
+    Source: the T3D paper (traj-DDO, path consistency). Our reading: d is a mean over a row's targets before the
+    sigmoid, random tokens are uniform over the vocabulary and stay targets."""
+    if reference is None:
+        raise ValueError("t3d needs a reference: a callable like m, such as the model with its adapter disabled")
+    first = states(batch["length"], start, generator)
+    visible, positions, real = decoded(batch, first, batch["length"] - first)  # positions [B, K]
+    noise = None
+    if random_tokens and getattr(m, "training", False):
+        noise = disturb(m, batch, random_tokens, generator, mask_id)
+
+    logp = log_probs(m, batch, visible, positions, mask_id, noise)  # [B, K, V]
+    with torch.no_grad():
+        logp_ref = log_probs(
+            reference, batch, visible, positions, m.config.mask_id if mask_id is None else mask_id, noise
+        )
+        chosen = logp_ref.argmax(-1)  # [B, K]
+        ref_fake = at(logp_ref, chosen)
+        ref_real = -nll(logp_ref, batch, positions)
+    loss_real = nll(logp, batch, positions)  # [B, K]
+    d_real = row_mean(-loss_real - ref_real, real)  # [B]
+    d_fake = row_mean(at(logp, chosen) - ref_fake, real)
+    ddo = -F.logsigmoid(beta * d_real) - alpha * F.logsigmoid(-beta * d_fake)  # 1 - sigmoid(x) = sigmoid(-x)
+
+    N = batch["length"][:, None]
+    w = (N - batch["order"].gather(1, positions)) / N  # [B, K]
+    path = row_mean(w * loss_real, real)
+    loss = ddo + path_weight * path
+    ce = row_mean(loss_real.detach(), real)
+    return dict(loss=loss.mean(), ddo=ddo.mean(), path=path.mean(), ce=ce.mean())
+
+
+def disturb(m, batch, share, generator, mask_id=None):
+    """The ids that masked positions show: the mask token, and in a random share of the places a token uniform over the
+    vocabulary: int64 [B, N]."""
+    mask_id = m.config.mask_id if mask_id is None else mask_id
+    noise = torch.full_like(batch["response_ids"], mask_id)
+    for row, n, g in zip(noise, batch["length"].tolist(), per_row(generator, len(noise))):
+        place = coins(n, share, g)
+        token = torch.randint(0, m.config.vocab_size, (n,), generator=g, device=place.device)
+        row[:n] = torch.where(place, token, mask_id).to(row.device)
+    return noise
+
+
+# ----------------------------------------------------------------------------------------- without an order
 
 
 def nelbo(m, batch, mask=None, generator=None, mask_id=None):
@@ -223,13 +343,58 @@ def nelbo(m, batch, mask=None, generator=None, mask_id=None):
     return dict(loss=loss, ce=loss.detach(), masked=(mask.sum(1) / batch["length"]).mean())
 
 
-# ------------------------------------------------------------------------------------------------ other objectives
+def dparallel(
+    m,
+    batch,
+    block_length=32,
+    weight=2.0,
+    temperature=0.5,
+    block=None,
+    mask=None,
+    generator=None,
+    mask_id=None,
+):
+    """dParallel: certainty forcing. In a random block of the response each position is masked with probability 1/2, in
+    a second pass the others; all before the block is visible, all after it masked
+    -> dict(loss, ce, certainty, right); the loss of a pass is ce + weight * certainty, of a row the mean of its passes.
+
+        ce        = mean over the block's masked positions of -log p(x0)
+        certainty = mean entropy, in nats at a lower temperature, over those of them whose argmax is right
+
+    block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block. right: share of the
+    masked positions whose argmax is right.
+
+    Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does not count."""
+    n, B = batch["length"], len(batch["length"])
+    generators = per_row(generator, B)
+    if block is None:
+        block = [randint(0, (length - 1) // block_length, g) for length, g in zip(n.tolist(), generators)]
+    begin = torch.as_tensor(block).to(n.device)[:, None] * block_length  # [B, 1]
+    place = torch.arange(batch["response_ids"].shape[1], device=n.device)
+    inside = (place >= begin) & (place < begin + block_length) & valid(batch)  # [B, N]
+    if not inside.any(1).all():
+        raise ValueError(
+            f"blocks {begin[:, 0].tolist()} of {block_length} begin behind responses of {n.tolist()} tokens"
+        )
+    if mask is None:
+        mask = torch.zeros_like(inside)
+        for row, length, g in zip(mask, n.tolist(), generators):
+            row[:length] = coins(length, 0.5, g).to(row.device)
+
+    passes = []
+    for masked in (inside & mask, inside & ~mask):
+        positions, asked = select(masked, place.expand_as(masked))  # [B, K]
+        visible = (place < begin) | (inside & ~masked)
+        logp = log_probs(m, batch, visible & valid(batch), positions, mask_id)
+        right = (logp.argmax(-1) == batch["response_ids"].gather(1, positions)) & asked
+        ce = row_mean(nll(logp, batch, positions), asked)
+        certainty = row_mean(entropy((logp / temperature).log_softmax(-1)), right)
+        passes.append((ce, certainty, row_mean(right.float(), asked), asked.any(1)))
+    ce, certainty, right, counts = (torch.stack(x, dim=-1) for x in zip(*passes))  # each [B, 2]
+    ce, certainty, right = (row_mean(x, counts) for x in (ce, certainty, right))
+    loss = ce + weight * certainty
+    return dict(loss=loss.mean(), ce=ce.mean(), certainty=certainty.mean(), right=right.mean())
 
 
-def transition(m, batch, start=None, generator=None, mask_id=None):
-    """dInfer: two random timesteps, cross-entropy on what was decoded between them given what was decoded before
-    -> dict(loss, ce, ...). TABOM with the global window and without ranking. start [B, 2]: the two timesteps."""
-    return tabom(m, batch, window="global", weight=0.0, start=start, generator=generator, mask_id=mask_id)
-
-
-OBJECTIVES = {"tabom": tabom, "nelbo": nelbo, "transition": transition}
+# What --objective offers. The first words of a docstring, up to the colon, say where an objective comes from.
+OBJECTIVES = {f.__name__: f for f in (tabom, nelbo, transition, traj, t3d, dparallel)}

@@ -28,6 +28,13 @@ def opt(default, help, **more):
     return field(default=default, metadata=dict(help=help, **more))
 
 
+def tunable(name, help, **more):
+    """A parameter of some objectives: None = what each of them has as its own default, which the help shows."""
+    parameters = {k: inspect.signature(f).parameters for k, f in objectives.OBJECTIVES.items()}
+    defaults = ", ".join(f"{k} {p[name].default}" for k, p in parameters.items() if name in p)
+    return opt(None, f"{help} (default: {defaults})", tunable=True, **more)
+
+
 def window_size(text):
     return text if text == "global" else int(text)
 
@@ -45,6 +52,7 @@ DECODERS = {
     "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
 }
 TASKS = ("gsm8k", "math500", "humaneval", "mbpp", "ifeval")
+SOURCES = ", ".join(f"{k} ({inspect.getdoc(f).split(':')[0]})" for k, f in objectives.OBJECTIVES.items())
 
 
 @dataclass
@@ -91,11 +99,22 @@ class DistillOptions(ModelOptions, DecodeOptions, DatasetOptions):
 class TrainOptions(ModelOptions, DatasetOptions):
     data: str = opt(None, "trajectories from distill; for nelbo also a dataset with answers (SFT-GT)", required=True)
     out: str = opt(None, "folder for checkpoints and metrics; an unfinished run is continued", required=True)
-    objective: str = opt("tabom", "what to train", choices=tuple(objectives.OBJECTIVES))
-    window: int | str = opt(32, "W: consecutively decoded tokens, or global", parse=window_size)
-    margin: float = opt(0.2, "gamma of the ranking loss, nats", low=0)
-    weight: float = opt(1.0, "lambda: weight of the ranking loss", low=0)
-    entropy_context: str = opt("window", "entropies given the window's start, or own step", choices=("window", "step"))
+    adapter: str | None = opt(None, "adapter folder to start from, instead of a new adapter")
+    objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
+    window: int | str | None = tunable("window", "W: consecutively decoded tokens, or global", parse=window_size)
+    margin: float | None = tunable("margin", "gamma of the ranking loss, nats", low=0)
+    weight: float | None = tunable("weight", "lambda: weight of the ranking loss, or of the certainty", low=0)
+    ce_weight: float | None = tunable("ce_weight", "weight of the cross-entropy; 0 = ranking alone", low=0)
+    entropy_context: str | None = tunable(
+        "entropy_context", "entropies given the window's start, or own step", choices=("window", "step")
+    )
+    alpha: float | None = tunable("alpha", "weight of the reference's own tokens", low=0)
+    beta: float | None = tunable("beta", "sharpness of the preference", low=0)
+    path_weight: float | None = tunable("path_weight", "weight of the path consistency", low=0)
+    random_tokens: float | None = tunable("random_tokens", "share of the masks that show a random token", low=0, high=1)
+    reference_steps: int = opt(10, "t3d: the student becomes the reference every so many steps", low=1)
+    block_length: int | None = tunable("block_length", "tokens of a block", low=1)
+    temperature: float | None = tunable("temperature", "of the entropy that is the certainty", low=0.01)
     keep: str = opt(
         "correct", "trajectories to train on (correct: or not checkable)", choices=("correct", "finished", "all")
     )
@@ -145,6 +164,20 @@ class GradeOptions:
 
 
 @dataclass
+class DiagnoseOptions(ModelOptions, DecodeOptions, DatasetOptions):
+    model: str | None = opt(None, "base model; only the curves of --runs need none")
+    checkpoints: tuple = opt((), "checkpoints of it, each one more curve, comma-separated", parse=name_list)
+    data: str | None = opt(None, "trajectories to replay; or prompts, which each model decodes itself")
+    fresh: bool = opt(False, "decode the prompts of stored trajectories anew with each model")
+    ground_truth: str | None = opt(None, "dataset with answers, for the loss over the mask ratio")
+    runs: tuple = opt((), "training runs whose metrics are drawn, comma-separated", parse=name_list)
+    out: str = opt(None, "folder for the numbers and pictures, which must not be there yet", required=True)
+    limit: int | None = opt(64, "only the first so many trajectories and answers", low=1)
+    batch_size: int = opt(16, "trajectories replayed together on each process", low=1)
+    window: int = opt(32, "W: compare entropies inside windows of so many tokens", low=2)
+
+
+@dataclass
 class MergeOptions:
     model: str = opt(None, "base model", required=True)
     adapter: str = opt(None, "adapter folder", required=True)
@@ -179,12 +212,35 @@ def decoder(c, family, folder, preset=None):
     return settings
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def check(c):
-    """Raises ValueError for a number below the least that its option takes, or one that is none."""
+    """Raises ValueError for a number outside what its option takes, or one that is none."""
     for f in dataclasses.fields(c):
-        value, low = getattr(c, f.name), f.metadata.get("low")
-        if low is not None and value is not None and not low <= value < math.inf:
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be a number of at least {low}")
+        value, low, high = getattr(c, f.name), f.metadata.get("low"), f.metadata.get("high", math.inf)
+        if low is not None and value is not None and type(value) is not str:
+            if not low <= value < math.inf:
+                raise ValueError(f"{flag(f.name)} {value}: must be a number of at least {low}")
+            if value > high:
+                raise ValueError(f"{flag(f.name)} {value}: must be at most {high}")
+
+
+def of_objective(c):
+    """The parameters of the objective that c names, those given and its own defaults; and the names of the options that
+    are given and not used. c: TrainOptions. Raises ValueError for a window without pairs."""
+    parameters = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
+    tunables = [f.name for f in dataclasses.fields(TrainOptions) if "tunable" in f.metadata]
+    unused = [k for k in tunables if k not in parameters and getattr(c, k) is not None]
+    if c.objective != "t3d" and c.reference_steps != TrainOptions.reference_steps:
+        unused.append("reference_steps")
+    used = [k for k in tunables if k in parameters]
+    found = {k: parameters[k].default if getattr(c, k) is None else getattr(c, k) for k in used}
+    window = found.get("window", "global")
+    if window != "global" and window < 2:
+        raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
+    return found, unused
 
 
 def parser(commands, description):
@@ -195,12 +251,12 @@ def parser(commands, description):
         summary = inspect.getdoc(run).split("\n\n")[0]
         sub = subs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         for f in dataclasses.fields(options):
-            flag, about = "--" + f.name.replace("_", "-"), {k: v for k, v in f.metadata.items() if k != "low"}
+            about = {k: v for k, v in f.metadata.items() if k not in ("low", "high", "tunable")}
             kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not type(None))
             if kind is bool:
-                sub.add_argument(flag, action="store_true", help=about["help"])
+                sub.add_argument(flag(f.name), action="store_true", help=about["help"])
             else:
                 shown = ",".join(f.default) if isinstance(f.default, tuple) else f.default
-                about["help"] += "" if shown is None else f" (default {shown})"
-                sub.add_argument(flag, default=f.default, type=about.pop("parse", kind), **about)
+                about["help"] += f" (default {shown})" if shown not in (None, "") else ""
+                sub.add_argument(flag(f.name), default=f.default, type=about.pop("parse", kind), **about)
     return top

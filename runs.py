@@ -4,7 +4,7 @@
     m, tok, folder = runs.load_model(c, ranks, c.adapter)           # c: options with a model and a dtype
     out = runs.open_run("out/R", meta, ranks)                       # a new folder, or the same run continued
     with runs.atomic_folder(out / "epoch-1") as beside:             # appears whole or not at all
-        runs.write_checkpoint(beside, m, folder, False, c.model, weights, optimizer, step)
+        runs.write_checkpoint(beside, m, folder, c.model, weights, optimizer, step)
     step = runs.restore(runs.last_checkpoint(out), weights, optimizer)
 
 A run may be killed at any time: what it has finished stays whole, and the same command continues from there.
@@ -33,8 +33,10 @@ import model
 class Ranks:
     """This process among those that torchrun started: its rank, its device, and what they do together."""
 
-    def __init__(self, device="auto"):
+    def __init__(self, device="auto", alone=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if alone:
+            self.rank, self.world = 0, 1
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cuda":
@@ -65,6 +67,14 @@ class Ranks:
             total = total.to(self.device)
             dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, items):
+        """The lists of all processes, one after the other, on every process."""
+        if self.world == 1:
+            return list(items)
+        lists = [None] * self.world
+        dist.all_gather_object(lists, list(items))
+        return [item for one in lists for item in one]
 
     def sum_gradients(self, parameters):
         """Add up the gradients of all processes, in one message of float32 for each 64 MiB."""
@@ -216,15 +226,17 @@ def copy_extras(source, target):
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def write_checkpoint(folder, m, base_folder, full, base, weights, optimizer, step):
+def write_checkpoint(folder, m, base_folder, base, weights, optimizer, step, reference=None):
     """An adapter (or a model) that every command takes, and beside it what a continued run needs."""
-    if full:
+    if lora.layers(m):
+        lora.save(m, folder, base)
+    else:
         model.save(m, folder)
         copy_extras(base_folder, folder)
-    else:
-        lora.save(m, folder, base)
     state = {f"{k}.{name}": v for name, p in weights.items() for k, v in optimizer.state[p].items()}
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "optimizer.safetensors")
+    if reference is not None and reference.adapter:
+        save_file({k: v.cpu() for k, v in reference.adapter.items()}, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
 
 
@@ -234,16 +246,18 @@ def last_checkpoint(out):
     return found[max(found)] if found else None
 
 
-def restore(checkpoint, weights, optimizer):
-    """Fill the optimizer's state from a checkpoint, whose weights are loaded already -> optimizer steps done."""
-    state, step = (
-        load_file(checkpoint / "optimizer.safetensors"),
-        data.read_json(checkpoint / "trainer.json").get("step"),
-    )
+def restore(checkpoint, weights, optimizer, reference=None):
+    """Fill the optimizer's state, and T3D's reference, from a checkpoint whose weights are loaded already -> optimizer
+    steps done."""
+    state = load_file(checkpoint / "optimizer.safetensors")
+    step = data.read_json(checkpoint / "trainer.json").get("step")
     wanted = {f"{k}.{name}" for name in weights for k in ("step", "exp_avg", "exp_avg_sq")}
     if type(step) is not int or state.keys() != wanted:
         raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
     for name, p in weights.items():
         moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": state[f"step.{name}"], **moments}
+    if reference is not None and (checkpoint / "reference.safetensors").is_file():
+        stored = load_file(checkpoint / "reference.safetensors")
+        reference.adapter = {k: v.to(weights[k].device) for k, v in stored.items()}
     return step

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 tabom.py train --model GSAI-ML/LLaDA-8B-Instruct --data out/T --out out/R
     torchrun --nproc_per_node 8 tabom.py evaluate --model GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k --out out/E
     python tabom.py grade --task gsm8k --responses R.jsonl --out V.jsonl
+    python tabom.py diagnose --model GSAI-ML/LLaDA-8B-Instruct --checkpoints out/R/epoch-5 --data out/T --out out/D
     python tabom.py generate --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5 --prompt "2 + 2 =" --watch
     python tabom.py merge --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5 --out out/M
 
@@ -16,8 +17,8 @@ TABOM_DEBUG=1 shows the traceback of an error.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -42,11 +43,11 @@ import runs
 # ---------------------------------------------------------------------------------------------------------- distill
 
 
-def distill(c):
+def distill(c, ranks=None):
     """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
 
     Each finished batch is written at once; the same command continues where an earlier one was stopped."""
-    ranks = runs.Ranks(c.device)
+    ranks = ranks or runs.Ranks(c.device)
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
     m, tok, folder = runs.load_model(c, ranks, c.adapter)
     settings = options.decoder(c, m.config.family, folder)
@@ -152,15 +153,17 @@ def never_chosen(m, tok):
 # ------------------------------------------------------------------------------------------------------------ train
 
 
-def train(c):
+def train(c, ranks=None):
     """Train an adapter (or, with --lora-rank 0, all weights) -> the last metrics and the last checkpoint.
 
     One optimizer step sees the same examples, windows and gradient whatever the number of processes: each takes every
     world-th example of the global batch, sums its share of the mean loss, and the gradients are added up. (Dropout is
     the exception: its noise differs with the split.)"""
-    objective_options(c)
-    ranks = runs.Ranks(c.device)
+    parameters, unused = options.of_objective(c)
     full = c.lora_rank == 0
+    if full and (c.objective == "t3d" or c.adapter):
+        raise ValueError(f"--lora-rank 0 has no adapter, which {'--adapter' if c.adapter else 't3d'} needs")
+    ranks = ranks or runs.Ranks(c.device)
     last = runs.last_checkpoint(Path(c.out))
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     m, tok, folder = runs.load_model(c, ranks, weights=last if full else None, dtype=prefer)
@@ -168,9 +171,10 @@ def train(c):
     G = 4 * ranks.world if c.global_batch is None else c.global_batch
     steps_per_epoch = math.ceil(len(records) / G)
     total = c.epochs * steps_per_epoch
-    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if "tunable" not in f.metadata}
     machine = ("out", "device", "batch_size", "gradient_checkpointing")  # no part of what is computed
-    meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **runs.identity(c, folder)}
+    meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **parameters}
+    meta.update(runs.identity(c, folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, ranks, prefer), global_batch=G, examples=len(records))
     meta.update(versions=runs.versions(), data_sha256=hashlib.sha256(json.dumps(records).encode()).hexdigest())
     if full:
@@ -178,16 +182,29 @@ def train(c):
     else:
         start = data.generator(c.seed, "lora")
         lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
-        m = m if last is None else lora.load(m, last)
+        if last or c.adapter:
+            lora.load(m, last or c.adapter)
+        if any(layer.alpha != c.lora_alpha for layer in lora.layers(m).values()):
+            raise ValueError(f"{c.adapter}: its lora_alpha differs from --lora-alpha {c.lora_alpha}")
+    objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
+    reference = None
+    if c.objective == "t3d":  # the student as it was: at first as it starts, then as of every reference_steps-th step
+        reference = lora.Reference(m)
+        objective = functools.partial(objective, reference=reference)
+        if c.adapter:
+            reference.update()
     weights = {name: p for name, p in m.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay)
 
-    out = runs.open_run(c.out, meta, ranks, free=("model", "data"))  # these by their content
+    out = runs.open_run(c.out, meta, ranks, free=("model", "data", "adapter"))  # these by their content
     if c.warmup >= total and ranks.first:
         tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
+    if unused and ranks.first:
+        flags = ", ".join(map(options.flag, unused))
+        tqdm.write(f"warning: {flags}: not used by --objective {c.objective}", sys.stderr)
     m.train()
     m.gradient_checkpointing = c.gradient_checkpointing
-    done = 0 if last is None else runs.restore(last, weights, optimizer)
+    done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
     if ranks.first:
         runs.keep_lines(out / "metrics.jsonl", done)
 
@@ -201,10 +218,12 @@ def train(c):
             if order is None or i == 0:
                 order = data.epoch_order(len(records), c.seed, epoch)
             chosen = [records[k] for k in order[i * G : (i + 1) * G]]
-            metrics = train_step(c, m, list(weights.values()), optimizer, chosen, step, epoch, total, ranks)
+            metrics = train_step(c, m, objective, list(weights.values()), optimizer, chosen, step, epoch, total, ranks)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step + 1}"
                 raise ValueError(f"{what}, examples {[r['id'] for r in chosen]}; last good checkpoint: {last}")
+            if reference is not None and (step + 1) % c.reference_steps == 0:
+                reference.update()
             if ranks.first:
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
@@ -214,49 +233,25 @@ def train(c):
                 last = out / f"epoch-{epoch + 1}"
                 if ranks.first:
                     with runs.atomic_folder(last) as beside:
-                        runs.write_checkpoint(beside, m, folder, full, c.model, weights, optimizer, step + 1)
+                        runs.write_checkpoint(beside, m, folder, c.model, weights, optimizer, step + 1, reference)
                 ranks.barrier()
     return dict(out=str(out), checkpoint=str(last), steps=total, examples=len(records), **metrics)
-
-
-TUNABLE = ("window", "margin", "weight", "entropy_context")  # options that some objectives take and others do not
-
-
-def objective_options(c):
-    """The options of c that its objective takes. Raises ValueError for one that is set and would not be used."""
-    if c.window != "global" and c.window < 2:
-        raise ValueError(f"--window {c.window}: needs at least 2 tokens (one has no pair to rank), or global")
-    known = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
-    unused = [k for k in TUNABLE if k not in known and getattr(c, k) != getattr(options.TrainOptions, k)]
-    if unused:
-        raise ValueError(f"--objective {c.objective} does not use --{', --'.join(unused).replace('_', '-')}")
-    return {k: getattr(c, k) for k in TUNABLE if k in known}
 
 
 def training_records(c, m, tok):
     """What to train on, sorted by id: the usable trajectories, cut at their first EOS, or a dataset's prompts with
     their answers, as dicts of id, prompt_ids, response_ids and order (None for an answer)."""
     path = Path(c.data)
-    first = next(data.read_rows(path), (None, {}))[1] if path.is_file() else {}
-    if path.is_file() and not (isinstance(first, dict) and "response_ids" in first):
+    if not data.holds_trajectories(path):
         if c.objective != "nelbo":
             raise ValueError(f"{path} has no trajectories, and {c.objective} needs them: distill, or --objective nelbo")
-        examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit)
-        bare = [e["id"] for e in examples if e["answer"] is None]
-        if bare:
-            raise ValueError(f"{path}: {len(bare)} rows have no answer to train on, the first is id {bare[0]}")
-        for e in examples:
-            e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
-            e["response_ids"] = data.encode_answer(tok, e["messages"], e["answer"], c.raw)
-        kept = examples
+        kept = reference_answers(c, path, tok)
     else:
-        records = data.read_trajectories(path, m.config.vocab_size)
-        meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
         rows = m.config.vocab_size
+        records = data.read_trajectories(path, rows)[: c.limit]
+        meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
         if meta.get("vocab_size", rows) != rows:
             raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {rows}")
-        records.sort(key=lambda r: (str(type(r["id"])), r["id"]))
-        records = records[: c.limit]
         kept = [r for r in records if data.usable(r, c.keep)]
         if not kept:
             finished = sum(bool(r.get("finished")) for r in records)
@@ -268,13 +263,25 @@ def training_records(c, m, tok):
     return [{k: r.get(k) for k in ("id", "prompt_ids", "response_ids", "order")} for r in kept]
 
 
-MEANS = ("loss", "ce", "rank", "in_order", "entropy", "masked")  # what objectives report, averaged over the batch
+def reference_answers(c, path, tok):
+    """The prompts and answers of a dataset as records to train on, which have no order."""
+    examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit)
+    bare = [e["id"] for e in examples if e["answer"] is None]
+    if bare:
+        raise ValueError(f"{path}: {len(bare)} rows have no answer to train on, the first is id {bare[0]}")
+    for e in examples:
+        e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
+        e["response_ids"] = data.encode_answer(tok, e["messages"], e["answer"], c.raw)
+    return examples
 
 
-def train_step(c, m, weights, optimizer, chosen, step, epoch, total, ranks):
+# What objectives report, averaged over the batch.
+MEANS = ("loss", "ce", "rank", "in_order", "entropy", "masked", "ddo", "path", "certainty", "right")
+
+
+def train_step(c, m, objective, weights, optimizer, chosen, step, epoch, total, ranks):
     """One optimizer step on the examples of a global batch -> its line of metrics.jsonl."""
     begun = time.time()
-    objective, settings = objectives.OBJECTIVES[c.objective], objective_options(c)
     torch.manual_seed(data.generator(c.seed, step, ranks.rank, "dropout").initial_seed())
 
     mine = chosen[ranks.rank :: ranks.world]
@@ -283,7 +290,7 @@ def train_step(c, m, weights, optimizer, chosen, step, epoch, total, ranks):
         records = mine[i : i + c.batch_size]
         batch = {k: v.to(ranks.device) for k, v in data.collate(records, m.config.pad_id).items()}
         generators = [data.generator(c.seed, epoch, r["id"]) for r in records]
-        losses = objective(m, batch, generator=generators, **settings)
+        losses = objective(m, batch, generator=generators)
         share = len(records) / len(chosen)  # of the global batch, whose loss is the mean over its examples
         (losses["loss"] * share).backward()
         for k in losses:
@@ -365,15 +372,12 @@ class Watch:
         self.tok, self.mask_id = tok, mask_id
 
     def __call__(self, step, response, entropy):
-        cells, tokens = [], list(zip(response[0].tolist(), entropy[0].tolist()))
-        while tokens:
-            token, h = tokens.pop(0)
-            if token == self.mask_id:
+        cells, ids = [], response[0].tolist()
+        for text, places in self.tok.pieces(ids, self.mask_id):
+            h = float(entropy[0, places[0]])
+            if text is None:
                 cells.append("\x1b[2m·\x1b[0m")
-            elif token not in self.tok.stop_ids:
-                part = [token]  # a character may be spread over several tokens
-                while (text := self.tok.decode(part)).endswith("\ufffd") and tokens and tokens[0][0] != self.mask_id:
-                    part.append(tokens.pop(0)[0])
+            elif ids[places[0]] not in self.tok.stop_ids:
                 cells.append(f"\x1b[38;5;{self.COLOURS[min(int(h / 3 * 10), 10)]}m{text}\x1b[0m")
         home = "\x1b[H\x1b[2J"  # the top left of an empty screen
         print(f"{home}step {step}\n{''.join(cells)}", file=sys.stderr, flush=True)
@@ -389,6 +393,13 @@ def merge(c):
         model.save(lora.merge(m), beside)
         runs.copy_extras(folder, beside)
     return dict(out=c.out, merged_layers=changed)
+
+
+def run_diagnose(c):
+    """Measure how models decode (TDS, order of certainty, loss over mask ratio) and draw it -> TDS and inversions."""
+    import diagnose
+
+    return diagnose.run(c)
 
 
 def run_evaluate(c):
@@ -420,6 +431,7 @@ COMMANDS = {
     "train": (train, options.TrainOptions),
     "evaluate": (run_evaluate, options.EvaluateOptions),
     "grade": (run_grade, options.GradeOptions),
+    "diagnose": (run_diagnose, options.DiagnoseOptions),
     "generate": (generate, options.GenerateOptions),
     "merge": (merge, options.MergeOptions),
 }

@@ -1,6 +1,9 @@
-"""Fixtures that several test files share: the golden checkpoints, and a model that is a table."""
+"""What several test files share: golden checkpoints, a model that is a table, the command line on a tiny model."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import demo
 import model
+import tabom
 
 torch.set_num_threads(2)
-FOLDER = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "tests" / "golden"
 
 
 class Golden:
@@ -60,3 +66,47 @@ class Toy:
 def toy():
     """The class: toy(vocab, seed) makes one."""
     return Toy
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A model folder with random weights, and a tokenizer of one token a character."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    demo.write_start(folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def puzzles(tmp_path_factory):
+    return demo.write_puzzles(tmp_path_factory.mktemp("data") / "train.jsonl", ["latin"], 12, False, 0)
+
+
+@pytest.fixture(scope="session")
+def trajectories(tiny, puzzles, tmp_path_factory):
+    out = tmp_path_factory.mktemp("T") / "T"
+    assert tabom.main(["distill", *flags(model=tiny, data=puzzles, out=out, check="exact")]) == 0
+    return out
+
+
+def flags(**options):
+    """{'lora_rank': 4, 'watch': True} -> ['--lora-rank', '4', '--watch']"""
+    named = [["--" + k.replace("_", "-")] + ([] if v is True else [str(v)]) for k, v in options.items()]
+    return [word for words in named for word in words]
+
+
+def shell(*words, processes=1, **environment):
+    """Run tabom.py as a user does -> the finished process."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [*start, str(ROOT / "tabom.py"), *words], capture_output=True, text=True, env=env, timeout=300
+    )
+
+
+def last_json(text):
+    return json.loads(text.strip().splitlines()[-1])

@@ -68,6 +68,17 @@ def test_an_answer_is_encoded_as_the_model_would_write_it(dream):
     assert dream.response_text(ids + [151643] * 3) == "Hello"
 
 
+def test_pieces_join_the_tokens_of_a_character(dream):
+    text = "naïve 🤖日本 $24\n"
+    ids = dream.encode(text)
+    pieces = dream.pieces(ids)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [i for _, places in pieces for i in places] == list(range(len(ids))) and len(pieces) < len(ids)
+    half = ids.index(next(i for i in ids if dream.decode([i]).endswith("\ufffd"))) + 1
+    masked = dream.pieces([*ids[:half], 151666, *ids[half:]], mask_id=151666)  # a mask inside a character
+    assert (None, [half]) in masked and [i for _, places in masked for i in places] == list(range(len(ids) + 1))
+
+
 LLADA = (  # in the manner of LLaDA-8B-Instruct's template, which opens an answer whether asked to or not
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
@@ -235,11 +246,22 @@ def test_real_benchmarks_are_recognised(name, count):
 RECORD = dict(id=0, prompt_ids=[5, 6], response_ids=[7, 8, 1, 1], order=[2, 0, 3, 1], finished=True, correct=None)
 
 
-def test_trajectories_of_several_files_are_read_in_order(tmp_path):
+def test_trajectories_of_several_files_are_sorted_by_id(tmp_path):
     write(tmp_path / "trajectories-00001.jsonl", {**RECORD, "id": 1})
-    write(tmp_path / "trajectories-00000.jsonl", {**RECORD, "id": 0}, {**RECORD, "id": 2})
-    assert [r["id"] for r in data.read_trajectories(tmp_path)] == [0, 2, 1]
+    write(tmp_path / "trajectories-00000.jsonl", {**RECORD, "id": "a"}, {**RECORD, "id": 2})
+    assert [r["id"] for r in data.read_trajectories(tmp_path)] == [1, 2, "a"]
     assert len(data.read_trajectories(tmp_path / "trajectories-00001.jsonl")) == 1
+
+
+def test_what_holds_trajectories(tmp_path):
+    write(tmp_path / "trajectories-00000.jsonl", RECORD)
+    write(tmp_path / "prompts.jsonl", {"prompt": "a", "answer": "b"})
+    (tmp_path / "empty.jsonl").touch()
+    assert data.holds_trajectories(tmp_path) and data.holds_trajectories(tmp_path / "trajectories-00000.jsonl")
+    assert not data.holds_trajectories(tmp_path / "prompts.jsonl")
+    assert not data.holds_trajectories(tmp_path / "empty.jsonl")
+    with pytest.raises(FileNotFoundError, match="no trajectories and no dataset at"):
+        data.holds_trajectories(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def run(words, folder):
 
 @pytest.mark.slow
 def test_the_walk_through_runs_as_it_stands(folder):
-    assert len(WALK) == 5
+    assert len(WALK) == 6
     launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     for line in WALK:
         program, *words = shlex.split(line)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, flags, last_json, shell
 from safetensors.torch import load_file, save_file
 
 import data
@@ -28,50 +29,8 @@ import options
 import runs
 import tabom
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 LEAVES = ("model", "lora", "decode", "objectives", "data", "evaluate", "ifeval", "execute")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A model folder with random weights, and a tokenizer of one token a character."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    demo.write_start(folder, 0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def puzzles(tmp_path_factory):
-    return demo.write_puzzles(tmp_path_factory.mktemp("data") / "train.jsonl", ["latin"], 12, False, 0)
-
-
-@pytest.fixture(scope="module")
-def trajectories(tiny, puzzles, tmp_path_factory):
-    out = tmp_path_factory.mktemp("T") / "T"
-    assert tabom.main(["distill", *flags(model=tiny, data=puzzles, out=out, check="exact")]) == 0
-    return out
-
-
-def flags(**options):
-    """{'lora_rank': 4, 'watch': True} -> ['--lora-rank', '4', '--watch']"""
-    named = [["--" + k.replace("_", "-")] + ([] if v is True else [str(v)]) for k, v in options.items()]
-    return [word for words in named for word in words]
-
-
-def shell(*words, processes=1, **environment):
-    """Run tabom.py as a user does -> the finished process."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [*start, str(ROOT / "tabom.py"), *words], capture_output=True, text=True, env=env, timeout=300
-    )
-
-
-def last_json(text):
-    return json.loads(text.strip().splitlines()[-1])
 
 
 def records(folder):
@@ -261,9 +220,11 @@ def test_a_finished_run_is_left_alone(tiny, trajectories, trained, capsys):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(objective="nelbo", window=32),
-        dict(objective="transition", window=32),
+        *(dict(objective=name) for name in objectives.OBJECTIVES),
+        dict(objective="t3d", reference_steps=1, random_tokens=0.5, alpha=1, beta=1, path_weight=0),
+        dict(objective="dparallel", block_length=4, weight=1, temperature=0.1),
         dict(window="global"),
+        dict(ce_weight=0),
         dict(entropy_context="step", window=4),
         dict(weight=0.0),
         dict(keep_eos=True),
@@ -274,6 +235,38 @@ def test_every_objective_and_switch_trains(tiny, trajectories, tmp_path, capsys,
     out = tmp_path / "R"
     result = run_train(capsys, model=tiny, data=trajectories, out=out, **{"epochs": 1, **options})
     assert result["loss"] > 0 and weights(out / "epoch-1")
+    meta = json.loads((out / "meta.json").read_text())
+    assert all(meta[k] == v for k, v in options.items() if k not in ("lora_targets", "gradient_checkpointing"))
+    assert ("window" in meta) == ("rank" in result and meta["objective"] == "tabom")  # only what had an effect
+
+
+def test_t3d_continues_with_the_reference_that_it_had(tiny, trajectories, tmp_path, capsys):
+    setting = dict(model=tiny, data=trajectories, objective="t3d", beta=5, reference_steps=2)
+    once, again, base = (tmp_path / name for name in ("once", "again", "base"))
+    result = run_train(capsys, out=once, **setting)
+    shutil.copytree(once, again)
+    shutil.rmtree(again / "epoch-2")
+    assert run_train(capsys, out=again, **setting)["loss"] == result["loss"]
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "reference.safetensors"):
+        assert (again / "epoch-2" / file).read_bytes() == (once / "epoch-2" / file).read_bytes()
+    # after 3 steps the reference is the student of step 2, and it makes a difference
+    student, reference = (load_file(once / "epoch-1" / f"{f}.safetensors") for f in ("adapter_model", "reference"))
+    assert len(student) == len(reference)
+    assert not any(torch.equal(a, b) for a, b in zip(student.values(), reference.values()))
+    assert run_train(capsys, out=base, **{**setting, "reference_steps": 100})["loss"] != result["loss"]
+    assert not (base / "epoch-2" / "reference.safetensors").exists()
+
+
+def test_training_starts_from_an_adapter(tiny, trajectories, trained, tmp_path, capsys):
+    start = dict(model=tiny, data=trajectories, keep="all", adapter=trained / "epoch-2")
+    run_train(capsys, out=tmp_path / "R", **{**start, "lr": 0})
+    assert all(torch.equal(w, weights(trained / "epoch-2")[k]) for k, w in weights(tmp_path / "R" / "epoch-2").items())
+    fails(capsys, "rank 16", "train", out=tmp_path / "S", lora_rank=4, **start)
+    fails(capsys, "lora_alpha differs from --lora-alpha 8", "train", out=tmp_path / "S", lora_alpha=8, **start)
+    fails(capsys, "--lora-rank 0 has no adapter", "train", out=tmp_path / "S", lora_rank=0, **start)
+    t3d = dict(objective="t3d", lora_rank=0)
+    fails(capsys, "t3d needs", "train", model=tiny, data=trajectories, keep="all", out=tmp_path / "S", **t3d)
+    assert not (tmp_path / "S").exists()
 
 
 def test_training_lowers_the_loss(tiny, trajectories, tmp_path, capsys):
@@ -525,7 +518,7 @@ def test_nothing_usable_to_train_on(tiny, trajectories, puzzles, tmp_path, capsy
     options = dict(model=tiny, out=tmp_path / "R", **{k: v for k, v in TRAIN.items() if k != "keep"})
     fails(capsys, "--keep correct keeps none of 12", "train", data=trajectories, **options)
     fails(capsys, "no trajectories, and tabom needs them", "train", data=puzzles, **options)
-    fails(capsys, "no trajectories at", "train", data=tmp_path / "none", **options)
+    fails(capsys, "no dataset at", "train", data=tmp_path / "none", **options)
     (tmp_path / "bare.jsonl").write_text('{"prompt": "L1"}\n')
     fails(
         capsys,
@@ -586,9 +579,12 @@ def test_values_out_of_range_are_refused_and_leave_no_trace(
     assert not (tmp_path / "R").exists()
 
 
-def test_options_that_an_objective_does_not_use_are_refused(tiny, trajectories, tmp_path, capsys):
-    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", keep="all")
-    fails(capsys, "nelbo does not use --window, --weight", "train", objective="nelbo", window=8, weight=2, **options)
+def test_options_without_effect_are_named(tiny, trajectories, tmp_path, capsys):
+    unused = dict(objective="nelbo", window=8, weight=2, reference_steps=3, epochs=1)
+    assert tabom.main(["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", keep="all", **unused)]) == 0
+    expected = "warning: --window, --weight, --reference-steps: not used by --objective nelbo"
+    assert expected in capsys.readouterr().err
+    assert not {"window", "weight"} & json.loads((tmp_path / "R" / "meta.json").read_text()).keys()
     fails(capsys, "--raw takes one --prompt", "generate", model=tiny, prompt="L", raw=True, system="S")
 
 

@@ -1,0 +1,177 @@
+"""tabom.py diagnose: its numbers against evaluate.py, its pictures, several processes.
+
+python -m pytest tests/test_diagnose.py"""
+
+import json
+import re
+import struct
+
+import pytest
+from conftest import flags, last_json, shell
+
+import data
+import diagnose
+import evaluate
+import lora
+import model
+import tabom
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny, trajectories, tmp_path_factory):
+    out = tmp_path_factory.mktemp("R") / "R"
+    training = dict(model=tiny, data=trajectories, out=out, keep="all", window=8, epochs=1, global_batch=5, lr=0.1)
+    assert tabom.main(["train", *flags(**training)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(tiny, trajectories, puzzles, run_folder, tmp_path_factory):
+    """What diagnose wrote about the base and one checkpoint: its folder and its last line."""
+    out = tmp_path_factory.mktemp("D") / "D"
+    checkpoint = run_folder / "epoch-1"
+    options = dict(model=tiny, checkpoints=checkpoint, data=trajectories, ground_truth=puzzles, runs=run_folder)
+    done = shell("diagnose", *flags(out=out, window=5, batch_size=5, **options))
+    assert done.returncode == 0, done.stderr
+    return out, last_json(done.stdout), [None, checkpoint]
+
+
+def rows(folder, name):
+    return [row for _, row in data.read_rows(folder / f"{name}.jsonl")]
+
+
+def size(png):
+    """Width and height that a PNG file says it has."""
+    head = png.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
+    out, result, checkpoints = found
+    records = data.read_trajectories(trajectories)
+    for summary, checkpoint in zip(result["models"], checkpoints):
+        m = model.load(tiny) if checkpoint is None else lora.load(model.load(tiny), checkpoint)
+        batch = data.collate(records, m.config.pad_id)
+        tds = evaluate.tds(m, batch, m.config.eos_id)
+        assert summary["tds"] == pytest.approx(tds["tds"], rel=1e-4)
+        name = "base" if checkpoint is None else str(checkpoint)
+        of_model = [r for r in rows(out, "trajectories") if r["model"] == name]
+        assert [r["tds"] for r in of_model] == pytest.approx(tds["rows"], rel=1e-4)
+        assert [r["id"] for r in of_model] == [r["id"] for r in records]
+        by_step = [r["tds"] for r in rows(out, "tds") if r["model"] == name]
+        assert by_step == pytest.approx(tds["per_step"], rel=1e-4, abs=1e-6)
+
+        h = evaluate.replay(m, batch, evaluate.before_eos(batch, m.config.eos_id))
+        own = evaluate.inversions(h.diagonal(dim1=1, dim2=2))
+        windows = evaluate.inversions(evaluate.by_window(h, 5, batch["length"]))
+        for context, count in (("step", own), ("window", windows)):
+            table = [r for r in rows(out, "inversions") if (r["model"], r["context"]) == (name, context)]
+            assert [r["pairs"] for r in table] == [x for x in count["pairs"].tolist() if x]
+            assert len(table) == (4 if context == "window" else len(table))
+            assert sum(r["inverted"] for r in table) == pytest.approx(int(count["inverted"].sum()), abs=3)  # near ties
+            rate = sum(r["inverted"] for r in table) / sum(r["pairs"] for r in table)
+            assert summary[f"inversions_{context}"] == pytest.approx(rate)
+
+
+def test_loss_over_the_mask_ratio(tiny, trajectories, puzzles, found):
+    out, _, _ = found
+    table = [r for r in rows(out, "loss") if r["model"] == "base"]
+    assert {r["data"] for r in table} == {str(trajectories), str(puzzles)}
+    assert [r["mask_ratio"] for r in table] == [*diagnose.RATIOS, *diagnose.RATIOS]
+    m = model.load(tiny)
+    records = [data.cut_at_eos(r, m.config.eos_id) for r in data.read_trajectories(trajectories)]
+    batch = data.collate(records, m.config.pad_id)
+    losses = evaluate.loss_at(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
+    assert table[9]["responses"] == len(records) == 12
+    assert table[9]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert table[9]["loss_se"] == pytest.approx(losses.std().item() / 12**0.5, rel=1e-3)
+
+
+def test_pictures_are_drawn(found):
+    out, _, _ = found
+    for name in ("tds", "inversions", "loss", "training", "trajectory"):
+        width, height = size(out / f"{name}.png")
+        assert width > 300 and height > 100
+    curves = diagnose.draw_tds(rows(out, "tds")).axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in curves] == [len(rows(out, "tds")) // 2] * 2
+    assert len(diagnose.draw_loss(rows(out, "loss")).axes[0].get_lines()) == 4
+
+
+def test_a_trajectory_is_drawn_token_by_token(tiny, trajectories):
+    tok = data.load_tokenizer(tiny)
+    ids = tok.encode("123") + [tok.eos_id] + tok.encode("456")
+    drawing = diagnose.draw_trajectory(tok, dict(response_ids=ids, order=[6, 1, 4, 0, 2, 3, 5]))
+    axes = drawing.axes[0]
+    assert [t.get_text() for t in axes.texts] == ["1", "2", "3", "<|endoftext|>"]  # and nothing after the first EOS
+    colours = [patch.get_facecolor()[:3] for patch in axes.patches]
+    assert sorted(range(4), key=lambda i: sum(colours[i])) == [3, 1, 2, 0]  # darker = decoded earlier
+    assert [patch.get_x() for patch in axes.patches] == [0, 1, 2, 3]
+
+
+def test_two_processes_write_the_same(tiny, trajectories, puzzles, run_folder, found, tmp_path):
+    options = dict(model=tiny, checkpoints=run_folder / "epoch-1", data=trajectories, ground_truth=puzzles)
+    done = shell("diagnose", *flags(out=tmp_path / "D", window=5, batch_size=5, **options), processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("tds", "loss", "trajectories"):
+        value = "loss" if name == "loss" else "tds"
+        one, two = rows(found[0], name), rows(tmp_path / "D", name)
+        assert [r[value] for r in two] == pytest.approx([r[value] for r in one], rel=1e-4, abs=1e-6)
+        assert [r.get("id", r.get("step")) for r in two] == [r.get("id", r.get("step")) for r in one]
+
+
+def test_prompts_are_decoded_by_each_model(tiny, puzzles, trajectories, run_folder, tmp_path, capsys):
+    base = dict(model=tiny, limit=4)
+    assert tabom.main(["diagnose", *flags(data=trajectories, out=tmp_path / "stored", **base)]) == 0
+    assert tabom.main(["diagnose", *flags(data=puzzles, out=tmp_path / "prompts", **base)]) == 0
+    checkpoint = run_folder / "epoch-1"
+    again = dict(data=trajectories, fresh=True, checkpoints=checkpoint, out=tmp_path / "fresh", **base)
+    assert tabom.main(["diagnose", *flags(**again)]) == 0
+    entropies = {}
+    for name in ("stored", "prompts", "fresh"):
+        for row in rows(tmp_path / name, "trajectories"):
+            entropies.setdefault((name, row["model"]), {})[row["id"]] = row["entropy"]
+    for row_id, expected in entropies["stored", "base"].items():  # the base decodes what it decoded before
+        assert entropies["fresh", "base"][row_id] == pytest.approx(expected, abs=1e-4)
+    assert len(entropies["prompts", "base"]) == len(entropies["fresh", str(checkpoint)]) == 4
+    stored = data.read_trajectories(trajectories)[:4]
+    m = lora.load(model.load(tiny), checkpoint)
+    batch = data.collate(stored, m.config.pad_id)
+    replayed = evaluate.tds(m, batch, m.config.eos_id)["rows"]
+    own = [r["tds"] for r in rows(tmp_path / "fresh", "trajectories") if r["model"] != "base"]
+    assert own != pytest.approx(replayed, rel=1e-3)  # its own trajectories are others
+
+
+def test_training_curves_need_no_model(run_folder, tmp_path, capsys):
+    assert tabom.main(["diagnose", *flags(runs=run_folder, out=tmp_path / "D")]) == 0
+    assert [file.name for file in (tmp_path / "D").iterdir()] == ["training.png"]
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    drawing = diagnose.draw_training({"R": [json.loads(line) for line in lines]})
+    titles = [axes.get_ylabel() for axes in drawing.axes if axes.get_lines()]
+    assert titles == ["loss", "ce", "rank", "in_order", "entropy", "grad_norm"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(), "--model is missing"),
+        (dict(data="T"), "--model is missing"),
+        (dict(model="TINY"), "--data is missing"),
+        (dict(model="TINY", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
+        (dict(model="TINY", data="T", checkpoints="nowhere"), "nowhere"),
+        (dict(model="TINY", data="T", window=1), "--window 1: must be a number of at least 2"),
+        (dict(runs="nowhere"), "no dataset file nowhere"),
+        (dict(runs="TINY/config.json"), "config.json"),
+        (dict(model="TINY", data="T", out="T"), "is there already"),
+        (dict(model="TINY", data="T", temperature=1), "--temperature .* --fresh"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(tiny, trajectories, tmp_path, capsys, options, message):
+    named = {"TINY": str(tiny), "T": str(trajectories)}
+    options = {k: named.get(v, str(v).replace("TINY", str(tiny))) for k, v in options.items()}
+    assert tabom.main(["diagnose", *flags(**{"out": tmp_path / "D", **options})]) == 1
+    captured = capsys.readouterr()
+    (line,) = [x for x in captured.err.splitlines() if x.startswith("error")]
+    assert re.search(message, line), line
+    assert not (tmp_path / "D").exists()
