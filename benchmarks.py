@@ -179,14 +179,14 @@ def grade(c):
 # -------------------------------------------------------------------------------------------------------------- run
 
 
-def run(c):
+def run(c, ranks=None):
     """Answer and grade the questions of every task -> the scores. c: options.EvaluateOptions.
 
     out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings."""
     unknown = [t for t in c.tasks if t not in options.TASKS]
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(options.TASKS)}")
-    ranks = runs.Ranks(c.device)
+    ranks = ranks or runs.Ranks(c.device)
     questions = {task: read_records(task, c.data)[: c.limit] for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
     m, tok, folder = runs.load_model(c, ranks, c.adapter)

@@ -21,6 +21,7 @@ import torch
 
 STRATEGIES = ("entropy", "confidence", "margin", "random")
 SCHEDULES = ("dream", "llada")
+CACHES = ("prefix", "dual")
 
 
 class Trajectory(NamedTuple):
@@ -49,6 +50,7 @@ def generate(
     top_p=None,
     top_k=None,
     threshold=None,
+    approximate_cache=None,
     generator=None,
     suppress=None,
     on_step=None,
@@ -64,6 +66,9 @@ def generate(
     block_length: decode blocks of this many tokens from left to right, steps / blocks steps each; None = one block.
     temperature, top_p, top_k: how the token itself is chosen; 0 = the most probable one.
     threshold: instead of the schedule, every token more probable than this, and at least one, each step ("dynamic").
+    approximate_cache: with blocks, reuse keys and values that the first step of a block computed: "prefix" those of
+        everything before the block, "dual" also those of everything after it. Faster, and not the same result: the
+        model no longer sees there what the block has become. Needs a model that takes cache and span, as model.py's.
     generator: a torch.Generator, or a list of one for each row, which makes each row independent of its batch.
     suppress: token ids that are never chosen, such as ids that the tokenizer does not have. Without it the official
         behaviour holds for the mask token too: a position that is given the mask token stays masked.
@@ -74,7 +79,7 @@ def generate(
     B, P = prompt_ids.shape
     N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
     mask_id = m.config.mask_id if mask_id is None else mask_id
-    check(N, steps, block_length, strategy, schedule, temperature, top_p, top_k, threshold)
+    check(N, steps, block_length, strategy, schedule, temperature, top_p, top_k, threshold, approximate_cache)
     if prompt_mask is not None:
         check_padding(prompt_ids, prompt_mask)
     if suppress is not None:
@@ -95,114 +100,173 @@ def generate(
     confidence = entropy.clone()
 
     steps_per_block = L if threshold is not None else steps // (N // L)
-    step = torch.zeros(B, dtype=torch.long, device=device)
+    step = [0] * B
     for end in range(L, N + 1, L):  # one block after the other; an earlier block's leftovers stay candidates
+        cached = None  # the rows that the cache holds
         for i in range(steps_per_block):
             masked = response == mask_id
             masked[:, end:] = False
-            count = masked.sum(1)  # [B]
-            K = int(count.max())
-            if K == 0:
-                step += 0 if threshold is not None else steps_per_block - i
+            if approximate_cache is not None:
+                masked[:, : end - L] = False
+            count = masked.sum(1).tolist()  # [B]: what the host must know of each step
+            rows = [b for b, n in enumerate(count) if n]
+            quota = step_quota(schedule, i, steps_per_block, count, L) if threshold is None else count
+            if not rows:
+                step = [s + (steps_per_block - i if threshold is None else 0) for s in step]
                 break
-            quota = step_quota(schedule, i, steps_per_block, count, L)
-            if threshold is None and not quota.any():
-                step += 1
+            if not any(quota):
+                step = [s + 1 for s in step]
                 continue
-            index = masked.int().argsort(dim=1, descending=True, stable=True)[:, :K]  # [B, K], left to right
-            logits = m(ids, attention_mask=attention_mask, positions=P + index)  # [B, K, V]
-            token = index.new_full((B, K), mask_id)
-            probability = torch.zeros(B, K, device=device)
-            score = torch.full((B, K), -torch.inf, device=device)  # rows with fewer candidates end in filler
-            for b, n in enumerate(count.tolist()):
-                token[b, :n], probability[b, :n], score[b, :n] = choose(
-                    logits[b, :n], strategy, schedule, temperature, top_p, top_k, generators[b], suppress
-                )
-            is_candidate = torch.arange(K, device=device) < count[:, None]
-            place = score.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)  # ties: the leftmost first
-            if threshold is None:
-                chosen = (place < quota[:, None]) & is_candidate
-            else:
-                chosen = ((probability > threshold) | (place == 0)) & is_candidate
 
-            row, k = chosen.nonzero(as_tuple=True)
-            at = (row, index[row, k])
-            response[at] = token[row, k]
-            decoded_at[at] = step[row]
-            logp = logits[row, k].float().log_softmax(-1)  # untempered, over the whole vocabulary
-            entropy[at] = -(logp.exp() * logp).sum(-1)
-            confidence[at] = logp.gather(-1, token[row, k, None])[:, 0].exp()
+            # 1. the logits of the candidates: in rows that have any, the masked positions from left to right
+            every = len(rows) == B
+            row, n = torch.tensor(rows, device=device), [count[b] for b in rows]  # [R]
+            index = masked[row].int().argsort(dim=1, descending=True, stable=True)[:, : max(n)]  # [R, K]
+            mask = attention_mask if every or attention_mask is None else attention_mask[row]
+            more = {}
+            if approximate_cache is not None:
+                if cached is None:  # the first step of a block computes everything, later ones only a span
+                    cache, span = m.new_cache(), None
+                else:
+                    cache.keep([cached.index(b) for b in rows])
+                    span = (P + end - L, P + (end if approximate_cache == "dual" else N))
+                cached, more = rows, dict(cache=cache, span=span)
+            logits = m(ids if every else ids[row], attention_mask=mask, positions=P + index, **more)  # [R, K, V]
+
+            # 2. a token and a score for each, and the best of them
+            own = [generators[b] for b in rows]
+            token, probability, score = choose(logits, n, strategy, schedule, temperature, top_p, top_k, own, suppress)
+            best, taken = pick(score, probability, n, [quota[b] for b in rows], threshold)  # [R, Q]
+
+            # 3. write them down, with what the whole untempered distribution said
+            at = (row[:, None], index.gather(1, best))
+            token = token.gather(1, best)
+            logp = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])).float().log_softmax(-1)
+            now = torch.tensor([step[b] for b in rows], device=device)[:, None]
+            response[at] = torch.where(taken, token, response[at])
+            decoded_at[at] = torch.where(taken, now, decoded_at[at])
+            entropy[at] = torch.where(taken, -(logp.exp() * logp).sum(-1), entropy[at])
+            confidence[at] = torch.where(taken, logp.gather(-1, token[..., None])[..., 0].exp(), confidence[at])
             if on_step is not None:
-                on_step(int(step.max()), response, entropy)
-            step += 1 if threshold is None else (count > 0).long()
+                on_step(max(step), response, entropy)
+            step = [s + (1 if threshold is None or count[b] else 0) for b, s in enumerate(step)]
     decoded_at[response == mask_id] = never
     return Trajectory(response.clone(), decoded_at, decode_order(decoded_at, entropy), entropy, confidence)
 
 
 def step_quota(schedule, i, steps, count, block):
-    """Tokens that step i of `steps` unmasks in each row, [B]; count [B] are masked now, `block` were at the start."""
+    """Tokens that step i of `steps` unmasks in each row, a list; count are masked now, `block` were at the start."""
     if schedule == "llada":
-        return torch.full_like(count, block // steps + (i < block % steps))
+        return [block // steps + (i < block % steps)] * len(count)
     if i == steps - 1:
         return count
     t, s = torch.linspace(1, 1e-3, steps + 1)[i : i + 2]  # float32, as the official code; int() cuts off its rounding
-    return (count.float() * (1 - s / t).to(count.device)).long()
+    return (torch.tensor(count, dtype=torch.float32) * (1 - s / t)).long().tolist()
 
 
-def choose(logits, strategy, schedule, temperature, top_p, top_k, generator, suppress):
-    """A token, its probability and its score (higher = decoded sooner) for each of K positions: three tensors [K].
+def pick(score, probability, count, quota, threshold):
+    """Which of the K candidates of each row are unmasked: places [R, Q] among them, best first, and which of these are
+    no filler, bool [R, Q].
 
-    logits [K, V]. "dream" scores the distribution that tokens are drawn from, "llada" the model's own."""
-    if suppress is not None:
-        logits = logits.index_fill(-1, suppress, torch.finfo(logits.dtype).min)
-    tempered = logits if temperature == 0 else (logits if schedule == "dream" else wide(logits)) / temperature
-    if (top_p is not None and top_p < 1) or top_k is not None:
-        p, index = nucleus(tempered, top_p, top_k)
+    score, probability [R, K]; the first count[r] of a row are real. quota: how many in each row; or, with a threshold,
+    all that are more probable, and at least the best one."""
+    n = torch.tensor(count, device=score.device)[:, None]  # [R, 1]
+    place = torch.arange(score.shape[1], device=score.device)
+    best = score.masked_fill(place >= n, -torch.inf).sort(dim=1, descending=True, stable=True).indices  # leftmost first
+    if threshold is None:
+        Q, taken = max(quota), place < torch.tensor(quota, device=score.device)[:, None]
+        taken &= best < n
     else:
-        p, index = tempered.softmax(-1), None  # in the model's dtype, as the official code
+        taken = (probability.gather(1, best) > threshold) | (place == 0)
+        taken &= best < n
+        taken, first = taken.sort(dim=1, descending=True, stable=True)
+        best, Q = best.gather(1, first), int(taken.sum(1).max())
+    return best[:, :Q], taken[:, :Q]
 
-    if temperature == 0:
-        token = at = logits.argmax(-1)
-        at = at if index is None else torch.zeros_like(at)
-    elif index is None:  # Gumbel-max: the argmax of log p - log(Exponential noise) is a sample of p
-        at = token = (wide(tempered) - exponential(tempered, generator).log()).argmax(-1)
-    else:  # invert the cumulated probabilities of the few tokens left
-        u = uniform(p, generator)[:, None]  # [K, 1]
-        at = (p.cumsum(-1) <= u * p.sum(-1, keepdim=True)).sum(-1).clamp(max=p.shape[-1] - 1)
-        token = index.gather(-1, at[:, None])[:, 0]
 
-    if schedule == "llada" and (temperature > 0 or index is not None):
-        p, at = logits.softmax(-1), token
-    probability = p.gather(-1, at[:, None])[:, 0]
+SLAB = 2**23  # logits that are looked at together, which bounds the memory for temporary copies of them
+
+
+def choose(logits, count, strategy, schedule, temperature, top_p, top_k, generators, suppress):
+    """A token, its probability and its score (higher = decoded sooner) for each of K positions in R rows: three tensors
+    [R, K].
+
+    logits [R, K, V], of which the first count[r] positions of a row are real. generators: one for each row."""
+    R, K, V = logits.shape
+    few = (
+        top_p is not None and top_p < 1
+    ) or top_k is not None  # tokens to draw from: those that top_p and top_k leave
+    draw = uniform(R, K, count, generators, logits.device) if few and temperature > 0 else None
+    chance = uniform(R, K, count, generators, logits.device) if strategy == "random" else None
+    flat, found = logits.flatten(0, 1), []
+    slab = K if temperature > 0 and not few else max(1, SLAB // V)  # a row's noise over the vocabulary is its own
+    for a in range(0, R * K, slab):
+        part, r = slice(a, a + slab), a // K
+        x = flat[part]
+        if suppress is not None:
+            x = x.index_fill(-1, suppress, torch.finfo(x.dtype).min)
+        if few:
+            p, index = nucleus(x, temperature or 1.0, top_p, top_k)
+        else:
+            tempered = x if temperature == 0 else (x if schedule == "dream" else wide(x)) / temperature
+            p, index = tempered.softmax(-1), None  # in the model's dtype, as the official code
+        if temperature == 0:
+            token = at = x.argmax(-1)
+            at = at if index is None else torch.zeros_like(at)
+        elif index is None:
+            token = at = gumbel_max(tempered, count[r], generators[r])
+        else:  # invert the cumulated probabilities of the few tokens left
+            u = draw[part, None] * p.sum(-1, keepdim=True)
+            at = (p.cumsum(-1) <= u).sum(-1).clamp(max=p.shape[-1] - 1)
+            token = index.gather(-1, at[:, None])[:, 0]
+        if schedule == "llada" and (temperature > 0 or index is not None):  # the model's own distribution is scored
+            p, at = x.softmax(-1), token
+        probability = p.gather(-1, at[:, None])[:, 0]
+        found.append((token, probability, chance[part] if strategy == "random" else rate(strategy, p, probability)))
+    return tuple(torch.cat(x).view(R, K) for x in zip(*found))
+
+
+def rate(strategy, p, probability):
+    """The score of K positions with the distributions p [K, V] and the probabilities [K] of their tokens: [K]."""
     if strategy == "entropy":
-        score = (p * torch.log(p + 1e-10)).sum(-1)  # minus the entropy; the constant is Dream's
-    elif strategy == "confidence":
-        score = probability
-    elif strategy == "margin":
-        best = p.topk(min(2, p.shape[-1]), dim=-1).values
-        score = best[:, 0] - (best[:, 1] if best.shape[-1] > 1 else 0)
-    else:
-        score = uniform(p, generator)
-    return token, probability, score
+        return (p * torch.log(p + 1e-10)).sum(-1)  # minus the entropy; the constant is Dream's
+    if strategy == "confidence":
+        return probability
+    best = p.topk(min(2, p.shape[-1]), dim=-1).values
+    return best[:, 0] - (best[:, 1] if best.shape[-1] > 1 else 0)
 
 
-def nucleus(logits, top_p, top_k):
-    """The tokens that top_p and top_k leave, best first: probabilities (0 where removed) and ids, two [K, n].
+def nucleus(logits, temperature, top_p, top_k):
+    """The tokens that top_p and top_k leave of softmax(logits / temperature), best first: probabilities (0 where
+    removed) and ids, two [K, n].
 
     top_p removes what lies beyond the best tokens whose sum exceeds it; the token that crosses it stays. The vocabulary
-    is not sorted: the best 64 are enough as a rule, and more are taken until every row has crossed."""
+    is not sorted: the best 64 are enough as a rule, and more are taken until every position has crossed."""
     logits, V = logits.float(), logits.shape[-1]
     limit = V if top_k is None else min(top_k, V)
-    total = logits.logsumexp(-1, keepdim=True)
+    most = logits.amax(-1, keepdim=True)
+    total = (logits - most).div_(temperature).exp_().sum(-1, keepdim=True)  # several times as fast as logsumexp
     n = min(64, limit)
     while True:
         best, index = logits.topk(n, dim=-1)  # [K, n]
-        p = (best - total).exp()
+        p = ((best - most) / temperature).exp() / total
         keep = p.cumsum(-1) - p <= (1 if top_p is None else top_p)  # the sum before the token
         keep[:, 0] = True
         if n == limit or not keep[:, -1].any():
-            return best.masked_fill(~keep, -torch.inf).softmax(-1), index
+            p = p.masked_fill(~keep, 0.0)
+            return p / p.sum(-1, keepdim=True), index
         n = min(32 * n, limit)
+
+
+def gumbel_max(logits, count, generator):
+    """A sample of softmax(logits) at each of K positions: the argmax of logits - log(exponential noise). int64 [K].
+
+    In float64, as LLaDA's, in one buffer of [count, V]; the positions from count on are filler."""
+    device = logits.device if generator is None else generator.device
+    noise = wide(torch.empty(0, device=device)).new_empty((count, logits.shape[-1])).exponential_(generator=generator)
+    noise = noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().neg_().to(logits.device)
+    token = noise.add_(logits[:count]).argmax(-1)
+    return torch.cat((token, token.new_zeros(len(logits) - count)))
 
 
 def wide(x):
@@ -210,18 +274,12 @@ def wide(x):
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def exponential(like, generator):
-    """Exponential noise in float64, in the shape and on the device of like; above 0, so that it has a logarithm."""
-    device = like.device if generator is None else generator.device
-    noise = torch.empty(like.shape, dtype=wide(torch.empty(0, device=device)).dtype, device=device)
-    noise = noise.exponential_(generator=generator)
-    return noise.clamp_(min=torch.finfo(noise.dtype).tiny).to(like.device)
-
-
-def uniform(like, generator):
-    """Uniform noise in [0, 1), one number for each row of like [K, ...]."""
-    device = like.device if generator is None else generator.device
-    return torch.rand(len(like), generator=generator, device=device).to(like.device)
+def uniform(R, K, count, generators, device):
+    """Uniform noise in [0, 1) for K positions of R rows, [R * K]; the first count[r] of a row are generators[r]'s."""
+    noise = torch.zeros(R, K, device=device)
+    for row, n, g in zip(noise, count, generators):
+        row[:n] = torch.rand(n, generator=g, device=device if g is None else g.device)
+    return noise.flatten()
 
 
 def decode_order(step, entropy):
@@ -241,6 +299,7 @@ def check(
     top_p=None,
     top_k=None,
     threshold=None,
+    approximate_cache=None,
 ):
     """Raises ValueError for settings of generate() that do not fit together."""
     N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
@@ -260,6 +319,8 @@ def check(
         or (top_k is not None and top_k < 1)
     ):
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1")
+    if approximate_cache not in (None, *CACHES):
+        raise ValueError(f"approximate_cache {approximate_cache!r} is none of {', '.join(CACHES)}")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} must be a probability between 0 and 1")
 

@@ -1,7 +1,7 @@
 """The whole method on puzzles and a tiny model: distill, train, and an evaluation before and after.
 
     python tabom.py demo                          # run() below; under 5 minutes on 2 CPU cores
-    python tabom.py demo --data-only out/puzzles  # only the datasets: train.jsonl, test_in.jsonl, test_out.jsonl
+    python tabom.py demo --data-only out/puzzles  # only the datasets
     python tabom.py demo --retrain out/tiny       # make the folder tiny/ again, from random weights
 
 The tasks are 6x6 squares of six symbols with blank cells to fill, because there the order of decoding decides: a cell
@@ -22,7 +22,7 @@ import shutil
 from pathlib import Path
 
 import data
-import evaluate
+import diagnose
 import model
 import options
 import runs
@@ -171,11 +171,12 @@ def write_puzzles(file, tasks, count, hard, seed):
     return file
 
 
-def write_datasets(folder, seed=0, train=800, test=500):
-    """train.jsonl (hard, in-domain), test_in.jsonl and test_out.jsonl (hard) -> their paths."""
+def write_datasets(folder, seed=0, train=800, validation=200, test=500):
+    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths."""
     folder = Path(folder)
     return (
         write_puzzles(folder / "train.jsonl", ["latin"], train, True, seed),
+        write_puzzles(folder / "validation.jsonl", ["latin"], validation, True, seed),
         write_puzzles(folder / "test_in.jsonl", ["latin"], test, True, seed),
         write_puzzles(folder / "test_out.jsonl", ["shear"], test, True, seed),
     )
@@ -263,7 +264,7 @@ def retrain(folder, seed=0, puzzles=64_000, epochs=3):
 # ------------------------------------------------------------------------------------------------------ the method
 
 TRAINING = dict(window=8, margin=0.2, weight=1.0, epochs=4, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
-QUICK = dict(train=64, test=32)
+QUICK = dict(train=64, validation=8, test=32)
 BATCH = 64  # puzzles decoded together
 
 
@@ -298,19 +299,13 @@ def run(c):
             )
             solved.append(score["correct"] / score["trajectories"])
         rows[name] = dict(
-            zip(("in_domain", "out_of_domain"), solved), tds=separability(adapter, out / f"{name}-test_in")
+            zip(("in_domain", "out_of_domain"), solved),
+            tds=diagnose.tds_of(options.ModelOptions(**base), ranks, adapter, out / f"{name}-test_in", 128),
         )
     count = score["trajectories"]
     if ranks.first:
         print(table(rows, count))
     return dict(**rows, test_puzzles=count, kept=distilled["kept"], steps=trained["steps"], seed=c.seed)
-
-
-def separability(adapter, trajectories, limit=128):
-    """TDS of a model on the first of its own test trajectories."""
-    m, tok, _ = runs.load_model(options.ModelOptions(model=str(TINY)), runs.Ranks("cpu"), adapter)
-    records = data.read_trajectories(trajectories)[:limit]
-    return evaluate.tds(m, data.collate(records, m.config.pad_id), tok.eos_id)["tds"]
 
 
 def table(rows, count):

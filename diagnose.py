@@ -103,6 +103,16 @@ def measure(c, ranks, checkpoint):
     )
 
 
+def tds_of(c, ranks, checkpoint, trajectories, limit):
+    """TDS of a model on the first of its own trajectories. c: options with a model, or more."""
+    m, _, _ = load(c, ranks, checkpoint)
+    records = data.read_trajectories(trajectories, m.config.vocab_size)[:limit]
+    batches = [data.collate(records[i : i + 16], m.config.pad_id) for i in range(0, len(records), 16)]
+    batches = [{k: v.to(ranks.device) for k, v in batch.items()} for batch in batches]
+    found = [x for batch in batches for x in evaluate.tds(m.eval(), batch, m.config.eos_id)["rows"]]
+    return mean_and_error("tds", [x for x in found if not math.isnan(x)])["tds"]
+
+
 def load(c, ranks, checkpoint):
     """The base model, with the adapter of a checkpoint, or with the weights of one that was trained in full."""
     if checkpoint is None or (Path(checkpoint) / "adapter_config.json").is_file():

@@ -212,17 +212,39 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
         self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
 
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, mask, cache=None, start=0):
         B, L, D = x.shape
         y = self.attn_norm(x)
         q = self.q_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, H, L, E]
         k = self.k_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, K, L, E]
         v = self.v_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, K, L, E]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.put(self, k, v, start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         x = x + self.o_proj(y.transpose(1, 2).reshape(B, L, D))
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+class Cache:
+    """Keys and values of every block for the tokens of one batch, [B, K, L, E] each, as they were when computed."""
+
+    def __init__(self):
+        self.kept = {}  # block -> (keys, values)
+
+    def put(self, block, k, v, start):
+        """Store what was computed anew for the tokens from `start` on -> keys and values of all tokens."""
+        if block in self.kept:
+            for old, new in zip(self.kept[block], (k, v)):
+                old[:, :, start : start + new.shape[2]] = new
+        else:
+            self.kept[block] = (k.contiguous(), v.contiguous())
+        return self.kept[block]
+
+    def keep(self, rows):
+        """Forget the rows of the batch that are not among these."""
+        self.kept = {block: (k[rows], v[rows]) for block, (k, v) in self.kept.items()}
 
 
 class Transformer(nn.Module):
@@ -240,28 +262,38 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
-    def forward(self, ids, attention_mask=None, positions=None):
+    def forward(self, ids, attention_mask=None, positions=None, cache=None, span=None):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no meaning, nor has
         Dream's first real token after left padding (its logits come from the padding before it).
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
+        cache, span: approximate inference (see decode.py). A first call with an empty Cache() fills it; a call with
+            span = (start, end) computes only those tokens anew, and takes the keys and values of the others from there.
+            positions are needed then, and count from the start of ids as ever.
         """
-        c = self.config
+        c, first = self.config, 0
+        cos, sin = self.rope(ids, attention_mask, self.embed.weight.dtype)
+        if span is not None:
+            first, end = span[0] - (c.shifted and span[0] > 0), span[1]  # Dream predicts a token one place before it
+            ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
         x = self.embed(ids)  # [B, L, D]
-        cos, sin = self.rope(ids, attention_mask, x.dtype)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # keys only: no empty rows
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask)
+                x = block(x, cos, sin, mask, cache, first)
         if c.shifted:  # Dream was adapted from an autoregressive model: token i is predicted at position i - 1
-            x = torch.cat((x[:, :1], x[:, :-1]), dim=1)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
+            positions = (positions - 1).clamp(min=0)
         if positions is not None:
-            x = x.gather(1, positions[..., None].expand(-1, -1, c.width))  # [B, P, D]
+            x = x.gather(1, (positions - first)[..., None].expand(-1, -1, c.width))  # [B, P, D]
         x = self.norm(x)
         return F.linear(x, self.embed.weight) if c.tied else self.head(x)
+
+    def new_cache(self):
+        return Cache()
 
     def rope(self, ids, attention_mask, dtype):
         """cos and sin, [1 or B, 1, L, E], in the dtype that the family rotates in."""

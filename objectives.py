@@ -59,7 +59,21 @@ def row_mean(x, real):
 
 def entropy(logp):
     """h = -sum p log p in nats over the whole vocabulary: [..., V] -> [...]."""
-    return -(logp.exp() * logp).sum(-1)
+    return Entropy.apply(logp)
+
+
+class Entropy(torch.autograd.Function):
+    """-(logp.exp() * logp).sum(-1), but p is computed again for the gradient, -p (1 + log p), instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, logp):
+        ctx.save_for_backward(logp)
+        return -logp.exp().mul_(logp).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logp,) = ctx.saved_tensors
+        return (1 + logp).mul_(logp.exp()).mul_(-grad[..., None])
 
 
 def at(logp, token):

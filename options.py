@@ -76,6 +76,9 @@ class DecodeOptions:
     top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
     top_k: int | None = opt(None, "choose among so many tokens")
     threshold: float | None = opt(None, "decode every token more probable than this at once, instead of the schedule")
+    approximate_cache: str | None = opt(
+        None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
+    )
 
 
 @dataclass
@@ -132,6 +135,26 @@ class TrainOptions(ModelOptions, DatasetOptions):
     weight_decay: float = opt(0.0, "of AdamW", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
+
+
+@dataclass
+class SweepOptions(TrainOptions):
+    data: str = opt(None, "prompts with answers, which are distilled once; or trajectories", required=True)
+    out: str = opt(None, "folder for the runs and the table; an unfinished sweep is continued", required=True)
+    over: tuple = opt(
+        (f"objective={','.join(objectives.OBJECTIVES)}", "seed=0,1,2"),
+        "the grid: OPTION=VALUE,VALUE for options of train; objective=sft-gt is nelbo on the answers of --data",
+        parse=str,
+        nargs="+",
+    )
+    validation: str | None = opt(None, "dataset or benchmark that chooses the checkpoint of a run")
+    test: tuple = opt((), "datasets or benchmarks that the chosen checkpoint answers, comma-separated", parse=name_list)
+    metric: str = opt("accuracy", "of the validation; last = no choice", choices=("accuracy", "tds", "last"))
+    rounds: int = opt(1, "distill again with the chosen checkpoint and train on, so many times in all (ReDi)", low=1)
+    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    decode_batch: int = opt(16, "prompts decoded together", low=1)
+    test_limit: int | None = opt(None, "only the first so many questions of each validation and test set", low=1)
+    benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
 
 
 @dataclass
@@ -243,6 +266,23 @@ def of_objective(c):
     return found, unused
 
 
+def kind(f):
+    """The type of a field's value: bool, int, float, str or tuple."""
+    return next(k for k in (*typing.get_args(f.type), f.type) if k is not type(None))
+
+
+def parse(f, text, extra=()):
+    """The value that a text gives a field, as on the command line. extra: values allowed besides its choices."""
+    try:
+        value = f.metadata.get("parse", kind(f))(text)
+    except ValueError as e:
+        raise ValueError(f"{flag(f.name)} {text!r}: must be {kind(f).__name__}") from e
+    choices = f.metadata.get("choices")
+    if choices and value not in (*choices, *extra):
+        raise ValueError(f"{flag(f.name)} {text!r}: must be one of {', '.join((*choices, *extra))}")
+    return value
+
+
 def parser(commands, description):
     """The command line's parser. commands: {name: (function, options class)}; a function's docstring describes it."""
     top = argparse.ArgumentParser(prog="tabom.py", description=description, allow_abbrev=False)
@@ -252,11 +292,12 @@ def parser(commands, description):
         sub = subs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         for f in dataclasses.fields(options):
             about = {k: v for k, v in f.metadata.items() if k not in ("low", "high", "tunable")}
-            kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not type(None))
-            if kind is bool:
+            if kind(f) is bool:
                 sub.add_argument(flag(f.name), action="store_true", help=about["help"])
             else:
-                shown = ",".join(f.default) if isinstance(f.default, tuple) else f.default
+                shown = (
+                    (" " if "nargs" in about else ",").join(f.default) if isinstance(f.default, tuple) else f.default
+                )
                 about["help"] += f" (default {shown})" if shown not in (None, "") else ""
-                sub.add_argument(flag(f.name), default=f.default, type=about.pop("parse", kind), **about)
+                sub.add_argument(flag(f.name), default=f.default, type=about.pop("parse", kind(f)), **about)
     return top

@@ -35,7 +35,8 @@ class Ranks:
 
     def __init__(self, device="auto", alone=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if alone:
+        self.shows = self.rank == 0  # progress
+        if alone:  # one of several that work each for itself
             self.rank, self.world = 0, 1
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -103,7 +103,7 @@ def decode_all(c, ranks, m, tok, examples, settings, out, judge):
     start = time.time()
     with (
         open(out / f"trajectories-{ranks.rank:05d}.jsonl", "a", encoding="utf-8") as f,
-        tqdm(total=sum(map(len, batches)), desc=out.name, unit="prompt", disable=not ranks.first) as bar,
+        tqdm(total=sum(map(len, batches)), desc=out.name, unit="prompt", disable=not ranks.shows) as bar,
     ):
         for batch in batches:
             records = decode_batch(m, tok, batch, settings, never, c.seed, ranks.device)
@@ -211,7 +211,7 @@ def train(c, ranks=None):
     metrics, order = {}, None
     with (
         open(out / "metrics.jsonl", "a", encoding="utf-8") if ranks.first else contextlib.nullcontext() as log,
-        tqdm(total=total, initial=done, desc="train", unit="step", disable=not ranks.first) as bar,
+        tqdm(total=total, initial=done, desc="train", unit="step", disable=not ranks.shows) as bar,
     ):
         for step in range(done, total):
             epoch, i = divmod(step, steps_per_epoch)
@@ -402,6 +402,13 @@ def run_diagnose(c):
     return diagnose.run(c)
 
 
+def run_sweep(c):
+    """Train and evaluate a grid of settings -> a table with mean and spread over seeds."""
+    import sweep
+
+    return sweep.run(c)
+
+
 def run_evaluate(c):
     """Answer the questions of benchmarks and grade the answers -> a score with its interval for each."""
     import benchmarks
@@ -429,6 +436,7 @@ COMMANDS = {
     "demo": (demo, options.DemoOptions),
     "distill": (distill, options.DistillOptions),
     "train": (train, options.TrainOptions),
+    "sweep": (run_sweep, options.SweepOptions),
     "evaluate": (run_evaluate, options.EvaluateOptions),
     "grade": (run_grade, options.GradeOptions),
     "diagnose": (run_diagnose, options.DiagnoseOptions),

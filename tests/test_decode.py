@@ -219,9 +219,9 @@ def per_step(t, steps):
     ],
 )
 def test_tokens_per_step_of_dream(toy, tokens, steps, first, middle, last):
-    count, expected = torch.tensor([tokens]), first + [middle] * (steps - len(first) - 1) + last
+    count, expected = tokens, first + [middle] * (steps - len(first) - 1) + last
     for i, n in enumerate(expected):
-        assert decode.step_quota("dream", i, steps, count, tokens).tolist() == [n], i
+        assert decode.step_quota("dream", i, steps, [count], tokens) == [n], i
         count = count - n
     assert count == 0
     if tokens <= 256:  # the whole loop, once

@@ -1,0 +1,534 @@
+"""Speed and memory, ours against the plain way, in one run; and what a full-size run costs.
+
+    python bench.py                                   # decoding and a training step: a table, and a last line of JSON
+    python bench.py --device cuda --dtype bfloat16
+    python bench.py --plan llada-8b                   # forward passes, FLOPs and memory of the paper's experiment
+    python bench.py --synthetic llada-8b --out BIG    # writes, uses and removes a random checkpoint of full size
+
+The plain way is what a straightforward script does: the logits of every position at every step, softmax in float64
+(LLaDA's decoder), a sort of the vocabulary at every masked position (Dream's), and training losses from the logits of
+the whole sequence. Both ways decode with the same model, the same prompts and the same number of steps.
+
+    a   a small model whose output head costs the share of a forward pass that it costs in LLaDA-8B (7 %)
+    b   the same body with the real vocabularies: 126,464 (LLaDA) and 152,064 (Dream)
+
+Each measurement runs in a process of its own; its memory is the peak above what it held with the weights loaded.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import decode
+import lora
+import model
+import objectives
+
+# --------------------------------------------------------------------------------------------------------- the models
+
+LLADA = dict(model_type="llada", block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True)
+LLADA.update(rope_full_precision=True, include_bias=False, include_qkv_bias=False, weight_tying=False)
+LLADA.update(rms_norm_eps=1e-5, rope_theta=500000.0)
+DREAM = dict(model_type="Dream", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=False)
+FULL = {  # the configurations of the published checkpoints
+    "llada-8b": LLADA
+    | dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, max_sequence_length=4096)
+    | dict(vocab_size=126464, embedding_size=126464, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081),
+    "dream-7b": DREAM
+    | dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+    | dict(intermediate_size=18944, vocab_size=152064, mask_token_id=151666, eos_token_id=151643, pad_token_id=151643),
+}
+WIDTH, LAYERS, HEADS, MLP = 512, 8, 8, 1536
+SIZES = {"a": dict(llada=3968, dream=3968), "b": dict(llada=126464, dream=152064)}  # ids of the vocabulary
+PROMPT, NEW = 64, 128
+HEAD_STD = 0.2  # random weights with entropies like a trained model's (about 2 nats), not a flat distribution
+
+
+def small(family, size, device, dtype):
+    """A random model with the body of both sizes and the vocabulary of one."""
+    V = SIZES[size][family]
+    special = dict(mask_token_id=V - 1, eos_token_id=V - 2, pad_token_id=V - 2)
+    if family == "llada":
+        shape = dict(d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=HEADS, mlp_hidden_size=MLP)
+        raw = LLADA | shape | special | dict(vocab_size=V, embedding_size=V)
+    else:
+        shape = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2)
+        raw = DREAM | shape | special | dict(intermediate_size=MLP, vocab_size=V)
+    m = model.create(raw, torch.Generator().manual_seed(0), dtype=dtype)
+    torch.nn.init.normal_(m.head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(1))
+    return m.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------ the plain way
+
+
+@torch.no_grad()
+def plain_llada(m, prompt, new, steps, block_length):
+    """LLaDA's decoder at temperature 0, straightforwardly."""
+    ids = torch.cat((prompt, prompt.new_full((len(prompt), new), m.config.mask_id)), dim=1)
+    P, mask_id = prompt.shape[1], m.config.mask_id
+    each = steps // (new // block_length)
+    for end in range(P + block_length, P + new + 1, block_length):
+        for i in range(each):
+            masked = ids == mask_id
+            logits = m(ids)  # [B, L, V]
+            token = logits.argmax(-1)
+            confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+            confidence[:, end:] = -torch.inf
+            confidence = torch.where(masked, confidence, -torch.inf)
+            quota = block_length // each + (i < block_length % each)
+            best = confidence.topk(quota, dim=1).indices
+            ids.scatter_(1, best, token.gather(1, best))
+    return ids[:, P:]
+
+
+@torch.no_grad()
+def plain_dream(m, prompt, new, steps, temperature, top_p):
+    """Dream's decoder with entropy as the score, straightforwardly."""
+    ids = torch.cat((prompt, prompt.new_full((len(prompt), new), m.config.mask_id)), dim=1)
+    P, mask_id = prompt.shape[1], m.config.mask_id
+    time_of = torch.linspace(1, 1e-3, steps + 1)
+    for i in range(steps):
+        masked = ids == mask_id
+        logits = m(ids)[masked] / temperature  # [K, V]
+        ranked, index = logits.sort(descending=True)
+        removed = ranked.softmax(-1).cumsum(-1) > top_p
+        removed = torch.cat((torch.zeros_like(removed[:, :1]), removed[:, :-1]), dim=1)
+        removed = torch.zeros_like(removed).scatter(-1, index, removed)
+        p = logits.masked_fill(removed, torch.finfo(logits.dtype).min).softmax(-1)
+        token = torch.multinomial(p, 1)[:, 0]
+        score = (p * torch.log(p + 1e-10)).sum(-1)
+        count = masked.sum(1).float().mean()
+        quota = int(count * (1 - time_of[i + 1] / time_of[i])) if i < steps - 1 else int(count)
+        if quota:
+            all_scores = torch.full(ids.shape, -torch.inf, device=ids.device)
+            all_scores[masked] = score.float()
+            all_tokens = torch.full_like(ids, mask_id)
+            all_tokens[masked] = token
+            best = all_scores.topk(quota, dim=1).indices
+            ids.scatter_(1, best, all_tokens.gather(1, best))
+    return ids[:, P:]
+
+
+def plain_tabom(m, batch, start, window=32, margin=0.2):
+    """Eq. 9 from the logits of the whole sequence."""
+    P = batch["prompt_ids"].shape[1]
+    rank = batch["order"] - start[:, None]
+    ids = torch.cat((batch["prompt_ids"], batch["response_ids"].masked_fill(rank >= 0, m.config.mask_id)), dim=1)
+    logp = m(ids)[:, P:].float().log_softmax(-1)  # [B, N, V]
+    h = -(logp.exp() * logp).sum(-1)
+    ce = -logp.gather(-1, batch["response_ids"][..., None])[..., 0]
+    loss = 0
+    for b in range(len(rank)):
+        place = rank[b].argsort()[(rank[b].sort().values >= 0) & (rank[b].sort().values < window)]
+        gap = h[b, place][:, None] - h[b, place][None] + margin
+        pair = torch.ones_like(gap, dtype=torch.bool).triu(1)
+        loss = loss + (ce[b, place].mean() + gap[pair].clamp(min=0).mean()) / len(rank)
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------------- measurements
+
+
+def sync(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+class Memory:
+    """The peak of this process, or of its GPU, above what it holds when this is made: peak() in bytes."""
+
+    def __init__(self, device):
+        self.cuda = device.startswith("cuda")
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            self.before = resident()
+
+    def peak(self):
+        return (torch.cuda.max_memory_allocated() if self.cuda else peak_resident()) - self.before
+
+
+def resident():
+    """Bytes that this process holds now; from here on the peak counts anew where the kernel allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident()
+
+
+def peak_resident():
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Body:
+    """Seconds that a model spends up to its final norm: embedding and blocks."""
+
+    def __init__(self, m, device):
+        self.seconds, self.device = 0.0, device
+        m.register_forward_pre_hook(self.start)
+        m.norm.register_forward_pre_hook(self.stop)
+
+    def start(self, *_):
+        sync(self.device)
+        self.begun = time.perf_counter()
+
+    def stop(self, *_):
+        sync(self.device)
+        self.seconds += time.perf_counter() - self.begun
+
+
+def measure(kind, family, size, way, device, dtype, steps, batch_size, repeat):
+    """One way of decoding or training on one model -> dict(seconds per step, outside, tokens_per_second, memory)."""
+    m = small(family, size, device, model.DTYPES[dtype])
+    g = torch.Generator().manual_seed(2)
+    prompt = torch.randint(0, 1000, (batch_size, PROMPT), generator=g).to(device)
+    per_call = steps
+    if kind == "decode":
+        call = functools.partial(decoding(family, way), m, prompt)
+    else:
+        call, per_call = training(m, prompt, way, g), 1
+    memory = Memory(device)
+    call() if kind == "train" else call(steps=4)  # warm up
+    sync(device)
+    body, best = Body(m, device), math.inf
+    for _ in range(repeat):
+        body.seconds, begun = 0.0, time.perf_counter()
+        for _ in range(1 if kind == "decode" else 3):
+            call() if kind == "train" else call(steps=steps)
+        sync(device)
+        seconds = (time.perf_counter() - begun) / (1 if kind == "decode" else 3)
+        if seconds < best:
+            best, outside = seconds, 1 - body.seconds / (time.perf_counter() - begun)
+    tokens = batch_size * NEW if kind == "decode" else 4 * (PROMPT + NEW)
+    return dict(
+        seconds=best / per_call,
+        outside=outside if kind == "decode" else None,
+        tokens_per_second=tokens / best,
+        memory=memory.peak(),
+    )
+
+
+def decoding(family, way):
+    if way == "plain":
+        return functools.partial(
+            plain_llada if family == "llada" else plain_dream,
+            new=NEW,
+            **(dict(block_length=32) if family == "llada" else dict(temperature=0.1, top_p=0.9)),
+        )
+
+    def ours(m, prompt, steps):
+        own = dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9)
+        if family == "llada":
+            own = dict(strategy="confidence", schedule="llada", block_length=32)
+        generators = [torch.Generator(prompt.device).manual_seed(b) for b in range(len(prompt))]
+        return decode.generate(m, prompt, max_new_tokens=NEW, steps=steps, generator=generators, **own)
+
+    return ours
+
+
+def training(m, prompt, way, g):
+    """A TABOM step at batch 4 and window 32: forward, backward, AdamW on a LoRA of rank 16."""
+    lora.inject(m)
+    weights = [p for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    device = prompt.device
+    batch = dict(
+        prompt_ids=prompt[:1].expand(4, -1).contiguous(),
+        prompt_mask=torch.ones(4, PROMPT, dtype=torch.long, device=device),
+        response_ids=torch.randint(0, 1000, (4, NEW), generator=g).to(device),
+        order=torch.stack([torch.randperm(NEW, generator=g) for _ in range(4)]).to(device),
+        length=torch.full((4,), NEW, device=device),
+    )
+    start = torch.tensor([0, 30, 60, 90], device=device)
+
+    def step():
+        loss = plain_tabom(m, batch, start) if way == "plain" else objectives.tabom(m, batch, start=start)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+CASES = [("decode", family, size) for size in ("a", "b") for family in ("llada", "dream")]
+CASES += [("train", family, "b") for family in ("llada", "dream")]
+
+
+def bench(c):
+    """Every case in both ways -> the table's rows and the ratios."""
+    rows = []
+    for kind, family, size in CASES:
+        for way in ("ours", "plain"):
+            case = dict(kind=kind, family=family, size=size, way=way)
+            settings = {k: getattr(c, k) for k in ("device", "dtype", "steps", "batch_size", "repeat")}
+            done = subprocess.run(
+                [sys.executable, __file__, "--worker", json.dumps(case | settings)],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(c.threads)},
+            )
+            if done.returncode:
+                raise RuntimeError(f"{case}: {done.stderr.strip().splitlines()[-1] if done.stderr else 'killed'}")
+            rows.append(case | json.loads(done.stdout.splitlines()[-1]))
+            print(f"{kind} {family} {size} {way}: {rows[-1]['seconds']:.3f} s", file=sys.stderr)
+    found = {(r["kind"], r["family"], r["size"], r["way"]): r for r in rows}
+
+    def ratio(kind, family, key):
+        ours, plain = (found[kind, family, "b", way][key] for way in ("ours", "plain"))
+        return plain / ours if key == "seconds" else ours / plain
+
+    families = ("llada", "dream")
+    result = {f"outside_body_{f}": found["decode", f, "a", "ours"]["outside"] for f in families}
+    result |= {f"decode_speedup_{f}": ratio("decode", f, "seconds") for f in families}
+    result["decode_memory_ratio"] = max(ratio("decode", f, "memory") for f in families)
+    result["train_speedup"] = min(ratio("train", f, "seconds") for f in families)
+    result["train_memory_ratio"] = max(ratio("train", f, "memory") for f in families)
+    print(table(rows))
+    return {k: round(v, 4) for k, v in result.items()}
+
+
+def table(rows):
+    lines = [
+        "| | vocabulary | way | s per step | outside the body % | tokens per s | peak memory above the weights, MB |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        outside = "" if r["outside"] is None else f"{100 * r['outside']:.1f}"
+        name = f"{r['kind']}, {r['family']}"
+        V = SIZES[r["size"]][r["family"]]
+        speed = f"{r['tokens_per_second']:.1f}"
+        lines.append(
+            f"| {name} | {V} | {r['way']} | {r['seconds']:.3f} | {outside} | {speed} | {r['memory'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- a checkpoint of full size
+
+
+def synthetic(c):
+    """Write a random bfloat16 checkpoint of full size, load and use it in a fresh process, and remove it."""
+    folder = Path(c.out or f"out/{c.synthetic}")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another --out")
+    raw = FULL[c.synthetic]
+    m = model.empty(model.parse_config(raw))
+    size = 2 * sum(p.numel() for p in m.parameters())
+    folder.mkdir(parents=True)
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < 1.1 * size:
+            raise OSError(f"{folder}: {free / 1e9:.1f} GB free, and the checkpoint has {size / 1e9:.1f} GB")
+        print(f"writing {size / 1e9:.1f} GB to {folder}", file=sys.stderr)
+        write_random(m, raw, folder)
+        used = [sys.executable, __file__, "--worker", json.dumps(dict(use=str(folder), size=size))]
+        done = subprocess.run(
+            used, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(c.threads)}
+        )
+        if done.returncode:
+            raise RuntimeError(f"the process that loads it ended with status {done.returncode}")
+        return dict(model=c.synthetic, **json.loads(done.stdout.splitlines()[-1]))
+    finally:
+        shutil.rmtree(folder)
+
+
+def write_random(m, raw, folder):
+    """A shard for each layer and one for the rest; every tensor a piece of the same random numbers."""
+    noise = torch.empty(2**24).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
+    shards, index = {}, {}
+    for name, p in m.named_parameters():
+        parts = name.split(".")
+        shards.setdefault(f"model-{parts[1] if parts[0] == 'layers' else 'rest'}.safetensors", []).append((name, p))
+    for file, members in shards.items():
+        tensors = {}
+        for name, p in members:
+            repeats = -(-p.numel() // len(noise))
+            random = noise.roll(len(index)).repeat(repeats)[: p.numel()].view(p.shape).clone()
+            tensors[m.checkpoint_name(name)] = torch.ones_like(random) if p.ndim == 1 else random
+            index[m.checkpoint_name(name)] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def use(folder, size):
+    """Load a checkpoint, decode one step and train one step of TABOM at a short length -> times and peak memory."""
+    times, begun = {}, time.perf_counter()
+
+    def lap(name):
+        nonlocal begun
+        times[name] = round(time.perf_counter() - begun, 1)
+        begun = time.perf_counter()
+
+    resident()
+    m = model.load(folder, dtype=torch.bfloat16)
+    lap("load_s")
+    loaded = peak_resident()
+    prompt = torch.arange(16)[None]
+    t = decode.generate(m, prompt, max_new_tokens=16, steps=1)
+    lap("decode_step_s")
+    lora.inject(m)
+    weights = [p for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    batch = dict(prompt_ids=prompt, prompt_mask=torch.ones_like(prompt), response_ids=t.response, order=t.order)
+    out = objectives.tabom(m, batch | dict(length=torch.tensor([16])), window=8)
+    out["loss"].backward()
+    optimizer.step()
+    lap("train_step_s")
+    peak = peak_resident()
+    return dict(
+        size_gb=round(size / 1e9, 2),
+        load_peak_gb=round(loaded / 1e9, 2),
+        load_peak_ratio=round(loaded / size, 3),
+        peak_gb=round(peak / 1e9, 2),
+        **times,
+        loss=out["loss"].item(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- a plan
+
+
+class Flash(torch.autograd.Function):
+    """Attention as a fused kernel keeps it for the backward pass: inputs and output, not the [L, L] weights."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+def activations(raw, batch, length, window, rank=16, checkpointing=False):
+    """Bytes that the forward pass of a TABOM step keeps for the backward pass, in bfloat16: counted on the meta device,
+    which runs the real code on shapes."""
+    m = lora.inject(model.empty(model.parse_config(raw)).to(torch.bfloat16), rank=rank)
+    m.gradient_checkpointing = checkpointing
+    weights, kept = {p.untyped_storage()._cdata for p in m.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    positions = torch.zeros(batch, window, dtype=torch.long, device="meta")
+    attention, model.F.scaled_dot_product_attention = (
+        model.F.scaled_dot_product_attention,
+        lambda q, k, v, **_: Flash.apply(q, k, v),
+    )
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logp = m(ids, positions=positions).float().log_softmax(-1)
+            objectives.entropy(logp)
+    finally:
+        model.F.scaled_dot_product_attention = attention
+    return sum(size for size, _ in kept.values())
+
+
+def plan(c):
+    """What the paper's experiment costs on a model: every figure from its config."""
+    raw = FULL[c.plan] if c.plan in FULL else model.read_json(model.resolve(c.plan) / "config.json")
+    config = model.parse_config(raw)
+    m = model.empty(config)
+    parameters = {name: p.numel() for name, p in m.named_parameters()}
+    head = config.vocab_size * config.width
+    body = sum(n for name, n in parameters.items() if name.startswith("layers."))
+    adapter = sum(p.numel() for p in lora.inject(m).parameters() if p.requires_grad)
+    L = c.prompt_tokens + c.new_tokens
+    attention = 4 * L * config.width * config.layers  # per token: q k^T and the weighted sum of v
+    per_token = 2 * body + attention
+    asked = (
+        (min(32, c.new_tokens) + 1) / 2 if config.family == "llada" else (c.new_tokens + 1) / 2
+    )  # masked, on average
+    forward = L * per_token + asked * 2 * head
+    passes = c.queries * c.new_tokens
+    distill = passes * forward
+    steps = math.ceil(c.queries / (4 * c.gpus)) * c.epochs
+    train = c.queries * c.epochs * (2 * L * per_token + 2 * 32 * 2 * head)  # forward, and backward to the activations
+    rate = c.gpus * c.tflops * 1e12
+    GB = 1e9
+    rows = [
+        ("parameters", f"{sum(parameters.values()) / 1e9:.2f} billion, {head / 1e9:.2f} in the output head"),
+        ("adapter, rank 16 on q_proj and v_proj", f"{adapter / 1e6:.1f} million parameters"),
+        (
+            "distillation: forward passes",
+            f"{passes:,} of {L} tokens ({c.queries:,} queries, {c.new_tokens} tokens each)",
+        ),
+        ("distillation: FLOPs", f"{forward / 1e12:.2f} T a pass, {distill / 1e18:.1f} E in all"),
+        ("distillation: time", f"{distill / rate / 3600:.1f} hours on {c.gpus} GPUs at {c.tflops:g} TFLOP/s each"),
+        ("training: optimizer steps", f"{steps:,} of {4 * c.gpus} examples, {c.epochs} epochs"),
+        (
+            "training: FLOPs",
+            f"{train / 1e18:.2f} E in all: forward, and backward without gradients of the base weights",
+        ),
+        ("training: time", f"{train / rate / 3600:.2f} hours on {c.gpus} GPUs at {c.tflops:g} TFLOP/s each"),
+        ("memory: weights in bfloat16", f"{2 * sum(parameters.values()) / GB:.1f} GB"),
+        ("memory: adapter, gradients and AdamW in float32", f"{16 * adapter / GB:.2f} GB"),
+        ("memory: activations at batch 4", f"{activations(raw, 4, L, 32) / GB:.1f} GB"),
+        ("the same with --gradient-checkpointing", f"{activations(raw, 4, L, 32, checkpointing=True) / GB:.1f} GB"),
+    ]
+    print("\n".join([f"| {c.plan} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]))
+    return dict(
+        model=c.plan, forward_passes=passes, distill_flops=distill, train_flops=train, adapter_parameters=adapter
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--dtype", default="float32", choices=tuple(model.DTYPES))
+    parser.add_argument("--steps", type=int, default=32, help=f"decoding steps for {NEW} tokens")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
+    parser.add_argument("--repeat", type=int, default=2, help="measure so often and take the fastest")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--synthetic", choices=tuple(FULL), help="write, use and remove a checkpoint of full size")
+    parser.add_argument("--out", help="folder for it")
+    parser.add_argument(
+        "--plan", help=f"cost of the paper's experiment: {', '.join(FULL)}, a model folder or a repo id"
+    )
+    parser.add_argument("--queries", type=int, default=12000, help="of the plan")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of the plan")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of the plan")
+    parser.add_argument("--epochs", type=int, default=5, help="of the plan")
+    parser.add_argument("--gpus", type=int, default=8, help="of the plan")
+    parser.add_argument("--tflops", type=float, default=400.0, help="of the plan: what one GPU really reaches")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    c = parser.parse_args(argv)
+    try:
+        if c.worker:
+            work = json.loads(c.worker)
+            result = use(work["use"], work["size"]) if "use" in work else measure(**work)
+        else:
+            result = plan(c) if c.plan else synthetic(c) if c.synthetic else bench(c)
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""A grid of training runs over one model and one dataset, and one table of what each of them reached.
+
+    python tabom.py sweep --model tiny --data train.jsonl --check exact --lr 3e-3 --validation validation.jsonl \
+        --test test_in.jsonl,test_out.jsonl --over objective=tabom,nelbo seed=0,1,2 --out out/S      # run() below
+
+Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers the validation
+questions, the best one of a run the test questions. Under torchrun each process takes every world-th run for itself.
+
+    S/T                     the trajectories, where --data has prompts
+    S/runs/NAME             a run: R-1 (training; R-2, ... and T-2, ... with --rounds), answers, result.json
+    S/results.json          every run with its settings and scores, and the mean and spread over seeds
+    S/table.md              the table that is printed
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import data
+import diagnose
+import options
+import runs
+import tabom
+
+GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data instead of the trajectories
+TRAJECTORIES = 64  # replayed for a TDS
+
+
+def run(c):
+    """Train and evaluate what is missing of a grid -> the table's rows. c: options.SweepOptions."""
+    grid = expand(c)
+    if not c.test and c.validation is None:
+        raise ValueError("--validation or --test: nothing to compare the runs by")
+    if c.metric != "last" and c.validation is None:
+        raise ValueError(f"--metric {c.metric} needs --validation; --metric last takes the last checkpoint")
+    stems = [stem(source) for source in c.test]
+    twice = next((name for name in stems if stems.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"--test has two sets called {twice}: rename one")
+    prompts = not data.holds_trajectories(c.data)
+    if not prompts and (c.rounds > 1 or any(s["objective"] == GROUND_TRUTH for s in grid.values())):
+        raise ValueError(
+            f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset of prompts and answers"
+        )
+    ranks = runs.Ranks(c.device)
+    changing = ("out", "over", "device", "batch_size", "decode_batch", "gradient_checkpointing", "test", "metric")
+    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in changing}
+    out = runs.open_run(c.out, dict(command="sweep", **settings, versions=runs.versions()), ranks)
+    trajectories = Path(c.data)
+    if prompts:
+        trajectories = out / "T"
+        tabom.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), ranks)
+
+    names = ["base", *grid]
+    alone = runs.Ranks(c.device, alone=True)
+    for name in names[ranks.rank :: ranks.world]:
+        folder = out / "runs" / name
+        if not result_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            result = (
+                base_run(c, alone, folder) if name == "base" else one_run(c, alone, folder, grid[name], trajectories)
+            )
+            with runs.atomic_file(folder / "result.json") as f:
+                f.write(json.dumps(dict(name=name, **result), indent=2) + "\n")
+    if not ranks.first:
+        return None
+    while not all(result_of(out / "runs" / name) for name in names):
+        time.sleep(0.5)  # another process is at it; torchrun ends all of them where one fails
+    found = [result_of(out / "runs" / name) for name in names]
+    rows = summarise(found)
+    table = markdown(rows)
+    with runs.atomic_file(out / "results.json") as f:
+        f.write(json.dumps(dict(rows=rows, runs=found, command=vars(c), versions=runs.versions()), indent=2) + "\n")
+    with runs.atomic_file(out / "table.md") as f:
+        f.write(table + "\n")
+    print(table)
+    return dict(out=str(out), runs=len(found), rows=rows)
+
+
+def stem(source):
+    return Path(source).name.split(".")[0]
+
+
+def result_of(folder):
+    file = folder / "result.json"
+    return data.read_json(file) if file.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------------------------- grid
+
+
+def expand(c):
+    """The runs of a grid: name -> the options of train that it changes, in order. Runs that would differ only in an
+    option that their objective does not use are one.
+
+    Raises ValueError for an option that train does not have, or a value that it does not take."""
+    axes = dict(objective=[c.objective])
+    for text in c.over:
+        name, equals, values = text.partition("=")
+        name = name.replace("-", "_")
+        known = {f.name: f for f in dataclasses.fields(options.TrainOptions) if options.kind(f) not in (bool, tuple)}
+        fixed = {f.name for f in dataclasses.fields(options.ModelOptions)} - {"seed"} | {
+            "data",
+            "out",
+            "adapter",
+            "limit",
+        }
+        if name not in known.keys() - fixed or not equals:
+            raise ValueError(f"--over {text}: expected OPTION=VALUE,VALUE with an option of train")
+        extra = (GROUND_TRUTH,) if name == "objective" else ()
+        axes[name] = [options.parse(known[name], value, extra) for value in values.split(",")]
+    grid = {}
+    for values in itertools.product(*axes.values()):
+        settings = dict(zip(axes, values))
+        used, unused = options.of_objective(training(c, settings))
+        settings = {k: v for k, v in settings.items() if k not in unused}
+        grid.setdefault(",".join(f"{k}={v}" for k, v in settings.items()), settings)
+    return grid
+
+
+def training(c, settings, **more):
+    """The options of train for one run of the grid."""
+    values = {f.name: getattr(c, f.name) for f in dataclasses.fields(options.TrainOptions)}
+    values.update(settings)
+    if values["objective"] == GROUND_TRUTH:
+        values["objective"] = "nelbo"
+    made = options.TrainOptions(**{**values, **more})
+    options.check(made)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def one_run(c, alone, folder, settings, trajectories):
+    """Train, choose the checkpoint on the validation set, test it -> the content of result.json."""
+    seed, adapter, candidates = settings.get("seed", c.seed), c.adapter, []
+    for number in range(1, c.rounds + 1):
+        source = c.data if settings["objective"] == GROUND_TRUTH else trajectories
+        if number > 1 and source != c.data:  # what the model has become decodes the prompts anew
+            source = folder / f"T-{number}"
+            tabom.distill(decoding(c, adapter, c.data, source, seed, limit=c.limit), alone)
+        trained = folder / f"R-{number}"
+        last = tabom.train(training(c, settings, data=str(source), out=str(trained), adapter=adapter), alone)
+        of_round = []
+        for epoch in range(1, c.epochs + 1):
+            checkpoint = str(trained / f"epoch-{epoch}")
+            score = validate(c, alone, checkpoint, folder / f"validation-{number}-{epoch}", seed)
+            of_round.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))
+        candidates += of_round
+        adapter = best(c, of_round)["checkpoint"]
+    chosen = best(c, candidates)
+    keys = ("loss", "ce", "rank", "in_order")
+    final = {k: last[k] for k in keys if k in last}
+    tests = test(c, alone, chosen["checkpoint"], folder, seed)
+    return dict(
+        settings=settings, chosen=chosen, checkpoints=candidates, tests=tests, steps=last["steps"], training=final
+    )
+
+
+def base_run(c, alone, folder):
+    """The same for the model before training."""
+    score = validate(c, alone, c.adapter, folder / "validation", c.seed)
+    return dict(settings=dict(objective="base"), chosen=score, tests=test(c, alone, c.adapter, folder, c.seed))
+
+
+def best(c, candidates):
+    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last"."""
+    if c.metric == "last":
+        return candidates[-1]
+    return max(candidates, key=lambda one: one[c.metric])
+
+
+def validate(c, alone, checkpoint, folder, seed):
+    if c.validation is None:
+        return {}
+    score = answers(c, alone, checkpoint, c.validation, folder, seed)
+    if c.metric == "tds":
+        score["tds"] = tds(c, alone, checkpoint, c.validation, folder)
+    return score
+
+
+def test(c, alone, checkpoint, folder, seed):
+    """The scores on every test set, and TDS on the trajectories of the first."""
+    found = {}
+    for i, source in enumerate(c.test):
+        where = folder / f"test-{stem(source)}"
+        found[source] = answers(c, alone, checkpoint, source, where, seed)
+        if i == 0:
+            found[source]["tds"] = tds(c, alone, checkpoint, source, where)
+    return found
+
+
+def answers(c, alone, checkpoint, source, folder, seed):
+    """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions)."""
+    if source in options.TASKS:
+        import benchmarks
+
+        at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit, batch_size=c.decode_batch)
+        c_task = options.EvaluateOptions(**model_of(c, checkpoint), device=c.device, dtype=c.dtype, seed=seed, **at)
+        (score,) = benchmarks.run(c_task, alone)["scores"]
+        return dict(accuracy=score["correct"] / score["n"], questions=score["n"])
+    score = tabom.distill(decoding(c, checkpoint, source, folder, seed, limit=c.test_limit), alone)
+    if not score["checked"]:
+        raise ValueError(f"{source}: no answer that --check {c.check} could compare with")
+    return dict(accuracy=score["correct"] / score["checked"], questions=score["checked"])
+
+
+def tds(c, alone, checkpoint, source, folder):
+    folder = folder / source if source in options.TASKS else folder
+    loaded = options.ModelOptions(model=c.model, device=c.device, dtype=c.dtype)
+    return diagnose.tds_of(loaded, alone, checkpoint, folder, TRAJECTORIES)
+
+
+def model_of(c, checkpoint):
+    """The base model with an adapter, or the folder of one that was trained in full."""
+    if checkpoint is None or (Path(checkpoint) / "adapter_config.json").is_file():
+        return dict(model=c.model, adapter=checkpoint)
+    return dict(model=checkpoint, adapter=None)
+
+
+def decoding(c, checkpoint, source, folder, seed, limit):
+    """The options of distill that decode a dataset with a checkpoint."""
+    shared = {k: getattr(c, k) for k in ("device", "dtype", "check", "prompt_field", "answer_field", "raw")}
+    at = dict(data=str(source), out=str(folder), seed=seed, limit=limit, batch_size=c.decode_batch)
+    return options.DistillOptions(**model_of(c, checkpoint), **shared, **at)
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def summarise(found):
+    """Mean and standard deviation over the seeds of each configuration."""
+    groups = {}
+    for result in found:
+        settings = {k: v for k, v in result["settings"].items() if k != "seed"}
+        groups.setdefault(json.dumps(settings), (settings, []))[1].append(result)
+    rows = []
+    for settings, group in groups.values():
+        scores = {}
+        if "accuracy" in group[0]["chosen"]:
+            scores["validation %"] = [100 * r["chosen"]["accuracy"] for r in group]
+        for source in group[0]["tests"]:
+            scores[f"{stem(source)} %"] = [100 * r["tests"][source]["accuracy"] for r in group]
+        first = next(iter(group[0]["tests"]), None)
+        if first is not None:
+            scores["TDS"] = [r["tests"][first]["tds"] for r in group]
+        rows.append(dict(**settings, runs=len(group), scores={k: mean_and_spread(v) for k, v in scores.items()}))
+    return rows
+
+
+def mean_and_spread(values):
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return dict(mean=statistics.fmean(values), sd=spread, values=values)
+
+
+def markdown(rows):
+    """A line for each configuration: what it changes, the number of runs, mean ± standard deviation over them."""
+    axes = list(dict.fromkeys(k for row in rows for k in row if k not in ("runs", "scores")))
+    scores = list(rows[0]["scores"])
+    lines = [f"| {' | '.join([*axes, 'runs', *scores])} |", "|" + " --- |" * (len(axes) + 1 + len(scores))]
+    for row in rows:
+        cells = [str(row.get(k, "")) for k in axes] + [str(row["runs"])]
+        for k in scores:
+            digits, score = (3 if k == "TDS" else 1), row["scores"][k]
+            cells.append(
+                f"{score['mean']:.{digits}f}" + (f" ± {score['sd']:.{digits}f}" if score["sd"] is not None else "")
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""tabom.py sweep: the grid, the choice of a checkpoint, the table, and what a second start does.
+
+python -m pytest tests/test_sweep.py"""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import flags, last_json, shell
+
+import lora
+import model
+import objectives
+import options
+import sweep
+import tabom
+
+SMALL = dict(check="exact", keep="all", epochs=2, global_batch=6, batch_size=6, lr=1e-2, warmup=0, decode_batch=16)
+
+
+def sweep_options(**changes):
+    return options.SweepOptions(**{**dict(model="M", data="D", out="O"), **changes})
+
+
+def words(over, **options):
+    return ["sweep", "--over", *over, *flags(**options)]
+
+
+# ------------------------------------------------------------------------------------------------------------- grid
+
+
+def test_the_default_grid_is_every_objective_with_three_seeds():
+    grid = sweep.expand(sweep_options())
+    assert len(grid) == 3 * len(objectives.OBJECTIVES)
+    assert {s["objective"] for s in grid.values()} == set(objectives.OBJECTIVES)
+    assert {s["seed"] for s in grid.values()} == {0, 1, 2}
+
+
+def test_a_grid_is_the_product_of_what_each_objective_uses():
+    over = ("objective=tabom,nelbo", "window=8,global", "margin=0.1,0.3", "lr=1e-3,1e-2")
+    grid = sweep.expand(sweep_options(over=over))
+    assert len(grid) == 2 * 2 * 2 + 2
+    tabom_runs = [s for s in grid.values() if s["objective"] == "tabom"]
+    assert {(s["window"], s["margin"], s["lr"]) for s in tabom_runs} == {
+        (w, margin, lr) for w in (8, "global") for margin in (0.1, 0.3) for lr in (1e-3, 1e-2)
+    }
+    assert [set(s) for s in grid.values() if s["objective"] == "nelbo"] == [{"objective", "lr"}] * 2
+    assert "objective=tabom,window=8,margin=0.3,lr=0.001" in grid
+
+
+def test_one_objective_with_its_own_grid():
+    grid = sweep.expand(sweep_options(objective="t3d", over=("beta=0.1,1",)))
+    assert list(grid) == ["objective=t3d,beta=0.1", "objective=t3d,beta=1.0"]
+
+
+@pytest.mark.parametrize(
+    "over, message",
+    [
+        ("windw=8", "--over windw=8: expected OPTION=VALUE"),
+        ("window", "--over window: expected"),
+        ("model=a,b", "--over model=a,b: expected"),
+        ("lora_targets=q_proj", "expected OPTION"),
+        ("keep_eos=true", "expected OPTION"),
+        ("window=8,x", "--window 'x': must be"),
+        ("seed=0,", "--seed '': must be int"),
+        ("margin=-1", "--margin -1.0: must be a number of at least 0"),
+        ("margin=nan", "--margin nan: must be"),
+        ("window=1", "--window 1: needs at least 2"),
+        ("objective=tabmo", "'tabmo': must be one of tabom, nelbo, .*, sft-gt"),
+        ("keep=good", "--keep 'good': must be one of"),
+    ],
+)
+def test_a_grid_refuses(over, message):
+    with pytest.raises(ValueError, match=message):
+        sweep.expand(sweep_options(over=(over,)))
+
+
+# -------------------------------------------------------------------------------------------------- choice and table
+
+
+def test_the_best_checkpoint_is_the_first_of_the_highest_metric():
+    found = [dict(epoch=1, accuracy=0.5, tds=3), dict(epoch=2, accuracy=0.7, tds=1), dict(epoch=3, accuracy=0.7, tds=2)]
+    assert sweep.best(sweep_options(metric="accuracy"), found)["epoch"] == 2
+    assert sweep.best(sweep_options(metric="tds"), found)["epoch"] == 1
+    assert sweep.best(sweep_options(metric="last"), found)["epoch"] == 3
+
+
+def test_the_table_has_mean_and_standard_deviation_over_seeds():
+    def result(accuracy, tds, **settings):
+        tests = {"a/x.jsonl": dict(accuracy=accuracy, questions=10, tds=tds)}
+        return dict(settings=settings, chosen=dict(accuracy=accuracy / 2), tests=tests)
+
+    found = [
+        result(0.5, 0.25, objective="base"),
+        result(0.6, 0.2, objective="tabom", window=8, seed=0),
+        result(0.8, 0.4, objective="tabom", window=8, seed=1),
+        result(0.1, 0.1, objective="nelbo", seed=0),
+    ]
+    assert sweep.markdown(sweep.summarise(found)).splitlines() == [
+        "| objective | window | runs | validation % | x % | TDS |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| base |  | 1 | 25.0 | 50.0 | 0.250 |",
+        "| tabom | 8 | 2 | 35.0 ± 7.1 | 70.0 ± 14.1 | 0.300 ± 0.141 |",
+        "| nelbo |  | 1 | 5.0 | 10.0 | 0.100 |",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, puzzles, tmp_path_factory):
+    """A sweep of two objectives and two seeds: its folder and its last line."""
+    out = tmp_path_factory.mktemp("S") / "S"
+    over = ["objective=tabom,sft-gt", "seed=0,1"]
+    line = words(over, model=tiny, data=puzzles, validation=puzzles, test=puzzles, test_limit=4, out=out, **SMALL)
+    done = shell(*line)
+    assert done.returncode == 0, done.stderr
+    return out, line, last_json(done.stdout)
+
+
+def results(out):
+    return {p.parent.name: json.loads(p.read_text()) for p in (out / "runs").glob("*/result.json")}
+
+
+def test_a_sweep_trains_every_run_and_tests_its_best_checkpoint(tiny, swept):
+    out, _, result = swept
+    runs = {"base", *(f"objective={o},seed={s}" for o in ("tabom", "sft-gt") for s in (0, 1))}
+    assert set(results(out)) == runs and result["runs"] == 5
+    assert [(row["objective"], row["runs"]) for row in result["rows"]] == [("base", 1), ("tabom", 2), ("sft-gt", 2)]
+    for name in runs - {"base"}:
+        run = results(out)[name]
+        meta = json.loads((out / "runs" / name / "R-1" / "meta.json").read_text())
+        assert meta["seed"] == run["settings"]["seed"]
+        assert meta["objective"] == run["settings"]["objective"].replace("sft-gt", "nelbo")
+        accuracies = [checkpoint["accuracy"] for checkpoint in run["checkpoints"]]
+        assert run["chosen"]["accuracy"] == max(accuracies) and len(accuracies) == 2
+        (tested,) = run["tests"].values()
+        assert tested["questions"] == 4 and tested["tds"] > 0
+        loaded = lora.load(model.load(tiny), run["chosen"]["checkpoint"])
+        answered = (out / "runs" / name / "test-train" / "meta.json").read_text()
+        assert json.loads(answered)["adapter"] == run["chosen"]["checkpoint"] and lora.layers(loaded)
+    written = json.loads((out / "results.json").read_text())
+    assert written["rows"] == result["rows"] and len(written["runs"]) == 5
+    assert (out / "table.md").read_text().startswith("| objective | runs | validation % | train % | TDS |")
+
+
+def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
+    out, line, result = swept
+    again = tmp_path / "S"
+    shutil.copytree(out, again)
+    lost = again / "runs" / "objective=tabom,seed=1"
+    before = (lost / "result.json").read_text().replace(str(out), str(again))
+    shutil.rmtree(lost)
+    kept = {f: f.stat().st_mtime_ns for f in again.rglob("result.json")}
+    done = shell(*[str(again) if word == str(out) else word for word in line])
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["rows"] == result["rows"]
+    assert (lost / "result.json").read_text() == before
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+
+
+def test_two_processes_share_the_runs(swept, tmp_path):
+    out, line, result = swept
+    done = shell(*[str(tmp_path / "S") if word == str(out) else word for word in line], processes=2)
+    assert done.returncode == 0, done.stderr
+    for row, expected in zip(last_json(done.stdout)["rows"], result["rows"]):
+        assert row["objective"] == expected["objective"]
+        for name, score in row["scores"].items():
+            assert score["values"] == pytest.approx(expected["scores"][name]["values"], rel=1e-3)
+
+
+def test_rounds_distill_again_with_what_the_model_has_become(tiny, puzzles, tmp_path):
+    settings = dict(model=tiny, data=puzzles, test=puzzles, metric="last", rounds=2, limit=6, **SMALL)
+    assert tabom.main(words(["objective=nelbo"], out=tmp_path / "S", **settings)) == 0
+    folder = tmp_path / "S" / "runs" / "objective=nelbo"
+    first, second = (folder / f"R-{number}" / "epoch-2" for number in (1, 2))
+    redistilled = json.loads((folder / "T-2" / "meta.json").read_text())
+    assert redistilled["adapter"] == str(first) and redistilled["limit"] == 6
+    trained = json.loads((folder / "R-2" / "meta.json").read_text())
+    assert trained["adapter"] == str(first) and trained["data"] == str(folder / "T-2")
+    run = json.loads((folder / "result.json").read_text())
+    assert run["chosen"]["checkpoint"] == str(second) and [c["round"] for c in run["checkpoints"]] == [1, 1, 2, 2]
+
+
+def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp_path):
+    settings = dict(model=tiny, data=trajectories, validation=puzzles, metric="tds", test_limit=3, **SMALL)
+    assert tabom.main(words(["objective=traj"], out=tmp_path / "S", lora_rank=0, **settings)) == 0
+    run = results(tmp_path / "S")["objective=traj"]
+    values = [checkpoint["tds"] for checkpoint in run["checkpoints"]]
+    assert run["chosen"]["tds"] == max(values) and len(set(values)) == 2
+    assert not (tmp_path / "S" / "T").exists()  # the trajectories were there already
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(), "--validation or --test"),
+        (dict(test="P"), "--metric accuracy needs --validation"),
+        (dict(test="P,sub/P", metric="last"), "--test has two sets called"),
+        (dict(test="P", metric="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
+        (dict(test="P", metric="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
+        (dict(test="P", metric="last", check="none"), "no answer that --check none could compare with"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(tiny, puzzles, trajectories, tmp_path, capsys, changes, message):
+    places = {"P": str(puzzles), "T": str(trajectories), "P,sub/P": f"{puzzles},sub/{puzzles.name}"}
+    settings = {**SMALL, "data": puzzles, **{k: places.get(v, v) for k, v in changes.items()}}
+    assert tabom.main(words(["objective=tabom"], model=tiny, out=tmp_path / "S", **settings)) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert re.search(message, line), line
+
+
+def test_another_sweep_in_the_folder_is_refused(swept, capsys):
+    out, line, _ = swept
+    assert tabom.main([*line, "--lr", "0.5"]) == 1
+    assert "holds another run: lr was 0.01 and is now 0.5" in capsys.readouterr().err
