@@ -61,6 +61,7 @@ class ModelOptions:
     device: str = opt("auto", "cuda, mps or cpu; auto takes the first that is there")
     dtype: str = opt("auto", "of the base model; auto: bfloat16 on cuda, else float32", choices=DTYPES)
     seed: int = opt(0, "every random choice follows from this, whatever the number of processes")
+    compile: bool = opt(False, "compile the blocks of the transformer: faster after a minute, equal but for rounding")
 
 
 @dataclass

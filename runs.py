@@ -106,6 +106,9 @@ def load_model(options, ranks, adapter=None, weights=None, dtype="auto"):
         raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
     if adapter is not None:
         lora.load(m, adapter)
+    if options.compile:
+        for block in m.layers:
+            block.compile(dynamic=True)
     return m, tok, folder
 
 

@@ -46,7 +46,17 @@ def run(c):
             f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset of prompts and answers"
         )
     ranks = runs.Ranks(c.device)
-    changing = ("out", "over", "device", "batch_size", "decode_batch", "gradient_checkpointing", "test", "metric")
+    changing = (
+        "out",
+        "over",
+        "device",
+        "batch_size",
+        "decode_batch",
+        "gradient_checkpointing",
+        "compile",
+        "test",
+        "metric",
+    )
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in changing}
     out = runs.open_run(c.out, dict(command="sweep", **settings, versions=runs.versions()), ranks)
     trajectories = Path(c.data)

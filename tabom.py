@@ -172,7 +172,7 @@ def train(c, ranks=None):
     steps_per_epoch = math.ceil(len(records) / G)
     total = c.epochs * steps_per_epoch
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if "tunable" not in f.metadata}
-    machine = ("out", "device", "batch_size", "gradient_checkpointing")  # no part of what is computed
+    machine = ("out", "device", "batch_size", "gradient_checkpointing", "compile")  # no part of what is computed
     meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **parameters}
     meta.update(runs.identity(c, folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, ranks, prefer), global_batch=G, examples=len(records))
@@ -194,7 +194,8 @@ def train(c, ranks=None):
         if c.adapter:
             reference.update()
     weights = {name: p for name, p in m.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay)
+    fused = ranks.device.type == "cuda"
+    optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
     out = runs.open_run(c.out, meta, ranks, free=("model", "data", "adapter"))  # these by their content
     if c.warmup >= total and ranks.first:
@@ -284,7 +285,7 @@ def train_step(c, m, objective, weights, optimizer, chosen, step, epoch, total, 
     begun = time.time()
     torch.manual_seed(data.generator(c.seed, step, ranks.rank, "dropout").initial_seed())
 
-    mine = chosen[ranks.rank :: ranks.world]
+    mine = sorted(chosen[ranks.rank :: ranks.world], key=lambda r: len(r["prompt_ids"]) + len(r["response_ids"]))
     sums, tokens, seen = dict.fromkeys(MEANS, 0.0), 0, set()
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]

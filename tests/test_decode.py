@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decode
+import model
 
 PROMPT = torch.tensor([1, 5, 2, 7, 3])
 CASES = [
@@ -480,3 +481,68 @@ def test_settings_that_do_not_fit_together(toy, options, message):
     with pytest.raises(ValueError, match=message):
         decode.generate(m, PROMPT[None], **(dict(max_new_tokens=12, steps=12) | options))
     assert not m.calls
+
+
+# -------------------------------------------------------------------------------------------- approximate caches
+
+
+def one_layer(golden):
+    """A model of one block, in which keys and values depend on their own token only: caches are exact."""
+    layers = "n_layers" if golden.family == "llada" else "num_hidden_layers"
+    raw = json.loads((golden.folder / "config.json").read_text()) | {layers: 1}
+    m = model.create(raw, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(m.head.weight, std=1.0, generator=torch.Generator().manual_seed(1))
+    return m
+
+
+PADDED = dict(
+    prompt_ids=torch.tensor([[7, 7, 11, 12, 13], [21, 22, 23, 24, 25]]),
+    prompt_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+)
+
+
+@pytest.mark.parametrize("cache", decode.CACHES)
+@pytest.mark.parametrize("options", [dict(), dict(threshold=0.5)], ids=str)
+def test_a_cache_is_exact_where_keys_depend_on_their_own_token(golden, cache, options):
+    m = one_layer(golden)
+    options = dict(max_new_tokens=12, steps=12, block_length=4, **options)
+    exact = decode.generate(m, **PADDED, **options)
+    equal(decode.generate(m, **PADDED, **options, approximate_cache=cache), exact)
+
+
+@pytest.mark.parametrize("cache", decode.CACHES)
+def test_a_cached_decoder_computes_only_a_span(golden, cache):
+    m, lengths = golden.load(), []
+    m.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    options = dict(max_new_tokens=12, steps=12, block_length=4, schedule="llada", approximate_cache=cache)
+    t = decode.generate(m, **PADDED, **options, suppress=[m.config.mask_id])
+    assert (t.response != m.config.mask_id).all()
+    extra = int(m.config.shifted)  # Dream predicts a token from the one before it
+    spans = (4, 4, 4) if cache == "dual" else (12, 8, 4)
+    assert lengths == [n for span in spans for n in (17, *[span + extra] * 3)]
+    for b in range(2):  # each row as if it were alone
+        real = PADDED["prompt_mask"][b].bool()
+        alone = decode.generate(m, PADDED["prompt_ids"][b : b + 1, real], **options, suppress=[m.config.mask_id])
+        equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
+
+
+def test_one_step_for_each_block_leaves_nothing_to_approximate(golden):
+    m, options = golden.load(), dict(max_new_tokens=12, steps=3, block_length=4)
+    options["suppress"] = [m.config.mask_id]  # a token that stays masked is not tried again under a cache
+    equal(decode.generate(m, **PADDED, **options, approximate_cache="dual"), decode.generate(m, **PADDED, **options))
+
+
+def test_rows_that_are_done_leave_the_batch(toy):
+    sizes = []
+
+    class Counting(toy):
+        def __call__(self, ids, attention_mask=None, positions=None):
+            sizes.append(len(ids))
+            return super().__call__(ids, attention_mask, positions)
+
+    prompts = torch.stack([PROMPT, PROMPT.flip(0), PROMPT + 1])
+    options = dict(max_new_tokens=12, steps=12, threshold=0.6, block_length=6)
+    t = decode.generate(Counting(), prompts, **options)
+    assert len(set(sizes)) > 1 and sum(sizes) == sum(int(row.max()) + 1 for row in t.step)  # no pass that is not needed
+    for b in range(3):
+        equal(decode.generate(toy(), prompts[b : b + 1], **options), decode.Trajectory(*(x[b : b + 1] for x in t)))

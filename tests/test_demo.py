@@ -72,15 +72,15 @@ def test_hard_puzzles_have_one_solution_and_singles_get_stuck(task):
 
 
 def test_datasets_follow_from_the_seed_and_do_not_overlap(tmp_path):
-    sizes = dict(train=30, test=20)
+    sizes = dict(train=30, validation=10, test=20)
     files = demo.write_datasets(tmp_path / "a", 0, **sizes)
     again = demo.write_datasets(tmp_path / "b", 0, **sizes)
     other = demo.write_datasets(tmp_path / "c", 1, **sizes)
     assert [f.read_text() for f in files] == [f.read_text() for f in again] != [f.read_text() for f in other]
     rows = [[json.loads(line) for line in f.read_text().splitlines()] for f in files]
-    assert [len(r) for r in rows] == [30, 20, 20]
+    assert [len(r) for r in rows] == [30, 10, 20, 20]
     prompts = [r["prompt"] for r in itertools.chain(*rows)]
-    assert len(set(prompts)) == 70
+    assert len(set(prompts)) == 80
 
 
 def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():

@@ -415,3 +415,16 @@ print((peak() - before - max(sizes)) / sum(sizes))
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.15
+
+
+def test_a_cache_over_the_whole_sequence_changes_nothing(golden):
+    m, ids = golden.load(), golden.expected["logits.ids"]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    cache, exact = m.new_cache(), m(ids, positions=positions)
+    torch.testing.assert_close(m(ids, positions=positions, cache=cache), exact)
+    torch.testing.assert_close(m(ids, positions=positions, cache=cache, span=(0, ids.shape[1])), exact)
+    torch.testing.assert_close(m(ids, positions=positions[:, 5:8], cache=cache, span=(5, 8)), exact[:, 5:8])
+    changed = ids.clone()
+    changed[:, 6] += 1
+    near = m(changed, positions=positions[:, 5:8], cache=cache, span=(5, 8))
+    assert not torch.allclose(near, exact[:, 5:8]) and not torch.allclose(near, m(changed)[:, 5:8])  # approximate
