@@ -198,7 +198,8 @@ def run(c, ranks=None):
         shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=results, versions=runs.versions())
         with runs.atomic_file(Path(c.out) / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
-        print(table(results))
+        if ranks.shows:
+            print(table(results))
     return dict(out=c.out, scores=results)
 
 

@@ -122,16 +122,19 @@ def generate(
             every = len(rows) == B
             row, n = torch.tensor(rows, device=device), [count[b] for b in rows]  # [R]
             index = masked[row].int().argsort(dim=1, descending=True, stable=True)[:, : max(n)]  # [R, K]
+            filler = torch.arange(max(n), device=device) >= torch.tensor(n, device=device)[:, None]
+            asked = P + torch.where(filler, index[:, :1], index)  # rows with fewer candidates ask for one again
             mask = attention_mask if every or attention_mask is None else attention_mask[row]
             more = {}
             if approximate_cache is not None:
                 if cached is None:  # the first step of a block computes everything, later ones only a span
                     cache, span = m.new_cache(), None
                 else:
-                    cache.keep([cached.index(b) for b in rows])
+                    if cached != rows:
+                        cache.keep([cached.index(b) for b in rows])
                     span = (P + end - L, P + (end if approximate_cache == "dual" else N))
                 cached, more = rows, dict(cache=cache, span=span)
-            logits = m(ids if every else ids[row], attention_mask=mask, positions=P + index, **more)  # [R, K, V]
+            logits = m(ids if every else ids[row], attention_mask=mask, positions=asked, **more)  # [R, K, V]
 
             # 2. a token and a score for each, and the best of them
             own = [generators[b] for b in rows]
@@ -245,7 +248,8 @@ def nucleus(logits, temperature, top_p, top_k):
     logits, V = logits.float(), logits.shape[-1]
     limit = V if top_k is None else min(top_k, V)
     most = logits.amax(-1, keepdim=True)
-    total = (logits - most).div_(temperature).exp_().sum(-1, keepdim=True)  # several times as fast as logsumexp
+    z = (logits - most).div_(temperature).clamp_(min=-80)  # exp(-80) adds nothing, and what underflows is slow on CPUs
+    total = z.exp_().sum(-1, keepdim=True)
     n = min(64, limit)
     while True:
         best, index = logits.topk(n, dim=-1)  # [K, n]

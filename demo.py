@@ -315,5 +315,6 @@ def table(rows, count):
             f"{100 * p:.1f} ± {100 * (p * (1 - p) / count) ** 0.5:.1f}"
             for p in (row["in_domain"], row["out_of_domain"])
         ]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {row['tds']:.3f} |")
+        tds = "-" if row["tds"] is None else f"{row['tds']:.3f}"
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {tds} |")
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def measure(c, ranks, checkpoint):
     replayed, losses = [], []
     for i in range(0, len(records), c.batch_size):
         replayed += replay(c, ranks, m, tok, records[i : i + c.batch_size])
-    sets = {str(c.data): [data.cut_at_eos(r, m.config.eos_id) for r in records]}
+    sets = {f"{c.data} (decoded)": [data.cut_at_eos(r, m.config.eos_id) for r in records]}
     if c.ground_truth is not None:
         truth = tabom.reference_answers(c, c.ground_truth, tok)
         sets[str(c.ground_truth)] = truth[ranks.rank :: ranks.world]
@@ -253,9 +253,14 @@ def save(drawing, file):
         drawing.savefig(file, dpi=150)
 
 
-def short(*paths):
-    """A curve's label: the ends of the paths that it stands for."""
-    return " on ".join("/".join(Path(path).parts[-2:]) for path in paths)
+def labels(names):
+    """A short label for each name of a curve: its path without the folders that all paths share."""
+    parts = {name: Path(name).parts for name in names}
+    paths = [p[:-1] for p in parts.values() if len(p) > 1]
+    shared = 0
+    while len(paths) > 1 and all(len(p) > shared and p[shared] == paths[0][shared] for p in paths):
+        shared += 1
+    return {name: "/".join(p[shared:] if len(p) > 1 else p) for name, p in parts.items()}
 
 
 def curves(axes, rows, keys, x, y, error=None):
@@ -264,10 +269,12 @@ def curves(axes, rows, keys, x, y, error=None):
     def key(row):
         return tuple(row[k] for k in keys)
 
+    short = [labels(dict.fromkeys(row[k] for row in rows)) for k in keys]
     for k in dict.fromkeys(map(key, rows)):
         line = [r for r in rows if key(r) == k and r[y] is not None]
         xs, ys = [r[x] for r in line], [r[y] for r in line]
-        colour = axes.plot(xs, ys, label=short(*k))[0].get_color()
+        label = " on ".join(names[name] for names, name in zip(short, k))
+        colour = axes.plot(xs, ys, label=label)[0].get_color()
         if error is not None:
             low, high = ([r[y] + sign * r[error] for r in line] for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -233,6 +233,7 @@ class Cache:
     def __init__(self):
         self.kept = {}  # block -> (keys, values)
 
+    @torch.compiler.disable  # it would be compiled anew for every block
     def put(self, block, k, v, start):
         """Store what was computed anew for the tokens from `start` on -> keys and values of all tokens."""
         if block in self.kept:

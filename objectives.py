@@ -63,17 +63,28 @@ def entropy(logp):
 
 
 class Entropy(torch.autograd.Function):
-    """-(logp.exp() * logp).sum(-1), but p is computed again for the gradient, -p (1 + log p), instead of being kept."""
+    """-(logp.exp() * logp).sum(-1), with less memory: p is computed again for the gradient, -p (1 + log p), instead of
+    being kept, and for a few positions at a time."""
+
+    FEW = 32
 
     @staticmethod
     def forward(ctx, logp):
         ctx.save_for_backward(logp)
-        return -logp.exp().mul_(logp).sum(-1)
+        parts = logp.reshape(-1, logp.shape[-1]).split(Entropy.FEW)
+        return torch.cat([-x.exp().mul_(x).sum(-1) for x in parts]).view(logp.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         (logp,) = ctx.saved_tensors
-        return (1 + logp).mul_(logp.exp()).mul_(-grad[..., None])
+        found = torch.empty_like(logp, memory_format=torch.contiguous_format)
+        flat = (
+            x.split(Entropy.FEW)
+            for x in (found.view(-1, logp.shape[-1]), logp.reshape(-1, logp.shape[-1]), grad.reshape(-1, 1))
+        )
+        for out, x, g in zip(*flat):
+            torch.mul(x.exp(), 1 + x, out=out).mul_(-g)
+        return found
 
 
 def at(logp, token):

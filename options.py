@@ -253,7 +253,8 @@ def check(c):
 
 def of_objective(c):
     """The parameters of the objective that c names, those given and its own defaults; and the names of the options that
-    are given and not used. c: TrainOptions. Raises ValueError for a window without pairs."""
+    are given and not used. c: TrainOptions. Raises ValueError for a window without pairs, or without an adapter where
+    one is needed."""
     parameters = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
     tunables = [f.name for f in dataclasses.fields(TrainOptions) if "tunable" in f.metadata]
     unused = [k for k in tunables if k not in parameters and getattr(c, k) is not None]
@@ -264,6 +265,8 @@ def of_objective(c):
     window = found.get("window", "global")
     if window != "global" and window < 2:
         raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
+    if c.lora_rank == 0 and (c.objective == "t3d" or c.adapter):
+        raise ValueError(f"--lora-rank 0 has no adapter, which {'--adapter' if c.adapter else 't3d'} needs")
     return found, unused
 
 

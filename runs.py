@@ -260,7 +260,8 @@ def restore(checkpoint, weights, optimizer, reference=None):
         raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
     for name, p in weights.items():
         moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": state[f"step.{name}"], **moments}
+        step_of = state[f"step.{name}"]  # a tensor that lives on the CPU, but for the fused AdamW
+        optimizer.state[p] = {"step": step_of.to(p.device) if optimizer.defaults["fused"] else step_of, **moments}
     if reference is not None and (checkpoint / "reference.safetensors").is_file():
         stored = load_file(checkpoint / "reference.safetensors")
         reference.adapter = {k: v.to(weights[k].device) for k, v in stored.items()}

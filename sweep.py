@@ -15,12 +15,14 @@ questions, the best one of a run the test questions. Under torchrun each process
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import time
 from pathlib import Path
 
 import data
 import diagnose
+import model
 import options
 import runs
 import tabom
@@ -32,33 +34,9 @@ TRAJECTORIES = 64  # replayed for a TDS
 def run(c):
     """Train and evaluate what is missing of a grid -> the table's rows. c: options.SweepOptions."""
     grid = expand(c)
-    if not c.test and c.validation is None:
-        raise ValueError("--validation or --test: nothing to compare the runs by")
-    if c.metric != "last" and c.validation is None:
-        raise ValueError(f"--metric {c.metric} needs --validation; --metric last takes the last checkpoint")
-    stems = [stem(source) for source in c.test]
-    twice = next((name for name in stems if stems.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"--test has two sets called {twice}: rename one")
-    prompts = not data.holds_trajectories(c.data)
-    if not prompts and (c.rounds > 1 or any(s["objective"] == GROUND_TRUTH for s in grid.values())):
-        raise ValueError(
-            f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset of prompts and answers"
-        )
+    prompts = check(c, grid)
     ranks = runs.Ranks(c.device)
-    changing = (
-        "out",
-        "over",
-        "device",
-        "batch_size",
-        "decode_batch",
-        "gradient_checkpointing",
-        "compile",
-        "test",
-        "metric",
-    )
-    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in changing}
-    out = runs.open_run(c.out, dict(command="sweep", **settings, versions=runs.versions()), ranks)
+    out = runs.open_run(c.out, identity(c), ranks, free=("model", "adapter"))  # these by their content
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
@@ -70,9 +48,7 @@ def run(c):
         folder = out / "runs" / name
         if not result_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            result = (
-                base_run(c, alone, folder) if name == "base" else one_run(c, alone, folder, grid[name], trajectories)
-            )
+            result = one_run(c, alone, folder, grid[name], trajectories) if name in grid else base_run(c, alone, folder)
             with runs.atomic_file(folder / "result.json") as f:
                 f.write(json.dumps(dict(name=name, **result), indent=2) + "\n")
     if not ranks.first:
@@ -88,6 +64,34 @@ def run(c):
         f.write(table + "\n")
     print(table)
     return dict(out=str(out), runs=len(found), rows=rows)
+
+
+def check(c, grid):
+    """Whether --data has prompts, and not trajectories. Raises ValueError for options that do not fit together."""
+    if not c.test and c.validation is None:
+        raise ValueError("--validation or --test: nothing to compare the runs by")
+    if c.metric != "last" and c.validation is None:
+        raise ValueError(f"--metric {c.metric} needs --validation; --metric last takes the last checkpoint")
+    stems = [stem(source) for source in c.test]
+    twice = next((name for name in stems if stems.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"--test has two sets called {twice}: rename one")
+    if c.rounds > 1 and c.lora_rank == 0:
+        raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
+    prompts = not data.holds_trajectories(c.data)
+    if not prompts and (c.rounds > 1 or any(s["objective"] == GROUND_TRUTH for s in grid.values())):
+        raise ValueError(f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset with answers")
+    return prompts
+
+
+def identity(c):
+    """What a sweep is, for its meta.json: its options, but for the grid, which may grow, and what it reads."""
+    machine = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile")
+    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in (*machine, "over")}
+    read = [source for source in (c.data, c.validation, *c.test) if source not in (None, *options.TASKS)]
+    contents = {str(s): [runs.fingerprint(file) for file in data.trajectory_files(s)] for s in read}
+    model_of_all = runs.identity(c, model.resolve(c.model), c.adapter)
+    return dict(command="sweep", **settings, **model_of_all, contents=contents, versions=runs.versions())
 
 
 def stem(source):
@@ -126,8 +130,10 @@ def expand(c):
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values))
         used, unused = options.of_objective(training(c, settings))
+        unused += ["reference_steps"] if settings["objective"] != "t3d" else []
+        unused += ["keep"] if settings["objective"] == GROUND_TRUTH else []
         settings = {k: v for k, v in settings.items() if k not in unused}
-        grid.setdefault(",".join(f"{k}={v}" for k, v in settings.items()), settings)
+        grid.setdefault("+".join(f"{k}={v}" for k, v in settings.items()), settings)
     return grid
 
 
@@ -154,9 +160,10 @@ def one_run(c, alone, folder, settings, trajectories):
             source = folder / f"T-{number}"
             tabom.distill(decoding(c, adapter, c.data, source, seed, limit=c.limit), alone)
         trained = folder / f"R-{number}"
-        last = tabom.train(training(c, settings, data=str(source), out=str(trained), adapter=adapter), alone)
+        made = training(c, settings, data=str(source), out=str(trained), adapter=adapter)
+        last = tabom.train(made, alone)
         of_round = []
-        for epoch in range(1, c.epochs + 1):
+        for epoch in range(1, made.epochs + 1):
             checkpoint = str(trained / f"epoch-{epoch}")
             score = validate(c, alone, checkpoint, folder / f"validation-{number}-{epoch}", seed)
             of_round.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))
@@ -178,10 +185,11 @@ def base_run(c, alone, folder):
 
 
 def best(c, candidates):
-    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last"."""
+    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last". TDS may be None, where
+    a model has nothing to say before its EOS."""
     if c.metric == "last":
         return candidates[-1]
-    return max(candidates, key=lambda one: one[c.metric])
+    return max(candidates, key=lambda one: -math.inf if one[c.metric] is None else one[c.metric])
 
 
 def validate(c, alone, checkpoint, folder, seed):
@@ -263,8 +271,9 @@ def summarise(found):
 
 
 def mean_and_spread(values):
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return dict(mean=statistics.fmean(values), sd=spread, values=values)
+    there = [x for x in values if x is not None]
+    spread = statistics.stdev(there) if len(there) > 1 else None
+    return dict(mean=statistics.fmean(there) if there else None, sd=spread, values=values)
 
 
 def markdown(rows):
@@ -276,8 +285,7 @@ def markdown(rows):
         cells = [str(row.get(k, "")) for k in axes] + [str(row["runs"])]
         for k in scores:
             digits, score = (3 if k == "TDS" else 1), row["scores"][k]
-            cells.append(
-                f"{score['mean']:.{digits}f}" + (f" ± {score['sd']:.{digits}f}" if score["sd"] is not None else "")
-            )
+            mean, sd = ("-" if x is None else f"{x:.{digits}f}" for x in (score["mean"], score["sd"]))
+            cells.append(mean if sd == "-" else f"{mean} ± {sd}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

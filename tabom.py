@@ -161,8 +161,6 @@ def train(c, ranks=None):
     the exception: its noise differs with the split.)"""
     parameters, unused = options.of_objective(c)
     full = c.lora_rank == 0
-    if full and (c.objective == "t3d" or c.adapter):
-        raise ValueError(f"--lora-rank 0 has no adapter, which {'--adapter' if c.adapter else 't3d'} needs")
     ranks = ranks or runs.Ranks(c.device)
     last = runs.last_checkpoint(Path(c.out))
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
@@ -208,8 +206,10 @@ def train(c, ranks=None):
     done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
     if ranks.first:
         runs.keep_lines(out / "metrics.jsonl", done)
+    ranks.barrier()
 
-    metrics, order = {}, None
+    metrics = list(data.read_rows(out / "metrics.jsonl"))[-1][1] if done == total else {}
+    order = None
     with (
         open(out / "metrics.jsonl", "a", encoding="utf-8") if ranks.first else contextlib.nullcontext() as log,
         tqdm(total=total, initial=done, desc="train", unit="step", disable=not ranks.shows) as bar,
@@ -276,17 +276,13 @@ def reference_answers(c, path, tok):
     return examples
 
 
-# What objectives report, averaged over the batch.
-MEANS = ("loss", "ce", "rank", "in_order", "entropy", "masked", "ddo", "path", "certainty", "right")
-
-
 def train_step(c, m, objective, weights, optimizer, chosen, step, epoch, total, ranks):
     """One optimizer step on the examples of a global batch -> its line of metrics.jsonl."""
     begun = time.time()
     torch.manual_seed(data.generator(c.seed, step, ranks.rank, "dropout").initial_seed())
 
     mine = sorted(chosen[ranks.rank :: ranks.world], key=lambda r: len(r["prompt_ids"]) + len(r["response_ids"]))
-    sums, tokens, seen = dict.fromkeys(MEANS, 0.0), 0, set()
+    sums, tokens = {}, 0
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         batch = {k: v.to(ranks.device) for k, v in data.collate(records, m.config.pad_id).items()}
@@ -295,20 +291,20 @@ def train_step(c, m, objective, weights, optimizer, chosen, step, epoch, total, 
         share = len(records) / len(chosen)  # of the global batch, whose loss is the mean over its examples
         (losses["loss"] * share).backward()
         for k in losses:
-            sums[k] += losses[k].item() * share
-        seen |= losses.keys()
+            sums[k] = sums.get(k, 0.0) + losses[k].item() * share
         tokens += sum(len(r["prompt_ids"]) + len(r["response_ids"]) for r in records)
-    *means, tokens = ranks.sum([*sums.values(), tokens])
+    names = dict.fromkeys(ranks.gather(sums))  # a process without an example knows of none
+    *means, tokens = ranks.sum([*(sums.get(k, 0.0) for k in names), tokens])
+    values = dict(zip(names, means))
     ranks.sum_gradients(weights)
 
     lr = learning_rate(step, total, c)
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf)
-    if math.isfinite(means[0] + norm.item()):
+    if math.isfinite(values["loss"] + norm.item()):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    values = {k: v for k, v in zip(sums, means) if k in seen}
     speed = tokens / (time.time() - begun)
     return dict(
         step=step + 1, epoch=epoch + 1, **values, grad_norm=norm.item(), lr=lr, tokens_per_second=round(speed, 1)

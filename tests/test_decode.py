@@ -526,6 +526,18 @@ def test_a_cached_decoder_computes_only_a_span(golden, cache):
         equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
 
 
+@pytest.mark.parametrize("cache", decode.CACHES)
+def test_a_cache_with_rows_of_different_numbers_of_masks(golden, cache):
+    m = golden.load()
+    prompts = torch.randint(0, 290, (6, 5), generator=torch.Generator().manual_seed(0))
+    options = dict(max_new_tokens=12, steps=12, block_length=4, threshold=0.2, suppress=[m.config.mask_id])
+    t = decode.generate(m, prompts, **options, approximate_cache=cache)
+    assert len({tuple(row.sort().values.tolist()) for row in t.step}) > 1  # they do not go in step
+    for b in range(6):
+        alone = decode.generate(m, prompts[b : b + 1], **options, approximate_cache=cache)
+        equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
+
+
 def test_one_step_for_each_block_leaves_nothing_to_approximate(golden):
     m, options = golden.load(), dict(max_new_tokens=12, steps=3, block_length=4)
     options["suppress"] = [m.config.mask_id]  # a token that stays masked is not tried again under a cache

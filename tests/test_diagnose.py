@@ -68,7 +68,8 @@ def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
         for context, count in (("step", own), ("window", windows)):
             table = [r for r in rows(out, "inversions") if (r["model"], r["context"]) == (name, context)]
             assert [r["pairs"] for r in table] == [x for x in count["pairs"].tolist() if x]
-            assert len(table) == (4 if context == "window" else len(table))
+            assert [r["distance"] for r in table] == list(range(1, len(table) + 1))
+            assert len(table) == (4 if context == "window" else max(len(r["entropy"]) for r in of_model) - 1)
             assert sum(r["inverted"] for r in table) == pytest.approx(int(count["inverted"].sum()), abs=3)  # near ties
             rate = sum(r["inverted"] for r in table) / sum(r["pairs"] for r in table)
             assert summary[f"inversions_{context}"] == pytest.approx(rate)
@@ -77,7 +78,7 @@ def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
 def test_loss_over_the_mask_ratio(tiny, trajectories, puzzles, found):
     out, _, _ = found
     table = [r for r in rows(out, "loss") if r["model"] == "base"]
-    assert {r["data"] for r in table} == {str(trajectories), str(puzzles)}
+    assert {r["data"] for r in table} == {f"{trajectories} (decoded)", str(puzzles)}
     assert [r["mask_ratio"] for r in table] == [*diagnose.RATIOS, *diagnose.RATIOS]
     m = model.load(tiny)
     records = [data.cut_at_eos(r, m.config.eos_id) for r in data.read_trajectories(trajectories)]
@@ -140,6 +141,19 @@ def test_prompts_are_decoded_by_each_model(tiny, puzzles, trajectories, run_fold
     replayed = evaluate.tds(m, batch, m.config.eos_id)["rows"]
     own = [r["tds"] for r in rows(tmp_path / "fresh", "trajectories") if r["model"] != "base"]
     assert own != pytest.approx(replayed, rel=1e-3)  # its own trajectories are others
+
+
+def test_the_same_file_as_prompts_and_as_ground_truth_has_two_curves(tiny, puzzles, tmp_path, capsys):
+    options = dict(model=tiny, data=puzzles, ground_truth=puzzles, limit=2)
+    assert tabom.main(["diagnose", *flags(out=tmp_path / "D", **options)]) == 0
+    assert len(rows(tmp_path / "D", "loss")) == 2 * len(diagnose.RATIOS)
+
+
+def test_curves_are_named_by_where_their_paths_differ():
+    names = ["base", "out/S/runs/objective=tabom+seed=0/R-1/epoch-2", "out/S/runs/objective=nelbo+seed=0/R-1/epoch-2"]
+    found = diagnose.labels(names)
+    assert list(found.values()) == ["base", "objective=tabom+seed=0/R-1/epoch-2", "objective=nelbo+seed=0/R-1/epoch-2"]
+    assert list(diagnose.labels(["a/b/c"]).values()) == ["a/b/c"]
 
 
 def test_training_curves_need_no_model(run_folder, tmp_path, capsys):

@@ -160,6 +160,21 @@ def test_official_t3d(golden, j):
     assert compared == 1
 
 
+@quick
+@given(st.sampled_from([(9,), (3, 9), (2, 3, 9), (2, 40, 9), (0, 3, 9)]), st.integers(0, 99))
+def test_entropy_and_its_gradient_are_the_formula(shape, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=g) * 3).double()
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    logp = plain.log_softmax(-1)
+    expected, found = -(logp.exp() * logp).sum(-1), objectives.entropy(ours.log_softmax(-1))
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(expected.shape, generator=g).double()
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
 # ------------------------------------------------------------------------------------------------ Eq. 8, the ranking
 
 
@@ -373,6 +388,18 @@ def test_states_are_uniform_and_traj_averages_over_them(toy):
     close(objectives.traj(m, batch, start=start), dict(ce=exact))
 
 
+def test_transition_averages_over_all_pairs_of_timesteps(toy):
+    """Enumeration: every pair of timesteps once is the exact expectation of what is drawn uniformly."""
+    m, one = toy(), make_batch([5], seed=2)
+    pairs = list(itertools.combinations(range(6), 2))
+    exact = sum(naive_tabom(m, single(one, 0), a, b - a, 0.2, 0.0)["ce"] for a, b in pairs) / len(pairs)
+    batch = {k: v.expand(len(pairs), *v.shape[1:]) for k, v in one.items()}
+    close(objectives.transition(m, batch, start=torch.tensor(pairs)), dict(ce=exact))
+    batch = {k: v.expand(4000, *v.shape[1:]) for k, v in one.items()}
+    drawn = objectives.transition(m, batch, generator=generators(0)[0])
+    assert number(drawn["ce"]) == pytest.approx(exact, rel=0.05)
+
+
 def test_traj_from_nothing_is_the_transition_over_the_whole_response(toy):
     batch = make_batch([8, 5])
     traj = objectives.traj(toy(), batch, start=torch.tensor([0, 0]))
@@ -519,6 +546,19 @@ def test_dparallel_blocks_and_masks_are_uniform(toy):
     statistic = sum((counts[o] - e) ** 2 / e for o, e in expected.items())
     degrees = len(expected) - 1
     assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_dparallel_averages_over_all_blocks_and_masks(toy):
+    m, one = toy(), make_batch([6], seed=2)
+    options = dict(block_length=2, weight=1.0, temperature=0.5)
+    states = [(b, mask) for b in range(3) for mask in itertools.product([False, True], repeat=6)]
+    exact = mean([naive_dparallel(m, single(one, 0), b, mask, **options) for b, mask in states])
+    batch = {k: v.expand(len(states), *v.shape[1:]) for k, v in one.items()}
+    blocks, masks = [b for b, _ in states], torch.tensor([mask for _, mask in states])
+    close(objectives.dparallel(m, batch, block=blocks, mask=masks, **options), exact)
+    batch = {k: v.expand(3000, *v.shape[1:]) for k, v in one.items()}
+    drawn = objectives.dparallel(m, batch, generator=generators(0)[0], **options)
+    assert number(drawn["loss"]) == pytest.approx(exact["loss"], rel=0.05)
 
 
 def test_dparallel_with_weight_0_is_its_cross_entropy(toy):

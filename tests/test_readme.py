@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import tabom
 
 ROOT = Path(__file__).parent.parent
@@ -64,12 +65,13 @@ def test_every_named_flag_exists():
     known = {
         flag for p in tabom.parser()._subparsers._group_actions[0].choices.values() for flag in p._option_string_actions
     }
-    other = {"--nproc_per_node", "--help"}
+    other = {"--nproc_per_node", "--help", *bench.command_line()._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known | other
 
 
 def test_every_named_function_exists():
     for module, name in re.findall(
-        r"`(model|lora|decode|objectives|data|evaluate|ifeval|execute|options|runs|benchmarks)\.(\w+)`", README
+        r"`(model|lora|decode|objectives|data|evaluate|ifeval|execute|options|runs|benchmarks|diagnose|sweep|bench)\.(\w+)`",
+        README,
     ):
         assert name in ("py", "safetensors") or hasattr(__import__(module), name), f"{module}.{name}"

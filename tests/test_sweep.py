@@ -46,12 +46,22 @@ def test_a_grid_is_the_product_of_what_each_objective_uses():
         (w, margin, lr) for w in (8, "global") for margin in (0.1, 0.3) for lr in (1e-3, 1e-2)
     }
     assert [set(s) for s in grid.values() if s["objective"] == "nelbo"] == [{"objective", "lr"}] * 2
-    assert "objective=tabom,window=8,margin=0.3,lr=0.001" in grid
+    assert "objective=tabom+window=8+margin=0.3+lr=0.001" in grid
 
 
 def test_one_objective_with_its_own_grid():
     grid = sweep.expand(sweep_options(objective="t3d", over=("beta=0.1,1",)))
-    assert list(grid) == ["objective=t3d,beta=0.1", "objective=t3d,beta=1.0"]
+    assert list(grid) == ["objective=t3d+beta=0.1", "objective=t3d+beta=1.0"]
+
+
+def test_what_an_objective_does_not_use_makes_no_run():
+    over = ("objective=tabom,sft-gt,t3d", "reference_steps=5,10", "keep=all,finished")
+    assert list(sweep.expand(sweep_options(over=over))) == [
+        "objective=tabom+keep=all",
+        "objective=tabom+keep=finished",
+        "objective=sft-gt",
+        *(f"objective=t3d+reference_steps={n}+keep={k}" for n in (5, 10) for k in ("all", "finished")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +94,7 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_metric():
     assert sweep.best(sweep_options(metric="accuracy"), found)["epoch"] == 2
     assert sweep.best(sweep_options(metric="tds"), found)["epoch"] == 1
     assert sweep.best(sweep_options(metric="last"), found)["epoch"] == 3
+    assert sweep.best(sweep_options(metric="tds"), [dict(epoch=1, tds=None), found[1]])["epoch"] == 2
 
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds():
@@ -95,14 +106,14 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
         result(0.5, 0.25, objective="base"),
         result(0.6, 0.2, objective="tabom", window=8, seed=0),
         result(0.8, 0.4, objective="tabom", window=8, seed=1),
-        result(0.1, 0.1, objective="nelbo", seed=0),
+        result(0.1, None, objective="nelbo", seed=0),
     ]
     assert sweep.markdown(sweep.summarise(found)).splitlines() == [
         "| objective | window | runs | validation % | x % | TDS |",
         "| --- | --- | --- | --- | --- | --- |",
         "| base |  | 1 | 25.0 | 50.0 | 0.250 |",
         "| tabom | 8 | 2 | 35.0 ± 7.1 | 70.0 ± 14.1 | 0.300 ± 0.141 |",
-        "| nelbo |  | 1 | 5.0 | 10.0 | 0.100 |",
+        "| nelbo |  | 1 | 5.0 | 10.0 | - |",
     ]
 
 
@@ -126,7 +137,7 @@ def results(out):
 
 def test_a_sweep_trains_every_run_and_tests_its_best_checkpoint(tiny, swept):
     out, _, result = swept
-    runs = {"base", *(f"objective={o},seed={s}" for o in ("tabom", "sft-gt") for s in (0, 1))}
+    runs = {"base", *(f"objective={o}+seed={s}" for o in ("tabom", "sft-gt") for s in (0, 1))}
     assert set(results(out)) == runs and result["runs"] == 5
     assert [(row["objective"], row["runs"]) for row in result["rows"]] == [("base", 1), ("tabom", 2), ("sft-gt", 2)]
     for name in runs - {"base"}:
@@ -150,7 +161,7 @@ def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
     out, line, result = swept
     again = tmp_path / "S"
     shutil.copytree(out, again)
-    lost = again / "runs" / "objective=tabom,seed=1"
+    lost = again / "runs" / "objective=tabom+seed=1"
     before = (lost / "result.json").read_text().replace(str(out), str(again))
     shutil.rmtree(lost)
     kept = {f: f.stat().st_mtime_ns for f in again.rglob("result.json")}
@@ -184,6 +195,14 @@ def test_rounds_distill_again_with_what_the_model_has_become(tiny, puzzles, tmp_
     assert run["chosen"]["checkpoint"] == str(second) and [c["round"] for c in run["checkpoints"]] == [1, 1, 2, 2]
 
 
+def test_the_number_of_epochs_may_be_in_the_grid(tiny, puzzles, trajectories, tmp_path):
+    settings = dict(model=tiny, data=trajectories, test=puzzles, test_limit=2, metric="last", **SMALL)
+    assert tabom.main(words(["epochs=1,3"], objective="nelbo", out=tmp_path / "S", **settings)) == 0
+    for epochs in (1, 3):
+        chosen = results(tmp_path / "S")[f"objective=nelbo+epochs={epochs}"]["chosen"]
+        assert chosen["epoch"] == epochs and chosen["checkpoint"].endswith(f"epoch-{epochs}")
+
+
 def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp_path):
     settings = dict(model=tiny, data=trajectories, validation=puzzles, metric="tds", test_limit=3, **SMALL)
     assert tabom.main(words(["objective=traj"], out=tmp_path / "S", lora_rank=0, **settings)) == 0
@@ -199,6 +218,8 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
         (dict(), "--validation or --test"),
         (dict(test="P"), "--metric accuracy needs --validation"),
         (dict(test="P,sub/P", metric="last"), "--test has two sets called"),
+        (dict(test="P", metric="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
+        (dict(test="P", metric="last", objective="t3d", lora_rank=0), "--lora-rank 0 has no adapter, which t3d needs"),
         (dict(test="P", metric="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
         (dict(test="P", metric="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
         (dict(test="P", metric="last", check="none"), "no answer that --check none could compare with"),
@@ -208,7 +229,7 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
 def test_bad_input_is_one_line(tiny, puzzles, trajectories, tmp_path, capsys, changes, message):
     places = {"P": str(puzzles), "T": str(trajectories), "P,sub/P": f"{puzzles},sub/{puzzles.name}"}
     settings = {**SMALL, "data": puzzles, **{k: places.get(v, v) for k, v in changes.items()}}
-    assert tabom.main(words(["objective=tabom"], model=tiny, out=tmp_path / "S", **settings)) == 1
+    assert tabom.main(words(["seed=0"], model=tiny, out=tmp_path / "S", **settings)) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert re.search(message, line), line
 
@@ -217,3 +238,16 @@ def test_another_sweep_in_the_folder_is_refused(swept, capsys):
     out, line, _ = swept
     assert tabom.main([*line, "--lr", "0.5"]) == 1
     assert "holds another run: lr was 0.01 and is now 0.5" in capsys.readouterr().err
+    assert tabom.main([*line, "--metric", "last"]) == 1
+    assert "metric was 'accuracy' and is now 'last'" in capsys.readouterr().err
+
+
+def test_a_changed_test_set_is_noticed(tiny, puzzles, tmp_path, capsys):
+    questions = tmp_path / "q.jsonl"
+    shutil.copyfile(puzzles, questions)
+    line = words(["seed=0"], model=tiny, data=puzzles, test=questions, metric="last", out=tmp_path / "S", **SMALL)
+    line += flags(limit=2, test_limit=2)
+    assert tabom.main(line) == 0
+    questions.write_text("".join(questions.read_text().splitlines(keepends=True)[::-1]))
+    assert tabom.main(line) == 1
+    assert "holds another run: contents was" in capsys.readouterr().err

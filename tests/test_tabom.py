@@ -211,9 +211,20 @@ def test_a_run_killed_after_an_epoch_continues_bit_for_bit(tiny, trajectories, t
     assert untimed[0] == untimed[1]
 
 
+def test_an_objective_of_ones_own_reports_terms_of_its_own(tiny, trajectories, tmp_path, capsys, monkeypatch):
+    def shortest(m, batch, generator=None, mask_id=None):
+        found = objectives.nelbo(m, batch, generator=generator, mask_id=mask_id)
+        return dict(found, shortest=batch["length"].min().float())
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "traj", shortest)
+    run_train(capsys, model=tiny, data=trajectories, out=tmp_path / "R", objective="traj", epochs=1)
+    assert all(line["shortest"] > 0 for line in metrics(tmp_path / "R"))
+
+
 def test_a_finished_run_is_left_alone(tiny, trajectories, trained, capsys):
     before = {file: file.stat().st_mtime_ns for file in trained.rglob("*.safetensors")}
-    run_train(capsys, model=tiny, data=trajectories, out=trained)
+    result = run_train(capsys, model=tiny, data=trajectories, out=trained)
+    assert result["loss"] == metrics(trained)[-1]["loss"]  # the last metrics are known
     assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*.safetensors")}
 
 
@@ -274,6 +285,16 @@ def test_training_lowers_the_loss(tiny, trajectories, tmp_path, capsys):
     run_train(capsys, model=tiny, data=trajectories, out=out, epochs=12, global_batch=12, batch_size=12, lr=3e-2)
     losses = [line["loss"] for line in metrics(out)]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_the_same(tiny, trajectories, trained, tmp_path):
+    out = tmp_path / "R"
+    done = shell("train", *flags(model=tiny, data=trajectories, out=out, compile=True, **{**TRAIN, "epochs": 1}))
+    assert done.returncode == 0, done.stderr
+    assert metrics(out)[0]["loss"] == pytest.approx(metrics(trained)[0]["loss"], abs=1e-4)
+    assert metrics(out)[0]["grad_norm"] == pytest.approx(metrics(trained)[0]["grad_norm"], rel=1e-3)
 
 
 def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
