@@ -256,7 +256,7 @@ def retrain(folder, seed=0, puzzles=64_000, epochs=3):
     )
     with runs.atomic_folder(folder / "tiny") as beside:
         for file in Path(result["checkpoint"]).iterdir():
-            if file.name not in ("optimizer.safetensors", "trainer.json"):
+            if file.name not in runs.TRAINER:
                 shutil.copyfile(file, beside / file.name)
     return {**result, "tiny": str(folder / "tiny")}
 

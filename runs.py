@@ -17,11 +17,15 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import data
 import lora
@@ -133,15 +137,40 @@ def open_run(out, meta, ranks, free=()):
         if differ:
             changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ)
             raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
-    elif out.is_dir() and any(file.suffix != ".tmp" for file in out.iterdir()):
+    elif out.is_dir() and any(file.suffix != ".tmp" and file.name != LOCK for file in out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
     ranks.barrier()  # all have looked before one writes
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
+        lock(out)
         with atomic_file(out / "meta.json") as f:
             f.write(json.dumps(meta, indent=2) + "\n")
     ranks.barrier()
     return out
+
+
+LOCK = "lock"
+locked = {}  # folder -> the open file that holds its lock for as long as this process lives
+
+
+def lock(out):
+    """Keep other processes out of a run's folder. Raises FileExistsError where one is at it already.
+
+    Not on Windows, which has no such locks, and not between machines whose file system does not share them."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    if out.resolve() not in locked:
+        f = open(out / LOCK, "a")  # noqa: SIM115, it stays open
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.close()
+            raise FileExistsError(f"another process is writing into {out}: wait for it, or choose another --out") from e
+        except OSError:  # a file system without locks
+            pass
+        locked[out.resolve()] = f
 
 
 @contextlib.contextmanager
@@ -223,11 +252,20 @@ def copy_extras(source, target):
     """The small files of a model folder that are no weights: tokenizer, chat template, generation settings, code."""
     for file in Path(source).iterdir():
         weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+        weights = weights or file.name in TRAINER
         if file.is_file() and not weights and not (Path(target) / file.name).exists() and file.stat().st_size < 2**26:
             shutil.copyfile(file, Path(target) / file.name)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
+
+MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
+TRAINER = (
+    "optimizer.safetensors",
+    "reference.safetensors",
+    "trainer.json",
+    MANIFEST,
+)  # what only a continued run needs
 
 
 def write_checkpoint(folder, m, base_folder, base, weights, optimizer, step, reference=None):
@@ -242,12 +280,57 @@ def write_checkpoint(folder, m, base_folder, base, weights, optimizer, step, ref
     if reference is not None and reference.adapter:
         save_file({k: v.cpu() for k, v in reference.adapter.items()}, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
+    hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+def intact(checkpoint):
+    """Whether the files of a checkpoint are those that were written."""
+    try:
+        hashes = data.read_json(checkpoint / MANIFEST)
+        return bool(hashes) and all(fingerprint(checkpoint / name) == sha for name, sha in hashes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(out):
+    """The checkpoints of a run, damaged ones too: (step, folder), by rising step."""
+    found = []
+    for folder in (*out.glob("epoch-*"), *out.glob("step-*")):
+        with contextlib.suppress(OSError, ValueError):
+            if folder.suffix != ".tmp" and type(step := data.read_json(folder / "trainer.json").get("step")) is int:
+                found.append((step, folder))
+    return sorted(found)
 
 
 def last_checkpoint(out):
-    """The folder of the latest epoch in a run, or None."""
-    found = {int(p.name[6:]): p for p in out.glob("epoch-*") if p.name[6:].isdigit()}
-    return found[max(found)] if found else None
+    """The folder of the latest intact checkpoint in a run, or None. A damaged one is named on stderr and left alone."""
+    for _, folder in reversed(checkpoints(out)):
+        if intact(folder):
+            return folder
+        tqdm.write(f"warning: {folder} is damaged: the checkpoint before it is used", sys.stderr)
+    return None
+
+
+def prune(out, keep):
+    """Remove all checkpoints between epochs but the last few."""
+    between = [folder for _, folder in checkpoints(out) if folder.name.startswith("step-")]
+    for folder in between[: max(len(between) - keep, 0)]:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, SIGTERM and SIGINT do not end the process, but are put into the list that this gives."""
+    seen, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda n, _: seen.append(n))
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def restore(checkpoint, weights, optimizer, reference=None):

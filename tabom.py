@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -170,7 +171,8 @@ def train(c, ranks=None):
     steps_per_epoch = math.ceil(len(records) / G)
     total = c.epochs * steps_per_epoch
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if "tunable" not in f.metadata}
-    machine = ("out", "device", "batch_size", "gradient_checkpointing", "compile")  # no part of what is computed
+    # what is no part of what is computed
+    machine = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last")
     meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **parameters}
     meta.update(runs.identity(c, folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, ranks, prefer), global_batch=G, examples=len(records))
@@ -213,6 +215,7 @@ def train(c, ranks=None):
     with (
         open(out / "metrics.jsonl", "a", encoding="utf-8") if ranks.first else contextlib.nullcontext() as log,
         tqdm(total=total, initial=done, desc="train", unit="step", disable=not ranks.shows) as bar,
+        runs.stop_signals() as signals,
     ):
         for step in range(done, total):
             epoch, i = divmod(step, steps_per_epoch)
@@ -222,20 +225,33 @@ def train(c, ranks=None):
             metrics = train_step(c, m, objective, list(weights.values()), optimizer, chosen, step, epoch, total, ranks)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step + 1}"
-                raise ValueError(f"{what}, examples {[r['id'] for r in chosen]}; last good checkpoint: {last}")
+                what = f"{what}, examples {[r['id'] for r in chosen]}"
+                if not c.skip_nonfinite:
+                    raise ValueError(f"{what}; last good checkpoint: {last}")
+                if ranks.first:
+                    tqdm.write(f"warning: {what}: the step is dropped", sys.stderr)
+                metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             if reference is not None and (step + 1) % c.reference_steps == 0:
                 reference.update()
             if ranks.first:
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s")
+                bar.set_postfix_str(
+                    f"loss {metrics['loss'] or math.nan:.3f}, {metrics['tokens_per_second']:.0f} tokens/s"
+                )
                 bar.update()
-            if i == steps_per_epoch - 1:
-                last = out / f"epoch-{epoch + 1}"
+            stop = ranks.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
+            end = i == steps_per_epoch - 1
+            if end or stop or (c.save_every and (step + 1) % c.save_every == 0):
+                last = out / (f"epoch-{epoch + 1}" if end else f"step-{step + 1}")
                 if ranks.first:
+                    shutil.rmtree(last, ignore_errors=True)  # it can only be a damaged one
                     with runs.atomic_folder(last) as beside:
                         runs.write_checkpoint(beside, m, folder, c.model, weights, optimizer, step + 1, reference)
+                    runs.prune(out, c.keep_last)
                 ranks.barrier()
+            if stop and step + 1 < total:
+                raise KeyboardInterrupt
     return dict(out=str(out), checkpoint=str(last), steps=total, examples=len(records), **metrics)
 
 

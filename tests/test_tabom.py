@@ -339,7 +339,7 @@ sys.exit(tabom.main({["train", *flags(model=tiny, data=trajectories, out=out, **
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*(too large|No space).*", done.stderr.strip().splitlines()[-1])
     assert "Traceback" not in done.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["epoch-1", "meta.json", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == ["epoch-1", "lock", "meta.json", "metrics.jsonl"]
     good = (trained / "epoch-1" / "adapter_model.safetensors").read_bytes()
     assert (out / "epoch-1" / "adapter_model.safetensors").read_bytes() == good
 
