@@ -212,17 +212,25 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
         self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache=None, start=0):
+    def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
+        """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block has to compute."""
         B, L, D = x.shape
         y = self.attn_norm(x)
-        q = self.q_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, H, L, E]
         k = self.k_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, K, L, E]
         v = self.v_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, K, L, E]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k = rotate(k, cos, sin)
+        if at is not None:
+            x, y = (z.gather(1, at[..., None].expand(-1, -1, D)) for z in (x, y))  # [B, P, D]
+            cos, sin = (
+                z[:, 0].expand(B, -1, -1).gather(1, at[..., None].expand(-1, -1, z.shape[-1])) for z in (cos, sin)
+            )
+            cos, sin = cos[:, None], sin[:, None]  # [B, 1, P, E]
+        P = x.shape[1]
+        q = rotate(self.q_proj(y).view(B, P, -1, self.head_width).transpose(1, 2), cos, sin)  # [B, H, P, E]
         if cache is not None:
             k, v = cache.put(self, k, v, start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-        x = x + self.o_proj(y.transpose(1, 2).reshape(B, L, D))
+        x = x + self.o_proj(y.transpose(1, 2).reshape(B, P, D))
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
 
@@ -273,23 +281,23 @@ class Transformer(nn.Module):
             span = (start, end) computes only those tokens anew, and takes the keys and values of the others from there.
             positions are needed then, and count from the start of ids as ever.
         """
-        c, first = self.config, 0
+        c, first, length = self.config, 0, ids.shape[1]
         cos, sin = self.rope(ids, attention_mask, self.embed.weight.dtype)
         if span is not None:
             first, end = span[0] - (c.shifted and span[0] > 0), span[1]  # Dream predicts a token one place before it
             ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
         x = self.embed(ids)  # [B, L, D]
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # keys only: no empty rows
-        for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, cache, first)
         if c.shifted:  # Dream was adapted from an autoregressive model: token i is predicted at position i - 1
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
+            positions = torch.arange(length, device=ids.device).expand(len(ids), -1) if positions is None else positions
             positions = (positions - 1).clamp(min=0)
-        if positions is not None:
-            x = x.gather(1, (positions - first)[..., None].expand(-1, -1, c.width))  # [B, P, D]
+        at = None if positions is None else positions - first
+        for block in self.layers:
+            last = at if block is self.layers[-1] else None  # the last block only where the head runs
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, first, last, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, first, last)
         x = self.norm(x)
         return F.linear(x, self.embed.weight) if c.tied else self.head(x)
 

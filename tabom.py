@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 tabom.py distill --model GSAI-ML/LLaDA-8B-Instruct --data prompts.jsonl --out out/T
     torchrun --nproc_per_node 8 tabom.py train --model GSAI-ML/LLaDA-8B-Instruct --data out/T --out out/R
     torchrun --nproc_per_node 8 tabom.py evaluate --model GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k --out out/E
+    python tabom.py sweep --model GSAI-ML/LLaDA-8B-Instruct --data prompts.jsonl --test gsm8k --metric last --out out/S
     python tabom.py grade --task gsm8k --responses R.jsonl --out V.jsonl
     python tabom.py diagnose --model GSAI-ML/LLaDA-8B-Instruct --checkpoints out/R/epoch-5 --data out/T --out out/D
     python tabom.py generate --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5 --prompt "2 + 2 =" --watch
