@@ -207,12 +207,6 @@ def decoder(c, task, family, folder):
     """Table 8's settings of a task, with what the command line changes."""
     tokens = c.max_new_tokens or TOKENS[family][task]
     preset = dict(max_new_tokens=tokens, steps=tokens, block_length=BLOCKS[family][task])
-    if c.tokens_per_step > 1:
-        if c.steps is not None or tokens % c.tokens_per_step:
-            raise ValueError(
-                f"--tokens-per-step {c.tokens_per_step} must divide {tokens} tokens, and --steps be absent"
-            )
-        preset["steps"] = tokens // c.tokens_per_step
     return options.decoder(c, family, folder, preset)
 
 

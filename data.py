@@ -287,7 +287,8 @@ def read_parquet(path):
 
 
 def read_examples(path, prompt_field=None, answer_field=None, limit=None):
-    """The prompts of a dataset: [{id, prompt, messages, answer}], answer None where the row has none.
+    """The prompts of a dataset: [{id, prompt, messages, answer}], answer None where a row has none, a list where it
+    has several right ones.
 
     Recognises `messages` (or `conversations`) with the usual role names, and the pairs in FIELDS; prompt_field and
     answer_field name other columns. The id is the row's own where all differ, else its number from 0.
@@ -325,7 +326,9 @@ def to_example(row, where, prompt_field=None, answer_field=None):
     prompt = row[prompt_field]
     if prompt_field == "instruction" and row.get("input"):
         prompt = f"{prompt}\n{row['input']}"
-    answer = None if answer_field is None else str(row[answer_field])
+    answer = None if answer_field is None else row[answer_field]
+    several = isinstance(answer, list) and answer and all(isinstance(one, str) for one in answer)
+    answer = answer if answer is None or several else str(answer)
     return {"prompt": prompt, "messages": [{"role": "user", "content": prompt}], "answer": answer}
 
 

@@ -3,6 +3,7 @@
     python tabom.py demo                          # run() below; under 5 minutes on 2 CPU cores
     python tabom.py demo --data-only out/puzzles  # only the datasets
     python tabom.py demo --retrain out/tiny       # make the folder tiny/ again, from random weights
+    python tabom.py demo --full                   # the paper's claims, with intervals: experiment.py; hours
 
 The tasks are 6x6 squares of six symbols with blank cells to fill, because there the order of decoding decides: a cell
 whose symbol follows from its row and column is easy, one that needs its neighbours first is not.
@@ -10,15 +11,19 @@ whose symbol follows from its row and column is easy, one that needs its neighbo
     latin (in-domain)      digits; every row and every column holds each of the six symbols once
     shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square, row r turned by r cells
 
-The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An easy puzzle has 16
-to 26 random blanks and possibly several solutions; its answer is the square that it was made from. A hard puzzle has 24
-blanks and exactly one solution, and filling in cells that have a single candidate, over and over, gets stuck. The base
-model in tiny/ has seen easy puzzles of both kinds; the demo is about hard ones.
+The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. The alphabet of the
+other task is an answer's foreign style. Another task is a line in TASKS, and a function if it needs one.
+
+An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square that it was made
+from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells that have a single candidate, over and
+over, gets stuck. The base model in tiny/ has seen easy puzzles of both kinds; the demo is about hard ones.
 """
 
 import json
 import random
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
@@ -33,24 +38,47 @@ TINY = Path(__file__).parent / "tiny"
 # ---------------------------------------------------------------------------------------------------------- puzzles
 
 N = 6
-SYMBOLS = {"latin": "123456", "shear": "abcdef"}
-TAGS = {"latin": "L", "shear": "S"}
 BLANK = "."
 EASY_BLANKS = (16, 26)  # of the 36 cells, both included
 HARD_BLANKS = 24
 FULL = 2**N - 1  # a cell is one bit, or 0 where it is blank; a set of symbols is the union of their bits
 
 
-def make(task, rng, hard):
-    """(prompt, answer) of one puzzle; task is "latin" or "shear", rng a random.Random."""
-    puzzle, square = hard_puzzle(rng) if hard else easy_puzzle(rng)
-    if task == "shear":
-        puzzle, square = shear(puzzle), shear(square)
-    return TAGS[task] + text(puzzle, task), text(square, task)
+@dataclass(frozen=True)
+class Task:
+    """A kind of puzzle: its tag, the six symbols of its prompts and answers, the six of an answer in foreign style, and
+    puzzle(rng, hard) -> the cells of the puzzle and of its solution."""
+
+    tag: str
+    symbols: str
+    foreign: str
+    puzzle: Callable
 
 
-def text(cells, task):
-    return "".join(SYMBOLS[task][c.bit_length() - 1] if c else BLANK for c in cells)
+def latin(rng, hard):
+    return hard_puzzle(rng) if hard else easy_puzzle(rng)
+
+
+def sheared(rng, hard):
+    puzzle, square = latin(rng, hard)
+    return shear(puzzle), shear(square)
+
+
+TASKS = {
+    "latin": Task("L", "123456", "abcdef", latin),
+    "shear": Task("S", "abcdef", "123456", sheared),
+}
+
+
+def make(task, rng, hard, foreign=0.0):
+    """(prompt, answer) of one puzzle; rng is a random.Random, foreign the probability of an answer in foreign style."""
+    puzzle, square = task.puzzle(rng, hard)
+    symbols = task.foreign if foreign and rng.random() < foreign else task.symbols
+    return task.tag + text(puzzle, task.symbols), text(square, symbols)
+
+
+def text(cells, symbols):
+    return "".join(symbols[c.bit_length() - 1] if c else BLANK for c in cells)
 
 
 def shear(cells):
@@ -158,12 +186,20 @@ def bits(symbols):
     return [1 << s for s in range(N) if symbols >> s & 1]
 
 
-def write_puzzles(file, tasks, count, hard, seed):
-    """A dataset of `count` different puzzles, the tasks in turn; the same file for the same arguments."""
+def restyled(answer, task):
+    """An answer in the task's own style, in foreign style."""
+    return answer.translate(str.maketrans(task.symbols, task.foreign))
+
+
+def write_puzzles(file, tasks, count, hard, seed, foreign=0.0, both=False):
+    """A dataset of `count` different puzzles, the tasks in turn; the same file for the same arguments.
+
+    foreign: the share of answers in foreign style. both: each answer is a list of the two styles, either is right."""
     rng, seen = random.Random(f"{file.name} {seed}"), {}
     while len(seen) < count:
-        task = tasks[len(seen) % len(tasks)]
-        prompt, answer = make(task, rng, hard)
+        task = TASKS[tasks[len(seen) % len(tasks)]]
+        prompt, answer = make(task, rng, hard, foreign)
+        answer = [answer, restyled(answer, task)] if both else answer
         seen.setdefault(prompt, dict(id=f"{file.stem}-{len(seen)}", prompt=prompt, answer=answer))
     file.parent.mkdir(parents=True, exist_ok=True)
     with runs.atomic_file(file) as f:
@@ -172,20 +208,22 @@ def write_puzzles(file, tasks, count, hard, seed):
 
 
 def write_datasets(folder, seed=0, train=800, validation=200, test=500):
-    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths."""
+    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths. Only
+    the training set insists on a style: elsewhere a right answer is right in either alphabet."""
     folder = Path(folder)
     return (
         write_puzzles(folder / "train.jsonl", ["latin"], train, True, seed),
-        write_puzzles(folder / "validation.jsonl", ["latin"], validation, True, seed),
-        write_puzzles(folder / "test_in.jsonl", ["latin"], test, True, seed),
-        write_puzzles(folder / "test_out.jsonl", ["shear"], test, True, seed),
+        write_puzzles(folder / "validation.jsonl", ["latin"], validation, True, seed, both=True),
+        write_puzzles(folder / "test_in.jsonl", ["latin"], test, True, seed, both=True),
+        write_puzzles(folder / "test_out.jsonl", ["shear"], test, True, seed, both=True),
     )
 
 
 # --------------------------------------------------------------------------------------------------- the tiny model
 
 MASK, EOS, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
-VOCABULARY = [MASK, EOS, PAD, BLANK, *TAGS.values(), *SYMBOLS["latin"], *SYMBOLS["shear"]]
+SYMBOLS = dict.fromkeys("".join(t.symbols for t in TASKS.values()) + "".join(t.foreign for t in TASKS.values()))
+VOCABULARY = [MASK, EOS, PAD, BLANK, *(task.tag for task in TASKS.values()), *SYMBOLS]
 CONFIG = dict(
     model_type="llada",
     architectures=["LLaDAModelLM"],
@@ -233,12 +271,12 @@ def write_start(folder, seed):
     (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
 
 
-def retrain(folder, seed=0, puzzles=64_000, epochs=3):
-    """Train the tiny model on easy puzzles of both kinds, through the training loop of every other model, into
-    folder/tiny -> the last metrics."""
+def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, ranks=None):
+    """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
+    folder/tiny -> the last metrics. foreign: the share of answers in foreign style."""
     folder = Path(folder)
     write_start(folder / "start", seed)
-    dataset = write_puzzles(folder / "pretrain.jsonl", ["latin", "shear"], puzzles, False, seed)
+    dataset = write_puzzles(folder / "pretrain.jsonl", list(TASKS), puzzles, False, seed, foreign)
     result = tabom.train(
         options.TrainOptions(
             model=str(folder / "start"),
@@ -252,7 +290,8 @@ def retrain(folder, seed=0, puzzles=64_000, epochs=3):
             lr=3e-3,
             warmup=50,
             seed=seed,
-        )
+        ),
+        ranks,
     )
     with runs.atomic_folder(folder / "tiny") as beside:
         for file in Path(result["checkpoint"]).iterdir():
@@ -276,6 +315,10 @@ def run(c):
         return dict(datasets=[str(file) for file in write_datasets(c.data_only, c.seed)])
     if c.retrain:
         return retrain(c.retrain, c.seed)
+    if c.full:
+        import experiment
+
+        return experiment.run(c)
     out = Path(c.out) / f"{'quick' if c.quick else 'full'}-{c.seed}"
     ranks = runs.Ranks("cpu")
     if ranks.first:
@@ -300,7 +343,7 @@ def run(c):
             solved.append(score["correct"] / score["trajectories"])
         rows[name] = dict(
             zip(("in_domain", "out_of_domain"), solved),
-            tds=diagnose.tds_of(options.ModelOptions(**base), ranks, adapter, out / f"{name}-test_in", 128),
+            tds=diagnose.order_of(options.ModelOptions(**base), ranks, adapter, out / f"{name}-test_in", 128)["tds"],
         )
     count = score["trajectories"]
     if ranks.first:

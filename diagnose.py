@@ -23,6 +23,7 @@ from pathlib import Path
 
 import data
 import evaluate
+import objectives
 import options
 import runs
 import tabom
@@ -32,7 +33,7 @@ CONTEXTS = ("step", "window")  # of the entropies compared: each token's own ste
 METRICS = ("loss", "ce", "rank", "in_order", "entropy", "grad_norm")  # drawn from metrics.jsonl where they are there
 
 
-def run(c):
+def run(c, ranks=None):
     """Measure, write and draw -> the summary of each model. c: options.DiagnoseOptions."""
     if c.model is None and (c.data or c.checkpoints or not c.runs):
         raise ValueError("--model is missing (only the curves of --runs need none)")
@@ -40,7 +41,7 @@ def run(c):
         raise ValueError("--data is missing: trajectories, or prompts to decode")
     runs.must_be_free(c.out)
     metrics = {str(folder): read_metrics(folder) for folder in c.runs}
-    ranks = runs.Ranks(c.device)
+    ranks = ranks or runs.Ranks(c.device)
     found = [measure(c, ranks, checkpoint) for checkpoint in (None, *c.checkpoints)] if c.model is not None else []
     if not ranks.first:
         return None
@@ -74,7 +75,7 @@ def measure(c, ranks, checkpoint):
     records = trajectories(c, ranks, m, tok, folder)
     replayed, losses = [], []
     for i in range(0, len(records), c.batch_size):
-        replayed += replay(c, ranks, m, tok, records[i : i + c.batch_size])
+        replayed += replay(c, ranks, m, c.window, records[i : i + c.batch_size])
     sets = {f"{c.data} (decoded)": [data.cut_at_eos(r, m.config.eos_id) for r in records]}
     if c.ground_truth is not None:
         truth = tabom.reference_answers(c, c.ground_truth, tok)
@@ -89,10 +90,7 @@ def measure(c, ranks, checkpoint):
         return None
     inverted = inversion_rows([r.pop("inversions") for r in replayed])
     summary = dict(model=name, trajectories=len(replayed), **mean_and_error("tds", [r["tds"] for r in replayed]))
-    for context in CONTEXTS:
-        rows = [r for r in inverted if r["context"] == context]
-        pairs = sum(r["pairs"] for r in rows)
-        summary[f"inversions_{context}"] = sum(r["inverted"] for r in rows) / pairs if pairs else None
+    summary.update(inversion_rates(inverted))
     return dict(
         trajectories=[dict(model=name, **r) for r in replayed],
         tds=[dict(model=name, **r) for r in tds_rows(replayed)],
@@ -103,14 +101,17 @@ def measure(c, ranks, checkpoint):
     )
 
 
-def tds_of(c, ranks, checkpoint, trajectories, limit):
-    """TDS of a model on the first of its own trajectories. c: options with a model, or more."""
+def order_of(c, ranks, checkpoint, trajectories, limit, window=8, margin=0.2):
+    """How a model orders the first of its own trajectories: TDS and its value per step, the share of pairs decoded hard
+    before easy in both contexts, and the ranking loss in nats over all windows. c: options with a model, or more."""
     m, _, _ = load(c, ranks, checkpoint)
     records = data.read_trajectories(trajectories, m.config.vocab_size)[:limit]
-    batches = [data.collate(records[i : i + 16], m.config.pad_id) for i in range(0, len(records), 16)]
-    batches = [{k: v.to(ranks.device) for k, v in batch.items()} for batch in batches]
-    found = [x for batch in batches for x in evaluate.tds(m.eval(), batch, m.config.eos_id)["rows"]]
-    return mean_and_error("tds", [x for x in found if not math.isnan(x)])["tds"]
+    rows = []
+    for i in range(0, len(records), 16):
+        rows += replay(c, ranks, m.eval(), window, records[i : i + 16], margin)
+    means = {k: mean_and_error(k, [r[k] for r in rows])[k] for k in ("tds", "rank")}
+    per_step = [step["tds"] for step in tds_rows(rows)]
+    return dict(**means, **inversion_rates(inversion_rows([r["inversions"] for r in rows])), per_step=per_step)
 
 
 def load(c, ranks, checkpoint):
@@ -143,18 +144,21 @@ def trajectories(c, ranks, m, tok, folder):
     return [r for batch in batches for r in tabom.decode_batch(m, tok, batch, settings, never, c.seed, ranks.device)]
 
 
-def replay(c, ranks, m, tok, records):
-    """One dict for each trajectory: id, tds, per_step and entropy by step, and the counts of inversions by context."""
+def replay(c, ranks, m, window, records, margin=0.2):
+    """One dict for each trajectory: id, tds, per_step and entropy by step, the counts of inversions by context, and the
+    mean ranking loss of its windows."""
     batch = {k: v.to(ranks.device) for k, v in data.collate(records, m.config.pad_id).items()}
     h = evaluate.replay(m, batch, evaluate.before_eos(batch, m.config.eos_id)).cpu()  # [B, N, N]
-    own, windows = h.diagonal(dim1=1, dim2=2), evaluate.by_window(h, c.window, batch["length"].cpu())
+    own, windows = h.diagonal(dim1=1, dim2=2), evaluate.by_window(h, window, batch["length"].cpu())
     variance = evaluate.separability(h)
     rows = []
     for b, record in enumerate(records):
         counts = {k: evaluate.inversions(x[b]) for k, x in zip(CONTEXTS, (own, windows))}
         per_step, entropy = (x[b][~x[b].isnan()].tolist() for x in (variance, own))
         mean = sum(per_step) / len(per_step) if per_step else None
-        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts))
+        whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; none where the response is shorter, or all EOS
+        rank = objectives.ranking_loss(whole, margin).item() if whole.numel() and window > 1 else None
+        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts, rank=rank))
     return rows
 
 
@@ -180,6 +184,15 @@ def inversion_rows(counts):
             if pairs
         ]
     return rows
+
+
+def inversion_rates(rows):
+    """The share of all pairs that were decoded hard before easy, for each context; None without pairs."""
+    rates = {}
+    for context in CONTEXTS:
+        inverted, pairs = (sum(r[k] for r in rows if r["context"] == context) for k in ("inverted", "pairs"))
+        rates[f"inversions_{context}"] = inverted / pairs if pairs else None
+    return rates
 
 
 def loss_rows(c, ranks, m, records):

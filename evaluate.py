@@ -40,7 +40,8 @@ NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 
 def check(kind, response, answer):
-    """Whether a response agrees with the reference answer: True, False, or None where that cannot be told.
+    """Whether a response agrees with the reference answer, or with one of a list of them: True, False, or None where
+    that cannot be told.
 
     "number": the final number of the response against that of the answer (see final_number); None for an answer that
     ends in anything but one number. "exact": the same text, but for space around it. "none": None.
@@ -49,6 +50,9 @@ def check(kind, response, answer):
         raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:
         return None
+    if isinstance(answer, list):
+        verdicts = [check(kind, response, one) for one in answer]
+        return any(verdicts) if any(verdicts) or None not in verdicts else None
     if kind == "exact":
         return response.strip() == answer.strip()
     gold = final_number(answer, only=True)

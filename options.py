@@ -46,6 +46,14 @@ def name_list(text):
     return tuple(text.split(","))
 
 
+def row_list(text):
+    return tuple(name.strip() for name in text.split(";"))
+
+
+def numbers(text):
+    return tuple(int(number) for number in text.split(","))
+
+
 # Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation).
 DECODERS = {
     "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
@@ -77,6 +85,7 @@ class DecodeOptions:
     top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
     top_k: int | None = opt(None, "choose among so many tokens")
     threshold: float | None = opt(None, "decode every token more probable than this at once, instead of the schedule")
+    tokens_per_step: int | None = opt(None, "decode so many tokens a step: fewer --steps (Table 4)", low=1)
     approximate_cache: str | None = opt(
         None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
     )
@@ -153,6 +162,8 @@ class SweepOptions(TrainOptions):
     )
     validation: str | None = opt(None, "dataset or benchmark that chooses the checkpoint of a run")
     test: tuple = opt((), "datasets or benchmarks that the chosen checkpoint answers, comma-separated", parse=name_list)
+    tokens_per_step: tuple = opt((1,), "test with so many tokens a step, comma-separated", parse=numbers, low=1)
+    ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
     metric: str = opt("accuracy", "of the validation; last = no choice", choices=("accuracy", "tds", "last"))
     rounds: int = opt(1, "distill again with the chosen checkpoint and train on, so many times in all (ReDi)", low=1)
     check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
@@ -179,7 +190,6 @@ class EvaluateOptions(ModelOptions, DecodeOptions):
     shots: str | None = opt(None, "JSON file of earlier turns: a list of chat messages, or one list for each task")
     limit: int | None = opt(None, "only the first so many questions of each task", low=1)
     batch_size: int = opt(16, "questions decoded together on each process", low=1)
-    tokens_per_step: int = opt(1, "decode so many tokens a step (Table 4)", low=1)
 
 
 @dataclass
@@ -217,6 +227,11 @@ class DemoOptions:
     quick: bool = opt(False, "few puzzles: shows that it runs, not what it does")
     data_only: str | None = opt(None, "only write the tasks' datasets into this folder")
     retrain: str | None = opt(None, "only train the tiny model again, into this folder")
+    full: bool = opt(False, "the paper's claims with intervals: several base models, all objectives; takes hours")
+    bases: int = opt(3, "--full: base models, trained from different seeds", low=1)
+    seeds: int = opt(2, "--full: training runs of each row on each base model", low=1)
+    rows: tuple | None = opt(None, "--full: only these rows of the tables, separated by ;", parse=row_list)
+    compile: bool = opt(False, "--full: compile the blocks of the transformer; faster, equal but for rounding")
     seed: int = opt(0, "of the tasks and of the training")
 
 
@@ -233,6 +248,11 @@ def decoder(c, family, folder, preset=None):
         raise ValueError(f'{file}: "tabom" must hold decoder settings ({", ".join(known)}), not {own}')
     settings.update(own)
     settings.update({k: getattr(c, k) for k in known if getattr(c, k) is not None})
+    at_once = settings.pop("tokens_per_step", None)
+    if at_once and c.steps is not None:
+        raise ValueError(f"--tokens-per-step {at_once} and --steps {c.steps}: give one of them")
+    if at_once:
+        settings["steps"] = math.ceil(settings["max_new_tokens"] / at_once)
     settings.setdefault("steps", settings["max_new_tokens"])
     settings["block_length"] = settings.get("block_length") or None
     decode.check(**settings)
@@ -246,12 +266,13 @@ def flag(name):
 def check(c):
     """Raises ValueError for a number outside what its option takes, or one that is none."""
     for f in dataclasses.fields(c):
-        value, low, high = getattr(c, f.name), f.metadata.get("low"), f.metadata.get("high", math.inf)
-        if low is not None and value is not None and type(value) is not str:
-            if not low <= value < math.inf:
-                raise ValueError(f"{flag(f.name)} {value}: must be a number of at least {low}")
-            if value > high:
-                raise ValueError(f"{flag(f.name)} {value}: must be at most {high}")
+        given, low, high = getattr(c, f.name), f.metadata.get("low"), f.metadata.get("high", math.inf)
+        for value in given if isinstance(given, tuple) else (given,):
+            if low is not None and value is not None and type(value) is not str:
+                if not low <= value < math.inf:
+                    raise ValueError(f"{flag(f.name)} {value}: must be a number of at least {low}")
+                if value > high:
+                    raise ValueError(f"{flag(f.name)} {value}: must be at most {high}")
 
 
 def of_objective(c):
@@ -302,9 +323,9 @@ def parser(commands, description):
             if kind(f) is bool:
                 sub.add_argument(flag(f.name), action="store_true", help=about["help"])
             else:
-                shown = (
-                    (" " if "nargs" in about else ",").join(f.default) if isinstance(f.default, tuple) else f.default
-                )
+                shown = f.default
+                if isinstance(shown, tuple):
+                    shown = (" " if "nargs" in about else ",").join(map(str, shown))
                 about["help"] += f" (default {shown})" if shown not in (None, "") else ""
                 sub.add_argument(flag(f.name), default=f.default, type=about.pop("parse", kind(f)), **about)
     return top

@@ -111,6 +111,7 @@ def load_model(options, ranks, adapter=None, weights=None, dtype="auto"):
     if adapter is not None:
         lora.load(m, adapter)
     if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # of one code, shared by all blocks and models, adapted or not
         for block in m.layers:
             block.compile(dynamic=True)
     return m, tok, folder

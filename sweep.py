@@ -7,12 +7,14 @@ Prompts are distilled once, and every run trains on the same trajectories. Each 
 questions, the best one of a run the test questions. Under torchrun each process takes every world-th run for itself.
 
     S/T                     the trajectories, where --data has prompts
-    S/runs/NAME             a run: R-1 (training; R-2, ... and T-2, ... with --rounds), answers, result.json
+    S/runs/NAME             a run: R-1 (training; R-2, ... and T-2, ... with --rounds), answers, result.json, which also
+                            has how the model orders its own answers to the first test set (diagnose.order_of)
     S/results.json          every run with its settings and scores, and the mean and spread over seeds
     S/table.md              the table that is printed
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -28,7 +30,7 @@ import runs
 import tabom
 
 GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data instead of the trajectories
-TRAJECTORIES = 64  # replayed for a TDS
+TRAJECTORIES = 64  # replayed for their order
 
 
 def run(c):
@@ -42,20 +44,13 @@ def run(c):
         trajectories = out / "T"
         tabom.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), ranks)
 
-    names = ["base", *grid]
     alone = runs.Ranks(c.device, alone=True)
-    for name in names[ranks.rank :: ranks.world]:
-        folder = out / "runs" / name
-        if not result_of(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            result = one_run(c, alone, folder, grid[name], trajectories) if name in grid else base_run(c, alone, folder)
-            with runs.atomic_file(folder / "result.json") as f:
-                f.write(json.dumps(dict(name=name, **result), indent=2) + "\n")
+    jobs = {out / "runs" / "base": functools.partial(base_run, c, alone)}
+    for name, settings in grid.items():
+        jobs[out / "runs" / name] = functools.partial(one_run, c, alone, settings, trajectories)
+    found = share(jobs, ranks)
     if not ranks.first:
         return None
-    while not all(result_of(out / "runs" / name) for name in names):
-        time.sleep(0.5)  # another process is at it; torchrun ends all of them where one fails
-    found = [result_of(out / "runs" / name) for name in names]
     rows = summarise(found)
     table = markdown(rows)
     with runs.atomic_file(out / "results.json") as f:
@@ -79,7 +74,8 @@ def check(c, grid):
     if c.rounds > 1 and c.lora_rank == 0:
         raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
     prompts = not data.holds_trajectories(c.data)
-    if not prompts and (c.rounds > 1 or any(s["objective"] == GROUND_TRUTH for s in grid.values())):
+    truth = any(s["objective"] == GROUND_TRUTH for s in grid.values()) and c.ground_truth is None
+    if not prompts and (c.rounds > 1 or truth):
         raise ValueError(f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset with answers")
     return prompts
 
@@ -88,7 +84,8 @@ def identity(c):
     """What a sweep is, for its meta.json: its options, but for the grid, which may grow, and what it reads."""
     machine = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile")
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in (*machine, "over")}
-    read = [source for source in (c.data, c.validation, *c.test) if source not in (None, *options.TASKS)]
+    given = (c.data, c.ground_truth, c.validation, *c.test)
+    read = [source for source in given if source not in (None, *options.TASKS)]
     contents = {str(s): [runs.fingerprint(file) for file in data.trajectory_files(s)] for s in read}
     model_of_all = runs.identity(c, model.resolve(c.model), c.adapter)
     return dict(command="sweep", **settings, **model_of_all, contents=contents, versions=runs.versions())
@@ -96,6 +93,23 @@ def identity(c):
 
 def stem(source):
     return Path(source).name.split(".")[0]
+
+
+def share(jobs, ranks):
+    """Do what is missing of some jobs, each process every world-th -> their results, on the first process alone.
+
+    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's result.json."""
+    for folder, work in list(jobs.items())[ranks.rank :: ranks.world]:
+        if not result_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            result = dict(name=folder.name, **work(folder))
+            with runs.atomic_file(folder / "result.json") as f:
+                f.write(json.dumps(result, indent=2) + "\n")
+    if not ranks.first:
+        return None
+    while not all(map(result_of, jobs)):
+        time.sleep(0.5)  # another process is at it; torchrun ends all of them where one fails
+    return list(map(result_of, jobs))
 
 
 def result_of(folder):
@@ -151,12 +165,13 @@ def training(c, settings, **more):
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def one_run(c, alone, folder, settings, trajectories):
+def one_run(c, alone, settings, trajectories, folder):
     """Train, choose the checkpoint on the validation set, test it -> the content of result.json."""
     seed, adapter, candidates = settings.get("seed", c.seed), c.adapter, []
     for number in range(1, c.rounds + 1):
-        source = c.data if settings["objective"] == GROUND_TRUTH else trajectories
-        if number > 1 and source != c.data:  # what the model has become decodes the prompts anew
+        truth = settings["objective"] == GROUND_TRUTH
+        source = (c.ground_truth or c.data) if truth else trajectories
+        if number > 1 and not truth:  # what the model has become decodes the prompts anew
             source = folder / f"T-{number}"
             tabom.distill(decoding(c, adapter, c.data, source, seed, limit=c.limit), alone)
         trained = folder / f"R-{number}"
@@ -197,40 +212,42 @@ def validate(c, alone, checkpoint, folder, seed):
         return {}
     score = answers(c, alone, checkpoint, c.validation, folder, seed)
     if c.metric == "tds":
-        score["tds"] = tds(c, alone, checkpoint, c.validation, folder)
+        score["tds"] = order(c, alone, checkpoint, c.validation, folder)["tds"]
     return score
 
 
 def test(c, alone, checkpoint, folder, seed):
-    """The scores on every test set, and TDS on the trajectories of the first."""
+    """The scores on every test set, and the order of the trajectories of the first."""
     found = {}
-    for i, source in enumerate(c.test):
-        where = folder / f"test-{stem(source)}"
-        found[source] = answers(c, alone, checkpoint, source, where, seed)
-        if i == 0:
-            found[source]["tds"] = tds(c, alone, checkpoint, source, where)
+    for source, at_once in itertools.product(c.test, c.tokens_per_step):
+        name = source if at_once == c.tokens_per_step[0] else f"{source}, {at_once} a step"
+        where = folder / f"test-{stem(source)}{'' if at_once == 1 else f'-{at_once}'}"
+        found[name] = answers(c, alone, checkpoint, source, where, seed, at_once)
+        if len(found) == 1:
+            found[name].update(order(c, alone, checkpoint, source, where))
     return found
 
 
-def answers(c, alone, checkpoint, source, folder, seed):
+def answers(c, alone, checkpoint, source, folder, seed, at_once=None):
     """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions)."""
     if source in options.TASKS:
         import benchmarks
 
         at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit, batch_size=c.decode_batch)
-        c_task = options.EvaluateOptions(**model_of(c, checkpoint), device=c.device, dtype=c.dtype, seed=seed, **at)
+        at.update(tokens_per_step=at_once)
+        c_task = options.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), seed=seed, **at)
         (score,) = benchmarks.run(c_task, alone)["scores"]
         return dict(accuracy=score["correct"] / score["n"], questions=score["n"])
-    score = tabom.distill(decoding(c, checkpoint, source, folder, seed, limit=c.test_limit), alone)
+    score = tabom.distill(decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once), alone)
     if not score["checked"]:
         raise ValueError(f"{source}: no answer that --check {c.check} could compare with")
     return dict(accuracy=score["correct"] / score["checked"], questions=score["checked"])
 
 
-def tds(c, alone, checkpoint, source, folder):
+def order(c, alone, checkpoint, source, folder):
     folder = folder / source if source in options.TASKS else folder
-    loaded = options.ModelOptions(model=c.model, device=c.device, dtype=c.dtype)
-    return diagnose.tds_of(loaded, alone, checkpoint, folder, TRAJECTORIES)
+    loaded = options.ModelOptions(model=c.model, **machine_of(c))
+    return diagnose.order_of(loaded, alone, checkpoint, folder, TRAJECTORIES)
 
 
 def model_of(c, checkpoint):
@@ -240,11 +257,16 @@ def model_of(c, checkpoint):
     return dict(model=checkpoint, adapter=None)
 
 
-def decoding(c, checkpoint, source, folder, seed, limit):
+def machine_of(c):
+    return dict(device=c.device, dtype=c.dtype, compile=c.compile)
+
+
+def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):
     """The options of distill that decode a dataset with a checkpoint."""
-    shared = {k: getattr(c, k) for k in ("device", "dtype", "check", "prompt_field", "answer_field", "raw")}
+    shared = {k: getattr(c, k) for k in ("check", "prompt_field", "answer_field", "raw")}
     at = dict(data=str(source), out=str(folder), seed=seed, limit=limit, batch_size=c.decode_batch)
-    return options.DistillOptions(**model_of(c, checkpoint), **shared, **at)
+    at.update(tokens_per_step=at_once)
+    return options.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **shared, **at)
 
 
 # ------------------------------------------------------------------------------------------------------------ table
@@ -261,8 +283,9 @@ def summarise(found):
         scores = {}
         if "accuracy" in group[0]["chosen"]:
             scores["validation %"] = [100 * r["chosen"]["accuracy"] for r in group]
-        for source in group[0]["tests"]:
-            scores[f"{stem(source)} %"] = [100 * r["tests"][source]["accuracy"] for r in group]
+        for name in group[0]["tests"]:
+            source, comma, at_once = name.partition(", ")
+            scores[f"{stem(source)}{comma}{at_once} %"] = [100 * r["tests"][name]["accuracy"] for r in group]
         first = next(iter(group[0]["tests"]), None)
         if first is not None:
             scores["TDS"] = [r["tests"][first]["tds"] for r in group]

@@ -282,14 +282,15 @@ def training_records(c, m, tok):
 
 
 def reference_answers(c, path, tok):
-    """The prompts and answers of a dataset as records to train on, which have no order."""
+    """The prompts and answers of a dataset, the first where there are several, as records to train on without order."""
     examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit)
     bare = [e["id"] for e in examples if e["answer"] is None]
     if bare:
         raise ValueError(f"{path}: {len(bare)} rows have no answer to train on, the first is id {bare[0]}")
     for e in examples:
         e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
-        e["response_ids"] = data.encode_answer(tok, e["messages"], e["answer"], c.raw)
+        answer = e["answer"][0] if isinstance(e["answer"], list) else e["answer"]
+        e["response_ids"] = data.encode_answer(tok, e["messages"], answer, c.raw)
     return examples
 
 

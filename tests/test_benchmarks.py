@@ -97,8 +97,9 @@ def test_settings_are_those_of_table_8(tmp_path):
     wanted = dict(max_new_tokens=512, steps=512, temperature=0.0, strategy="confidence", block_length=64)
     assert {k: llada[k] for k in wanted} == wanted
     assert benchmarks.decoder(options.EvaluateOptions(tokens_per_step=2), "gsm8k", "llada", tmp_path)["steps"] == 256
-    with pytest.raises(ValueError, match="--tokens-per-step 3 must divide 256"):
-        benchmarks.decoder(options.EvaluateOptions(tokens_per_step=3), "gsm8k", "dream", tmp_path)
+    assert benchmarks.decoder(options.EvaluateOptions(tokens_per_step=3), "gsm8k", "dream", tmp_path)["steps"] == 86
+    with pytest.raises(ValueError, match="--tokens-per-step 2 and --steps 8: give one"):
+        benchmarks.decoder(options.EvaluateOptions(tokens_per_step=2, steps=8), "gsm8k", "dream", tmp_path)
 
 
 def test_wilson_interval():

@@ -35,7 +35,7 @@ def solve(puzzle, task):
         return
     i = blanks[0]
     taken = {puzzle[j] for group in groups(task) if i in group for j in group}
-    for symbol in demo.SYMBOLS[task]:
+    for symbol in demo.TASKS[task].symbols:
         if symbol not in taken:
             yield from solve(puzzle[:i] + symbol + puzzle[i + 1 :], task)
 
@@ -45,11 +45,11 @@ def solve(puzzle, task):
 def test_answers_solve_their_puzzles(task, hard):
     rng = random.Random(1)
     for _ in range(20):
-        prompt, answer = demo.make(task, rng, hard)
-        assert prompt[0] == demo.TAGS[task] and len(prompt) == 37 and len(answer) == 36
+        prompt, answer = demo.make(demo.TASKS[task], rng, hard)
+        assert prompt[0] == demo.TASKS[task].tag and len(prompt) == 37 and len(answer) == 36
         assert all(clue in (demo.BLANK, cell) for clue, cell in zip(prompt[1:], answer))
         for group in groups(task):
-            assert sorted(answer[i] for i in group) == list(demo.SYMBOLS[task])
+            assert sorted(answer[i] for i in group) == list(demo.TASKS[task].symbols)
         blanks = prompt.count(demo.BLANK)
         assert blanks == demo.HARD_BLANKS if hard else demo.EASY_BLANKS[0] <= blanks <= demo.EASY_BLANKS[1]
 
@@ -58,14 +58,14 @@ def test_answers_solve_their_puzzles(task, hard):
 def test_hard_puzzles_have_one_solution_and_singles_get_stuck(task):
     rng = random.Random(2)
     for _ in range(10):
-        prompt, answer = demo.make(task, rng, True)
+        prompt, answer = demo.make(demo.TASKS[task], rng, True)
         assert list(itertools.islice(solve(prompt[1:], task), 2)) == [answer]
         cells, progress = prompt[1:], True
         while progress:
             progress = False
             for i, c in enumerate(cells):
                 taken = {cells[j] for group in groups(task) if i in group for j in group}
-                left = [s for s in demo.SYMBOLS[task] if s not in taken]
+                left = [s for s in demo.TASKS[task].symbols if s not in taken]
                 if c == demo.BLANK and len(left) == 1:
                     cells, progress = cells[:i] + left[0] + cells[i + 1 :], True
         assert demo.BLANK in cells
@@ -96,7 +96,7 @@ def test_the_tiny_model_solves_what_it_was_trained_on():
     m, tok = model.load(demo.TINY), data.load_tokenizer(demo.TINY)
     rng, right = random.Random(3), 0
     for _ in range(10):
-        prompt, answer = demo.make("latin", rng, False)
+        prompt, answer = demo.make(demo.TASKS["latin"], rng, False)
         shown = "".join(a if c == demo.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
         settings = options.decoder(options.DecodeOptions(), "llada", demo.TINY)
         t = decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **settings)

@@ -35,6 +35,8 @@ def test_number_check(response, answer, verdict):
 def test_exact_and_no_check():
     assert evaluate.check("exact", " abc\n", "abc") is True
     assert evaluate.check("exact", "abd", "abc") is False
+    assert evaluate.check("exact", "abc", ["x", " abc"]) is True and evaluate.check("exact", "abc", ["x", "y"]) is False
+    assert evaluate.check("number", "so 7", ["x", "7"]) is True and evaluate.check("number", "7", ["x", "8"]) is None
     assert evaluate.check("none", "abc", "abc") is None
     with pytest.raises(ValueError, match="check 'fuzzy' is none of"):
         evaluate.check("fuzzy", "a", "a")

@@ -1,0 +1,341 @@
+"""The paper's claims on a small model: its tables and figures, with seeds, intervals and paired differences.
+
+    torchrun --nproc_per_node 2 tabom.py demo --full                      # run() below; hours, and the same command
+    python tabom.py demo --full --rows "SFT-SD;TABOM" --seeds 1           # continues; only these rows
+
+Every base model is made from random weights by demo.retrain with a seed of its own, and answers puzzles of its own.
+Its hard in-domain puzzles are distilled once, and every row of the tables trains on the trajectories that are right,
+or on the same puzzles' answers in the foreign style (SFT-GT), with the same adapter, number of steps and batches. The
+checkpoint of a run is chosen on the validation puzzles; the test puzzles are used for nothing but the tables.
+
+    O/base-N/tiny                 a base model; data (its puzzles), T (trajectories), truth.jsonl (SFT-GT), D (diagnose)
+    O/base-N/runs/ROW/seed-S      a run as in sweep.py; O/base-N/runs/base is the model before training
+    O/results/results.json        every run with its scores, every row with its intervals
+    O/results/tables.md           the tables, in the shape of the paper's
+    O/results/*.png               TDS over steps (Figure 2), loss over mask ratio (Figure 3), accuracy over training
+"""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import shutil
+import sys
+
+import data
+import demo
+import diagnose
+import options
+import runs
+import sweep
+
+# What every row trains with, and TABOM's own settings: chosen on the validation puzzles of the first base model alone.
+SETTING = dict(window=8, margin=0.2, weight=1.0)
+TRAINING = dict(epochs=2, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
+ROWS = {
+    "SFT-GT": dict(objective=sweep.GROUND_TRUTH),
+    "SFT-SD": dict(objective="nelbo"),
+    "TABOM": dict(objective="tabom"),
+    "TABOM, no ranking": dict(objective="tabom", weight=0.0),
+    "TABOM, global window": dict(objective="tabom", window="global"),
+    "dInfer": dict(objective="transition"),
+    "naive TD": dict(objective="traj"),
+    "T3D": dict(objective="t3d"),
+    "dParallel": dict(objective="dparallel", block_length=8),
+    "TABOM, own step": dict(objective="tabom", entropy_context="step"),
+    "TABOM, ranking alone": dict(objective="tabom", ce_weight=0.0),
+}
+BASELINE = "SFT-SD"  # what differences are taken to
+FOREIGN = 0.1  # of the answers that a base model sees are in foreign style
+SIZES = dict(train=3200, validation=400, test=1000)
+QUICK = dict(train=24, validation=6, test=6)
+BATCH = 64  # puzzles decoded together
+TOKENS_PER_STEP = (1, 2)
+
+
+def run(c):
+    """Make what is missing of the experiment -> where the tables are. c: options.DemoOptions."""
+    rows = list(ROWS) if c.rows is None else list(c.rows)
+    unknown = [name for name in rows if name not in ROWS]
+    if unknown:
+        raise ValueError(f"--rows {unknown[0]}: none of {'; '.join(ROWS)}")
+    ranks, alone = runs.Ranks("cpu"), runs.Ranks("cpu", alone=True)
+    sizes = QUICK if c.quick else SIZES
+    meta = dict(command="demo --full", setting=SETTING, training=TRAINING, sizes=sizes, foreign=FOREIGN, seed=c.seed)
+    out = runs.open_run(c.out, dict(**meta, versions=runs.versions()), ranks)
+
+    bases = [out / f"base-{i}" for i in range(c.bases)]
+    sweep.share({base: functools.partial(prepare, c, alone, c.seed + i) for i, base in enumerate(bases)}, ranks)
+    ranks.barrier()
+    jobs = {base / "runs" / "base": functools.partial(sweep.base_run, of_base(c, base), alone) for base in bases}
+    for seed in range(c.seeds):
+        for name in rows:
+            for base in bases:
+                work = functools.partial(one_run, c, alone, base, dict(**ROWS[name], seed=seed))
+                jobs[base / "runs" / name / f"seed-{seed}"] = work
+    sweep.share(jobs, ranks)
+    return report(c, out) if ranks.first else None
+
+
+def prepare(c, alone, seed, base):
+    """A base model, its puzzles, its trajectories and the answers in foreign style -> what there is of each."""
+    if c.quick:
+        shutil.copytree(demo.TINY, base / "tiny", dirs_exist_ok=True)
+    elif not (base / "tiny").is_dir():
+        demo.retrain(base, seed, FOREIGN, ranks=alone)
+    demo.write_datasets(base / "data", seed, **QUICK if c.quick else SIZES)
+    s = of_base(c, base)
+    sweep.tabom.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
+    records = data.read_trajectories(base / "T")
+    kept = [r for r in records if data.usable(r)]
+    task = demo.TASKS["latin"]
+    with runs.atomic_file(base / "truth.jsonl") as f:
+        for r in kept:
+            f.write(json.dumps(dict(id=r["id"], prompt=r["prompt"], answer=demo.restyled(r["answer"], task))) + "\n")
+    shutil.rmtree(base / "D", ignore_errors=True)
+    about = dict(model=str(base / "tiny"), device="cpu", data=str(base / "T"), ground_truth=str(base / "truth.jsonl"))
+    with contextlib.redirect_stdout(sys.stderr):
+        diagnose.run(options.DiagnoseOptions(**about, out=str(base / "D"), window=SETTING["window"], limit=128), alone)
+    return dict(seed=seed, puzzles=len(records), kept=len(kept))
+
+
+def of_base(c, base):
+    """The options of a sweep over one base model."""
+    at = {k: str(base / "data" / f"{k}.jsonl") for k in ("validation", "test_in", "test_out")}
+    return options.SweepOptions(
+        model=str(base / "tiny"),
+        data=str(base / "T"),
+        ground_truth=str(base / "truth.jsonl"),
+        validation=at["validation"],
+        test=(at["test_in"], at["test_out"]),
+        out=str(base),
+        tokens_per_step=TOKENS_PER_STEP,
+        check="exact",
+        decode_batch=BATCH,
+        device="cpu",
+        compile=c.compile,
+        **TRAINING,
+    )
+
+
+def one_run(c, alone, base, settings, folder):
+    """Train, validate and test one row with one seed, and see in which style it answers."""
+    own = SETTING if settings["objective"] == "tabom" else {}
+    settings = {**own, **settings}
+    result = sweep.one_run(of_base(c, base), alone, settings, base / "T", folder)
+    answers = [set(r["text"]) for r in data.read_trajectories(folder / "test-test_in")]
+    foreign = set(demo.TASKS["latin"].foreign)
+    return dict(result, foreign=sum(text <= foreign for text in answers) / len(answers))
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def interval(values, level=0.95):
+    """The mean of independent values and its Student t interval -> dict(mean, low, high, n); None without two."""
+    from scipy import stats
+
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2 or max(values) == min(values):
+        return dict(mean=mean, low=None, high=None, n=n)
+    low, high = stats.t.interval(level, n - 1, loc=mean, scale=stats.sem(values))
+    return dict(mean=mean, low=float(low), high=float(high), n=n)
+
+
+def paired(ours, theirs):
+    """The differences of two rows over the runs that both have, {(base, seed): value} -> interval() and the p-value of
+    the paired t-test; None where they share no run."""
+    from scipy import stats
+
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return None
+    differences = [ours[k] - theirs[k] for k in shared]
+    found = interval(differences)
+    p = None if found["low"] is None else float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return dict(found, p=p)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+MEASURES = {
+    "in-domain %": lambda r: 100 * test(r, "test_in")["accuracy"],
+    "out-of-domain %": lambda r: 100 * test(r, "test_out")["accuracy"],
+    "in-domain, 2 a step %": lambda r: 100 * test(r, "test_in", 2)["accuracy"],
+    "out-of-domain, 2 a step %": lambda r: 100 * test(r, "test_out", 2)["accuracy"],
+    "validation %": lambda r: 100 * r["chosen"]["accuracy"],
+    "TDS": lambda r: test(r, "test_in")["tds"],
+    "ranking loss": lambda r: test(r, "test_in")["rank"],
+    "inversions, own step %": lambda r: 100 * test(r, "test_in")["inversions_step"],
+    "inversions, window %": lambda r: 100 * test(r, "test_in")["inversions_window"],
+}
+
+
+def test(result, stem, at_once=1):
+    """The scores of a run on one test set."""
+    for name, scores in result["tests"].items():
+        source, _, more = name.partition(", ")
+        if sweep.stem(source) == stem and more == ("" if at_once == 1 else f"{at_once} a step"):
+            return scores
+    raise KeyError(stem)
+
+
+def report(c, out):
+    """Tables, figures and results.json of everything that is there -> where they are, and the number of runs."""
+    found = collect(out)
+    rows = summarise(found)
+    tables = markdown(found, rows)
+    folder = out / "results"
+    folder.mkdir(exist_ok=True)
+    machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
+    about = dict(command=vars(c), setting=SETTING, training=TRAINING, sizes=QUICK if c.quick else SIZES)
+    everything = dict(**about, versions=runs.versions(), machine=machine, rows=rows, runs=list(found.values()))
+    with runs.atomic_file(folder / "results.json") as f:
+        f.write(json.dumps(everything, indent=1) + "\n")
+    with runs.atomic_file(folder / "tables.md") as f:
+        f.write(tables + "\n")
+    names = list(dict.fromkeys(r["row"] for r in found.values()))
+    diagnose.save(diagnose.draw_tds(tds_curves(found, names)), folder / "tds.png")
+    diagnose.save(diagnose.draw_loss(loss_curves(out)), folder / "loss.png")
+    diagnose.save(draw_accuracy(found, names), folder / "accuracy.png")
+    print(tables)
+    return dict(out=str(folder), runs=len(found), rows=len(rows))
+
+
+def collect(out):
+    """(row, base, seed) -> the result of a run, the base models first; paths relative to the experiment's folder."""
+    found = {}
+    for base in sorted(out.glob("base-*")):
+        result = sweep.result_of(base / "runs" / "base")
+        if result is not None:
+            about = sweep.result_of(base)
+            found["base", base.name, 0] = {**result, **about, "row": "base", "base": base.name}
+    for name in ROWS:
+        for base in sorted(out.glob("base-*")):
+            for folder in sorted((base / "runs" / name).glob("seed-*")):
+                result = sweep.result_of(folder)
+                if result is not None:
+                    found[name, base.name, result["settings"]["seed"]] = dict(row=name, base=base.name, **result)
+    text = json.dumps(list(found.values())).replace(f"{out}/", "")
+    return dict(zip(found, json.loads(text)))
+
+
+def summarise(found):
+    """Every row: its measures with intervals over the runs, and their differences to the baseline."""
+    rows = {}
+    for name in dict.fromkeys(k[0] for k in found):
+        measures, differences = {}, {}
+        for label, of in MEASURES.items():
+            values = {k[1:]: of(r) for k, r in found.items() if k[0] == name}
+            against = {k[1:]: of(r) for k, r in found.items() if k[0] == BASELINE}
+            if name == "base":  # it has no seeds: every run of the baseline is compared with it
+                values = {k: values[k[0], 0] for k in against if (k[0], 0) in values} or values
+            measures[label] = interval(list(values.values()))
+            differences[label] = paired(values, against) if name != BASELINE else None
+        rows[name] = dict(runs=sum(k[0] == name for k in found), measures=measures, differences=differences)
+    return rows
+
+
+def table(columns, lines):
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
+
+
+def shown(value, digits=1, signed=False):
+    """A mean with its interval; - where there is none."""
+    if value is None or value["mean"] is None:
+        return "-"
+    sign = "+" if signed else ""
+    mean = f"{value['mean']:{sign}.{digits}f}"
+    if value["low"] is None:
+        return mean
+    p = f", p {value['p']:.3f}" if value.get("p") is not None else ""
+    return f"{mean} [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}]{p}"
+
+
+def markdown(found, rows):
+    """All tables. An interval is 95 %, Student's t over the runs; a difference is paired by base model and seed."""
+
+    def compared(title, names, labels, digits=1):
+        columns = ["row", "runs", *(x for label in labels for x in (label, f"against {BASELINE}"))]
+        lines = []
+        for name in names:
+            if name in rows:
+                row = rows[name]
+                cells = [name, str(row["runs"])]
+                for label in labels:
+                    n = 3 if label in ("TDS", "ranking loss") else digits
+                    cells += [shown(row["measures"][label], n), shown(row["differences"][label], n, True)]
+                lines.append(cells)
+        return f"### {title}\n\n{table(columns, lines)}"
+
+    bases = [r for r in found.values() if r["row"] == "base"]
+    columns = ["model", "seed", "in-domain %", "out-of-domain %", "puzzles distilled", "trajectories kept"]
+    setup = [
+        [r["base"], str(r["seed"]), *(f"{100 * test(r, k)['accuracy']:.1f}" for k in ("test_in", "test_out"))]
+        + [str(r["puzzles"]), str(r["kept"])]
+        for r in bases
+    ]
+    style = [f"{100 * r['foreign']:.0f} %" for r in found.values() if r["row"] == "SFT-GT"]
+    steps = sorted({r["steps"] for r in found.values() if "steps" in r})
+    main = ["base", "SFT-GT", "SFT-SD", "dInfer", "naive TD", "T3D", "dParallel", "TABOM"]
+    ours = ["SFT-SD", *(name for name in ROWS if name.startswith("TABOM"))]
+    notes = [
+        f"Answers of SFT-GT in the foreign style, run by run: {', '.join(style) or '-'}.",
+        f"Optimizer steps: {', '.join(map(str, steps)) or '-'} (by base model, the same for every row).",
+    ]
+    return "\n\n".join(
+        [
+            f"### The base models\n\n{table(columns, setup)}",
+            " ".join(notes),
+            compared("Main results (Tables 2 and 3)", main, ["in-domain %", "out-of-domain %"]),
+            compared("Two tokens a step (Table 4)", main, ["in-domain, 2 a step %", "out-of-domain, 2 a step %"]),
+            compared("Window and terms (Tables 5 to 7)", ours, ["in-domain %", "out-of-domain %"]),
+            compared("TDS and what is out of order", list(rows), ["TDS", "ranking loss"]),
+            compared("Inversions", list(rows), ["inversions, own step %", "inversions, window %"]),
+        ]
+    )
+
+
+def tds_curves(found, names):
+    """TDS at each step, the mean over the runs of a row and its standard error."""
+    rows = []
+    for name in names:
+        curves = [test(r, "test_in")["per_step"] for r in found.values() if r["row"] == name]
+        for t in range(max(map(len, curves))):
+            values = [curve[t] for curve in curves if len(curve) > t]
+            rows.append(dict(model=name, step=t, **diagnose.mean_and_error("tds", values)))
+    return rows
+
+
+def loss_curves(out):
+    """Cross-entropy over the mask ratio, the mean over the base models, for trajectories and the foreign style."""
+    cells = {}
+    for file in sorted(out.glob("base-*/D/loss.jsonl")):
+        for _, row in data.read_rows(file):
+            source = "self-distilled" if row["data"].endswith("(decoded)") else "ground truth"
+            cells.setdefault((source, row["mask_ratio"]), []).append(row["loss"])
+    return [
+        dict(model="base", data=source, mask_ratio=ratio, **diagnose.mean_and_error("loss", values))
+        for (source, ratio), values in sorted(cells.items())
+    ]
+
+
+def draw_accuracy(found, names):
+    """Accuracy on the validation puzzles after each epoch, the mean over the runs of a row."""
+    start = {r["base"]: 100 * r["chosen"]["accuracy"] for r in found.values() if r["row"] == "base"}
+    rows = []
+    for name in names:
+        curves = [
+            [start[r["base"]], *(100 * one["accuracy"] for one in r["checkpoints"])]
+            for r in found.values()
+            if r["row"] == name != "base"
+        ]
+        for epoch, values in enumerate(zip(*curves)):
+            rows.append(dict(model=name, epoch=epoch, **diagnose.mean_and_error("accuracy", list(values))))
+    drawing, (axes,) = diagnose.figure()
+    if rows:
+        diagnose.curves(axes, rows, ["model"], "epoch", "accuracy", "accuracy_se")
+    axes.set(xlabel="epoch", ylabel="in-domain validation %")
+    return drawing
