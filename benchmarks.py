@@ -7,6 +7,7 @@ Prompts and settings are those of the official evaluations: Dream's fork of lm-e
 OpenCompass for LLaDA, whose earlier turns for GSM8K and MBPP are not ours to ship (--shots takes them from a file).
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -31,6 +32,13 @@ FIELDS = {  # what a record needs to be graded, and the types of it
     "humaneval": dict(prompt=str, entry_point=str, test=str),
     "mbpp": dict(test_list=list),
     "ifeval": dict(instruction_id_list=list, kwargs=list),
+}
+ASKED = {  # what it needs besides to be asked
+    "gsm8k": dict(question=str),
+    "math500": dict(problem=str),
+    "humaneval": {},
+    "mbpp": dict(text=str, task_id=int),
+    "ifeval": dict(prompt=str),
 }
 # Table 8 of the paper: new tokens, which are also the steps; LLaDA decodes in blocks.
 TOKENS = {
@@ -58,8 +66,20 @@ def read_records(task, folder=None):
             raise FileNotFoundError(
                 f"{task}: no download of {repo} from the Hub ({type(e).__name__}); use --data"
             ) from e
-    rows = [row for _, row in data.read_rows(path)]
-    return [r for r in rows if 11 <= r["task_id"] <= 510] if task == "mbpp" else rows
+    wanted = {**FIELDS[task], **ASKED[task]}
+    rows = [checked(row, where, task, wanted) for where, row in data.read_rows(path)]
+    rows = [r for r in rows if 11 <= r["task_id"] <= 510] if task == "mbpp" else rows
+    if not rows:
+        raise ValueError(f"{path}: no questions of {task}")
+    return rows
+
+
+def checked(row, where, task, wanted):
+    """The row, if it has the wanted fields. Raises ValueError with its place and what is missing."""
+    wrong = [k for k, kind in wanted.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
+    if wrong:
+        raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; {task} needs {', '.join(wanted)}")
+    return row
 
 
 def read_shots(path, task):
@@ -159,13 +179,7 @@ def grade(c):
     """Grade the responses of a file and write each line back with its verdict -> the score. c: options.GradeOptions."""
     rows = []
     for where, row in data.read_rows(c.responses):
-        wanted = dict(FIELDS[c.task], response=str)
-        wrong = [k for k, kind in wanted.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
-        if wrong:
-            raise ValueError(
-                f"{where}: {', '.join(wrong)} missing or of another type; {c.task} needs {', '.join(wanted)}"
-            )
-        rows.append(row)
+        rows.append(checked(row, where, c.task, dict(FIELDS[c.task], response=str)))
     if not rows:
         raise ValueError(f"{c.responses}: no responses to grade")
     found = verdicts(c.task, c.family, rows, [row["response"] for row in rows])
@@ -187,13 +201,13 @@ def run(c, ranks=None):
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(options.TASKS)}")
     ranks = ranks or runs.Ranks(c.device)
-    questions = {task: read_records(task, c.data)[: c.limit] for task in c.tasks}
+    questions = {task: read_records(task, c.data) for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
     m, tok, folder = runs.load_model(c, ranks, c.adapter)
     results = []
-    for task, records in questions.items():
+    for task, rows in questions.items():
         settings = decoder(c, task, m.config.family, folder)
-        results.append(run_task(c, ranks, m, tok, folder, task, records, shots[task], settings))
+        results.append(run_task(c, ranks, m, tok, folder, task, rows, shots[task], settings))
     if ranks.first:
         shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=results, versions=runs.versions())
         with runs.atomic_file(Path(c.out) / "results.json") as f:
@@ -210,8 +224,8 @@ def decoder(c, task, family, folder):
     return options.decoder(c, family, folder, preset)
 
 
-def run_task(c, ranks, m, tok, folder, task, records, shots, settings):
-    family, examples = m.config.family, []
+def run_task(c, ranks, m, tok, folder, task, questions, shots, settings):
+    family, examples, records = m.config.family, [], questions[: c.limit]
     for i, record in enumerate(records):
         text, start = ask(task, family, record)
         ids = tok.encode(tok.chat([*shots, {"role": "user", "content": text}]) + start)
@@ -226,6 +240,8 @@ def run_task(c, ranks, m, tok, folder, task, records, shots, settings):
         seed=c.seed,
         limit=c.limit,
         shots=len(shots),
+        questions_sha256=digest(questions),
+        shots_sha256=digest(shots),
         versions=runs.versions(),
     )
     out = runs.open_run(Path(c.out) / task, meta, ranks, free=("limit",))
@@ -239,6 +255,10 @@ def run_task(c, ranks, m, tok, folder, task, records, shots, settings):
     found = data.read_trajectories(out)[: len(records)]
     finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
     return dict(score(task, found), finished=finished, shots=len(shots), decoder=settings, seed=c.seed)
+
+
+def digest(rows):
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
 
 def table(results):

@@ -178,7 +178,7 @@ def one_run(c, alone, settings, trajectories, folder):
         made = training(c, settings, data=str(source), out=str(trained), adapter=adapter)
         last = tabom.train(made, alone)
         of_round = []
-        for epoch in range(1, made.epochs + 1):
+        for epoch in range(made.epochs if c.metric == "last" else 1, made.epochs + 1):
             checkpoint = str(trained / f"epoch-{epoch}")
             score = validate(c, alone, checkpoint, folder / f"validation-{number}-{epoch}", seed)
             of_round.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))

@@ -91,6 +91,30 @@ def trajectories(tiny, puzzles, tmp_path_factory):
     return out
 
 
+BYTES_CONFIG = dict(
+    model_type="llada", d_model=32, n_layers=1, n_heads=2, mlp_hidden_size=32, vocab_size=260, rms_norm_eps=1e-5,
+    rope_theta=1e4, weight_tying=True, mask_token_id=257, eos_token_id=256, pad_token_id=256, init_std=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bytes_model(tmp_path_factory):
+    """A random model whose tokens are bytes, so that it can be asked and can answer anything."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>", "<mask>"])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<eos>", chat_template=template)))
+    model.save(model.create(BYTES_CONFIG, torch.Generator().manual_seed(0)), folder)
+    return folder
+
+
 def flags(**options):
     """{'lora_rank': 4, 'watch': True} -> ['--lora-rank', '4', '--watch']"""
     named = [["--" + k.replace("_", "-")] + ([] if v is True else [str(v)]) for k, v in options.items()]

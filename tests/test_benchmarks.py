@@ -8,39 +8,15 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 import benchmarks
 import data
 import evaluate
-import model
 import options
 import tabom
 
 REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
-CONFIG = dict(
-    model_type="llada", d_model=32, n_layers=1, n_heads=2, mlp_hidden_size=32, vocab_size=260, rms_norm_eps=1e-5,
-    rope_theta=1e4, weight_tying=True, mask_token_id=257, eos_token_id=256, pad_token_id=256, init_std=0.5,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bytes_model(tmp_path_factory):
-    """A random model whose tokens are bytes, so that it can be asked and can answer anything."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>", "<mask>"])
-    backend.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<eos>", chat_template=template)))
-    model.save(model.create(CONFIG, torch.Generator().manual_seed(0)), folder)
-    return folder
 
 
 def write(path, rows):
@@ -134,6 +110,12 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys):
     for name, message in (("fly", "--tasks fly: known are"), ("math500", "no dataset file")):
         assert tabom.main([*words[:7], "--tasks", name]) == 1
         assert message in capsys.readouterr().err
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question=f"What is {i}?", answer=f"#### {i + 1}") for i in range(5)])
+    assert tabom.main(words) == 1
+    assert "holds another run: questions_sha256 was" in capsys.readouterr().err
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question="What?", answer="#### 1"), dict(answer=7)])
+    assert tabom.main(words) == 1
+    assert "gsm8k_test.jsonl.gz:2: answer, question missing or of another type" in capsys.readouterr().err
 
 
 def test_shots_come_before_the_question(bytes_model, tmp_path):

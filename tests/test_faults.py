@@ -1,12 +1,16 @@
 """Runs that are killed, stopped, damaged or started twice: python -m pytest tests/test_faults.py"""
 
+import gzip
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, flags, last_json, shell
@@ -19,11 +23,19 @@ TRAIN = dict(keep="all", window=8, epochs=3, global_batch=4, batch_size=4, lr=1e
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "trainer.json", "adapter_config.json")
 
 
-def start(*words):
-    """tabom.py in a process that a test may kill."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tabom.py"), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def start(*words, program=ROOT / "tabom.py", processes=1, largest_file=None):
+    """tabom.py in a process that a test may kill. largest_file: bytes at which the disk of that process is full."""
+
+    def fill():
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, str(program), *map(str, words)], env=env, preexec_fn=fill, **pipes)
 
 
 def untimed(folder):
@@ -125,3 +137,166 @@ def test_a_step_that_is_not_finite_is_dropped_on_demand(tiny, trajectories, tmp_
     assert captured.err.count("the step is dropped") == 3
     assert last_json(captured.out)["loss"] is None  # JSON has no infinity
     assert all(line["loss"] is None for line in untimed(tmp_path / "R"))
+
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.fixture(scope="module")
+def decoding(tiny, puzzles, bytes_model, tmp_path_factory):
+    """For distill and evaluate: the words of a run with a batch size, the folder of its records, and the records of a
+    run that nothing disturbed, with another batch size. Tokens are sampled at temperature 1."""
+    folder = tmp_path_factory.mktemp("decoding")
+    (folder / "data").mkdir()
+    with gzip.open(folder / "data" / "gsm8k_test.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps(dict(question=f"What is {i}?", answer=f"#### {i}")) + "\n" for i in range(12))
+
+    def words(command, out, batch_size):
+        if command == "distill":
+            own = dict(model=tiny, data=puzzles, check="exact")
+        else:
+            own = dict(model=bytes_model, data=folder / "data", tasks="gsm8k", max_new_tokens=48, block_length=48)
+        return [command, *flags(**own, out=out, batch_size=batch_size, temperature=1.0)]
+
+    def lines(command, out):
+        files = Path(out, *(["gsm8k"] if command == "evaluate" else [])).glob("trajectories-*.jsonl")
+        return [line for file in files for line in file.read_bytes().split(b"\n") if line]
+
+    def records(command, out):
+        return sorted((json.loads(line) for line in lines(command, out)), key=data.by_id)
+
+    whole = {}
+    for command in ("distill", "evaluate"):
+        assert tabom.main(words(command, folder / command, 5)) == 0
+        whole[command] = records(command, folder / command)
+        assert len({r["id"] for r in whole[command]}) == 12
+    return words, lines, records, whole
+
+
+def alike(found, whole):
+    """The same records; entropies and probabilities but for the rounding of another batch size."""
+    for ours, theirs in zip(found, whole, strict=True):
+        close = ("entropy", "confidence")
+        assert {k: v for k, v in ours.items() if k not in close} == {k: v for k, v in theirs.items() if k not in close}
+        assert all(ours[k] == pytest.approx(theirs[k], abs=1e-4) for k in close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["distill", "evaluate"])
+@pytest.mark.parametrize("seed", range(20))
+def test_decoding_killed_at_any_moment_loses_and_repeats_nothing(decoding, tmp_path, command, seed):
+    words, lines, records, whole = decoding
+    chance, out = random.Random(f"{command} {seed}"), tmp_path / "T"
+    process = start(*words(command, out, 1))
+    while process.poll() is None and not lines(command, out):
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 1.5))
+    process.kill()
+    process.communicate()
+    before = [line for line in lines(command, out) if line.endswith(b"}")]
+    assert tabom.main(words(command, out, 3)) == 0
+    after = lines(command, out)
+    assert after[: len(before)] == before and len(after) == 12
+    alike(records(command, out), whole[command])
+
+
+@pytest.mark.parametrize("command", ["distill", "evaluate"])
+def test_a_full_disk_keeps_what_was_decoded(decoding, tmp_path, command):
+    words, lines, records, whole = decoding
+    out = tmp_path / "T"
+    process = start(*words(command, out, 1), largest_file=8_000)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert re.fullmatch(r"error: .*(too large|No space).*", errors.strip().splitlines()[-1])
+    before = [line for line in lines(command, out) if line.endswith(b"}")]
+    assert 0 < len(before) < 12
+    assert tabom.main(words(command, out, 12)) == 0
+    assert lines(command, out)[: len(before)] == before
+    alike(records(command, out), whole[command])
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that even root cannot write into")
+@pytest.mark.parametrize("command", ["distill", "evaluate", "train"])
+def test_a_folder_that_cannot_be_written_is_one_line(decoding, tiny, trajectories, capsys, command):
+    out = "/sys/kernel/tabom/out"
+    train = ["train", *flags(model=tiny, data=trajectories, out=out, **TRAIN)]
+    assert tabom.main(train if command == "train" else decoding[0](command, out, 4)) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert "/sys/kernel/tabom" in line
+
+
+# ---------------------------------------------------------------------------------------------------- many processes
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_train_the_same(tiny, trajectories, tmp_path):
+    """Ten responses of different lengths in batches of 4, 4 and 2: of four processes, two have nothing in the last."""
+    records = data.read_trajectories(trajectories)[:10]
+    file = tmp_path / "trajectories.jsonl"
+    with open(file, "w") as f:
+        for i, r in enumerate(records):
+            n = 37 - 3 * i
+            rank = {k: j for j, k in enumerate(sorted(r["order"][:n]))}
+            cut = {k: r[k][:n] for k in data.PER_TOKEN} | dict(order=[rank[k] for k in r["order"][:n]])
+            f.write(json.dumps({**r, **cut, "prompt_ids": r["prompt_ids"][: 37 - i]}) + "\n")
+    losses = {}
+    for processes in (1, 2, 4):
+        out = tmp_path / f"R-{processes}"
+        settings = {**TRAIN, "epochs": 7, "lr": 1e-3, "batch_size": 2}
+        process = start("train", *flags(model=tiny, data=file, out=out, **settings), processes=processes)
+        _, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors
+        losses[processes] = [(line["loss"], line["ce"], line["rank"]) for line in untimed(out)]
+    assert len(losses[1]) == 21 and len({loss for loss, _, _ in losses[1]}) == 21
+    for processes in (2, 4):
+        for one, several in zip(losses[1], losses[processes]):
+            assert one == pytest.approx(several, abs=1e-6)
+
+
+def worker(out, rank):
+    """The process id of a rank of the run that writes into out."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(out).encode() in words and f"\0RANK={rank}\0".encode() in b"\0" + environment:
+            return int(folder.name)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+def test_a_process_that_dies_takes_the_others_down(tiny, trajectories, tmp_path):
+    out = tmp_path / "R"
+    words = ["train", *flags(model=tiny, data=trajectories, out=out, **{**TRAIN, "epochs": 500, "warmup": 2})]
+    process = start(*words, processes=2)
+    while process.poll() is None and not ((out / "metrics.jsonl").is_file() and len(untimed(out)) > 3):
+        time.sleep(0.05)
+    os.kill(worker(out, 1), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and worker(out, 0) is None
+    steps = len(untimed(out))
+    assert steps < 1500 and runs.last_checkpoint(out) is not None
+
+
+@pytest.mark.slow
+def test_the_error_of_one_process_is_shown_first(tiny, trajectories, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, tabom\n"
+        "step = tabom.train_step\n"
+        "def broken(*arguments):\n"
+        "    if os.environ['RANK'] == '1' and arguments[6] == 2:\n"
+        "        raise ValueError('rank 1 found a bad thing')\n"
+        "    return step(*arguments)\n"
+        "tabom.train_step = broken\n"
+        "sys.exit(tabom.main())\n"
+    )
+    words = ["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", **TRAIN)]
+    process = start(*words, program=program, processes=2)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    first = re.search(r"error: .*", errors, re.IGNORECASE).group()
+    assert first == "error: rank 1 found a bad thing"
+    assert [line["step"] for line in untimed(tmp_path / "R")] == [1, 2]
