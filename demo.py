@@ -271,9 +271,10 @@ def write_start(folder, seed):
     (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
 
 
-def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, ranks=None):
+def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, taken=3, ranks=None):
     """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
-    folder/tiny -> the last metrics. foreign: the share of answers in foreign style."""
+    folder/tiny -> the last metrics. foreign: the share of answers in foreign style. taken: the epoch whose checkpoint
+    the model is."""
     folder = Path(folder)
     write_start(folder / "start", seed)
     dataset = write_puzzles(folder / "pretrain.jsonl", list(TASKS), puzzles, False, seed, foreign)
@@ -294,7 +295,7 @@ def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, ranks=None):
         ranks,
     )
     with runs.atomic_folder(folder / "tiny") as beside:
-        for file in Path(result["checkpoint"]).iterdir():
+        for file in (folder / "run" / f"epoch-{taken}").iterdir():
             if file.name not in runs.TRAINER:
                 shutil.copyfile(file, beside / file.name)
     return {**result, "tiny": str(folder / "tiny")}

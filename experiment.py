@@ -48,6 +48,7 @@ ROWS = {
 }
 BASELINE = "SFT-SD"  # what differences are taken to
 FOREIGN = 0.1  # of the answers that a base model sees are in foreign style
+TAKEN = 2  # a base model is the checkpoint after so many of its 3 epochs: it can still learn
 SIZES = dict(train=3200, validation=400, test=1000)
 QUICK = dict(train=24, validation=6, test=6)
 BATCH = 64  # puzzles decoded together
@@ -62,7 +63,15 @@ def run(c):
         raise ValueError(f"--rows {unknown[0]}: none of {'; '.join(ROWS)}")
     ranks, alone = runs.Ranks("cpu"), runs.Ranks("cpu", alone=True)
     sizes = QUICK if c.quick else SIZES
-    meta = dict(command="demo --full", setting=SETTING, training=TRAINING, sizes=sizes, foreign=FOREIGN, seed=c.seed)
+    meta = dict(
+        command="demo --full",
+        setting=SETTING,
+        training=TRAINING,
+        sizes=sizes,
+        foreign=FOREIGN,
+        taken=TAKEN,
+        seed=c.seed,
+    )
     out = runs.open_run(c.out, dict(**meta, versions=runs.versions()), ranks)
 
     bases = [out / f"base-{i}" for i in range(c.bases)]
@@ -83,7 +92,7 @@ def prepare(c, alone, seed, base):
     if c.quick:
         shutil.copytree(demo.TINY, base / "tiny", dirs_exist_ok=True)
     elif not (base / "tiny").is_dir():
-        demo.retrain(base, seed, FOREIGN, ranks=alone)
+        demo.retrain(base, seed, FOREIGN, taken=TAKEN, ranks=alone)
     demo.write_datasets(base / "data", seed, **QUICK if c.quick else SIZES)
     s = of_base(c, base)
     sweep.tabom.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)

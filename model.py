@@ -117,6 +117,7 @@ REQUIRED = {
         use_sliding_window=(False, None),
     ),
 }
+LAYERS = 1024  # a config that asks for more is an accident or an attack
 DERIVED = {"llada": {"vocab_size", "embedding_size", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "include_qkv_bias"}}
 IGNORED = set(
     """
@@ -152,6 +153,8 @@ def parse_config(raw, where="config.json"):
         value = values.get(ours)
         if kind is int and value is not None and (type(value) is not int or value < 0):
             wrong.append(f"{READ[family].get(ours, ours)} is {value!r}, not a whole number")
+        elif kind is int and value is not None and value > (LAYERS if ours == "layers" else 2**31):
+            wrong.append(f"{READ[family].get(ours, ours)} is {value!r}, more than any model has")
         if kind is float and value is not None and not (isinstance(value, (int, float)) and value > 0):
             wrong.append(f"{READ[family].get(ours, ours)} is {value!r}, not a positive number")
     for key, allowed in REQUIRED[family].items():

@@ -1,0 +1,277 @@
+"""The readers of foreign files against 11,000 broken ones: python -m pytest tests/test_fuzz.py
+
+Whatever a file holds, a reader gives an answer or one of the errors that the command line prints as one line; anything
+else, and a hang, is a failure. Half of the inputs are random, half are good files with a few things changed."""
+
+import gzip
+import json
+import random
+import shutil
+
+import pytest
+from conftest import FOLDER
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+import benchmarks
+import data
+import lora
+import model
+import runs
+
+ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # what tabom.main() turns into one line
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+TINY = FOLDER / "llada-tiny"
+
+
+def fuzz(count):
+    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=SLOW, derandomize=True)
+
+
+def survives(read, *arguments):
+    try:
+        read(*arguments)
+    except ERRORS as e:
+        assert str(e) or type(e) is not ValueError
+
+
+KEYS = ("id", "prompt", "messages", "question", "answer", "role", "content", "prompt_ids", "response_ids", "order")
+leaves = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=6) | st.sampled_from(KEYS)
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner),
+    max_leaves=12,
+)
+
+
+def mutated(content, seed):
+    """The bytes with up to eight random changes."""
+    chance, content = random.Random(seed), bytearray(content)
+    for _ in range(chance.randint(1, 8)):
+        i = chance.randrange(len(content))
+        kind = chance.randrange(4)
+        if kind == 0:
+            content[i] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            content[i] = chance.randrange(256)
+        elif kind == 2:
+            del content[i : i + chance.randint(1, 9)]
+        else:
+            content[i:i] = chance.choice([b"9" * 30, b"{", b"]", b'"', b"-1", b"null", b"\x00", b"1e999", b"[[[[[[[["])
+        if not content:
+            break
+    return bytes(content)
+
+
+def changed(tree, seed):
+    """The JSON value with one to three random places replaced."""
+    chance, tree = random.Random(seed), json.loads(json.dumps(tree))
+    odd = [None, True, -1, 0, 2**31, 10**30, 1e308, "", "x", "[MASK]", [], {}, [None], {"a": 1}, ["q_proj"], "(a+)+$"]
+    for _ in range(chance.randint(1, 3)):
+        node = tree
+        while True:
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            if not keys:
+                break
+            key = chance.choice(list(keys))
+            if isinstance(node[key], (dict, list)) and node[key] and chance.random() < 0.7:
+                node = node[key]
+                continue
+            if chance.random() < 0.2:
+                del node[key]
+            else:
+                node[key] = json.loads(json.dumps(chance.choice(odd)))
+            break
+    return tree
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def read_all(path):
+    survives(data.read_examples, path)
+    survives(data.read_examples, path, "question", "answer")
+    survives(data.read_trajectories, path, 64)
+    survives(data.holds_trajectories, path)
+
+
+@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".parquet", ".txt"]), st.booleans())
+@fuzz(1500)
+def test_random_bytes_as_a_dataset(place, content, suffix, packed):
+    path = place / f"a{suffix}"
+    path.write_bytes(gzip.compress(content, 1) if packed else content)
+    read_all(path)
+
+
+@given(st.lists(values, max_size=4), st.sampled_from([".jsonl", ".json"]))
+@fuzz(2000)
+def test_random_rows_as_a_dataset(place, rows, suffix):
+    path = place / f"b{suffix}"
+    text = "\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
+    read_all(path)
+
+
+RECORD = dict(id="a", prompt="x", answer="y", prompt_ids=[3, 4], response_ids=[5, 6, 1], order=[2, 0, 1], finished=True)
+
+
+@given(st.integers(0, 2**40))
+@fuzz(1500)
+def test_a_damaged_trajectory(place, seed):
+    path = place / "c.jsonl"
+    good = json.dumps(RECORD).encode()
+    bad = json.dumps(changed(RECORD, seed)).encode() if seed % 2 else mutated(good, seed)
+    path.write_bytes(good.replace(b'"a"', b'"b"') + b"\n" + bad + b"\n")
+    try:
+        records = data.read_trajectories(path, 64)
+    except ERRORS:
+        return
+    for r in records:  # what was accepted can be trained on
+        data.usable(r)
+        data.collate([data.cut_at_eos(r, 1)], 0)
+
+
+@given(st.integers(0, 2**40))
+@fuzz(1500)
+def test_a_damaged_config(seed):
+    raw = json.loads((FOLDER / ("llada-tiny", "dream-tiny")[seed % 2] / "config.json").read_text())
+    survives(model.parse_config, changed(raw, seed))
+
+
+def copied(place, source, name):
+    folder = place / name
+    if not folder.exists():
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("expected*", "objective*", "adapter"))
+    return folder
+
+
+@given(st.integers(0, 2**40))
+@fuzz(1000)
+def test_a_damaged_model_folder(place, seed):
+    """config.json, the header of model.safetensors, or an index that was written by somebody else."""
+    folder = copied(place, TINY, "model")
+    file = folder / ("config.json", "model.safetensors", "model.safetensors.index.json")[seed % 3]
+    good = file.read_bytes() if file.exists() else None
+    if file.name == "config.json":
+        file.write_text(json.dumps(changed(json.loads(good), seed)))
+    elif good is not None:
+        header = 8 + int.from_bytes(good[:8], "little")
+        file.write_bytes(mutated(good[:header], seed) + good[header:])
+    else:
+        names = {f"model.transformer.{i}": "model.safetensors" for i in range(3)}
+        file.write_text(json.dumps(changed(dict(metadata={}, weight_map=names), seed)))
+    try:
+        survives(model.load, folder)
+    finally:
+        file.unlink() if good is None else file.write_bytes(good)
+
+
+@given(st.integers(0, 2**40))
+@fuzz(1000)
+def test_a_damaged_adapter(place, golden_model, seed):
+    folder = copied(place, TINY / "adapter", "adapter")
+    file = folder / ("adapter_config.json", "adapter_model.safetensors")[seed % 2]
+    good = file.read_bytes()
+    if file.suffix == ".json":
+        file.write_text(json.dumps(changed(json.loads(good), seed)))
+    else:
+        file.write_bytes(mutated(good[:600], seed) + good[600:])
+    try:
+        survives(lora.load, golden_model(), folder)
+    finally:
+        file.write_bytes(good)
+
+
+@pytest.fixture(scope="module")
+def golden_model():
+    loaded = model.load(TINY)
+    return lambda: loaded if not lora.layers(loaded) else model.load(TINY)
+
+
+@given(st.integers(0, 2**40))
+@fuzz(800)
+def test_a_damaged_tokenizer(place, tiny, seed):
+    folder = copied(place, tiny, "tokenizer")
+    file = folder / ("tokenizer_config.json", "tokenizer.json")[seed % 2]
+    good = file.read_bytes()
+    file.write_bytes(json.dumps(changed(json.loads(good), seed)).encode() if seed % 4 < 2 else mutated(good, seed))
+
+    def use():
+        tok = data.load_tokenizer(folder)
+        ids = data.encode_prompt(tok, [dict(role="user", content="L12.")])
+        tok.response_text(ids)
+        tok.unused_ids(32)
+
+    try:
+        survives(use)
+    finally:
+        file.write_bytes(good)
+
+
+PIECES = [
+    "{{",
+    "}}",
+    "{%",
+    "%}",
+    " messages ",
+    "[0]",
+    ".content",
+    "['role']",
+    " for m in ",
+    " if ",
+    " endif ",
+    " endfor ",
+]
+PIECES += [" raise_exception('x') ", " range(10**9) ", "|tojson", "|length", " % ", "__class__", ".__init__", " tools "]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=14))
+@fuzz(1000)
+def test_a_foreign_chat_template(tiny, pieces):
+    tok = data.load_tokenizer(tiny)
+    tok.template, tok.compiled = "".join(pieces), None
+    survives(tok.chat, [dict(role="user", content="L12.")])
+
+
+@given(st.integers(0, 2**40))
+@fuzz(500)
+def test_a_damaged_checkpoint_is_none(place, seed):
+    out = place / "run"
+    folder = out / "epoch-1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer.json").write_text(json.dumps(dict(step=3)))
+    (folder / "optimizer.safetensors").write_bytes(b"x" * 40)
+    hashes = {name: runs.fingerprint(folder / name) for name in ("trainer.json", "optimizer.safetensors")}
+    (folder / "manifest.json").write_text(json.dumps(hashes))
+    assert runs.last_checkpoint(out) == folder
+    file = folder / ("trainer.json", "optimizer.safetensors", "manifest.json")[seed % 3]
+    good = file.read_bytes()
+    file.write_bytes(mutated(good, seed))
+    if file.read_bytes().strip() != good and file.name != "manifest.json":
+        assert runs.last_checkpoint(out) is None
+    else:
+        survives(runs.last_checkpoint, out)
+
+
+@given(st.lists(values, max_size=3), st.sampled_from(sorted(benchmarks.FIELDS)))
+@fuzz(700)
+def test_random_rows_as_a_benchmark(place, rows, task):
+    path = place / benchmarks.SOURCES[task][0]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode(), 1))
+    survives(benchmarks.read_records, task, place)
+
+
+def test_one_line_of_a_gigabyte_takes_no_memory(place):
+    """The file is sparse; a reader that held the line would need a gigabyte."""
+    import resource
+
+    path = place / "long.jsonl"
+    with open(path, "wb") as f:
+        f.truncate(2**30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"long.jsonl:1: the line is longer than"):
+        data.read_examples(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kilobytes
