@@ -6,7 +6,8 @@
 Every base model is made from random weights by demo.retrain with a seed of its own, and answers puzzles of its own.
 Its hard in-domain puzzles are distilled once, and every row of the tables trains on the trajectories that are right,
 or on the same puzzles' answers in the foreign style (SFT-GT), with the same adapter, number of steps and batches. The
-checkpoint of a run is chosen on the validation puzzles; the test puzzles are used for nothing but the tables.
+last checkpoint counts in every row; settings were chosen on validation puzzles of the first base model alone, and the
+test puzzles are used for nothing but the tables.
 
     O/base-N/tiny                 a base model; data (its puzzles), T (trajectories), truth.jsonl (SFT-GT), D (diagnose)
     O/base-N/runs/ROW/seed-S      a run as in sweep.py; O/base-N/runs/base is the model before training
@@ -32,7 +33,7 @@ import sweep
 
 # What every row trains with, and TABOM's own settings: chosen on the validation puzzles of the first base model alone.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
-TRAINING = dict(epochs=2, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
+TRAINING = dict(epochs=3, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
 ROWS = {
     "SFT-GT": dict(objective=sweep.GROUND_TRUTH),
     "SFT-SD": dict(objective="nelbo"),
@@ -63,16 +64,8 @@ def run(c):
         raise ValueError(f"--rows {unknown[0]}: none of {'; '.join(ROWS)}")
     ranks, alone = runs.Ranks("cpu"), runs.Ranks("cpu", alone=True)
     sizes = QUICK if c.quick else SIZES
-    meta = dict(
-        command="demo --full",
-        setting=SETTING,
-        training=TRAINING,
-        sizes=sizes,
-        foreign=FOREIGN,
-        taken=TAKEN,
-        seed=c.seed,
-    )
-    out = runs.open_run(c.out, dict(**meta, versions=runs.versions()), ranks)
+    about = dict(setting=SETTING, training=TRAINING, sizes=sizes, foreign=FOREIGN, taken=TAKEN, seed=c.seed)
+    out = runs.open_run(c.out, dict(command="demo --full", **about, versions=runs.versions()), ranks)
 
     bases = [out / f"base-{i}" for i in range(c.bases)]
     sweep.share({base: functools.partial(prepare, c, alone, c.seed + i) for i, base in enumerate(bases)}, ranks)
@@ -81,8 +74,8 @@ def run(c):
     for seed in range(c.seeds):
         for name in rows:
             for base in bases:
-                work = functools.partial(one_run, c, alone, base, dict(**ROWS[name], seed=seed))
-                jobs[base / "runs" / name / f"seed-{seed}"] = work
+                work = functools.partial(one_run, c, alone, base, dict(**ROWS[name], seed=c.seed + seed))
+                jobs[base / "runs" / name / f"seed-{c.seed + seed}"] = work
     sweep.share(jobs, ranks)
     return report(c, out) if ranks.first else None
 
@@ -121,6 +114,7 @@ def of_base(c, base):
         out=str(base),
         tokens_per_step=TOKENS_PER_STEP,
         check="exact",
+        metric="last",
         decode_batch=BATCH,
         device="cpu",
         compile=c.compile,
@@ -129,10 +123,17 @@ def of_base(c, base):
 
 
 def one_run(c, alone, base, settings, folder):
-    """Train, validate and test one row with one seed, and see in which style it answers."""
+    """Train, validate and test one row with one seed, and see in which style it answers; with the first seed validate
+    every epoch."""
     own = SETTING if settings["objective"] == "tabom" else {}
-    settings = {**own, **settings}
-    result = sweep.one_run(of_base(c, base), alone, settings, base / "T", folder)
+    settings, s = {**own, **settings}, of_base(c, base)
+    result = sweep.one_run(s, alone, settings, base / "T", folder)
+    if settings["seed"] == c.seed:
+        curve = []
+        for epoch in range(1, s.epochs + 1):
+            where = folder / f"validation-1-{epoch}"
+            curve.append(sweep.validate(s, alone, str(folder / "R-1" / f"epoch-{epoch}"), where, settings["seed"]))
+        result["curve"] = [score["accuracy"] for score in curve]
     answers = [set(r["text"]) for r in data.read_trajectories(folder / "test-test_in")]
     foreign = set(demo.TASKS["latin"].foreign)
     return dict(result, foreign=sum(text <= foreign for text in answers) / len(answers))
@@ -332,14 +333,14 @@ def loss_curves(out):
 
 
 def draw_accuracy(found, names):
-    """Accuracy on the validation puzzles after each epoch, the mean over the runs of a row."""
+    """Accuracy on the validation puzzles after each epoch, the mean over the base models, with the first seed."""
     start = {r["base"]: 100 * r["chosen"]["accuracy"] for r in found.values() if r["row"] == "base"}
     rows = []
     for name in names:
         curves = [
-            [start[r["base"]], *(100 * one["accuracy"] for one in r["checkpoints"])]
+            [start[r["base"]], *(100 * accuracy for accuracy in r["curve"])]
             for r in found.values()
-            if r["row"] == name != "base"
+            if r["row"] == name and "curve" in r
         ]
         for epoch, values in enumerate(zip(*curves)):
             rows.append(dict(model=name, epoch=epoch, **diagnose.mean_and_error("accuracy", list(values))))
