@@ -68,6 +68,7 @@ TASKS = {
     "latin": Task("L", "123456", "abcdef", latin),
     "shear": Task("S", "abcdef", "123456", sheared),
 }
+IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"
 
 
 def make(task, rng, hard, foreign=0.0):
@@ -212,54 +213,64 @@ def write_datasets(folder, seed=0, train=800, validation=200, test=500):
     the training set insists on a style: elsewhere a right answer is right in either alphabet."""
     folder = Path(folder)
     return (
-        write_puzzles(folder / "train.jsonl", ["latin"], train, True, seed),
-        write_puzzles(folder / "validation.jsonl", ["latin"], validation, True, seed, both=True),
-        write_puzzles(folder / "test_in.jsonl", ["latin"], test, True, seed, both=True),
-        write_puzzles(folder / "test_out.jsonl", ["shear"], test, True, seed, both=True),
+        write_puzzles(folder / "train.jsonl", [IN_DOMAIN], train, True, seed),
+        write_puzzles(folder / "validation.jsonl", [IN_DOMAIN], validation, True, seed, both=True),
+        write_puzzles(folder / "test_in.jsonl", [IN_DOMAIN], test, True, seed, both=True),
+        write_puzzles(folder / "test_out.jsonl", [OUT_OF_DOMAIN], test, True, seed, both=True),
     )
 
 
 # --------------------------------------------------------------------------------------------------- the tiny model
 
 MASK, EOS, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
-SYMBOLS = dict.fromkeys("".join(t.symbols for t in TASKS.values()) + "".join(t.foreign for t in TASKS.values()))
-VOCABULARY = [MASK, EOS, PAD, BLANK, *(task.tag for task in TASKS.values()), *SYMBOLS]
-CONFIG = dict(
-    model_type="llada",
-    architectures=["LLaDAModelLM"],
-    activation_type="silu",
-    block_type="llama",
-    layer_norm_type="rms",
-    rms_norm_eps=1e-5,
-    d_model=96,
-    n_layers=4,
-    n_heads=4,
-    n_kv_heads=4,
-    mlp_hidden_size=192,
-    vocab_size=len(VOCABULARY),
-    embedding_size=len(VOCABULARY),
-    max_sequence_length=128,
-    rope=True,
-    rope_full_precision=True,
-    rope_theta=0.5,
-    include_bias=False,
-    include_qkv_bias=False,
-    weight_tying=False,
-    init_std=0.06,
-    mask_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
 ANSWER = N * N + 1  # tokens: the cells and EOS
+
+
+def vocabulary():
+    """Every token, by id: the special ones, the tags and the symbols of all tasks."""
+    tasks = TASKS.values()
+    symbols = "".join(task.symbols for task in tasks) + "".join(task.foreign for task in tasks)
+    return [MASK, EOS, PAD, BLANK, *(task.tag for task in tasks), *dict.fromkeys(symbols)]
+
+
+def config():
+    """The tiny model's config.json."""
+    size = len(vocabulary())
+    return dict(
+        model_type="llada",
+        architectures=["LLaDAModelLM"],
+        activation_type="silu",
+        block_type="llama",
+        layer_norm_type="rms",
+        rms_norm_eps=1e-5,
+        d_model=96,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=4,
+        mlp_hidden_size=192,
+        vocab_size=size,
+        embedding_size=size,
+        max_sequence_length=128,
+        rope=True,
+        rope_full_precision=True,
+        rope_theta=0.5,
+        include_bias=False,
+        include_qkv_bias=False,
+        weight_tying=False,
+        init_std=0.06,
+        mask_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
 
 
 def write_start(folder, seed):
     """The tiny model before training: random weights, and a tokenizer of one token a character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    folder = Path(folder)
-    model.save(model.create(CONFIG, data.generator(seed, "start")), folder)
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
+    folder, tokens = Path(folder), vocabulary()
+    model.save(model.create(config(), data.generator(seed, "start")), folder)
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([MASK, EOS, PAD])

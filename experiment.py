@@ -91,7 +91,7 @@ def prepare(c, alone, seed, base):
     sweep.tabom.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
     records = data.read_trajectories(base / "T")
     kept = [r for r in records if data.usable(r)]
-    task = demo.TASKS["latin"]
+    task = demo.TASKS[demo.IN_DOMAIN]
     with runs.atomic_file(base / "truth.jsonl") as f:
         for r in kept:
             f.write(json.dumps(dict(id=r["id"], prompt=r["prompt"], answer=demo.restyled(r["answer"], task))) + "\n")
@@ -135,7 +135,7 @@ def one_run(c, alone, base, settings, folder):
             curve.append(sweep.validate(s, alone, str(folder / "R-1" / f"epoch-{epoch}"), where, settings["seed"]))
         result["curve"] = [score["accuracy"] for score in curve]
     answers = [set(r["text"]) for r in data.read_trajectories(folder / "test-test_in")]
-    foreign = set(demo.TASKS["latin"].foreign)
+    foreign = set(demo.TASKS[demo.IN_DOMAIN].foreign)
     return dict(result, foreign=sum(text <= foreign for text in answers) / len(answers))
 
 

@@ -86,8 +86,8 @@ def test_datasets_follow_from_the_seed_and_do_not_overlap(tmp_path):
 def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
     m, tok = model.load(demo.TINY), data.load_tokenizer(demo.TINY)
     assert (demo.TINY / "model.safetensors").stat().st_size < 4e6
-    assert m.config.raw == demo.CONFIG
-    assert tok.size == m.config.vocab_size == len(demo.VOCABULARY)
+    assert m.config.raw == demo.config()
+    assert tok.size == m.config.vocab_size == len(demo.vocabulary())
     assert (tok.eos_id, tok.ids[demo.MASK]) == (m.config.eos_id, m.config.mask_id)
 
 
@@ -130,3 +130,20 @@ def test_the_quick_demo_prints_a_table_and_json(tmp_path):
     assert result["before"]["in_domain"] == sum(r["correct"] for r in records) / len(records)
     again = subprocess.run(words, capture_output=True, text=True)  # everything is there already
     assert json.loads(again.stdout.strip().splitlines()[-1]) == result
+
+
+def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        demo.TASKS, "turned", demo.Task("T", "uvwxyz", "123456", lambda *a: [c[::-1] for c in demo.latin(*a)])
+    )
+    monkeypatch.setattr(demo, "OUT_OF_DOMAIN", "turned")
+    *_, out = demo.write_datasets(tmp_path, 0, train=1, validation=1, test=2)
+    demo.write_start(tmp_path / "start", 0)
+    tok = data.load_tokenizer(tmp_path / "start")
+    for row in map(json.loads, out.read_text().splitlines()):
+        first, second = row["answer"]
+        assert row["prompt"][0] == "T" and set(first) == set("uvwxyz") and set(second) == set("123456")
+        for group in groups("latin"):
+            assert len({first[i] for i in group}) == 6
+        assert tok.decode(tok.encode(row["prompt"] + first)) == row["prompt"] + first
+    assert tok.size == model.load(tmp_path / "start").config.vocab_size == 18 + 7

@@ -402,7 +402,7 @@ def test_merge_keeps_the_dtype_and_the_tokenizer(tiny, trained, tmp_path):
     runs.copy_extras(tiny, base)
     assert tabom.main(["merge", *flags(model=base, adapter=trained / "epoch-2", out=tmp_path / "M")]) == 0
     assert {t.dtype for t in load_file(tmp_path / "M" / "model.safetensors").values()} == {torch.bfloat16}
-    assert data.load_tokenizer(tmp_path / "M").size == len(demo.VOCABULARY)
+    assert data.load_tokenizer(tmp_path / "M").size == len(demo.vocabulary())
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -475,7 +475,7 @@ def test_no_such_model(puzzles, tmp_path, capsys):
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tiny, puzzles, tmp_path, capsys):
     folder = broken_model(tmp_path, tiny, lambda f: None)
-    small = {**demo.CONFIG, "vocab_size": 12, "embedding_size": 12}
+    small = {**demo.config(), "vocab_size": 12, "embedding_size": 12}
     model.save(model.create(small), folder)
     fails(
         capsys,
@@ -527,7 +527,7 @@ def test_a_window_without_pairs(tiny, trajectories, tmp_path, capsys, window):
 
 def test_trajectories_of_another_model(tiny, trajectories, tmp_path, capsys):
     other = broken_model(tmp_path, tiny, lambda f: None)
-    model.save(model.create({**demo.CONFIG, "vocab_size": 20, "embedding_size": 20}), other)
+    model.save(model.create({**demo.config(), "vocab_size": 20, "embedding_size": 20}), other)
     message = "made with a vocabulary of 18; .* has 20"
     fails(capsys, message, "train", model=other, data=trajectories, out=tmp_path / "R", **TRAIN)
     high = tmp_path / "high.jsonl"
@@ -614,7 +614,7 @@ def test_another_model_under_the_same_name_is_noticed(tiny, puzzles, tmp_path, c
     options = dict(model=other, data=puzzles, out=tmp_path / "T", check="exact")
     assert tabom.main(["distill", *flags(**options, limit=2)]) == 0
     capsys.readouterr()
-    model.save(model.create(demo.CONFIG, torch.Generator().manual_seed(5)), other)
+    model.save(model.create(demo.config(), torch.Generator().manual_seed(5)), other)
     fails(capsys, "model_sha256 was", "distill", **options)
 
 
