@@ -168,6 +168,24 @@ def paired(ours, theirs):
     return dict(found, p=p)
 
 
+def relation(found, label):
+    """How a measure goes with in-domain accuracy over all trained runs, both as deviations from the mean of the runs on
+    the same base model -> dict(r, p, n), Pearson's correlation; None below three runs."""
+    from scipy import stats
+
+    trained = [r for r in found.values() if r["row"] != "base"]
+    pairs = []
+    for base in sorted({r["base"] for r in trained}):
+        ours = [[MEASURES[k](r) for k in (label, "in-domain %")] for r in trained if r["base"] == base]
+        means = [sum(column) / len(ours) for column in zip(*ours)]
+        pairs += [[value - mean for value, mean in zip(both, means)] for both in ours]
+    xs, ys = zip(*pairs) if pairs else ((), ())
+    if len(pairs) < 3 or min(max(map(abs, xs)), max(map(abs, ys))) < 1e-12:
+        return None
+    found = stats.pearsonr(xs, ys)
+    return dict(r=float(found.statistic), p=float(found.pvalue), n=len(pairs))
+
+
 # ------------------------------------------------------------------------------------------------------------- report
 
 MEASURES = {
@@ -181,6 +199,7 @@ MEASURES = {
     "inversions, own step %": lambda r: 100 * test(r, "test_in")["inversions_step"],
     "inversions, window %": lambda r: 100 * test(r, "test_in")["inversions_window"],
 }
+ORDER = ("TDS", "ranking loss", "inversions, own step %", "inversions, window %")
 
 
 def test(result, stem, at_once=1):
@@ -201,7 +220,9 @@ def report(c, out):
     folder.mkdir(exist_ok=True)
     machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
     about = dict(command=vars(c), setting=SETTING, training=TRAINING, sizes=QUICK if c.quick else SIZES)
-    everything = dict(**about, versions=runs.versions(), machine=machine, rows=rows, runs=list(found.values()))
+    relations = {label: relation(found, label) for label in ORDER}
+    everything = dict(**about, versions=runs.versions(), machine=machine, rows=rows, relations=relations)
+    everything["runs"] = list(found.values())
     with runs.atomic_file(folder / "results.json") as f:
         f.write(json.dumps(everything, indent=1) + "\n")
     with runs.atomic_file(folder / "tables.md") as f:
@@ -289,6 +310,10 @@ def markdown(found, rows):
     ]
     style = [f"{100 * r['foreign']:.0f} %" for r in found.values() if r["row"] == "SFT-GT"]
     steps = sorted({r["steps"] for r in found.values() if "steps" in r})
+    relations = []
+    for label in ORDER:
+        r = relation(found, label)
+        relations.append([label, *(["-"] * 3 if r is None else [f"{r['r']:+.2f}", f"{r['p']:.3f}", str(r["n"])])])
     main = ["base", "SFT-GT", "SFT-SD", "dInfer", "naive TD", "T3D", "dParallel", "TABOM"]
     ours = ["SFT-SD", *(name for name in ROWS if name.startswith("TABOM"))]
     notes = [
@@ -304,6 +329,7 @@ def markdown(found, rows):
             compared("Window and terms (Tables 5 to 7)", ours, ["in-domain %", "out-of-domain %"]),
             compared("TDS and what is out of order", list(rows), ["TDS", "ranking loss"]),
             compared("Inversions", list(rows), ["inversions, own step %", "inversions, window %"]),
+            f"### What goes with in-domain accuracy\n\n{table(['measure', 'r', 'p', 'runs'], relations)}",
         ]
     )
 

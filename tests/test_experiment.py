@@ -63,7 +63,18 @@ def test_every_run_is_compared_with_the_baseline_of_its_base_and_seed():
     assert rows["base"]["differences"]["in-domain %"]["mean"] == pytest.approx(-10)
     assert rows["SFT-SD"]["differences"]["in-domain %"] is None
     text = experiment.markdown(found, rows)
-    assert "| TABOM | 4 | 68.5 [" in text and "+3.5 [" in text and text.count("\n### ") == 5
+    assert "| TABOM | 4 | 68.5 [" in text and "+3.5 [" in text and text.count("\n### ") == 6
+
+
+def test_a_relation_is_within_base_models():
+    found = {}
+    for base, shift in (("base-0", 0.0), ("base-1", 0.4)):  # between the models it is the other way round
+        for seed, (right, inside) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.4, 0.3)]):
+            found.update(result("TABOM", base, seed, right + shift, inside + shift))
+    r = experiment.relation(found, "inversions, own step %")
+    expected = stats.pearsonr([0.1, 0.0, -0.1] * 2, [-0.4 / 3, -0.1 / 3, 0.5 / 3] * 2)
+    assert r["n"] == 6 and r["r"] == pytest.approx(expected.statistic) and r["r"] < -0.9
+    assert experiment.relation(found, "TDS") is None  # the same in all runs
 
 
 @pytest.mark.parametrize("name", experiment.ROWS)
