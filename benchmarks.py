@@ -26,12 +26,12 @@ SOURCES = {  # task -> the file in --data; the dataset on the Hub and the file t
     "mbpp": ("mbpp.jsonl.gz", "google-research-datasets/mbpp", "full/test-00000-of-00001.parquet"),
     "ifeval": ("ifeval.jsonl.gz", "google/IFEval", "ifeval_input_data.jsonl"),
 }
-FIELDS = {  # what a record needs to be graded, and the types of it
+FIELDS = {  # what a record needs to be graded: types, and lists, not empty, of a type
     "gsm8k": dict(answer=str),
     "math500": dict(answer=str),
     "humaneval": dict(prompt=str, entry_point=str, test=str),
-    "mbpp": dict(test_list=list),
-    "ifeval": dict(instruction_id_list=list, kwargs=list),
+    "mbpp": dict(test_list=[str]),
+    "ifeval": dict(instruction_id_list=[str], kwargs=[(dict, type(None))]),
 }
 ASKED = {  # what it needs besides to be asked
     "gsm8k": dict(question=str),
@@ -76,7 +76,13 @@ def read_records(task, folder=None):
 
 def checked(row, where, task, wanted):
     """The row, if it has the wanted fields. Raises ValueError with its place and what is missing."""
-    wrong = [k for k, kind in wanted.items() if not isinstance(row, dict) or not isinstance(row.get(k), kind)]
+
+    def fits(value, kind):
+        if not isinstance(kind, list):
+            return isinstance(value, kind)
+        return isinstance(value, list) and bool(value) and all(isinstance(one, kind[0]) for one in value)
+
+    wrong = [k for k, kind in wanted.items() if not isinstance(row, dict) or not fits(row.get(k), kind)]
     if wrong:
         raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; {task} needs {', '.join(wanted)}")
     return row
@@ -147,20 +153,28 @@ def trim(task, family, text):
 
 
 def verdicts(task, family, records, responses):
-    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response."""
+    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response.
+    Raises ValueError for a record that makes no sense, such as a test that is no Python."""
+
+    def each(work, *more):
+        found = []
+        for record, response in zip(records, responses):
+            try:
+                found.append(work(record, response, *more))
+            except (TypeError, AttributeError, KeyError, SyntaxError) as e:
+                raise ValueError(f"{task}: no sense in a record ({type(e).__name__}: {e}): {record!r:.200}") from e
+        return found
+
     if task == "ifeval":
         import ifeval
 
-        found = [ifeval.grade(record, response) for record, response in zip(records, responses)]
-        return [dict(correct=all(v["strict"]), **v) for v in found]
+        return [dict(correct=all(v["strict"]), **v) for v in each(ifeval.grade)]
     if task in ("humaneval", "mbpp"):
         import execute
 
-        job = evaluate.humaneval_job if task == "humaneval" else evaluate.mbpp_job
-        results = execute.run_many([job(record, response, family) for record, response in zip(records, responses)])
+        results = execute.run_many(each(evaluate.humaneval_job if task == "humaneval" else evaluate.mbpp_job, family))
         return [dict(correct=r["passed"], reason=r["reason"]) for r in results]
-    grader = evaluate.gsm8k if task == "gsm8k" else evaluate.math500
-    return [grader(record, response) for record, response in zip(records, responses)]
+    return each(evaluate.gsm8k if task == "gsm8k" else evaluate.math500)
 
 
 def score(task, found):

@@ -282,10 +282,10 @@ def write_start(folder, seed):
     (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
 
 
-def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, taken=3, ranks=None):
+def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, taken=None, ranks=None):
     """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
     folder/tiny -> the last metrics. foreign: the share of answers in foreign style. taken: the epoch whose checkpoint
-    the model is."""
+    the model is; None = the last."""
     folder = Path(folder)
     write_start(folder / "start", seed)
     dataset = write_puzzles(folder / "pretrain.jsonl", list(TASKS), puzzles, False, seed, foreign)
@@ -306,7 +306,7 @@ def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, taken=3, rank
         ranks,
     )
     with runs.atomic_folder(folder / "tiny") as beside:
-        for file in (folder / "run" / f"epoch-{taken}").iterdir():
+        for file in (folder / "run" / f"epoch-{taken or epochs}").iterdir():
             if file.name not in runs.TRAINER:
                 shutil.copyfile(file, beside / file.name)
     return {**result, "tiny": str(folder / "tiny")}
@@ -331,7 +331,7 @@ def run(c):
         import experiment
 
         return experiment.run(c)
-    out = Path(c.out) / f"{'quick' if c.quick else 'full'}-{c.seed}"
+    out = Path(c.out or "out/demo") / f"{'quick' if c.quick else 'whole'}-{c.seed}"
     ranks = runs.Ranks("cpu")
     if ranks.first:
         write_datasets(out / "data", c.seed, **QUICK if c.quick else {})

@@ -103,7 +103,8 @@ def measure(c, ranks, checkpoint):
 
 def order_of(c, ranks, checkpoint, trajectories, limit, window=8, margin=0.2):
     """How a model orders the first of its own trajectories: TDS and its value per step, the share of pairs decoded hard
-    before easy in both contexts, and the ranking loss in nats over all windows. c: options with a model, or more."""
+    before easy in both contexts, and the ranking loss in nats over all windows without the EOS. c: options with a
+    model, or more."""
     m, _, _ = load(c, ranks, checkpoint)
     records = data.read_trajectories(trajectories, m.config.vocab_size)[:limit]
     rows = []

@@ -6,10 +6,14 @@
 Every base model is made from random weights by demo.retrain with a seed of its own, and answers puzzles of its own.
 Its hard in-domain puzzles are distilled once, and every row of the tables trains on the trajectories that are right,
 or on the same puzzles' answers in the foreign style (SFT-GT), with the same adapter, number of steps and batches. The
-last checkpoint counts in every row; settings were chosen on validation puzzles of the first base model alone, and the
-test puzzles are used for nothing but the tables.
+last checkpoint counts in every row. What was tried before is in results/registered.md: on validation puzzles of the
+first base model alone. The test puzzles are used for nothing but the tables.
 
-    O/base-N/tiny                 a base model; data (its puzzles), T (trajectories), truth.jsonl (SFT-GT), D (diagnose)
+The unit of the statistics is the base model: the runs on one of them share its weights, trajectories and test puzzles,
+so their mean is one value.
+
+    O/base-N/tiny                 a base model; data (its puzzles), T (trajectories), kept.jsonl (those that are
+                                  right), truth.jsonl (SFT-GT on the same puzzles), D (diagnose)
     O/base-N/runs/ROW/seed-S      a run as in sweep.py; O/base-N/runs/base is the model before training
     O/results/results.json        every run with its scores, every row with its intervals
     O/results/tables.md           the tables, in the shape of the paper's
@@ -31,7 +35,7 @@ import options
 import runs
 import sweep
 
-# What every row trains with, and TABOM's own settings: chosen on the validation puzzles of the first base model alone.
+# TABOM's own settings, and what every row trains with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
 TRAINING = dict(epochs=3, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
 ROWS = {
@@ -64,8 +68,11 @@ def run(c):
         raise ValueError(f"--rows {unknown[0]}: none of {'; '.join(ROWS)}")
     ranks, alone = runs.Ranks("cpu"), runs.Ranks("cpu", alone=True)
     sizes = QUICK if c.quick else SIZES
+    tasks = {name: [task.tag, task.symbols, task.foreign] for name, task in demo.TASKS.items()}
     about = dict(setting=SETTING, training=TRAINING, sizes=sizes, foreign=FOREIGN, taken=TAKEN, seed=c.seed)
-    out = runs.open_run(c.out, dict(command="demo --full", **about, versions=runs.versions()), ranks)
+    about.update(tasks=tasks, domains=[demo.IN_DOMAIN, demo.OUT_OF_DOMAIN])
+    about.update(command="demo --full", versions=runs.versions())
+    out = runs.open_run(c.out or "out/experiment", about, ranks)
 
     bases = [out / f"base-{i}" for i in range(c.bases)]
     sweep.share({base: functools.partial(prepare, c, alone, c.seed + i) for i, base in enumerate(bases)}, ranks)
@@ -74,10 +81,20 @@ def run(c):
     for seed in range(c.seeds):
         for name in rows:
             for base in bases:
-                work = functools.partial(one_run, c, alone, base, dict(**ROWS[name], seed=c.seed + seed))
-                jobs[base / "runs" / name / f"seed-{c.seed + seed}"] = work
+                settings = settings_of(name, c.seed + seed)
+                folder = base / "runs" / name / f"seed-{settings['seed']}"
+                before = sweep.result_of(folder)
+                if before and before["settings"] != settings:
+                    raise ValueError(f"{folder} was made with {before['settings']}, now it is {settings}: remove it")
+                jobs[folder] = functools.partial(one_run, c, alone, base, settings)
     sweep.share(jobs, ranks)
     return report(c, out) if ranks.first else None
+
+
+def settings_of(name, seed):
+    """What a row changes of the options of train."""
+    own = SETTING if ROWS[name]["objective"] == "tabom" else {}
+    return {**own, **ROWS[name], "seed": seed}
 
 
 def prepare(c, alone, seed, base):
@@ -92,11 +109,14 @@ def prepare(c, alone, seed, base):
     records = data.read_trajectories(base / "T")
     kept = [r for r in records if data.usable(r)]
     task = demo.TASKS[demo.IN_DOMAIN]
+    with runs.atomic_file(base / "kept.jsonl") as f:
+        f.writelines(json.dumps(r) + "\n" for r in kept)
     with runs.atomic_file(base / "truth.jsonl") as f:
         for r in kept:
             f.write(json.dumps(dict(id=r["id"], prompt=r["prompt"], answer=demo.restyled(r["answer"], task))) + "\n")
     shutil.rmtree(base / "D", ignore_errors=True)
-    about = dict(model=str(base / "tiny"), device="cpu", data=str(base / "T"), ground_truth=str(base / "truth.jsonl"))
+    about = dict(model=str(base / "tiny"), data=str(base / "kept.jsonl"), ground_truth=str(base / "truth.jsonl"))
+    about.update(device="cpu")
     with contextlib.redirect_stdout(sys.stderr):
         diagnose.run(options.DiagnoseOptions(**about, out=str(base / "D"), window=SETTING["window"], limit=128), alone)
     return dict(seed=seed, puzzles=len(records), kept=len(kept))
@@ -125,65 +145,67 @@ def of_base(c, base):
 def one_run(c, alone, base, settings, folder):
     """Train, validate and test one row with one seed, and see in which style it answers; with the first seed validate
     every epoch."""
-    own = SETTING if settings["objective"] == "tabom" else {}
-    settings, s = {**own, **settings}, of_base(c, base)
+    s = of_base(c, base)
     result = sweep.one_run(s, alone, settings, base / "T", folder)
     if settings["seed"] == c.seed:
         curve = []
-        for epoch in range(1, s.epochs + 1):
+        for epoch in range(1, settings.get("epochs", s.epochs) + 1):
             where = folder / f"validation-1-{epoch}"
             curve.append(sweep.validate(s, alone, str(folder / "R-1" / f"epoch-{epoch}"), where, settings["seed"]))
         result["curve"] = [score["accuracy"] for score in curve]
-    answers = [set(r["text"]) for r in data.read_trajectories(folder / "test-test_in")]
+    answers = [r["text"] for r in data.read_trajectories(folder / "test-test_in")]
     foreign = set(demo.TASKS[demo.IN_DOMAIN].foreign)
-    return dict(result, foreign=sum(text <= foreign for text in answers) / len(answers))
+    return dict(result, foreign=sum(bool(text) and set(text) <= foreign for text in answers) / len(answers))
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
 
 
+def by_base(values):
+    """{(base, seed): value} -> {base: mean over its runs}; a value that is None is none."""
+    bases = {}
+    for (base, _), value in values.items():
+        if value is not None:
+            bases.setdefault(base, []).append(value)
+    return {base: sum(ours) / len(ours) for base, ours in bases.items()}
+
+
 def interval(values, level=0.95):
-    """The mean of independent values and its Student t interval -> dict(mean, low, high, n); None without two."""
+    """The mean over base models of {(base, seed): value} and its Student t interval -> dict(mean, low, high, bases: the
+    value of each); low and high are None below two base models, and all is None without a value."""
     from scipy import stats
 
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2 or max(values) == min(values):
-        return dict(mean=mean, low=None, high=None, n=n)
-    low, high = stats.t.interval(level, n - 1, loc=mean, scale=stats.sem(values))
-    return dict(mean=mean, low=float(low), high=float(high), n=n)
+    bases = by_base(values)
+    if not bases:
+        return None
+    ours, low, high = list(bases.values()), None, None
+    if len(ours) > 1 and max(ours) > min(ours):
+        low, high = map(float, stats.t.interval(level, len(ours) - 1, loc=sum(ours) / len(ours), scale=stats.sem(ours)))
+    return dict(mean=sum(ours) / len(ours), low=low, high=high, bases=bases)
 
 
 def paired(ours, theirs):
-    """The differences of two rows over the runs that both have, {(base, seed): value} -> interval() and the p-value of
-    the paired t-test; None where they share no run."""
-    from scipy import stats
-
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        return None
-    differences = [ours[k] - theirs[k] for k in shared]
-    found = interval(differences)
-    p = None if found["low"] is None else float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return dict(found, p=p)
+    """interval() of the differences of two rows over the runs that both have."""
+    shared = [k for k in ours if ours[k] is not None and theirs.get(k) is not None]
+    return interval({k: ours[k] - theirs[k] for k in shared})
 
 
 def relation(found, label):
-    """How a measure goes with in-domain accuracy over all trained runs, both as deviations from the mean of the runs on
-    the same base model -> dict(r, p, n), Pearson's correlation; None below three runs."""
+    """How a measure goes with in-domain accuracy over the rows: Pearson's correlation for each base model, over the
+    means of the seeds -> {base: r}; without those with fewer than three rows, or where nothing differs."""
     from scipy import stats
 
-    trained = [r for r in found.values() if r["row"] != "base"]
-    pairs = []
-    for base in sorted({r["base"] for r in trained}):
-        ours = [[MEASURES[k](r) for k in (label, "in-domain %")] for r in trained if r["base"] == base]
-        means = [sum(column) / len(ours) for column in zip(*ours)]
-        pairs += [[value - mean for value, mean in zip(both, means)] for both in ours]
-    xs, ys = zip(*pairs) if pairs else ((), ())
-    if len(pairs) < 3 or min(max(map(abs, xs)), max(map(abs, ys))) < 1e-12:
-        return None
-    found = stats.pearsonr(xs, ys)
-    return dict(r=float(found.statistic), p=float(found.pvalue), n=len(pairs))
+    trained = {k: r for k, r in found.items() if k[0] != "base"}
+    relations = {}
+    for base in sorted({k[1] for k in trained}):
+        points = []
+        for row in dict.fromkeys(k[0] for k in trained):
+            ours = {(0, k[2]): r for k, r in trained.items() if k[:2] == (row, base)}
+            both = [by_base({k: MEASURES[m](r) for k, r in ours.items()}).get(0) for m in (label, "in-domain %")]
+            points += [both] if None not in both else []
+        if len(points) > 2 and all(max(column) - min(column) > 1e-9 for column in zip(*points)):
+            relations[base] = float(stats.pearsonr(*zip(*points)).statistic)
+    return relations
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -196,10 +218,19 @@ MEASURES = {
     "validation %": lambda r: 100 * r["chosen"]["accuracy"],
     "TDS": lambda r: test(r, "test_in")["tds"],
     "ranking loss": lambda r: test(r, "test_in")["rank"],
-    "inversions, own step %": lambda r: 100 * test(r, "test_in")["inversions_step"],
-    "inversions, window %": lambda r: 100 * test(r, "test_in")["inversions_window"],
+    "inversions, own step %": lambda r: percent(test(r, "test_in")["inversions_step"]),
+    "inversions, window %": lambda r: percent(test(r, "test_in")["inversions_window"]),
 }
-ORDER = ("TDS", "ranking loss", "inversions, own step %", "inversions, window %")
+ORDER = (  # None for a model that has nothing to say before its EOS
+    "TDS",
+    "ranking loss",
+    "inversions, own step %",
+    "inversions, window %",
+)
+
+
+def percent(share):
+    return None if share is None else 100 * share
 
 
 def test(result, stem, at_once=1):
@@ -219,7 +250,8 @@ def report(c, out):
     folder = out / "results"
     folder.mkdir(exist_ok=True)
     machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
-    about = dict(command=vars(c), setting=SETTING, training=TRAINING, sizes=QUICK if c.quick else SIZES)
+    command = {k: v for k, v in vars(c).items() if k in ("full", "quick", "bases", "seeds", "rows", "compile", "seed")}
+    about = dict(command=command, setting=SETTING, training=TRAINING, sizes=QUICK if c.quick else SIZES)
     relations = {label: relation(found, label) for label in ORDER}
     everything = dict(**about, versions=runs.versions(), machine=machine, rows=rows, relations=relations)
     everything["runs"] = list(found.values())
@@ -261,9 +293,9 @@ def summarise(found):
         for label, of in MEASURES.items():
             values = {k[1:]: of(r) for k, r in found.items() if k[0] == name}
             against = {k[1:]: of(r) for k, r in found.items() if k[0] == BASELINE}
+            measures[label] = interval(values)
             if name == "base":  # it has no seeds: every run of the baseline is compared with it
-                values = {k: values[k[0], 0] for k in against if (k[0], 0) in values} or values
-            measures[label] = interval(list(values.values()))
+                values = {k: values[k[0], 0] for k in against if (k[0], 0) in values}
             differences[label] = paired(values, against) if name != BASELINE else None
         rows[name] = dict(runs=sum(k[0] == name for k in found), measures=measures, differences=differences)
     return rows
@@ -274,19 +306,20 @@ def table(columns, lines):
 
 
 def shown(value, digits=1, signed=False):
-    """A mean with its interval; - where there is none."""
-    if value is None or value["mean"] is None:
+    """A mean with its interval, and the means of the base models; - where there is none."""
+    if value is None:
         return "-"
     sign = "+" if signed else ""
     mean = f"{value['mean']:{sign}.{digits}f}"
     if value["low"] is None:
         return mean
-    p = f", p {value['p']:.3f}" if value.get("p") is not None else ""
-    return f"{mean} [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}]{p}"
+    bases = " ".join(f"{x:{sign}.{digits}f}" for x in value["bases"].values())
+    return f"{mean} [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}] ({bases})"
 
 
 def markdown(found, rows):
-    """All tables. An interval is 95 %, Student's t over the runs; a difference is paired by base model and seed."""
+    """All tables. An interval is 95 %, Student's t over the base models, whose own means stand behind it; a difference
+    is paired by base model and seed."""
 
     def compared(title, names, labels, digits=1):
         columns = ["row", "runs", *(x for label in labels for x in (label, f"against {BASELINE}"))]
@@ -309,16 +342,15 @@ def markdown(found, rows):
         for r in bases
     ]
     style = [f"{100 * r['foreign']:.0f} %" for r in found.values() if r["row"] == "SFT-GT"]
-    steps = sorted({r["steps"] for r in found.values() if "steps" in r})
-    relations = []
-    for label in ORDER:
-        r = relation(found, label)
-        relations.append([label, *(["-"] * 3 if r is None else [f"{r['r']:+.2f}", f"{r['p']:.3f}", str(r["n"])])])
-    main = ["base", "SFT-GT", "SFT-SD", "dInfer", "naive TD", "T3D", "dParallel", "TABOM"]
-    ours = ["SFT-SD", *(name for name in ROWS if name.startswith("TABOM"))]
+    steps = [sorted({r["steps"] for r in found.values() if "steps" in r and r["base"] == b["base"]}) for b in bases]
+    relations = [(label, relation(found, label)) for label in ORDER]
+    relations = [[label, " ".join(f"{r:+.2f}" for r in of.values()) or "-"] for label, of in relations]
+    variants = [name for name in ROWS if name.startswith("TABOM,")]
+    main = ["base", *(name for name in ROWS if name not in variants)]
+    ours = [BASELINE, "TABOM", *variants]
     notes = [
         f"Answers of SFT-GT in the foreign style, run by run: {', '.join(style) or '-'}.",
-        f"Optimizer steps: {', '.join(map(str, steps)) or '-'} (by base model, the same for every row).",
+        f"Optimizer steps of a run, by base model: {'; '.join(', '.join(map(str, n)) for n in steps) or '-'}.",
     ]
     return "\n\n".join(
         [
@@ -329,7 +361,7 @@ def markdown(found, rows):
             compared("Window and terms (Tables 5 to 7)", ours, ["in-domain %", "out-of-domain %"]),
             compared("TDS and what is out of order", list(rows), ["TDS", "ranking loss"]),
             compared("Inversions", list(rows), ["inversions, own step %", "inversions, window %"]),
-            f"### What goes with in-domain accuracy\n\n{table(['measure', 'r', 'p', 'runs'], relations)}",
+            f"### What goes with in-domain accuracy\n\n{table(['measure', 'r over rows, by base model'], relations)}",
         ]
     )
 

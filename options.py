@@ -223,7 +223,7 @@ class MergeOptions:
 
 @dataclass
 class DemoOptions:
-    out: str = opt("out/demo", "folder for datasets, trajectories and checkpoints")
+    out: str | None = opt(None, "folder for datasets, trajectories and checkpoints (out/demo, --full: out/experiment)")
     quick: bool = opt(False, "few puzzles: shows that it runs, not what it does")
     data_only: str | None = opt(None, "only write the tasks' datasets into this folder")
     retrain: str | None = opt(None, "only train the tiny model again, into this folder")
@@ -244,7 +244,9 @@ def decoder(c, family, folder, preset=None):
     settings = {**DECODERS[family], **(preset or {})}
     file = Path(folder) / "generation_config.json"
     own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
-    if type(own) is not dict or any(k not in known or not isinstance(v, known[k].type) for k, v in own.items()):
+    if type(own) is not dict or any(
+        k not in known or v is None or not isinstance(v, known[k].type) for k, v in own.items()
+    ):
         raise ValueError(f'{file}: "tabom" must hold decoder settings ({", ".join(known)}), not {own}')
     settings.update(own)
     settings.update({k: getattr(c, k) for k in known if getattr(c, k) is not None})

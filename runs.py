@@ -175,6 +175,17 @@ def lock(out):
 
 
 @contextlib.contextmanager
+def unlocking():
+    """Gives back at its end the folders that were locked inside it: for a process that makes many runs."""
+    before = set(locked)
+    try:
+        yield
+    finally:
+        for folder in set(locked) - before:
+            locked.pop(folder).close()
+
+
+@contextlib.contextmanager
 def atomic_file(path):
     """A text file that appears whole or not at all."""
     beside = path.with_name(path.name + ".tmp")

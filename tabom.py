@@ -73,7 +73,7 @@ def distill(c, ranks=None):
         return [dict(correct=evaluate.check(c.check, text, e["answer"])) for e, text in zip(batch, texts)]
 
     new = decode_all(c, ranks, m, tok, examples, settings, out, judge)
-    records = data.read_trajectories(out) if ranks.first else []
+    records = data.read_trajectories(out)
     return dict(
         out=str(out),
         trajectories=len(records),

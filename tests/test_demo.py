@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import last_json, shell
 from safetensors import safe_open
 
 import data
@@ -147,3 +148,20 @@ def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
             assert len({first[i] for i in group}) == 6
         assert tok.decode(tok.encode(row["prompt"] + first)) == row["prompt"] + first
     assert tok.size == model.load(tmp_path / "start").config.vocab_size == 18 + 7
+
+
+def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
+    result = demo.retrain(tmp_path, puzzles=64, epochs=2, taken=1)
+    weights = Path(result["tiny"]) / "model.safetensors"
+    assert weights.read_bytes() == (tmp_path / "run" / "epoch-1" / "model.safetensors").read_bytes()
+    assert weights.read_bytes() != (tmp_path / "run" / "epoch-2" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_demo_on_two_processes_says_the_same(tmp_path):
+    said = []
+    for processes in (1, 2):
+        done = shell("demo", "--quick", "--out", str(tmp_path / str(processes)), processes=processes)
+        assert done.returncode == 0, done.stderr
+        said.append(last_json(done.stdout))
+    assert said[0]["before"] == pytest.approx(said[1]["before"]) and said[0]["steps"] == said[1]["steps"]

@@ -14,30 +14,34 @@ import demo
 import experiment
 import options
 import sweep
+import tabom
 
 
-def test_an_interval_is_students():
-    found = experiment.interval([1.0, 2.0, 6.0])
+def test_an_interval_is_students_over_the_base_models():
+    values = {("a", 0): 0.5, ("a", 1): 1.5, ("b", 0): 2.0, ("b", 1): None, ("c", 0): 6.0}
+    found = experiment.interval(values)
     half = 4.302653 * math.sqrt(7.0 / 3)  # the 97.5 % point of t with 2 degrees of freedom, and the standard error
-    assert found["mean"] == 3 and found["n"] == 3
+    assert found["mean"] == 3 and found["bases"] == dict(a=1.0, b=2.0, c=6.0)
     assert found["low"] == pytest.approx(3 - half, rel=1e-5) and found["high"] == pytest.approx(3 + half, rel=1e-5)
-    assert experiment.interval([0.5]) == dict(mean=0.5, low=None, high=None, n=1)
+    assert experiment.interval({("a", 0): 0.5, ("a", 1): 0.7})["low"] is None
+    assert experiment.interval({("a", 0): None}) is None
 
 
 def test_a_paired_difference_takes_the_runs_that_both_have():
-    ours = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.5, ("c", 0): 9.0}
-    theirs = {("a", 0): 0.0, ("a", 1): 1.0, ("b", 0): 2.0, ("d", 0): 70.0}
+    ours = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.5, ("c", 0): 9.0, ("e", 0): None}
+    theirs = {("a", 0): 0.0, ("a", 1): 1.0, ("b", 0): 2.0, ("d", 0): 70.0, ("e", 0): 1.0}
     found = experiment.paired(ours, theirs)
-    assert found["n"] == 3 and found["mean"] == pytest.approx((1 + 2 + 3.5) / 3)
-    assert found["p"] == pytest.approx(stats.ttest_rel([1.0, 3.0, 5.5], [0.0, 1.0, 2.0]).pvalue)
-    assert found["low"] < found["mean"] < found["high"]
+    assert found["bases"] == dict(a=1.5, b=3.5) and found["mean"] == 2.5
+    expected = stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
     assert experiment.paired(ours, {("z", 0): 1.0}) is None
 
 
 def test_a_cell_shows_its_interval():
-    value = dict(mean=-1.234, low=-2.0, high=0.5, n=3, p=0.0421)
-    assert experiment.shown(value, 1, True) == "-1.2 [-2.0, +0.5], p 0.042"
-    assert experiment.shown(dict(mean=3.0, low=None, high=None, n=1)) == "3.0" and experiment.shown(None) == "-"
+    value = dict(mean=-1.234, low=-2.0, high=0.5, bases=dict(a=-1.5, b=-1.0))
+    assert experiment.shown(value, 1, True) == "-1.2 [-2.0, +0.5] (-1.5 -1.0)"
+    assert experiment.shown(dict(mean=3.0, low=None, high=None, bases=dict(a=3.0))) == "3.0"
+    assert experiment.shown(None) == "-"
 
 
 def result(row, base, seed, right, inside=0.5):
@@ -59,32 +63,44 @@ def test_every_run_is_compared_with_the_baseline_of_its_base_and_seed():
             found.update(result("TABOM", base, seed, 0.63 + shift + 0.01 * seed))
     rows = experiment.summarise(found)
     ours = rows["TABOM"]["differences"]["in-domain %"]
-    assert ours["n"] == 4 and ours["mean"] == pytest.approx(3.5) and ours["low"] > 2.5  # the bases differ by 10
+    assert ours["mean"] == pytest.approx(3.5) and ours["bases"] == pytest.approx({"base-0": 3.5, "base-1": 3.5})
     assert rows["base"]["differences"]["in-domain %"]["mean"] == pytest.approx(-10)
+    assert rows["base"]["measures"]["in-domain %"]["bases"] == {"base-0": 50.0, "base-1": 60.0}
     assert rows["SFT-SD"]["differences"]["in-domain %"] is None
     text = experiment.markdown(found, rows)
-    assert "| TABOM | 4 | 68.5 [" in text and "+3.5 [" in text and text.count("\n### ") == 6
+    assert "| TABOM | 4 | 68.5 [" in text and text.count("\n### ") == 6
 
 
-def test_a_relation_is_within_base_models():
+def test_a_relation_is_over_the_rows_of_a_base_model():
     found = {}
     for base, shift in (("base-0", 0.0), ("base-1", 0.4)):  # between the models it is the other way round
-        for seed, (right, inside) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.4, 0.3)]):
-            found.update(result("TABOM", base, seed, right + shift, inside + shift))
+        for row, (right, inside) in zip(experiment.ROWS, [(0.1, 0.5), (0.2, 0.4), (0.4, 0.3)]):
+            found.update(result(row, base, 0, right + shift - 0.1, inside + shift))
+            found.update(result(row, base, 1, right + shift + 0.1, inside + shift))
     r = experiment.relation(found, "inversions, own step %")
-    expected = stats.pearsonr([0.1, 0.0, -0.1] * 2, [-0.4 / 3, -0.1 / 3, 0.5 / 3] * 2)
-    assert r["n"] == 6 and r["r"] == pytest.approx(expected.statistic) and r["r"] < -0.9
-    assert experiment.relation(found, "TDS") is None  # the same in all runs
+    expected = stats.pearsonr([0.5, 0.4, 0.3], [0.1, 0.2, 0.4]).statistic
+    assert r == pytest.approx({"base-0": expected, "base-1": expected}) and expected < -0.9
+    assert experiment.relation(found, "TDS") == {}  # the same in all rows
+
+
+def test_a_model_that_has_nothing_to_say_is_in_the_tables():
+    found = {**result("base", "base-0", 0, 0.5), **result("SFT-SD", "base-0", 0, 0.5)}
+    silent = result("TABOM", "base-0", 0, 0.0, None)
+    for scores in silent["TABOM", "base-0", 0]["tests"].values():
+        scores.update(tds=None, rank=None, inversions_window=None, per_step=[])
+    rows = experiment.summarise({**found, **silent})
+    assert rows["TABOM"]["measures"]["TDS"] is None
+    assert "| TABOM | 1 | - | - | - | - |" in experiment.markdown({**found, **silent}, rows)
 
 
 @pytest.mark.parametrize("name", experiment.ROWS)
 def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
-    settings = experiment.ROWS[name]
-    settings = {**(experiment.SETTING if settings["objective"] == "tabom" else {}), **settings}
+    settings = experiment.settings_of(name, 3)
     made = sweep.training(experiment.of_base(options.DemoOptions(), tmp_path), settings)
     parameters, unused = options.of_objective(made)
     assert not unused
-    assert all(parameters[k] == v for k, v in settings.items() if k != "objective")
+    assert all(parameters[k] == v for k, v in settings.items() if k not in ("objective", "seed"))
+    assert made.seed == 3
     assert (made.epochs, made.lr) == (experiment.TRAINING["epochs"], experiment.TRAINING["lr"])
 
 
@@ -146,6 +162,12 @@ def test_a_second_start_adds_rows_and_makes_nothing_again(small):
     assert last_json(done.stdout)["rows"] == 4
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(list(out.rglob("result.json"))) == len(before) + 1
+
+
+def test_a_row_that_means_something_else_now_is_refused(small, monkeypatch, capsys):
+    monkeypatch.setitem(experiment.ROWS, "SFT-SD", dict(objective="nelbo", lr=0.5))
+    assert tabom.main([str(word) for word in small[1]]) == 1
+    assert "seed-0 was made with {'objective': 'nelbo'" in capsys.readouterr().err
 
 
 def test_an_unknown_row_is_one_line(tmp_path):

@@ -38,6 +38,20 @@ def start(*words, program=ROOT / "tabom.py", processes=1, largest_file=None):
     return subprocess.Popen([*command, str(program), *map(str, words)], env=env, preexec_fn=fill, **pipes)
 
 
+@pytest.fixture(scope="module")
+def slowly(tmp_path_factory):
+    """tabom.py with a pause of 0.1 seconds at each training step and each decoded batch, so that a kill meets it."""
+    program = tmp_path_factory.mktemp("program") / "slowly.py"
+    program.write_text(
+        "import sys, time, tabom\n"
+        "def slow(work):\n"
+        "    return lambda *arguments: (time.sleep(0.1), work(*arguments))[1]\n"
+        "tabom.train_step, tabom.decode_batch = slow(tabom.train_step), slow(tabom.decode_batch)\n"
+        "sys.exit(tabom.main())\n"
+    )
+    return program
+
+
 def untimed(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
@@ -59,25 +73,27 @@ def same(out, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_training_killed_at_any_moment_ends_bit_equal(tiny, trajectories, whole, tmp_path, seed):
+def test_training_killed_at_any_moment_ends_bit_equal(tiny, trajectories, whole, slowly, tmp_path, seed):
     chance, out = random.Random(seed), tmp_path / "R"
     words = ["train", *flags(model=tiny, data=trajectories, out=out, save_every=chance.choice([1, 2]), **TRAIN)]
-    process = start(*words)
+    process = start(*words, program=slowly)
     while process.poll() is None and not (out / "metrics.jsonl").is_file():
         time.sleep(0.02)
-    time.sleep(chance.uniform(0, 1.0))
+    time.sleep(chance.uniform(0, 0.8))
+    assert process.poll() is None  # of at least 0.9 seconds
     process.kill()
     process.communicate()
+    assert len(untimed(out)) < 9
     assert tabom.main(words) == 0
     same(out, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_before_the_process_leaves(tiny, trajectories, whole, tmp_path, number):
+def test_a_signal_writes_a_checkpoint_before_the_process_leaves(tiny, trajectories, whole, slowly, tmp_path, number):
     out = tmp_path / "R"
     words = ["train", *flags(model=tiny, data=trajectories, out=out, **TRAIN)]
-    process = start(*words)
+    process = start(*words, program=slowly)
     while process.poll() is None and not ((out / "metrics.jsonl").is_file() and untimed(out)):
         time.sleep(0.01)
     process.send_signal(number)
@@ -116,18 +132,18 @@ def test_only_the_last_checkpoints_between_epochs_are_kept(tiny, trajectories, w
     same(out, whole)
 
 
-def test_a_second_process_in_the_same_folder_is_refused(tiny, puzzles, tmp_path):
+def test_a_second_process_in_the_same_folder_is_refused(tiny, puzzles, slowly, tmp_path):
     out = tmp_path / "T"
     words = ["distill", *flags(model=tiny, data=puzzles, out=out, check="exact", batch_size=1)]
-    first = start(*words)
+    first = start(*words, program=slowly)
     while first.poll() is None and not (out / "meta.json").is_file():
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
     second = shell(*words)
-    alive = first.poll() is None
+    first.send_signal(signal.SIGCONT)
     first.communicate(timeout=120)
     assert first.returncode == 0 and len(data.read_trajectories(out)) == 12
-    if alive or second.returncode:  # else the first was done before the second began
-        assert second.returncode == 1 and "another process is writing into" in second.stderr
+    assert second.returncode == 1 and "another process is writing into" in second.stderr
 
 
 def test_a_step_that_is_not_finite_is_dropped_on_demand(tiny, trajectories, tmp_path, capsys):
@@ -184,13 +200,14 @@ def alike(found, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["distill", "evaluate"])
 @pytest.mark.parametrize("seed", range(20))
-def test_decoding_killed_at_any_moment_loses_and_repeats_nothing(decoding, tmp_path, command, seed):
+def test_decoding_killed_at_any_moment_loses_and_repeats_nothing(decoding, slowly, tmp_path, command, seed):
     words, lines, records, whole = decoding
     chance, out = random.Random(f"{command} {seed}"), tmp_path / "T"
-    process = start(*words(command, out, 1))
+    process = start(*words(command, out, 1), program=slowly)
     while process.poll() is None and not lines(command, out):
         time.sleep(0.01)
-    time.sleep(chance.uniform(0, 1.5))
+    time.sleep(chance.uniform(0, 1.0))
+    assert process.poll() is None  # eleven more take 1.1 seconds
     process.kill()
     process.communicate()
     before = [line for line in lines(command, out) if line.endswith(b"}")]

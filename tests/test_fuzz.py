@@ -1,4 +1,4 @@
-"""The readers of foreign files against 11,000 broken ones: python -m pytest tests/test_fuzz.py
+"""The readers of foreign files against more than 10,000 broken ones: python -m pytest tests/test_fuzz.py
 
 Whatever a file holds, a reader gives an answer or one of the errors that the command line prints as one line; anything
 else, and a hang, is a failure. Half of the inputs are random, half are good files with a few things changed."""
@@ -7,9 +7,12 @@ import gzip
 import json
 import random
 import shutil
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
-from conftest import FOLDER
+from conftest import FOLDER, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -256,22 +259,49 @@ def test_a_damaged_checkpoint_is_none(place, seed):
         survives(runs.last_checkpoint, out)
 
 
-@given(st.lists(values, max_size=3), st.sampled_from(sorted(benchmarks.FIELDS)))
-@fuzz(700)
-def test_random_rows_as_a_benchmark(place, rows, task):
+QUESTIONS = {
+    "gsm8k": dict(question="2 + 2?", answer="It is #### 4"),
+    "math500": dict(problem="$x$?", answer="4"),
+    "humaneval": dict(prompt="def f(x):\n", entry_point="f", test="def check(f):\n    assert f(1) == 2\n"),
+    "mbpp": dict(task_id=11, text="Add.", test_list=["assert f(1) == 2"], code="def f(x): return x", test_imports=[]),
+    "ifeval": dict(key=1, prompt="No commas.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}]),
+}
+
+
+@given(st.integers(0, 2**40), st.sampled_from(sorted(QUESTIONS)), st.sampled_from(["dream", "llada"]))
+@fuzz(1000)
+def test_a_damaged_benchmark(place, seed, task, family):
     path = place / benchmarks.SOURCES[task][0]
-    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode(), 1))
-    survives(benchmarks.read_records, task, place)
+    path.write_bytes(gzip.compress(json.dumps(changed(QUESTIONS[task], seed)).encode(), 1))
+
+    def use():
+        rows = benchmarks.read_records(task, place)
+        for row in rows:
+            benchmarks.ask(task, family, row)
+        if task in ("gsm8k", "ifeval"):
+            benchmarks.score(task, benchmarks.verdicts(task, family, rows, ["4, or"] * len(rows)))
+        elif task != "math500":  # what would run the programs is replaced
+            with mock.patch("execute.run_many", lambda jobs: [dict(passed=False, reason="")] * len(jobs)):
+                benchmarks.verdicts(task, family, rows, ["```python\ndef f(x): return x\n```"] * len(rows))
+
+    survives(use)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
 def test_one_line_of_a_gigabyte_takes_no_memory(place):
     """The file is sparse; a reader that held the line would need a gigabyte."""
-    import resource
-
     path = place / "long.jsonl"
     with open(path, "wb") as f:
         f.truncate(2**30)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"long.jsonl:1: the line is longer than"):
-        data.read_examples(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kilobytes
+    program = (
+        "import resource, sys, data\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    data.read_examples(sys.argv[1])\n"
+        "except ValueError as e:\n"
+        "    print(e)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=ROOT)
+    error, grown = done.stdout.splitlines()
+    assert "long.jsonl:1: the line is longer than 67108864 bytes" in error and int(grown) < 300_000  # kilobytes
