@@ -34,6 +34,7 @@ import diagnose
 import options
 import runs
 import sweep
+import tabom
 
 # TABOM's own settings, and what every row trains with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
@@ -105,7 +106,7 @@ def prepare(c, alone, seed, base):
         demo.retrain(base, seed, FOREIGN, taken=TAKEN, ranks=alone)
     demo.write_datasets(base / "data", seed, **QUICK if c.quick else SIZES)
     s = of_base(c, base)
-    sweep.tabom.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
+    tabom.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
     records = data.read_trajectories(base / "T")
     kept = [r for r in records if data.usable(r)]
     task = demo.TASKS[demo.IN_DOMAIN]
