@@ -192,11 +192,12 @@ def paired(ours, theirs):
 
 
 def relation(found, label):
-    """How a measure goes with in-domain accuracy over the rows: Pearson's correlation for each base model, over the
-    means of the seeds -> {base: r}; without those with fewer than three rows, or where nothing differs."""
+    """How a measure goes with in-domain accuracy over the rows that train on trajectories: Pearson's correlation for
+    each base model, over the means of the seeds -> {base: r}; without those with fewer than three rows, or where
+    nothing differs."""
     from scipy import stats
 
-    trained = {k: r for k, r in found.items() if k[0] != "base"}
+    trained = {k: r for k, r in found.items() if k[0] not in ("base", "SFT-GT")}
     relations = {}
     for base in sorted({k[1] for k in trained}):
         points = []
@@ -247,7 +248,8 @@ def report(c, out):
     """Tables, figures and results.json of everything that is there -> where they are, and the number of runs."""
     found = collect(out)
     rows = summarise(found)
-    tables = markdown(found, rows)
+    losses = loss_curves(out)
+    tables = markdown(found, rows, losses)
     folder = out / "results"
     folder.mkdir(exist_ok=True)
     machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
@@ -262,7 +264,7 @@ def report(c, out):
         f.write(tables + "\n")
     names = list(dict.fromkeys(r["row"] for r in found.values()))
     diagnose.save(diagnose.draw_tds(tds_curves(found, names)), folder / "tds.png")
-    diagnose.save(diagnose.draw_loss(loss_curves(out)), folder / "loss.png")
+    diagnose.save(diagnose.draw_loss(losses), folder / "loss.png")
     diagnose.save(draw_accuracy(found, names), folder / "accuracy.png")
     print(tables)
     return dict(out=str(folder), runs=len(found), rows=len(rows))
@@ -318,7 +320,7 @@ def shown(value, digits=1, signed=False):
     return f"{mean} [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}] ({bases})"
 
 
-def markdown(found, rows):
+def markdown(found, rows, losses=()):
     """All tables. An interval is 95 %, Student's t over the base models, whose own means stand behind it; a difference
     is paired by base model and seed."""
 
@@ -342,6 +344,9 @@ def markdown(found, rows):
         + [str(r["puzzles"]), str(r["kept"])]
         for r in bases
     ]
+    sources = list(dict.fromkeys(r["data"] for r in losses))
+    ratios = [f"mask ratio {r['mask_ratio']}" for r in losses if r["data"] == sources[0]]
+    entropies = [[source, *(f"{r['loss']:.4f}" for r in losses if r["data"] == source)] for source in sources]
     style = [f"{100 * r['foreign']:.0f} %" for r in found.values() if r["row"] == "SFT-GT"]
     steps = [sorted({r["steps"] for r in found.values() if "steps" in r and r["base"] == b["base"]}) for b in bases]
     relations = [(label, relation(found, label)) for label in ORDER]
@@ -361,8 +366,9 @@ def markdown(found, rows):
             compared("Two tokens a step (Table 4)", main, ["in-domain, 2 a step %", "out-of-domain, 2 a step %"]),
             compared("Window and terms (Tables 5 to 7)", ours, ["in-domain %", "out-of-domain %"]),
             compared("TDS and what is out of order", list(rows), ["TDS", "ranking loss"]),
+            f"### Cross-entropy of the base models (Figure 3)\n\n{table(['nats', *ratios], entropies)}",
             compared("Inversions", list(rows), ["inversions, own step %", "inversions, window %"]),
-            f"### What goes with in-domain accuracy\n\n{table(['measure', 'r over rows, by base model'], relations)}",
+            f"### What goes with in-domain accuracy\n\n{table(['measure', 'r, by base model'], relations)}",
         ]
     )
 
