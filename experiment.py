@@ -284,7 +284,7 @@ def collect(out):
                 result = sweep.result_of(folder)
                 if result is not None:
                     found[name, base.name, result["settings"]["seed"]] = dict(row=name, base=base.name, **result)
-    text = json.dumps(list(found.values())).replace(f"{out}/", "")
+    text = json.dumps(list(found.values())).replace(f"{out.resolve()}/", "").replace(f"{out}/", "")
     return dict(zip(found, json.loads(text)))
 
 
