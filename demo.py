@@ -284,8 +284,8 @@ def write_start(folder, seed):
 
 def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, taken=None, ranks=None):
     """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
-    folder/tiny -> the last metrics. foreign: the share of answers in foreign style. taken: the epoch whose checkpoint
-    the model is; None = the last."""
+    folder/tiny -> the last metrics. foreign: the share of answers in foreign style. taken: the epoch after
+    which training stops, with the learning rate still on its way down; None = the last."""
     folder = Path(folder)
     write_start(folder / "start", seed)
     dataset = write_puzzles(folder / "pretrain.jsonl", list(TASKS), puzzles, False, seed, foreign)
@@ -297,6 +297,7 @@ def retrain(folder, seed=0, foreign=0.0, puzzles=64_000, epochs=3, taken=None, r
             objective="nelbo",
             lora_rank=0,
             epochs=epochs,
+            stop_after=taken,
             global_batch=64,
             batch_size=64,
             lr=3e-3,

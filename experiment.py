@@ -76,9 +76,8 @@ def run(c):
     out = runs.open_run(c.out or "out/experiment", about, ranks)
 
     bases = [out / f"base-{i}" for i in range(c.bases)]
-    sweep.share({base: functools.partial(prepare, c, alone, c.seed + i) for i, base in enumerate(bases)}, ranks)
-    ranks.barrier()
-    jobs = {base / "runs" / "base": functools.partial(sweep.base_run, of_base(c, base), alone) for base in bases}
+    jobs = {base: functools.partial(prepare, c, alone, c.seed + i) for i, base in enumerate(bases)}
+    jobs.update({base / "runs" / "base": functools.partial(sweep.base_run, of_base(c, base), alone) for base in bases})
     for seed in range(c.seeds):
         for name in rows:
             for base in bases:
@@ -88,7 +87,8 @@ def run(c):
                 if before and before["settings"] != settings:
                     raise ValueError(f"{folder} was made with {before['settings']}, now it is {settings}: remove it")
                 jobs[folder] = functools.partial(one_run, c, alone, base, settings)
-    sweep.share(jobs, ranks)
+    needs = {folder: base for folder in jobs for base in bases if base in folder.parents}
+    sweep.share(jobs, ranks, needs)
     return report(c, out) if ranks.first else None
 
 

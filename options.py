@@ -137,6 +137,7 @@ class TrainOptions(ModelOptions, DatasetOptions):
     lora_dropout: float = opt(0.0, "dropout before the adapter", low=0)
     lora_targets: tuple = opt(("q_proj", "v_proj"), "layers with an adapter, comma-separated", parse=name_list)
     epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
+    stop_after: int | None = opt(None, "stop after so many of the epochs; the learning rate falls over all", low=1)
     save_every: int = opt(0, "optimizer steps between further checkpoints; 0 = none", low=0)
     keep_last: int = opt(1, "keep so many of those; those of epochs are always kept", low=1)
     skip_nonfinite: bool = opt(False, "drop a step whose loss is not finite, instead of stopping")

@@ -155,13 +155,13 @@ locked = {}  # folder -> the open file that holds its lock for as long as this p
 
 
 def lock(out):
-    """Keep other processes out of a run's folder. Raises FileExistsError where one is at it already.
+    """Keep other processes out of a folder -> whether that is so. Raises FileExistsError where one is at it already.
 
     Not on Windows, which has no such locks, and not between machines whose file system does not share them."""
     try:
         import fcntl
     except ImportError:
-        return
+        return False
     if out.resolve() not in locked:
         f = open(out / LOCK, "a")  # noqa: SIM115, it stays open
         try:
@@ -170,8 +170,10 @@ def lock(out):
             f.close()
             raise FileExistsError(f"another process is writing into {out}: wait for it, or choose another --out") from e
         except OSError:  # a file system without locks
-            pass
+            f.close()
+            return False
         locked[out.resolve()] = f
+    return True
 
 
 @contextlib.contextmanager

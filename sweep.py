@@ -4,7 +4,7 @@
         --test test_in.jsonl,test_out.jsonl --over objective=tabom,nelbo seed=0,1,2 --out out/S      # run() below
 
 Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers the validation
-questions, the best one of a run the test questions. Under torchrun each process takes every world-th run for itself.
+questions, the best one of a run the test questions. Under torchrun a process that is free takes the next run.
 
     S/T                     the trajectories, where --data has prompts
     S/runs/NAME             a run: R-1 (training; R-2, ... and T-2, ... with --rounds), answers, result.json, which also
@@ -95,22 +95,34 @@ def stem(source):
     return Path(source).name.split(".")[0]
 
 
-def share(jobs, ranks):
-    """Do what is missing of some jobs, each process every world-th -> their results, on the first process alone.
+def share(jobs, ranks, after=()):
+    """Do what is missing of some jobs, each process that is free the next -> their results, on the first process alone.
 
-    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's result.json."""
-    for folder, work in list(jobs.items())[ranks.rank :: ranks.world]:
-        if not result_of(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with runs.unlocking():
-                result = dict(name=folder.name, **work(folder))
-            with runs.atomic_file(folder / "result.json") as f:
-                f.write(json.dumps(result, indent=2) + "\n")
-    if not ranks.first:
-        return None
-    while not all(map(result_of, jobs)):
-        time.sleep(0.5)  # another process is at it; torchrun ends all of them where one fails
-    return list(map(result_of, jobs))
+    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's result.json.
+    after: folder -> the folder whose result it needs first. A job is held by the lock of its folder; where the file
+    system has no locks, each process keeps to every world-th job."""
+    own = list(jobs)[ranks.rank :: ranks.world]
+    while missing := [folder for folder in jobs if not result_of(folder)]:
+        ready = [folder for folder in missing if folder not in after or result_of(after[folder])]
+        if not any(attempt(folder, jobs[folder], folder in own) for folder in ready):
+            time.sleep(0.5)  # others are at it; torchrun ends all of them where one fails
+    return list(map(result_of, jobs)) if ranks.first else None
+
+
+def attempt(folder, work, own):
+    """Do a job, unless another process holds it or has done it -> whether it was done here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.unlocking():
+        try:
+            held = runs.lock(folder)
+        except FileExistsError:
+            return False
+        if not (held or own) or result_of(folder):
+            return False
+        result = dict(name=folder.name, **work(folder))
+        with runs.atomic_file(folder / "result.json") as f:
+            f.write(json.dumps(result, indent=2) + "\n")
+    return True
 
 
 def result_of(folder):
@@ -179,7 +191,8 @@ def one_run(c, alone, settings, trajectories, folder):
         made = training(c, settings, data=str(source), out=str(trained), adapter=adapter)
         last = tabom.train(made, alone)
         of_round = []
-        for epoch in range(made.epochs if c.metric == "last" else 1, made.epochs + 1):
+        epochs = min(made.epochs, made.stop_after or made.epochs)
+        for epoch in range(epochs if c.metric == "last" else 1, epochs + 1):
             checkpoint = str(trained / f"epoch-{epoch}")
             score = validate(c, alone, checkpoint, folder / f"validation-{number}-{epoch}", seed)
             of_round.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))

@@ -171,9 +171,11 @@ def train(c, ranks=None):
     G = 4 * ranks.world if c.global_batch is None else c.global_batch
     steps_per_epoch = math.ceil(len(records) / G)
     total = c.epochs * steps_per_epoch
+    end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if "tunable" not in f.metadata}
     # what is no part of what is computed
     machine = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last")
+    machine += ("stop_after",)
     meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **parameters}
     meta.update(runs.identity(c, folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, ranks, prefer), global_batch=G, examples=len(records))
@@ -211,14 +213,14 @@ def train(c, ranks=None):
         runs.keep_lines(out / "metrics.jsonl", done)
     ranks.barrier()
 
-    metrics = list(data.read_rows(out / "metrics.jsonl"))[-1][1] if done == total else {}
+    metrics = list(data.read_rows(out / "metrics.jsonl"))[-1][1] if done >= end else {}
     order = None
     with (
         open(out / "metrics.jsonl", "a", encoding="utf-8") if ranks.first else contextlib.nullcontext() as log,
-        tqdm(total=total, initial=done, desc="train", unit="step", disable=not ranks.shows) as bar,
+        tqdm(total=end, initial=done, desc="train", unit="step", disable=not ranks.shows) as bar,
         runs.stop_signals() as signals,
     ):
-        for step in range(done, total):
+        for step in range(done, end):
             epoch, i = divmod(step, steps_per_epoch)
             if order is None or i == 0:
                 order = data.epoch_order(len(records), c.seed, epoch)
@@ -242,18 +244,18 @@ def train(c, ranks=None):
                 )
                 bar.update()
             stop = ranks.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
-            end = i == steps_per_epoch - 1
-            if end or stop or (c.save_every and (step + 1) % c.save_every == 0):
-                last = out / (f"epoch-{epoch + 1}" if end else f"step-{step + 1}")
+            whole = i == steps_per_epoch - 1
+            if whole or stop or (c.save_every and (step + 1) % c.save_every == 0):
+                last = out / (f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
                 if ranks.first:
                     shutil.rmtree(last, ignore_errors=True)  # it can only be a damaged one
                     with runs.atomic_folder(last) as beside:
                         runs.write_checkpoint(beside, m, folder, c.model, weights, optimizer, step + 1, reference)
                     runs.prune(out, c.keep_last)
                 ranks.barrier()
-            if stop and step + 1 < total:
+            if stop and step + 1 < end:
                 raise KeyboardInterrupt
-    return dict(out=str(out), checkpoint=str(last), steps=total, examples=len(records), **metrics)
+    return dict(out=str(out), checkpoint=str(last), steps=max(done, end), examples=len(records), **metrics)
 
 
 def training_records(c, m, tok):

@@ -5,14 +5,18 @@ python -m pytest tests/test_sweep.py"""
 import json
 import re
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
-from conftest import flags, last_json, shell
+from conftest import ROOT, flags, last_json, shell
 
 import lora
 import model
 import objectives
 import options
+import runs
 import sweep
 import tabom
 
@@ -170,6 +174,45 @@ def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
     assert last_json(done.stdout)["rows"] == result["rows"]
     assert (lost / "result.json").read_text() == before
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+
+
+def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_holds(tmp_path):
+    other = "import pathlib, sys, runs; runs.lock(pathlib.Path(sys.argv[1])); print('held', flush=True); input()"
+    held, done = tmp_path / "held", []
+    held.mkdir()
+
+    def work(folder):
+        done.append(folder.name)
+        if folder.name == "free":  # meanwhile the other process ends, and its job is not done
+            process.communicate("\n")
+        return dict(number=len(done))
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", other, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "held\n"
+    jobs = {tmp_path / name: work for name in ("later", "held", "free")}
+    found = sweep.share(jobs, runs.Ranks("cpu"), {tmp_path / "later": held})
+    assert done == ["free", "held", "later"]
+    assert found == [dict(name="later", number=3), dict(name="held", number=2), dict(name="free", number=1)]
+    assert not runs.locked.keys() & jobs.keys()
+
+
+def test_without_locks_each_process_keeps_to_its_own_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "lock", lambda folder: False)
+    done = []
+    names = [tmp_path / name for name in "abcd"]
+
+    def work(folder):
+        done.append(folder.name)
+        if folder.name == "d":  # the other process has been at its own
+            for other in names[::2]:
+                other.mkdir(exist_ok=True)
+                (other / "result.json").write_text('{"theirs": 1}')
+        return {}
+
+    assert sweep.share(dict.fromkeys(names, work), SimpleNamespace(rank=1, world=2, first=False)) is None
+    assert done == ["b", "d"]
 
 
 def test_two_processes_share_the_runs(swept, tmp_path):

@@ -211,6 +211,19 @@ def test_a_run_killed_after_an_epoch_continues_bit_for_bit(tiny, trajectories, t
     assert untimed[0] == untimed[1]
 
 
+def test_a_run_that_stops_early_is_the_beginning_of_the_whole_run(tiny, trajectories, trained, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R")
+    for _ in range(2):  # the second start has nothing to do
+        result = run_train(capsys, **options, stop_after=1)
+        assert result["step"] == result["steps"] == 3 and result["checkpoint"].endswith("epoch-1")
+        assert not (tmp_path / "R" / "epoch-2").exists()
+    assert metrics(tmp_path / "R")[-1]["lr"] == metrics(trained)[2]["lr"]
+    assert run_train(capsys, **options)["step"] == 6
+    for epoch in ("epoch-1", "epoch-2"):
+        name = f"{epoch}/adapter_model.safetensors"
+        assert (tmp_path / "R" / name).read_bytes() == (trained / name).read_bytes()
+
+
 def test_an_objective_of_ones_own_reports_terms_of_its_own(tiny, trajectories, tmp_path, capsys, monkeypatch):
     def shortest(m, batch, generator=None, mask_id=None):
         found = objectives.nelbo(m, batch, generator=generator, mask_id=mask_id)
