@@ -52,7 +52,13 @@ ROWS = {
     "TABOM, own step": dict(objective="tabom", entropy_context="step"),
     "TABOM, ranking alone": dict(objective="tabom", ce_weight=0.0),
 }
-BASELINE = "SFT-SD"  # what differences are taken to
+GRID = {
+    f"TABOM, {name} {value}": dict(objective="tabom", **{name: value})
+    for name, values in dict(window=(4, 16), margin=(0.1, 0.3), weight=(2.0, 5.0)).items()
+    for value in values
+}
+ROWS.update(GRID)
+COMPARED = ("base", "SFT-SD", "TABOM")  # what differences are taken to
 FOREIGN = 0.1  # of the answers that a base model sees are in foreign style
 TAKEN = 2  # a base model is the checkpoint after so many of its 3 epochs: it can still learn
 SIZES = dict(train=3200, validation=400, test=1000)
@@ -186,9 +192,20 @@ def interval(values, level=0.95):
 
 
 def paired(ours, theirs):
-    """interval() of the differences of two rows over the runs that both have."""
-    shared = [k for k in ours if ours[k] is not None and theirs.get(k) is not None]
-    return interval({k: ours[k] - theirs[k] for k in shared})
+    """interval() of the differences of two rows over the runs that both have, and p of Student's paired two-sided test
+    over the base models. A run without a seed (the model before training) goes with every run of its base model."""
+    from scipy import stats
+
+    differences = {}
+    for (base, seed), our in ours.items():
+        for (other, another), their in theirs.items():
+            if base == other and (seed == another or None in (seed, another)) and None not in (our, their):
+                differences[base, another if seed is None else seed] = our - their
+    found = interval(differences)
+    if found is not None:
+        spread = found["low"] is not None
+        found["p"] = float(stats.ttest_1samp(list(found["bases"].values()), 0).pvalue) if spread else None
+    return found
 
 
 def relation(found, label):
@@ -197,16 +214,16 @@ def relation(found, label):
     nothing differs."""
     from scipy import stats
 
-    trained = {k: r for k, r in found.items() if k[0] not in ("base", "SFT-GT")}
+    points = {}
+    for row in names_of(found, without=("base", "SFT-GT")):
+        measured, right = (by_base(values_of(found, row, name)) for name in (label, "in-domain %"))
+        for base, value in measured.items():
+            points.setdefault(base, []).append((value, right[base]))
     relations = {}
-    for base in sorted({k[1] for k in trained}):
-        points = []
-        for row in dict.fromkeys(k[0] for k in trained):
-            ours = {(0, k[2]): r for k, r in trained.items() if k[:2] == (row, base)}
-            both = [by_base({k: MEASURES[m](r) for k, r in ours.items()}).get(0) for m in (label, "in-domain %")]
-            points += [both] if None not in both else []
-        if len(points) > 2 and all(max(column) - min(column) > 1e-9 for column in zip(*points)):
-            relations[base] = float(stats.pearsonr(*zip(*points)).statistic)
+    for base, pairs in sorted(points.items()):
+        columns = list(zip(*pairs))
+        if len(pairs) > 2 and all(max(column) - min(column) > 1e-9 for column in columns):
+            relations[base] = float(stats.pearsonr(*columns).statistic)
     return relations
 
 
@@ -223,12 +240,10 @@ MEASURES = {
     "inversions, own step %": lambda r: percent(test(r, "test_in")["inversions_step"]),
     "inversions, window %": lambda r: percent(test(r, "test_in")["inversions_window"]),
 }
-ORDER = (  # None for a model that has nothing to say before its EOS
-    "TDS",
-    "ranking loss",
-    "inversions, own step %",
-    "inversions, window %",
-)
+SOLVED = ("in-domain %", "out-of-domain %")
+SOLVED_TWO = ("in-domain, 2 a step %", "out-of-domain, 2 a step %")
+# None for a model that has nothing to say before its EOS
+ORDER = ("TDS", "ranking loss", "inversions, own step %", "inversions, window %")
 
 
 def percent(share):
@@ -262,7 +277,7 @@ def report(c, out):
         f.write(json.dumps(everything, indent=1) + "\n")
     with runs.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
-    names = list(dict.fromkeys(r["row"] for r in found.values()))
+    names = names_of(found, without=GRID)
     diagnose.save(diagnose.draw_tds(tds_curves(found, names)), folder / "tds.png")
     diagnose.save(diagnose.draw_loss(losses), folder / "loss.png")
     diagnose.save(draw_accuracy(found, names), folder / "accuracy.png")
@@ -277,7 +292,7 @@ def collect(out):
         result = sweep.result_of(base / "runs" / "base")
         if result is not None:
             about = sweep.result_of(base)
-            found["base", base.name, 0] = {**result, **about, "row": "base", "base": base.name}
+            found["base", base.name, None] = {**result, **about, "row": "base", "base": base.name}
     for name in ROWS:
         for base in sorted(out.glob("base-*")):
             for folder in sorted((base / "runs" / name).glob("seed-*")):
@@ -288,88 +303,110 @@ def collect(out):
     return dict(zip(found, json.loads(text)))
 
 
+def names_of(found, without=()):
+    """The rows that have runs, in their order."""
+    return [name for name in dict.fromkeys(k[0] for k in found) if name not in without]
+
+
+def values_of(found, row, label):
+    """A measure of a row -> {(base, seed): value}"""
+    return {k[1:]: MEASURES[label](r) for k, r in found.items() if k[0] == row}
+
+
 def summarise(found):
-    """Every row: its measures with intervals over the runs, and their differences to the baseline."""
+    """Every row: its measures with intervals over the base models, and its differences to the rows in COMPARED."""
     rows = {}
-    for name in dict.fromkeys(k[0] for k in found):
-        measures, differences = {}, {}
-        for label, of in MEASURES.items():
-            values = {k[1:]: of(r) for k, r in found.items() if k[0] == name}
-            against = {k[1:]: of(r) for k, r in found.items() if k[0] == BASELINE}
-            measures[label] = interval(values)
-            if name == "base":  # it has no seeds: every run of the baseline is compared with it
-                values = {k: values[k[0], 0] for k in against if (k[0], 0) in values}
-            differences[label] = paired(values, against) if name != BASELINE else None
-        rows[name] = dict(runs=sum(k[0] == name for k in found), measures=measures, differences=differences)
+    for name in names_of(found):
+        ours = {label: values_of(found, name, label) for label in MEASURES}
+        rows[name] = dict(
+            runs=sum(k[0] == name for k in found),
+            measures={label: interval(values) for label, values in ours.items()},
+            differences={
+                other: {label: paired(values, values_of(found, other, label)) for label, values in ours.items()}
+                for other in COMPARED
+                if other != name
+            },
+        )
     return rows
+
+
+def markdown(found, rows, losses=()):
+    """All tables. An interval is 95 %, Student's t over the base models; p is that of the paired test."""
+    variants = [name for name in ROWS if name.startswith("TABOM,")]
+    grid = ["TABOM", *(name for name in variants if name in GRID)]
+    parts = ["TABOM", *(name for name in variants if name not in GRID)]
+    main = ["base", *(name for name in ROWS if name not in variants)]
+    style = [f"{100 * r['foreign']:.0f} %" for r in found.values() if r["row"] == "SFT-GT"]
+    sections = [
+        ("The base models", setup_table(found)),
+        ("Answers in the foreign style", f"SFT-GT, run by run: {', '.join(style) or '-'}."),
+        *((f"Main results (Tables 2 and 3): {k}", comparison(rows, main, k)) for k in SOLVED),
+        *((f"Two tokens a step (Table 4): {k}", comparison(rows, main, k)) for k in SOLVED_TWO),
+        *((f"Window and terms (Tables 5 to 7): {k}", comparison(rows, parts, k)) for k in SOLVED),
+        *((f"Window, margin and weight (Table 9): {k}", comparison(rows, grid, k)) for k in SOLVED),
+        *((f"Order: {k}", comparison(rows, list(rows), k)) for k in ORDER),
+        ("Cross-entropy of the base models (Figure 3)", loss_table(losses)),
+        ("What goes with in-domain accuracy", relation_table(found)),
+    ]
+    return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections if content)
 
 
 def table(columns, lines):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
 
 
-def shown(value, digits=1, signed=False):
-    """A mean with its interval, and the means of the base models; - where there is none."""
+def setup_table(found):
+    columns = ["model", "seed", *SOLVED, "puzzles distilled", "trajectories kept", "optimizer steps of a run"]
+    lines = []
+    for r in found.values():
+        if r["row"] == "base":
+            steps = sorted({x["steps"] for x in found.values() if "steps" in x and x["base"] == r["base"]})
+            right = [f"{MEASURES[label](r):.1f}" for label in SOLVED]
+            kept = [str(r["puzzles"]), str(r["kept"]), ", ".join(map(str, steps)) or "-"]
+            lines.append([r["base"], str(r["seed"]), *right, *kept])
+    return table(columns, lines)
+
+
+def comparison(rows, names, label):
+    """One measure of some rows, by base model too, and its differences to the rows in COMPARED; empty without rows
+    to compare."""
+    names = [name for name in names if name in rows]
+    if len(names) < 2:
+        return ""
+    digits, lines = (3 if label in ("TDS", "ranking loss") else 1), []
+    for name in names:
+        row = rows[name]
+        value = row["measures"][label]
+        bases = "-" if value is None else " ".join(f"{x:.{digits}f}" for x in value["bases"].values())
+        differences = (shown(row["differences"].get(other, {}).get(label), digits, "+") for other in COMPARED)
+        lines.append([name, str(row["runs"]), shown(value, digits), bases, *differences])
+    return table(["row", "runs", label, "by base model", *(f"- {other}" for other in COMPARED)], lines)
+
+
+def shown(value, digits=1, sign=""):
+    """A mean with its interval, and p where it is a difference; - where there is none."""
     if value is None:
         return "-"
-    sign = "+" if signed else ""
-    mean = f"{value['mean']:{sign}.{digits}f}"
+    mean, low, high = ("-" if value[k] is None else f"{value[k]:{sign}.{digits}f}" for k in ("mean", "low", "high"))
     if value["low"] is None:
         return mean
-    bases = " ".join(f"{x:{sign}.{digits}f}" for x in value["bases"].values())
-    return f"{mean} [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}] ({bases})"
+    return f"{mean} [{low}, {high}]" + (f", p {value['p']:.3f}" if "p" in value else "")
 
 
-def markdown(found, rows, losses=()):
-    """All tables. An interval is 95 %, Student's t over the base models, whose own means stand behind it; a difference
-    is paired by base model and seed."""
-
-    def compared(title, names, labels, digits=1):
-        columns = ["row", "runs", *(x for label in labels for x in (label, f"against {BASELINE}"))]
-        lines = []
-        for name in names:
-            if name in rows:
-                row = rows[name]
-                cells = [name, str(row["runs"])]
-                for label in labels:
-                    n = 3 if label in ("TDS", "ranking loss") else digits
-                    cells += [shown(row["measures"][label], n), shown(row["differences"][label], n, True)]
-                lines.append(cells)
-        return f"### {title}\n\n{table(columns, lines)}"
-
-    bases = [r for r in found.values() if r["row"] == "base"]
-    columns = ["model", "seed", "in-domain %", "out-of-domain %", "puzzles distilled", "trajectories kept"]
-    setup = [
-        [r["base"], str(r["seed"]), *(f"{100 * test(r, k)['accuracy']:.1f}" for k in ("test_in", "test_out"))]
-        + [str(r["puzzles"]), str(r["kept"])]
-        for r in bases
-    ]
+def loss_table(losses):
     sources = list(dict.fromkeys(r["data"] for r in losses))
+    if not sources:
+        return ""
     ratios = [f"mask ratio {r['mask_ratio']}" for r in losses if r["data"] == sources[0]]
-    entropies = [[source, *(f"{r['loss']:.4f}" for r in losses if r["data"] == source)] for source in sources]
-    style = [f"{100 * r['foreign']:.0f} %" for r in found.values() if r["row"] == "SFT-GT"]
-    steps = [sorted({r["steps"] for r in found.values() if "steps" in r and r["base"] == b["base"]}) for b in bases]
-    relations = [(label, relation(found, label)) for label in ORDER]
-    relations = [[label, " ".join(f"{r:+.2f}" for r in of.values()) or "-"] for label, of in relations]
-    variants = [name for name in ROWS if name.startswith("TABOM,")]
-    main = ["base", *(name for name in ROWS if name not in variants)]
-    ours = [BASELINE, "TABOM", *variants]
-    notes = [
-        f"Answers of SFT-GT in the foreign style, run by run: {', '.join(style) or '-'}.",
-        f"Optimizer steps of a run, by base model: {'; '.join(', '.join(map(str, n)) for n in steps) or '-'}.",
-    ]
-    return "\n\n".join(
-        [
-            f"### The base models\n\n{table(columns, setup)}",
-            " ".join(notes),
-            compared("Main results (Tables 2 and 3)", main, ["in-domain %", "out-of-domain %"]),
-            compared("Two tokens a step (Table 4)", main, ["in-domain, 2 a step %", "out-of-domain, 2 a step %"]),
-            compared("Window and terms (Tables 5 to 7)", ours, ["in-domain %", "out-of-domain %"]),
-            compared("TDS and what is out of order", list(rows), ["TDS", "ranking loss"]),
-            f"### Cross-entropy of the base models (Figure 3)\n\n{table(['nats', *ratios], entropies)}",
-            compared("Inversions", list(rows), ["inversions, own step %", "inversions, window %"]),
-            f"### What goes with in-domain accuracy\n\n{table(['measure', 'r, by base model'], relations)}",
-        ]
+    lines = [[source, *(f"{r['loss']:.4f}" for r in losses if r["data"] == source)] for source in sources]
+    return table(["nats", *ratios], lines)
+
+
+def relation_table(found):
+    lines = [(label, relation(found, label)) for label in ORDER]
+    return table(
+        ["measure", "r, by base model"],
+        [[label, " ".join(f"{r:+.2f}" for r in of.values()) or "-"] for label, of in lines],
     )
 
 
