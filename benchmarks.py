@@ -218,17 +218,19 @@ def run(c, ranks=None):
     questions = {task: read_records(task, c.data) for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
     m, tok, folder = runs.load_model(c, ranks, c.adapter)
+    identity = runs.identity(c, folder, c.adapter)
+    out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     results = []
     for task, rows in questions.items():
         settings = decoder(c, task, m.config.family, folder)
-        results.append(run_task(c, ranks, m, tok, folder, task, rows, shots[task], settings))
+        results.append(run_task(c, ranks, m, tok, identity, task, rows, shots[task], settings, out / task))
     if ranks.first:
         shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=results, versions=runs.versions())
-        with runs.atomic_file(Path(c.out) / "results.json") as f:
+        with runs.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         if ranks.shows:
             print(table(results))
-    return dict(out=c.out, scores=results)
+    return dict(out=str(out), scores=results)
 
 
 def decoder(c, task, family, folder):
@@ -238,7 +240,7 @@ def decoder(c, task, family, folder):
     return options.decoder(c, family, folder, preset)
 
 
-def run_task(c, ranks, m, tok, folder, task, questions, shots, settings):
+def run_task(c, ranks, m, tok, identity, task, questions, shots, settings, out):
     family, examples, records = m.config.family, [], questions[: c.limit]
     for i, record in enumerate(records):
         text, start = ask(task, family, record)
@@ -248,7 +250,7 @@ def run_task(c, ranks, m, tok, folder, task, questions, shots, settings):
     meta = dict(
         command="evaluate",
         task=task,
-        **runs.identity(c, folder, c.adapter),
+        **identity,
         decoder=settings,
         dtype=runs.resolve_dtype(c, ranks),
         seed=c.seed,
@@ -258,7 +260,7 @@ def run_task(c, ranks, m, tok, folder, task, questions, shots, settings):
         shots_sha256=digest(shots),
         versions=runs.versions(),
     )
-    out = runs.open_run(Path(c.out) / task, meta, ranks, free=("limit",))
+    out = runs.open_run(out, meta, ranks, free=("limit",))
 
     def judge(batch, texts):
         texts = [trim(task, family, text) for text in texts]

@@ -132,6 +132,8 @@ def load_tokenizer(folder):
             backend = qwen2_backend(folder / "vocab.json", folder / "merges.txt")
         else:
             raise FileNotFoundError(f"no tokenizer.json and no vocab.json with merges.txt in {folder}")
+        backend.no_truncation()  # a file may ask for either, and both would change what is trained on
+        backend.no_padding()
     except FileNotFoundError:
         raise
     except Exception as e:  # the library raises plain Exception for anything wrong with a file
@@ -392,10 +394,17 @@ def check_record(record, where, vocab_size=None):
         raise ValueError(f"{where}: prompt_ids, response_ids and order must be lists of token ids, and not empty")
     if len(response) != len(order) or sorted(order) != list(range(len(order))):
         raise ValueError(f"{where}: order must number the {len(response)} response tokens from 0, each once")
+    uneven = [k for k in PER_TOKEN if record.get(k) is not None and not has_length(record[k], len(response))]
+    if uneven:
+        raise ValueError(f"{where}: {', '.join(uneven)} must be lists of {len(response)}, one entry a response token")
     top = max(*prompt, *response)
     if vocab_size is not None and top >= vocab_size:
         raise ValueError(f"{where}: token id {top}, but the model has {vocab_size}: trajectories of another model")
     return record
+
+
+def has_length(value, n):
+    return isinstance(value, list) and len(value) == n
 
 
 def holds_trajectories(path):

@@ -1,4 +1,4 @@
-"""Greedy decoders of masked diffusion language models, with a log of when and how surely each token was decoded.
+"""Decoders of masked diffusion language models, with a log of when and how surely each token was decoded.
 
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, steps=256)                       # Dream
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, steps=256, strategy="confidence",
@@ -28,7 +28,7 @@ class Trajectory(NamedTuple):
     """What was decoded, and how. Every field is a tensor [B, N]."""
 
     response: torch.Tensor  # token ids
-    step: torch.Tensor  # the step that decoded the token, from 0; `steps` where none did
+    step: torch.Tensor  # the step that decoded the token, from 0; where none did, `steps`, or N with a threshold
     order: torch.Tensor  # rank in the decode order, 0 = first; ties inside a step broken by entropy, then position
     entropy: torch.Tensor  # nats, of the model's whole distribution at temperature 1, at that step
     confidence: torch.Tensor  # probability that the same distribution gave to the token
@@ -145,6 +145,7 @@ def generate(
             at = (row[:, None], index.gather(1, best))
             token = token.gather(1, best)
             logp = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])).float().log_softmax(-1)
+            logp.clamp_(min=torch.finfo(logp.dtype).min)  # -inf times p = 0 is no number
             now = torch.tensor([step[b] for b in rows], device=device)[:, None]
             response[at] = torch.where(taken, token, response[at])
             decoded_at[at] = torch.where(taken, now, decoded_at[at])

@@ -102,17 +102,18 @@ def measure(c, ranks, checkpoint):
 
 
 def order_of(c, ranks, checkpoint, trajectories, limit, window=8, margin=0.2):
-    """How a model orders the first of its own trajectories: TDS and its value per step, the share of pairs decoded hard
-    before easy in both contexts, and the ranking loss in nats over all windows without the EOS. c: options with a
-    model, or more."""
+    """How a model orders the first of its own trajectories: TDS and its value per step; the share of pairs less than a
+    window apart that were decoded hard before easy, in both contexts; the ranking loss in nats over all windows without
+    the EOS (rank), and the least that the same entropies have in any order (rank_least). c: options with a model, or
+    more."""
     m, _, _ = load(c, ranks, checkpoint)
     records = data.read_trajectories(trajectories, m.config.vocab_size)[:limit]
     rows = []
     for i in range(0, len(records), 16):
         rows += replay(c, ranks, m.eval(), window, records[i : i + 16], margin)
-    means = {k: mean_and_error(k, [r[k] for r in rows])[k] for k in ("tds", "rank")}
-    per_step = [step["tds"] for step in tds_rows(rows)]
-    return dict(**means, **inversion_rates(inversion_rows([r["inversions"] for r in rows])), per_step=per_step)
+    means = {k: mean_and_error(k, [r[k] for r in rows])[k] for k in ("tds", "rank", "rank_least")}
+    near = [r for r in inversion_rows([r["inversions"] for r in rows]) if r["distance"] < window]
+    return dict(**means, **inversion_rates(near), per_step=[step["tds"] for step in tds_rows(rows)])
 
 
 def load(c, ranks, checkpoint):
@@ -147,7 +148,7 @@ def trajectories(c, ranks, m, tok, folder):
 
 def replay(c, ranks, m, window, records, margin=0.2):
     """One dict for each trajectory: id, tds, per_step and entropy by step, the counts of inversions by context, and the
-    mean ranking loss of its windows."""
+    mean ranking loss of its windows, as decoded (rank) and sorted, which is the least (rank_least)."""
     batch = {k: v.to(ranks.device) for k, v in data.collate(records, m.config.pad_id).items()}
     h = evaluate.replay(m, batch, evaluate.before_eos(batch, m.config.eos_id)).cpu()  # [B, N, N]
     own, windows = h.diagonal(dim1=1, dim2=2), evaluate.by_window(h, window, batch["length"].cpu())
@@ -158,8 +159,11 @@ def replay(c, ranks, m, window, records, margin=0.2):
         per_step, entropy = (x[b][~x[b].isnan()].tolist() for x in (variance, own))
         mean = sum(per_step) / len(per_step) if per_step else None
         whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; none where the response is shorter, or all EOS
-        rank = objectives.ranking_loss(whole, margin).item() if whole.numel() and window > 1 else None
-        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts, rank=rank))
+        rank = dict.fromkeys(("rank", "rank_least"))
+        if whole.numel() and window > 1:
+            orders = dict(rank=whole, rank_least=whole.sort(-1).values)
+            rank = {k: objectives.ranking_loss(x, margin).item() for k, x in orders.items()}
+        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts, **rank))
     return rows
 
 
@@ -215,12 +219,15 @@ def loss_means(losses, sources):
 
 
 def mean_and_error(name, values):
-    """The mean of the values that are there and its standard error, under name and name_se; None without any."""
+    """The mean of the values that are there and its standard error, under name and name_se; None without any, and no
+    error of a single one."""
     values = [x for x in values if x is not None]
     if not values:
         return {name: None, f"{name}_se": None}
     mean = sum(values) / len(values)
-    variance = sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1)
+    if len(values) == 1:
+        return {name: mean, f"{name}_se": None}
+    variance = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
     return {name: mean, f"{name}_se": math.sqrt(variance / len(values))}
 
 
@@ -290,7 +297,7 @@ def curves(axes, rows, keys, x, y, error=None):
         label = " on ".join(names[name] for names, name in zip(short, k))
         colour = axes.plot(xs, ys, label=label)[0].get_color()
         if error is not None:
-            low, high = ([r[y] + sign * r[error] for r in line] for sign in (-1, 1))
+            low, high = ([r[y] + sign * (r[error] or 0) for r in line] for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.legend(fontsize="small")
 

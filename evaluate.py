@@ -408,7 +408,7 @@ def replay(m, batch, asked=None, mask_id=None):
             break
         positions, kept = leftmost(masked)  # [B, K]
         logp = log_probs(m, batch, real(batch) & (order < t), positions, mask_id)
-        entropy = -(logp.exp() * logp).sum(-1)  # [B, K]
+        entropy = torch.special.entr(logp.exp()).sum(-1)  # [B, K]
         h[:, t].scatter_(1, order.gather(1, positions), entropy.masked_fill(~kept, float("nan")))
     return h
 

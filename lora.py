@@ -106,7 +106,7 @@ def inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"), dropout=0.0, gene
     outside [0, 1), or a model that has adapters already.
     """
     if layers(m):
-        raise ValueError("the model has adapters already: merge them, or load the base model again")
+        raise ValueError("the model has adapters already, or had some that were merged: load the base model again")
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"LoRA rank {rank} must be at least 1, and dropout {dropout} in [0, 1)")
     found = find(m, targets)

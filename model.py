@@ -219,8 +219,9 @@ class Block(nn.Module):
         """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block has to compute."""
         B, L, D = x.shape
         y = self.attn_norm(x)
-        k = self.k_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, K, L, E]
-        v = self.v_proj(y).view(B, L, -1, self.head_width).transpose(1, 2)  # [B, K, L, E]
+        E = self.head_width
+        k = self.k_proj(y).view(B, L, -1, E).transpose(1, 2)  # [B, K, L, E]
+        v = self.v_proj(y).view(B, L, -1, E).transpose(1, 2)  # [B, K, L, E]
         k = rotate(k, cos, sin)
         if at is not None:
             x, y = (z.gather(1, at[..., None].expand(-1, -1, D)) for z in (x, y))  # [B, P, D]
@@ -229,10 +230,13 @@ class Block(nn.Module):
             )
             cos, sin = cos[:, None], sin[:, None]  # [B, 1, P, E]
         P = x.shape[1]
-        q = rotate(self.q_proj(y).view(B, P, -1, self.head_width).transpose(1, 2), cos, sin)  # [B, H, P, E]
+        q = rotate(self.q_proj(y).view(B, P, D // E, E).transpose(1, 2), cos, sin)  # [B, H, P, E]
         if cache is not None:
             k, v = cache.put(self, k, v, start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and mask is not None:  # no fused CUDA kernel takes both a mask and fewer keys than queries
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
         x = x + self.o_proj(y.transpose(1, 2).reshape(B, P, D))
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))

@@ -72,7 +72,8 @@ class Entropy(torch.autograd.Function):
     def forward(ctx, logp):
         ctx.save_for_backward(logp)
         parts = logp.reshape(-1, logp.shape[-1]).split(Entropy.FEW)
-        return torch.cat([-x.exp().mul_(x).sum(-1) for x in parts]).view(logp.shape[:-1])
+        lowest = torch.finfo(logp.dtype).min  # for -inf, which times p = 0 is no number
+        return torch.cat([-x.exp().mul_(x.clamp(min=lowest)).sum(-1) for x in parts]).view(logp.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
@@ -83,7 +84,7 @@ class Entropy(torch.autograd.Function):
             for x in (found.view(-1, logp.shape[-1]), logp.reshape(-1, logp.shape[-1]), grad.reshape(-1, 1))
         )
         for out, x, g in zip(*flat):
-            torch.mul(x.exp(), 1 + x, out=out).mul_(-g)
+            torch.mul(x.exp(), x.clamp(min=torch.finfo(x.dtype).min).add_(1), out=out).mul_(-g)
         return found
 
 

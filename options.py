@@ -185,7 +185,7 @@ class GenerateOptions(ModelOptions, DecodeOptions):
 @dataclass
 class EvaluateOptions(ModelOptions, DecodeOptions):
     tasks: tuple = opt(("gsm8k",), "gsm8k, math500, humaneval, mbpp, ifeval, comma-separated", parse=name_list)
-    out: str = opt(None, "folder for responses and results; an unfinished one is continued", required=True)
+    out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-MODELHASH)")
     data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
     adapter: str | None = opt(None, "adapter folder")
     shots: str | None = opt(None, "JSON file of earlier turns: a list of chat messages, or one list for each task")
@@ -242,24 +242,36 @@ def decoder(c, family, folder, preset=None):
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
     known = {f.name: f for f in dataclasses.fields(DecodeOptions)}
-    settings = {**DECODERS[family], **(preset or {})}
-    file = Path(folder) / "generation_config.json"
-    own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
-    if type(own) is not dict or any(
-        k not in known or v is None or not isinstance(v, known[k].type) for k, v in own.items()
-    ):
-        raise ValueError(f'{file}: "tabom" must hold decoder settings ({", ".join(known)}), not {own}')
-    settings.update(own)
-    settings.update({k: getattr(c, k) for k in known if getattr(c, k) is not None})
+    given = {k: getattr(c, k) for k in known if getattr(c, k) is not None}
+    settings = {}
+    for layer in (DECODERS[family], preset or {}, own_decoder(folder, known), given):
+        length, steps = "max_new_tokens" in layer, layer.keys() & {"steps", "tokens_per_step"}
+        for k in ["steps"] * (length or bool(steps)) + ["tokens_per_step"] * bool(steps):
+            settings.pop(k, None)  # it was said for another length, or is said anew
+        settings.update(layer)
     at_once = settings.pop("tokens_per_step", None)
-    if at_once and c.steps is not None:
-        raise ValueError(f"--tokens-per-step {at_once} and --steps {c.steps}: give one of them")
+    if at_once and "steps" in settings:
+        raise ValueError(f"--tokens-per-step {at_once} and --steps {settings['steps']}: give one of them")
     if at_once:
         settings["steps"] = math.ceil(settings["max_new_tokens"] / at_once)
     settings.setdefault("steps", settings["max_new_tokens"])
     settings["block_length"] = settings.get("block_length") or None
     decode.check(**settings)
     return settings
+
+
+def own_decoder(folder, known):
+    """The decoder settings of a model folder: what its generation_config.json has under "tabom"."""
+    file = Path(folder) / "generation_config.json"
+    own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
+    if type(own) is not dict:
+        raise ValueError(f'{file}: "tabom" must be an object of decoder settings, not {own}')
+    for k, v in own.items():
+        if k not in known:
+            raise ValueError(f'{file}: "tabom" has {k}, which is none of {", ".join(known)}')
+        if type(v) is not kind(known[k]) and not (kind(known[k]) is float and type(v) is int):
+            raise ValueError(f'{file}: "tabom" has {k} {v!r}, which must be {kind(known[k]).__name__}')
+    return own
 
 
 def flag(name):

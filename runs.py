@@ -129,6 +129,20 @@ def resolve_dtype(options, ranks, dtype="auto"):
 def open_run(out, meta, ranks, free=()):
     """Make the folder of a run, or continue the same one. What the run is stands in its meta.json; `free` keys may
     change between two starts. Raises FileExistsError, on every process, for a folder that holds anything else."""
+    out = Path(out)
+    same_run(out, meta, free)
+    ranks.barrier()  # all have looked before one writes
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+        with atomic_file(out / "meta.json") as f:
+            f.write(json.dumps(meta, indent=2) + "\n")
+    ranks.barrier()
+    return out
+
+
+def same_run(out, meta, free=()):
+    """Raises FileExistsError for a folder that holds anything but a beginning of this run; writes nothing."""
     out, meta = Path(out), json.loads(json.dumps(meta))
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, not a folder")
@@ -140,14 +154,6 @@ def open_run(out, meta, ranks, free=()):
             raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
     elif out.is_dir() and any(file.suffix != ".tmp" and file.name != LOCK for file in out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
-    ranks.barrier()  # all have looked before one writes
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)
-        with atomic_file(out / "meta.json") as f:
-            f.write(json.dumps(meta, indent=2) + "\n")
-    ranks.barrier()
-    return out
 
 
 LOCK = "lock"
@@ -227,7 +233,8 @@ def versions():
 
 
 def fingerprint(path):
-    """SHA-256 of a file, or of the names, sizes and ends of the files in a model or adapter folder."""
+    """SHA-256 of a file, or of the names, sizes and bytes of the files in a model or adapter folder: of those above 16
+    MiB 4 KiB of every MiB, which no tensor of a model of that size slips through."""
     digest, path = hashlib.sha256(), Path(path)
     for file in [path] if path.is_file() else sorted(path.glob("*")):
         if file.suffix in (".safetensors", ".json", ".txt", ".jinja") or file == path:
@@ -235,9 +242,9 @@ def fingerprint(path):
                 size = file.stat().st_size
                 digest.update(f"{file.name} {size}".encode() if file != path else b"")
                 whole = file == path or size < 2**24
-                for start in range(0, size, 2**20) if whole else (0, size - 2**20):
+                for start in range(0, size, 2**20):
                     f.seek(start)
-                    digest.update(f.read(2**20))
+                    digest.update(f.read(2**20 if whole else 2**12))
     return digest.hexdigest()
 
 
@@ -353,9 +360,9 @@ def restore(checkpoint, weights, optimizer, reference=None):
     state = load_file(checkpoint / "optimizer.safetensors")
     step = data.read_json(checkpoint / "trainer.json").get("step")
     wanted = {f"{k}.{name}" for name in weights for k in ("step", "exp_avg", "exp_avg_sq")}
-    if type(step) is not int or state.keys() != wanted:
+    if type(step) is not int or state.keys() not in (wanted, set()):  # none where no step was finite yet
         raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
-    for name, p in weights.items():
+    for name, p in weights.items() if state else ():
         moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
         step_of = state[f"step.{name}"]  # a tensor that lives on the CPU, but for the fused AdamW
         optimizer.state[p] = {"step": step_of.to(p.device) if optimizer.defaults["fused"] else step_of, **moments}

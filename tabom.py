@@ -161,10 +161,10 @@ def train(c, ranks=None):
     One optimizer step sees the same examples, windows and gradient whatever the number of processes: each takes every
     world-th example of the global batch, sums its share of the mean loss, and the gradients are added up. (Dropout is
     the exception: its noise differs with the split.)"""
-    parameters, unused = options.of_objective(c)
-    full = c.lora_rank == 0
     ranks = ranks or runs.Ranks(c.device)
+    parameters, unused = options.of_objective(c)
     last = runs.last_checkpoint(Path(c.out))
+    full = c.lora_rank == 0
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     m, tok, folder = runs.load_model(c, ranks, weights=last if full else None, dtype=prefer)
     records = training_records(c, m, tok)
@@ -172,23 +172,11 @@ def train(c, ranks=None):
     steps_per_epoch = math.ceil(len(records) / G)
     total = c.epochs * steps_per_epoch
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
-    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if "tunable" not in f.metadata}
-    # what is no part of what is computed
-    machine = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last")
-    machine += ("stop_after",)
-    meta = {"command": "train", **{k: v for k, v in settings.items() if k not in machine}, **parameters}
-    meta.update(runs.identity(c, folder, c.adapter))
-    meta.update(dtype=runs.resolve_dtype(c, ranks, prefer), global_batch=G, examples=len(records))
-    meta.update(versions=runs.versions(), data_sha256=hashlib.sha256(json.dumps(records).encode()).hexdigest())
-    if full:
-        m.requires_grad_(True)
-    else:
-        start = data.generator(c.seed, "lora")
-        lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
-        if last or c.adapter:
-            lora.load(m, last or c.adapter)
-        if any(layer.alpha != c.lora_alpha for layer in lora.layers(m).values()):
-            raise ValueError(f"{c.adapter}: its lora_alpha differs from --lora-alpha {c.lora_alpha}")
+    meta = dict(training_identity(c, records), **parameters, **runs.identity(c, folder, c.adapter))
+    meta.update(dtype=runs.resolve_dtype(c, ranks, prefer), global_batch=G)
+    by_content = ("model", "data", "adapter")  # these may be elsewhere, if they are the same
+    runs.same_run(c.out, meta, by_content)  # before a checkpoint is read that need not fit
+    weights = trainable(c, m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
     if c.objective == "t3d":  # the student as it was: at first as it starts, then as of every reference_steps-th step
@@ -196,11 +184,10 @@ def train(c, ranks=None):
         objective = functools.partial(objective, reference=reference)
         if c.adapter:
             reference.update()
-    weights = {name: p for name, p in m.named_parameters() if p.requires_grad}
     fused = ranks.device.type == "cuda"
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
-    out = runs.open_run(c.out, meta, ranks, free=("model", "data", "adapter"))  # these by their content
+    out = runs.open_run(c.out, meta, ranks, by_content)
     if c.warmup >= total and ranks.first:
         tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
     if unused and ranks.first:
@@ -227,21 +214,14 @@ def train(c, ranks=None):
             chosen = [records[k] for k in order[i * G : (i + 1) * G]]
             metrics = train_step(c, m, objective, list(weights.values()), optimizer, chosen, step, epoch, total, ranks)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step + 1}"
-                what = f"{what}, examples {[r['id'] for r in chosen]}"
-                if not c.skip_nonfinite:
-                    raise ValueError(f"{what}; last good checkpoint: {last}")
-                if ranks.first:
-                    tqdm.write(f"warning: {what}: the step is dropped", sys.stderr)
-                metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+                metrics = dropped(c, metrics, chosen, last, ranks)
             if reference is not None and (step + 1) % c.reference_steps == 0:
                 reference.update()
             if ranks.first:
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
-                bar.set_postfix_str(
-                    f"loss {metrics['loss'] or math.nan:.3f}, {metrics['tokens_per_second']:.0f} tokens/s"
-                )
+                loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
+                bar.set_postfix_str(f"loss {loss}, {metrics['tokens_per_second']:.0f} tokens/s")
                 bar.update()
             stop = ranks.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
             whole = i == steps_per_epoch - 1
@@ -256,6 +236,42 @@ def train(c, ranks=None):
             if stop and step + 1 < end:
                 raise KeyboardInterrupt
     return dict(out=str(out), checkpoint=str(last), steps=max(done, end), examples=len(records), **metrics)
+
+
+def trainable(c, m, last):
+    """The weights to train, by name: all of them, or those of an adapter, new or as in a checkpoint."""
+    if c.lora_rank == 0:
+        m.requires_grad_(True)
+    else:
+        start = data.generator(c.seed, "lora")
+        lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
+        if last or c.adapter:
+            lora.load(m, last or c.adapter)
+        if any(layer.alpha != c.lora_alpha for layer in lora.layers(m).values()):
+            raise ValueError(f"{c.adapter}: its lora_alpha differs from --lora-alpha {c.lora_alpha}")
+    return {name: p for name, p in m.named_parameters() if p.requires_grad}
+
+
+def training_identity(c, records):
+    """What a training run is, for its meta.json: its options, but for those that change nothing in what is computed and
+    those of its objective, and the data by their content."""
+    machine = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last")
+    fields = [f.name for f in dataclasses.fields(c) if "tunable" not in f.metadata]
+    settings = {name: getattr(c, name) for name in fields if name not in (*machine, "stop_after")}
+    sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+    return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
+
+
+def dropped(c, metrics, chosen, last, ranks):
+    """The metrics of a step that was not finite and is left out, with None for what is no number. Raises ValueError
+    without --skip-nonfinite."""
+    what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}"
+    what = f"{what}, examples {[r['id'] for r in chosen]}"
+    if not c.skip_nonfinite:
+        raise ValueError(f"{what}; last good checkpoint: {last}")
+    if ranks.first:
+        tqdm.write(f"warning: {what}: the step is dropped", sys.stderr)
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
 
 
 def training_records(c, m, tok):
@@ -346,7 +362,7 @@ def generate(c):
     """Answer one prompt, or chat -> the last answer and its speed."""
     if c.raw and (c.system or c.prompt is None):
         raise ValueError("--raw takes one --prompt as it is: no --system and no chat")
-    ranks = runs.Ranks(c.device)
+    ranks = runs.Ranks(c.device, alone=True)
     m, tok, folder = runs.load_model(c, ranks, c.adapter)
     settings = options.decoder(c, m.config.family, folder)
     messages = [{"role": "system", "content": c.system}] if c.system else []

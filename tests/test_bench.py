@@ -1,4 +1,5 @@
-"""bench.py: the plain way gives what ours gives, the plan follows from the config, the full-size run works when small.
+"""bench.py and fullsize.py: the plain way gives what ours gives, the plan follows from the config, the full-size run
+works when small.
 
 python -m pytest tests/test_bench.py"""
 
@@ -9,6 +10,7 @@ import torch
 
 import bench
 import decode
+import fullsize
 import lora
 import model
 import objectives
@@ -54,7 +56,7 @@ def test_a_measurement(kind, family, way, monkeypatch):
 
 def small_config(monkeypatch, golden):
     raw = json.loads((golden.folder / "config.json").read_text())
-    monkeypatch.setitem(bench.FULL, "llada-8b", raw)
+    monkeypatch.setitem(fullsize.FULL, "llada-8b", raw)
     return raw
 
 
@@ -70,7 +72,7 @@ def test_a_synthetic_checkpoint_is_written_used_and_removed(golden, monkeypatch,
 
 def test_a_random_checkpoint_loads(golden, tmp_path):
     raw = json.loads((golden.folder / "config.json").read_text())
-    bench.write_random(model.empty(model.parse_config(raw)), raw, tmp_path)
+    fullsize.write_random(model.empty(model.parse_config(raw)), raw, tmp_path)
     m = model.load(tmp_path, dtype=None)
     assert {p.dtype for p in m.parameters()} == {torch.bfloat16}
     assert 0.015 < m.head.weight.float().std() < 0.025
@@ -89,7 +91,7 @@ def test_the_plan_follows_from_the_published_configurations(name, billions, caps
     assert f"{billions} billion" in out
     result = json.loads(out.splitlines()[-1])
     assert result["forward_passes"] == 12_000 * 256
-    config = model.parse_config(bench.FULL[name])
+    config = model.parse_config(fullsize.FULL[name])
     widths = [config.width, config.width, config.width, config.kv_heads * config.width // config.heads]
     assert result["adapter_parameters"] == 16 * config.layers * sum(widths)
 
@@ -109,7 +111,7 @@ def test_the_plan_of_a_folder(golden, capsys):
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(golden):
     raw = json.loads((golden.folder / "config.json").read_text())
-    one, two = (bench.activations(raw, batch, 40, 8) for batch in (1, 2))
+    one, two = (fullsize.activations(raw, batch, 40, 8) for batch in (1, 2))
     assert 1.9 < two / one < 2.01
-    assert bench.activations(raw, 2, 40, 8, checkpointing=True) < two / 1.5
+    assert fullsize.activations(raw, 2, 40, 8, checkpointing=True) < two / 1.5
     assert torch.nn.functional.scaled_dot_product_attention is model.F.scaled_dot_product_attention  # put back

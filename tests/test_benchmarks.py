@@ -78,6 +78,23 @@ def test_settings_are_those_of_table_8(tmp_path):
         benchmarks.decoder(options.EvaluateOptions(tokens_per_step=2, steps=8), "gsm8k", "dream", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "own, given, tokens, steps",
+    [
+        (dict(max_new_tokens=36), {}, 36, 36),  # not the preset's steps for another length
+        (dict(tokens_per_step=2), {}, 256, 128),
+        (dict(tokens_per_step=2), dict(steps=64), 256, 64),
+        (dict(tokens_per_step=2), dict(max_new_tokens=64), 64, 32),
+        (dict(max_new_tokens=64, steps=16), dict(tokens_per_step=2), 64, 32),
+        (dict(temperature=0, top_p=1), {}, 256, 256),  # JSON's numbers
+    ],
+)
+def test_the_number_of_steps_is_that_of_the_last_who_speaks_of_it(tmp_path, own, given, tokens, steps):
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(tabom=own)))
+    found = benchmarks.decoder(options.EvaluateOptions(**given), "gsm8k", "dream", tmp_path)
+    assert (found["max_new_tokens"], found["steps"]) == (tokens, steps) and "tokens_per_step" not in found
+
+
 def test_wilson_interval():
     low, high = evaluate.wilson(50, 100)
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
@@ -87,7 +104,7 @@ def test_wilson_interval():
 # --------------------------------------------------------------------------------------------------------- evaluate
 
 
-def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys):
+def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "gsm8k_test.jsonl.gz", [dict(question=f"What is {i}?", answer=f"#### {i}") for i in range(5)])
@@ -105,6 +122,10 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys):
     for r in records:
         assert r["correct"] == evaluate.gsm8k(dict(answer=r["answer"]), r["response"])["correct"]
         assert max(r["step"]) == 3  # 8 tokens, 2 a step
+    monkeypatch.chdir(tmp_path)  # without --out, a folder named by the model
+    assert tabom.main([*words[:5], *words[7:], "--limit", "1"]) == 0
+    out = last_json(capsys.readouterr().out)["out"]
+    assert out.startswith("out/evaluate-") and len(data.read_trajectories(tmp_path / out / "ifeval")) == 1
     saved = json.loads((tmp_path / "E" / "results.json").read_text())
     assert saved["scores"] == result["scores"] and saved["command"]["tokens_per_step"] == 2
     for name, message in (("fly", "--tasks fly: known are"), ("math500", "no dataset file")):

@@ -6,6 +6,7 @@ The real vocabulary and the real benchmarks are read from the folder that TABOM_
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,16 @@ def test_tiny_tokenizer_round_trips_and_refuses_what_it_cannot_spell(tiny):
     ]
     with pytest.raises(ValueError, match="cannot encode 'hello'"):
         tok.encode("hello")
+
+
+def test_a_tokenizer_file_cannot_cut_or_pad_what_is_encoded(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "M")
+    file = tmp_path / "M" / "tokenizer.json"
+    padding = dict(strategy={"Fixed": 9}, direction="Right", pad_id=2, pad_type_id=0, pad_token="<|pad|>")
+    padding.update(pad_to_multiple_of=None)
+    truncation = dict(max_length=5, strategy="LongestFirst", stride=0, direction="Right")
+    file.write_text(json.dumps(data.read_json(file) | dict(truncation=truncation, padding=padding)))
+    assert [len(data.load_tokenizer(tmp_path / "M").encode("1" * n)) for n in (3, 20)] == [3, 20]
 
 
 def test_chat_template_is_sandboxed_and_its_errors_are_ours(tiny):
@@ -272,6 +283,7 @@ def test_what_holds_trajectories(tmp_path):
         (dict(order=None), "order missing"),
         (dict(response_ids=[], order=[]), "not empty"),
         (dict(response_ids=[7, 8, 1, -1]), "token ids"),
+        (dict(step=[0], entropy=[], confidence=[0.5] * 4), "step, entropy must be lists of 4"),
         (dict(response_ids=[7, 8, 1, 99]), "token id 99, but the model has 18: trajectories of another model"),
     ],
 )

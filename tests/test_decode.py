@@ -558,3 +558,12 @@ def test_rows_that_are_done_leave_the_batch(toy):
     assert len(set(sizes)) > 1 and sum(sizes) == sum(int(row.max()) + 1 for row in t.step)  # no pass that is not needed
     for b in range(3):
         equal(decode.generate(toy(), prompts[b : b + 1], **options), decode.Trajectory(*(x[b : b + 1] for x in t)))
+
+
+def test_a_model_that_forbids_a_token_has_an_entropy(toy):
+    """Other people's models say -inf for it."""
+    prompt, options = torch.tensor([[1, 2]]), dict(max_new_tokens=6, steps=6, schedule="llada")
+    low, never = (decode.generate(toy(mask_logit=x), prompt, **options) for x in (-1e4, -torch.inf))
+    assert never.entropy.isfinite().all()
+    for a, b in zip(low, never):
+        torch.testing.assert_close(a, b)

@@ -1,110 +1,19 @@
-"""tabom.py demo --full: the statistics, and one small experiment from end to end.
+"""tabom.py demo --full: what its rows are, and one small experiment from end to end.
 
 python -m pytest tests/test_experiment.py"""
 
 import json
-import math
 
 import pytest
 from conftest import last_json, shell
-from scipy import stats
 
 import data
 import demo
 import experiment
 import options
+import report
 import sweep
 import tabom
-
-
-def test_an_interval_is_students_over_the_base_models():
-    values = {("a", 0): 0.5, ("a", 1): 1.5, ("b", 0): 2.0, ("b", 1): None, ("c", 0): 6.0}
-    found = experiment.interval(values)
-    half = 4.302653 * math.sqrt(7.0 / 3)  # the 97.5 % point of t with 2 degrees of freedom, and the standard error
-    assert found["mean"] == 3 and found["bases"] == dict(a=1.0, b=2.0, c=6.0)
-    assert found["low"] == pytest.approx(3 - half, rel=1e-5) and found["high"] == pytest.approx(3 + half, rel=1e-5)
-    assert experiment.interval({("a", 0): 0.5, ("a", 1): 0.7})["low"] is None
-    assert experiment.interval({("a", 0): None}) is None
-
-
-def test_a_paired_difference_takes_the_runs_that_both_have():
-    ours = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.5, ("c", 0): 9.0, ("e", 0): None}
-    theirs = {("a", 0): 0.0, ("a", 1): 1.0, ("b", 0): 2.0, ("d", 0): 70.0, ("e", 0): 1.0}
-    found = experiment.paired(ours, theirs)
-    assert found["bases"] == dict(a=1.5, b=3.5) and found["mean"] == 2.5
-    expected = stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).confidence_interval()
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert found["p"] == pytest.approx(stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).pvalue)
-    assert experiment.paired(ours, {("z", 0): 1.0}) is None
-    assert experiment.paired(ours, {("a", 0): 0.5})["p"] is None
-
-
-def test_the_model_before_training_is_compared_with_every_run_on_it():
-    ours = {("a", 0): 1.0, ("a", 1): 4.0, ("b", 0): 5.5}
-    before = {("a", None): 0.5, ("b", None): 1.0, ("c", None): 9.0}
-    assert experiment.paired(ours, before)["bases"] == dict(a=2.0, b=4.5)
-    assert experiment.paired(before, ours)["bases"] == dict(a=-2.0, b=-4.5)
-
-
-def test_a_cell_shows_its_interval():
-    value = dict(mean=-1.234, low=-2.0, high=0.5, bases=dict(a=-1.5, b=-1.0))
-    assert experiment.shown(value) == "-1.2 [-2.0, 0.5]"
-    assert experiment.shown(dict(value, p=0.0314), 2, "+") == "-1.23 [-2.00, +0.50], p 0.031"
-    assert experiment.shown(dict(mean=3.0, low=None, high=None, bases=dict(a=3.0), p=None)) == "3.0"
-    assert experiment.shown(None) == "-"
-
-
-def result(row, base, seed, right, inside=0.5):
-    scores = dict(accuracy=right, tds=0.1, rank=0.2, inversions_step=inside, inversions_window=0.1, per_step=[0.1, 0.3])
-    names = [f"x/{k}.jsonl{more}" for k in ("test_in", "test_out") for more in ("", ", 2 a step")]
-    common = dict(row=row, base=base, tests=dict.fromkeys(names, scores), chosen=dict(accuracy=right))
-    if row == "base":
-        return {("base", base, None): dict(common, seed=seed, puzzles=9, kept=5)}
-    more = dict(steps=7, foreign=0.25, settings=dict(seed=seed))
-    return {(row, base, seed): dict(common, **more)}
-
-
-def test_every_run_is_compared_with_the_baseline_of_its_base_and_seed():
-    found = {}
-    for base, shift in (("base-0", 0.0), ("base-1", 0.1)):
-        found.update(result("base", base, None, 0.5 + shift))
-        for seed in (0, 1):
-            found.update(result("SFT-SD", base, seed, 0.6 + shift))
-            found.update(result("TABOM", base, seed, 0.63 + shift + 0.01 * seed))
-    rows = experiment.summarise(found)
-    ours = rows["TABOM"]["differences"]["SFT-SD"]["in-domain %"]
-    assert ours["mean"] == pytest.approx(3.5) and ours["bases"] == pytest.approx({"base-0": 3.5, "base-1": 3.5})
-    assert rows["base"]["differences"]["SFT-SD"]["in-domain %"]["mean"] == pytest.approx(-10)
-    assert rows["TABOM"]["differences"]["base"]["in-domain %"]["mean"] == pytest.approx(13.5)
-    assert rows["base"]["measures"]["in-domain %"]["bases"] == {"base-0": 50.0, "base-1": 60.0}
-    assert set(rows["SFT-SD"]["differences"]) == {"base", "TABOM"}
-    text = experiment.markdown(found, rows)
-    assert "| TABOM | 4 | 68.5 [5.0, 132.0] | 63.5 73.5 | +13.5 | +3.5 | - |" in text
-    titles = [line for line in text.splitlines() if line.startswith("### ")]
-    assert len(titles) == 2 + 2 + 2 + 4 + 1  # no row for Tables 5 to 7 and 9, no cross-entropy
-
-
-def test_a_relation_is_over_the_rows_of_a_base_model():
-    found = {}
-    for base, shift in (("base-0", 0.0), ("base-1", 0.4)):  # between the models it is the other way round
-        found.update(result("SFT-GT", base, 0, 0.9, 0.9))  # trains on something else
-        for row, (right, inside) in zip(("SFT-SD", "TABOM", "T3D"), [(0.1, 0.5), (0.2, 0.4), (0.4, 0.3)]):
-            found.update(result(row, base, 0, right + shift - 0.1, inside + shift))
-            found.update(result(row, base, 1, right + shift + 0.1, inside + shift))
-    r = experiment.relation(found, "inversions, own step %")
-    expected = stats.pearsonr([0.5, 0.4, 0.3], [0.1, 0.2, 0.4]).statistic
-    assert r == pytest.approx({"base-0": expected, "base-1": expected}) and expected < -0.9
-    assert experiment.relation(found, "TDS") == {}  # the same in all rows
-
-
-def test_a_model_that_has_nothing_to_say_is_in_the_tables():
-    found = {**result("base", "base-0", None, 0.5), **result("SFT-SD", "base-0", 0, 0.5)}
-    silent = result("TABOM", "base-0", 0, 0.0, None)
-    for scores in silent["TABOM", "base-0", 0]["tests"].values():
-        scores.update(tds=None, rank=None, inversions_window=None, per_step=[])
-    rows = experiment.summarise({**found, **silent})
-    assert rows["TABOM"]["measures"]["TDS"] is None
-    assert "| TABOM | 1 | - | - | - | - | - |" in experiment.markdown({**found, **silent}, rows)
 
 
 @pytest.mark.parametrize("name", experiment.ROWS)
@@ -148,11 +57,15 @@ def test_the_tables_hold_what_the_trajectories_say(small):
         for stem, at_once in (("test_in", 1), ("test_in", 2), ("test_out", 1), ("test_out", 2)):
             records = data.read_trajectories(folder / f"test-{stem}{'' if at_once == 1 else '-2'}")
             right = sum(x["correct"] for x in records)
-            assert experiment.test(r, stem, at_once)["accuracy"] == right / 6 and len(records) == 6
+            assert report.test(r, stem, at_once)["accuracy"] == right / 6 and len(records) == 6
             assert max(max(x["step"]) for x in records) == (36 if at_once == 1 else 18)
+            styles = [set(x["text"]) <= set("abcdef" if stem == "test_in" else "123456") for x in records]
+            assert r["styles"][stem]["foreign"] == pytest.approx(sum(styles) / 6)
         assert str(out) not in json.dumps(r)
     steps = {r["steps"] for r in saved["runs"] if "steps" in r}
     assert len(steps) == 1
+    commands = [entry["options"]["rows"] for entry in saved["commands"]]
+    assert commands[0] == ["SFT-GT", "SFT-SD"] and saved["runs"][-1]["versions"] == saved["versions"]
     row = saved["rows"]["SFT-SD"]["measures"]["in-domain %"]
     tables = (out / "results" / "tables.md").read_text()
     assert f"| SFT-SD | 1 | {row['mean']:.1f} | {row['mean']:.1f} |" in tables in done.stdout

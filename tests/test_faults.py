@@ -155,6 +155,25 @@ def test_a_step_that_is_not_finite_is_dropped_on_demand(tiny, trajectories, tmp_
     assert all(line["loss"] is None for line in untimed(tmp_path / "R"))
 
 
+def test_a_run_continues_whose_steps_were_all_dropped(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", skip_nonfinite=True)
+    options.update(TRAIN, epochs=2, weight=1e38, margin=1e38)
+    assert tabom.main(["train", *flags(**options, stop_after=1)]) == 0
+    assert tabom.main(["train", *flags(**options)]) == 0
+    assert last_json(capsys.readouterr().out)["step"] == 6
+
+
+def test_models_that_differ_anywhere_are_told_apart(tmp_path):
+    """A large file is sampled: what fine-tuning changes is far more than one sample."""
+    file = tmp_path / "model.safetensors"
+    content = bytearray(os.urandom(20 * 2**20))
+    file.write_bytes(content)
+    before = runs.fingerprint(tmp_path)
+    content[9 * 2**20 : 11 * 2**20] = bytes(2**21)
+    file.write_bytes(content)
+    assert runs.fingerprint(tmp_path) != before
+
+
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 

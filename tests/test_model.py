@@ -113,6 +113,7 @@ def test_chosen_positions_are_those_of_the_full_logits(golden):
     some = m(ids, positions=positions)
     assert some.shape == (2, 4, m.config.vocab_size)
     close(some, torch.stack([full[b, positions[b]] for b in range(2)]), 1e-5)
+    assert m(ids, positions=positions[:, :0]).shape == (2, 0, m.config.vocab_size)  # nothing is asked
 
 
 @torch.no_grad()

@@ -175,6 +175,16 @@ def test_entropy_and_its_gradient_are_the_formula(shape, seed):
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
+def test_a_token_that_a_model_forbids_adds_nothing_to_the_entropy(toy):
+    """Other people's models say -inf for it."""
+    x = torch.tensor([[0.5, -torch.inf, 1.0, -torch.inf]], requires_grad=True)
+    found = objectives.entropy(x.log_softmax(-1))
+    rest = x.detach()[:, ::2].log_softmax(-1)
+    torch.testing.assert_close(found, -(rest.exp() * rest).sum(-1))
+    found.sum().backward()
+    assert x.grad.isfinite().all() and (x.grad[:, 1::2] == 0).all() and x.grad[0, 0] != 0
+
+
 # ------------------------------------------------------------------------------------------------ Eq. 8, the ranking
 
 

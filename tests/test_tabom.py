@@ -385,6 +385,14 @@ def test_generate_prints_the_answer_and_watches(tiny, trained, capsys):
     assert last_json(capsys.readouterr().out)["text"] == result["text"]
 
 
+def test_generate_under_torchrun_answers_once(tiny, trained, capsys):
+    words = ["generate", *flags(model=tiny, adapter=trained / "epoch-2", prompt="L1")]
+    assert tabom.main(words) == 0
+    alone, done = last_json(capsys.readouterr().out), shell(*words, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens_per_second") == 1 and last_json(done.stdout)["text"] == alone["text"]
+
+
 def test_generate_chats_from_stdin(tiny):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tabom.py"), "generate", "--model", str(tiny)],
@@ -576,6 +584,8 @@ def test_a_folder_with_another_run_is_refused_and_kept(tiny, puzzles, trajectori
         out=trained,
         **options,
     )
+    for changed, what in ((dict(lora_rank=8), "lora_rank was 16 and is now 8"), (dict(lora_alpha=2), "lora_alpha was")):
+        fails(capsys, what, "train", model=tiny, data=trajectories, out=trained, **TRAIN, **changed)
     (tmp_path / "note.txt").write_text("mine")
     fails(capsys, "is not empty and holds no run", "distill", model=tiny, data=puzzles, out=tmp_path)
     assert (tmp_path / "note.txt").read_text() == "mine"
@@ -640,12 +650,20 @@ def test_the_order_of_trajectory_lines_does_not_matter(tiny, trajectories, train
     assert [line["loss"] for line in metrics(tmp_path / "R")] == [line["loss"] for line in metrics(trained)]
 
 
-@pytest.mark.parametrize("own", [dict(foo=1), [1], None, dict(max_new_tokens="x"), dict(max_new_tokens=0)])
-def test_a_models_own_decoder_settings_are_checked(tiny, puzzles, tmp_path, capsys, own):
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (dict(steps=8, foo=1), "has foo, which is none of max_new_tokens"),
+        ([1], "must be an object of decoder settings"),
+        (None, "must be an object of decoder settings"),
+        (dict(max_new_tokens="x"), "has max_new_tokens 'x', which must be int"),
+        (dict(max_new_tokens=True), "has max_new_tokens True, which must be int"),
+        (dict(max_new_tokens=0), "max_new_tokens 0"),
+    ],
+)
+def test_a_models_own_decoder_settings_are_checked(tiny, puzzles, tmp_path, capsys, own, message):
     folder = broken_model(tmp_path, tiny, lambda f: edit_json(f / "generation_config.json", tabom=own))
-    fails(
-        capsys, "must hold decoder settings|max_new_tokens 0", "distill", model=folder, data=puzzles, out=tmp_path / "T"
-    )
+    fails(capsys, message, "distill", model=folder, data=puzzles, out=tmp_path / "T")
 
 
 def test_bad_adapters(tiny, tmp_path, capsys):
