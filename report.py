@@ -122,7 +122,7 @@ def lost(result, stem):
 
 def above_least(scores):
     """The part of the ranking loss that the order decides: the entropies alone leave the rest."""
-    return None if scores["rank"] is None else scores["rank"] - scores["rank_least"]
+    return None if scores.get("rank_least") is None else scores["rank"] - scores["rank_least"]
 
 
 def test(result, stem, at_once=1):
