@@ -122,7 +122,8 @@ def lost(result, stem):
 
 def above_least(scores):
     """The part of the ranking loss that the order decides: the entropies alone leave the rest."""
-    return None if scores.get("rank_least") is None else scores["rank"] - scores["rank_least"]
+    parts = scores["rank"], scores.get("rank_least")
+    return None if None in parts else parts[0] - parts[1]
 
 
 def test(result, stem, at_once=1):
