@@ -154,7 +154,7 @@ def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
     result = demo.retrain(tmp_path, puzzles=64, epochs=2, taken=1)
     weights = Path(result["tiny"]) / "model.safetensors"
     assert weights.read_bytes() == (tmp_path / "run" / "epoch-1" / "model.safetensors").read_bytes()
-    assert weights.read_bytes() != (tmp_path / "run" / "epoch-2" / "model.safetensors").read_bytes()
+    assert result["steps"] == 1 and not (tmp_path / "run" / "epoch-2").exists()
 
 
 @pytest.mark.slow
