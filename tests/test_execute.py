@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import execute
+from benchmarks import execute
 
 RIGHT = "\ndef double(x):\n    return 2 * x\n"
 WRONG = "\ndef double(x):\n    return 3 * x\n"

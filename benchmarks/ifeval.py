@@ -1,8 +1,10 @@
 """IFEval: the 25 verifiable instructions, strict and loose.
 
+    text, start = ifeval.ask(record, "dream")     # the user's turn; what the assistant's turn already holds
+    ifeval.settings("llada")                      # arguments of the decoder
     verdict = ifeval.grade(record, response)      # a line of the benchmark: instruction_id_list, kwargs, prompt, key
     verdict["strict"], verdict["loose"]           # one boolean per instruction
-    all(verdict["strict"])                        # the prompt-level verdict
+    verdict["correct"]                            # the prompt-level verdict: all of strict
 
 Sources: Zhou et al., Instruction-Following Evaluation for Large Language Models (arXiv 2311.07911), and the behaviour
 of the official evaluation (google-research/instruction_following_eval), each quirk named where it is. Sentences and
@@ -20,11 +22,50 @@ import string
 from functools import partial
 from itertools import pairwise
 
+NAME = "ifeval"
+FILE = "ifeval.jsonl.gz"
+HUB = ("google/IFEval", "ifeval_input_data.jsonl")
+FIELDS = dict(instruction_id_list=[str], kwargs=[(dict, type(None))])  # what a record needs to be graded
+ASKED = dict(prompt=str)  # what it needs besides to be asked
+PROMPT_TOKENS = 1024  # longer prompts are cut on the left
+PROTOCOLS = ("paper", "release", "official")
+
+
+def ask(record, family, protocol="paper"):
+    """(user's turn, start of the answer): the prompt itself, for every family and protocol."""
+    return record["prompt"], ""
+
+
+def settings(family, protocol="paper"):
+    """Arguments of decode.generate. Raises ValueError for an unknown protocol."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "llada":
+        found = dict(max_new_tokens=512, steps=512, block_length=512, temperature=0.0)
+        return dict(found, strategy="entropy") if protocol == "release" else found
+    tokens = 512 if protocol == "release" else 1280
+    found = dict(max_new_tokens=tokens, steps=tokens)
+    if family == "dream":
+        found.update(block_length=None, temperature=0.1, top_p=0.9, greedy=protocol != "official")
+    return found
+
+
+def stops(family, protocol="paper"):
+    """A response is taken whole."""
+    return ()
+
+
+def trim(response, family="dream", protocol="paper"):
+    """The response: it has no stops."""
+    return response
+
+
 # -------------------------------------------------------------------------------------------------------------- grading
 
 
-def grade(record, response):
-    """{"strict": [...], "loose": [...]}: whether the response follows each instruction of a benchmark record.
+def grade(record, response, family="dream", protocol="paper"):
+    """dict(correct, reason, strict, loose): whether the response follows each instruction of a benchmark record, one
+    boolean for each in strict and loose; correct: all of strict. Family and protocol change nothing here.
 
     Strict judges the response as it is. Loose is content if any of eight versions of it passes. An empty version
     follows nothing. Raises ValueError for an unknown instruction and for arguments that do not fit it."""
@@ -33,10 +74,13 @@ def grade(record, response):
         raise ValueError(f"record {record.get('key')} has {len(names)} instructions, but kwargs for {len(kwargs)}")
     checks = [bind(name, k) for name, k in zip(names, kwargs)]
     versions = loosened(response)
-    return {
-        "strict": [follows(check, response) for check in checks],
-        "loose": [any(follows(check, version) for version in versions) for check in checks],
-    }
+    strict, loose = [], []
+    for check in checks:
+        strict.append(follows(check, response))
+        loose.append(any(follows(check, version) for version in versions))
+    missed = [name for name, followed in zip(names, strict) if not followed]
+    reason = "not followed: " + ", ".join(missed) if missed else "every instruction is followed"
+    return dict(correct=all(strict), reason=reason, strict=strict, loose=loose)
 
 
 def bind(name, kwargs):

@@ -1,0 +1,1 @@
+"""One benchmark a file: its prompts, settings and grader; execute.py runs generated programs."""

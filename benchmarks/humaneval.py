@@ -1,0 +1,160 @@
+"""HumanEval: 164 Python functions to complete, judged by running their checks (pass@1).
+
+    text, start = humaneval.ask(record, "dream")      # the user's turn; what the assistant's turn already holds
+    humaneval.settings("llada")                       # arguments of the decoder: Table 8 of the TABOM paper
+    program, tests, names = humaneval.program(record, humaneval.trim(response))
+    execute.run(program, tests, names)                # or anything that runs a program against its checks
+
+record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
+
+Sources: Dream's fork of lm-evaluation-harness (its sanitize, which is EvalPlus's); OpenCompass, which evaluated LLaDA
+(humaneval_postprocess_v2). Protocols: "paper" and "release" ask both families as the fork does, zero-shot; "official"
+is each model's own evaluation.
+"""
+
+import ast
+import re
+import warnings
+
+NAME = "humaneval"
+FILE = "HumanEval.jsonl.gz"
+HUB = ("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet")
+FIELDS = dict(prompt=str, entry_point=str, test=str)  # what a record needs to be graded
+ASKED = {}  # what it needs besides to be asked
+PROMPT_TOKENS = 1024  # longer prompts are cut on the left
+PROTOCOLS = ("paper", "release", "official")
+
+
+def ask(record, family, protocol="paper"):
+    """(user's turn, start of the answer) of a problem. LLaDA's chat template trims the start at its end."""
+    prompt = record["prompt"]
+    if family == "llada" and protocol == "official":
+        return f"Complete the following python code:\n{prompt}", ""
+    text = "Write a solution to the following problem and make sure that it passes the tests:\n```"
+    return text + prompt, f"Here is the completed function:\n```python\n{prompt}\n"
+
+
+def settings(family, protocol="paper"):
+    """Arguments of decode.generate; and suppress_eos: whether EOS is never chosen, as LLaDA's evaluation has it.
+
+    Raises ValueError for an unknown protocol."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "llada":
+        return dict(max_new_tokens=512, steps=512, block_length=512, temperature=0.0, suppress_eos=True)
+    found = dict(max_new_tokens=768, steps=768)
+    if family == "dream":
+        found.update(block_length=None, temperature=0.1, top_p=0.9, greedy=protocol != "official")
+    return found
+
+
+def stops(family, protocol="paper"):
+    """A response ends before the first of these texts. OpenCompass takes it whole."""
+    if family == "llada" and protocol == "official":
+        return ()
+    return ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+
+def trim(response, family="dream", protocol="paper"):
+    """The response up to its first stop."""
+    for stop in stops(family, protocol):
+        response = response.split(stop, 1)[0]
+    return response
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+MAX_LINES = 100  # of a program that sanitize() looks at, as in the official code
+
+
+def program(record, response, family="dream", protocol="paper"):
+    """(program, tests, names): a program, the checks that it must pass, and the names that these take from it.
+
+    Raises ValueError for a record whose test is not Python."""
+    prompt, entry = record["prompt"], record["entry_point"]
+    tests = f"{record['test']}\ncheck({entry})\n"
+    if parsed(tests) is None:
+        raise ValueError(f"humaneval: the test of {record.get('task_id')} is not Python")
+    if family == "llada" and protocol == "official":
+        return prompt_and_block(prompt, response), tests, [entry]
+    roots = {entry} | {node.id for node in ast.walk(ast.parse(record["test"])) if isinstance(node, ast.Name)}
+    return sanitize(prompt + "\n" + python_block(response), roots), tests, [entry]
+
+
+def prompt_and_block(prompt, response):
+    """The prompt and the first fenced block, or all where none is fenced."""
+    blocks = re.findall(r"```\w*\n(.*?)```", response, re.DOTALL)
+    code = blocks[0] if blocks else response
+    # A released version keeps the indentation of the first line, a later one does not: what parses is taken.
+    return prompt + code if parsed(prompt + code) else prompt + code.lstrip()
+
+
+def python_block(text):
+    """What follows the first ```python, if there is one, up to the next ```."""
+    return text.split("```python\n", 1)[-1].split("```")[0]
+
+
+def parsed(code):
+    """The syntax tree, or None for what is not Python."""
+    with warnings.catch_warnings():  # of a program's "\\W" we need not hear
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(code)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):  # ValueError: a null byte
+            return None
+
+
+def sanitize(text, roots):
+    """The longest span of lines that parses, reduced to its imports and to what the roots need, which are names.
+
+    As the official code: a function without a return statement is dropped, of a.b only b counts as needed, and of two
+    definitions of a name the later one is kept, at the place of the first. Unlike it, the roots are more than the entry
+    point: the tests of HumanEval/50 call a function of the prompt, and no answer passes where that was dropped."""
+    lines = text.replace("\t", "    ").replace("\r\n", "\n").replace("\r", "\n").strip().splitlines()[:MAX_LINES]
+    imports, definitions = [], {}
+    for node in parsed(longest_parsable(lines)).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.append(node)
+        elif isinstance(node, ast.ClassDef) or isinstance(node, ast.FunctionDef) and has_return(node):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            definitions[node.targets[0].id] = node
+
+    needed, queue = set(), list(roots)
+    while queue:
+        name = queue.pop()
+        if name not in needed:
+            needed.add(name)
+            queue += names_used(definitions[name]) if name in definitions else []
+    kept = [node for name, node in definitions.items() if name in needed]
+    return "\n".join(ast.unparse(node) for node in imports + kept)
+
+
+def longest_parsable(lines):
+    """The span with the most lines that are not blank, among those that parse; of equals the first that starts."""
+    filled = [0]
+    for line in lines:
+        filled.append(filled[-1] + bool(line.strip()))
+    places = range(len(filled))
+    spans = [(i, j) for i in places for j in places if filled[i] < filled[j]]
+    spans.sort(key=lambda s: (filled[s[0]] - filled[s[1]], s))
+    for i, j in spans:
+        code = "\n".join(lines[i:j])
+        if parsed(code) is not None:
+            return code
+    return ""
+
+
+def has_return(node):
+    return any(isinstance(n, ast.Return) for n in ast.walk(node))
+
+
+def names_used(node):
+    """Names and attributes below a node; what an attribute belongs to is not looked at."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Name):
+            yield child.id
+        elif isinstance(child, ast.Attribute):
+            yield child.attr
+        else:
+            yield from names_used(child)

@@ -1,0 +1,116 @@
+"""MBPP: 500 short Python tasks (its test split), judged by running their asserts (pass@1).
+
+    text, start = mbpp.ask(record, "dream")           # the user's turn; what the assistant's turn already holds
+    mbpp.settings("llada")                            # arguments of the decoder: Table 8 of the TABOM paper
+    program, tests, names = mbpp.program(record, mbpp.trim(response))
+    execute.run(program, tests, names)                # or anything that runs a program against its checks
+
+record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
+
+Sources: Dream's fork of lm-evaluation-harness; OpenCompass, which evaluated LLaDA (MBPPEvaluator). Protocols: "paper"
+asks both families as the fork does, zero-shot; "release" has the lengths of the paper's published code and checks the
+first three asserts without the record's set-up code; "official" is each model's own evaluation.
+"""
+
+import ast
+import re
+import warnings
+
+NAME = "mbpp"
+FILE = "mbpp.jsonl.gz"
+HUB = ("google-research-datasets/mbpp", "full/test-00000-of-00001.parquet")
+FIELDS = dict(test_list=[str])  # what a record needs to be graded
+ASKED = dict(text=str, task_id=int)  # what it needs besides to be asked
+PROMPT_TOKENS = 1024  # longer prompts are cut on the left
+PROTOCOLS = ("paper", "release", "official")
+
+QUESTION = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n"
+
+
+def rows(records):
+    """The test split: tasks 11 to 510."""
+    return [record for record in records if 11 <= record["task_id"] <= 510]
+
+
+def ask(record, family, protocol="paper"):
+    """(user's turn, start of the answer) of a task. LLaDA's chat template trims the start at its end."""
+    question, tests = QUESTION.format(record["text"]), record["test_list"]
+    if family == "llada" and protocol == "official":
+        return question + " " + "\n".join(tests) + "  \n", ""
+    return question + "\n".join(tests[:3]), "Here is the completed function:\n```python\n"
+
+
+def settings(family, protocol="paper"):
+    """Arguments of decode.generate; and eos_last: whether EOS is scored last, as LLaDA's evaluation has it.
+
+    Raises ValueError for an unknown protocol."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "llada":
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0, eos_last=True)
+    tokens = 512 if protocol == "release" else 1024
+    found = dict(max_new_tokens=tokens, steps=tokens)
+    if family == "dream":
+        found.update(block_length=None, temperature=0.1, top_p=0.9, greedy=protocol != "official")
+    return found
+
+
+def stops(family, protocol="paper"):
+    """A response ends before the first of these texts. OpenCompass takes it whole."""
+    if family == "llada" and protocol == "official":
+        return ()
+    return ("```",)
+
+
+def trim(response, family="dream", protocol="paper"):
+    """The response up to its first stop."""
+    for stop in stops(family, protocol):
+        response = response.split(stop, 1)[0]
+    return response
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+
+def program(record, response, family="dream", protocol="paper"):
+    """(program, tests, names): a program, the checks that it must pass, and the names that these take from it."""
+    tests = [*record.get("test_imports", []), record.get("test_setup_code") or "", *record["test_list"]]
+    if protocol == "release":
+        tests = record["test_list"][:3]
+    code = marked_code(response) if family == "llada" and protocol == "official" else python_block(response)
+    return code, "\n".join(tests).replace("\r\n", "\n"), sorted(defined_names(record.get("code", "")))
+
+
+def python_block(text):
+    """What follows the first ```python, if there is one, up to the next ```."""
+    return text.split("```python\n", 1)[-1].split("```")[0]
+
+
+def marked_code(text):
+    """What stands between [BEGIN] and [DONE], the marks of the earlier turns; else the first fenced block; else all.
+
+    Quotes around marked code, which the earlier turns have, are no part of it."""
+    marked = re.search(r"BEGIN\]?(.*?)\[?DONE", text, re.DOTALL)
+    inner = marked[1] if marked else text
+    fenced = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", inner, re.DOTALL)
+    code = fenced[1] if fenced else re.split(r"\[?BEGIN\]?", inner, maxsplit=1)[-1]
+    code = re.split(r"'?\s*\[?DONE\]?", code)[0].replace("\\_", "_").strip()
+    if parsed(code) is None:
+        code = code.removeprefix("'").removesuffix("'")
+    return code
+
+
+def parsed(code):
+    """The syntax tree, or None for what is not Python."""
+    with warnings.catch_warnings():  # of a program's "\\W" we need not hear
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(code)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):  # ValueError: a null byte
+            return None
+
+
+def defined_names(code):
+    """Functions and classes that a program defines at its top."""
+    tree = parsed(code) or ast.Module([])
+    return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
