@@ -1,37 +1,120 @@
-"""Is a response right, and does a model decode from easy to hard: the graders of GSM8K, MATH500, HumanEval and MBPP, a
-plain check for other datasets, the TDS of the TABOM paper and what else tells how a model decodes.
+"""Step 3: answer questions and grade the answers; and what every command uses that lets a model answer.
 
-    evaluate.gsm8k(record, response)                        # {"correct": True, "reason": "18 = 18", "extracted": "18"}
-    evaluate.math500(record, response)                      # needs math-verify
-    evaluate.humaneval(record, response, execute.run)       # family "dream" or "llada": they mark code differently
-    evaluate.mbpp(record, response, execute.run)
-    evaluate.check("number", response, reference_answer)    # True, False, or None where nothing can be checked
-    evaluate.tds(m, batch, eos_id)                          # {"tds": 0.21, "per_step": [...], "rows": [...]}
-    evaluate.inversions(evaluate.replay(m, batch).diagonal(dim1=1, dim2=2))     # how often hard came before easy
-    evaluate.loss_at(m, batch, mask_ratio, generators)      # cross-entropy at a mask ratio, [B]
+    torchrun --nproc_per_node 8 tabom.py evaluate --model M --adapter out/R/epoch-5 --tasks gsm8k,math500 --out out/E
+    python tabom.py grade --task gsm8k --responses R.jsonl --out V.jsonl
 
-record: a row of the benchmark's own file. response: the text a model wrote, without the prompt. `m` and batch are those
-of objectives.py: a callable m(ids, attention_mask=None, positions=None) -> logits, and a dict of prompt_ids and
-prompt_mask [B, P], response_ids and order [B, N], length [B].
+    texts, records = evaluate.answer(m, tok, prompts, settings, seed=0)    # settings: arguments of decode.generate
+    evaluate.check("number", response, reference_answer)                   # True, False, or None: cannot be told
 
-Sources: lm-evaluation-harness (gsm8k.yaml and gsm8k-cot.yaml, both its filters); math-verify; for code, Dream's fork of
-lm-evaluation-harness (its sanitize) and OpenCompass (humaneval_postprocess_v2, MBPPEvaluator), which evaluated LLaDA.
+A benchmark is a file of benchmarks/ (docs/extending.md lists what it holds). Protocols: "paper" asks both families as
+lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the lengths of the authors' published code;
+"official" is each model's own evaluation, with the earlier turns that --shots takes from a file.
 """
 
-import ast
-import functools
-import importlib.util
+import hashlib
 import json
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
-import warnings
+import time
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 
-import torch
+from tqdm import tqdm
+
+import data
+import decode
+import runs
+from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
+from options import name_list, opt
+
+TASKS = {task.NAME: task for task in (gsm8k, math500, humaneval, mbpp, ifeval)}
+PROTOCOLS = ("paper", "release", "official")
+
+# -------------------------------------------------------------------------------------------------------- answering
+
+
+def answer(m, tok, prompts, settings, seed=0):
+    """Answer prompts in one batch -> (texts, records), one of each per prompt.
+
+    prompts: texts as the model reads them (tok.chat renders one), or lists of token ids. settings: arguments of
+    decode.generate. seed: with the number of the prompt it decides every random choice. A record is a line of a
+    trajectory file (docs/formats.md). Raises ValueError for predictions that are not finite."""
+    examples = []
+    for i, prompt in enumerate(prompts):
+        ids = tok.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        examples.append(dict(id=i, prompt=prompt, answer=None, prompt_ids=ids))
+    records = answer_batch(runs.Loaded(m, tok, None), examples, settings, seed, next(m.parameters()).device)
+    return [r["text"] for r in records], records
+
+
+def answer_batch(loaded, examples, settings, seed, device):
+    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) -> their trajectory records."""
+    m, tok, _ = loaded
+    ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
+    generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
+    t = decode.generate(m, ids, mask, generator=generators, **with_eos_rules(settings, loaded))
+    if not t.entropy.isfinite().all():
+        raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+    records = []
+    for e, response, step, order, entropy, confidence in zip(examples, *(x.tolist() for x in t)):
+        record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
+        record.update(response_ids=response, order=order, step=step)
+        record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
+        record.update(text=tok.response_text(response), finished=m.config.eos_id in response)
+        records.append(record)
+    return records
+
+
+def with_eos_rules(settings, loaded):
+    """Settings with the ids that no response may hold, and with EOS where suppress_eos and eos_last speak of it."""
+    settings, eos = dict(settings), loaded.m.config.eos_id
+    settings["suppress"] = loaded.never_chosen
+    if settings.pop("suppress_eos", False):
+        settings["suppress"].append(eos)
+    if settings.pop("eos_last", False):
+        settings["last"] = [eos]
+    return settings
+
+
+def answer_all(c, processes, loaded, examples, settings, out, judge):
+    """Answer the examples that the folder out does not hold yet, shared over the processes -> how many those were.
+
+    c: options with seed and batch_size. examples: dicts of id, prompt, answer and prompt_ids. judge(examples, records)
+    gives each record its verdict: a dict of correct (True, False or None) and whatever else is worth keeping."""
+    if processes.first:
+        for file in data.trajectory_files(out):
+            runs.drop_torn_line(file)
+    processes.barrier()
+    done = set()
+    if data.trajectory_files(out):
+        done = {json.dumps(r["id"]) for r in data.read_trajectories(out)}
+    processes.barrier()  # nobody writes before everybody has read
+
+    todo = [e for e in examples if json.dumps(e["id"]) not in done]
+    todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
+    starts = range(0, len(todo), c.batch_size)[processes.index :: processes.count]
+    mine = sum(len(todo[i : i + c.batch_size]) for i in starts)
+    with (
+        open(out / f"trajectories-{processes.index:05d}.jsonl", "a", encoding="utf-8") as f,
+        tqdm(total=mine, desc=out.name, unit="prompt", disable=not processes.shows) as bar,
+    ):
+        seen = kept = tokens = 0
+        begun = time.time()
+        for i in starts:
+            batch = todo[i : i + c.batch_size]
+            records = answer_batch(loaded, batch, settings, c.seed, processes.device)
+            for record, verdict in zip(records, judge(batch, records)):
+                record.update(verdict)
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                kept += data.usable(record)
+                tokens += len(record["response_ids"])
+            f.flush()
+            seen += len(batch)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{tokens / (time.time() - begun):.0f} tokens/s, kept {kept / seen:.0%}")
+    processes.barrier()
+    return len(todo)
+
 
 # ------------------------------------------------------------------------------------------------ answers in general
 
@@ -75,6 +158,233 @@ def final_number(text, only=False):
         return None
 
 
+# ------------------------------------------------------------------------------------------------------- benchmarks
+
+
+@dataclass
+class EvaluateOptions(runs.ModelOptions, runs.DecodeOptions):
+    """what is asked"""
+
+    tasks: tuple = opt(("gsm8k",), f"{', '.join(TASKS)}, comma-separated", parse=name_list)
+    protocol: str = opt(
+        "paper",
+        "prompts and settings: lm-evaluation-harness's with the paper's lengths, with those of the authors' release, "
+        "or each model's own evaluation",
+        choices=PROTOCOLS,
+    )
+    out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-MODELHASH)")
+    data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
+    adapter: str | None = opt(None, "adapter folder")
+    shots: str | None = opt(None, "JSON file of earlier turns: a list of chat messages, or one list for each task")
+    limit: int | None = opt(None, "only the first so many questions of each task", low=1)
+    batch_size: int = opt(16, "questions decoded together on each process", low=1)
+
+
+def evaluate(c, processes=None):
+    """Answer the questions of benchmarks and grade the answers -> a score with its interval for each.
+
+    out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings."""
+    unknown = [task for task in c.tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(TASKS)}")
+    processes = processes or runs.Processes(c.device)
+    questions = {task: read_questions(task, c.data) for task in c.tasks}
+    shots = {task: read_shots(c.shots, task) for task in c.tasks}
+    loaded = runs.load_model(c, processes, c.adapter)
+    identity = runs.identity(loaded.folder, c.adapter)
+    out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
+    settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded
+    scores = []
+    for task in c.tasks:
+        about = dict(identity, decoder=settings[task])
+        scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
+    if processes.first:
+        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=scores, versions=runs.versions())
+        with runs.atomic_file(out / "results.json") as f:
+            f.write(json.dumps(shown, indent=2) + "\n")
+        if processes.shows:
+            print(score_table(scores))
+    return dict(out=str(out), scores=scores)
+
+
+def task_settings(c, task, loaded):
+    """A benchmark's decoder settings, with what the command line changes. Its steps are as many as its tokens, also
+    where --max-new-tokens gives another number."""
+    preset = TASKS[task].settings(loaded.m.config.family, c.protocol)
+    if c.max_new_tokens:
+        preset.update(max_new_tokens=c.max_new_tokens, steps=c.max_new_tokens)
+    return runs.decoder_settings(c, loaded, preset)
+
+
+def run_task(c, processes, loaded, task, questions, shots, about, out):
+    """Answer and grade the questions of one benchmark -> its score. about: model, adapter and decoder settings."""
+    family, questions = loaded.m.config.family, questions[: c.limit]
+    examples = []
+    for i, record in enumerate(questions):
+        text, ids = prompt_of(c, loaded, task, record, shots)
+        examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
+    meta = dict(
+        command="evaluate",
+        task=task,
+        protocol=c.protocol,
+        **about,
+        dtype=runs.resolve_dtype(c, processes),
+        seed=c.seed,
+        limit=c.limit,
+        shots=len(shots),
+        questions_sha256=digest(questions),
+        shots_sha256=digest(shots),
+        versions=runs.versions(),
+    )
+    out = runs.open_run(out, meta, processes, free=("limit", "questions_sha256"))
+
+    def judge(batch, records):
+        texts = [TASKS[task].trim(graded_text(c, loaded, r), family, c.protocol) for r in records]
+        found = verdicts(task, [e["record"] for e in batch], texts, family, c.protocol)
+        return [dict(v, response=text) for v, text in zip(found, texts)]
+
+    answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
+    found = data.read_trajectories(out)[: len(questions)]
+    finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
+    more = dict(finished=finished, shots=len(shots), protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
+    return dict(score(task, found), **more)
+
+
+def prompt_of(c, loaded, task, record, shots):
+    """(user's turn, token ids of the prompt) of a question, cut on the left to the benchmark's length."""
+    family = loaded.m.config.family
+    text, start = TASKS[task].ask(record, family, c.protocol)
+    ids = loaded.tok.encode(loaded.tok.chat([*shots, {"role": "user", "content": text}]) + start)
+    whole = family == "llada" and c.protocol == "official"  # OpenCompass does not cut
+    return text, ids if whole else ids[-TASKS[task].PROMPT_TOKENS :]
+
+
+def graded_text(c, loaded, record):
+    """The text of a response that is graded. The release cuts LLaDA's at the EOS alone: an end of turn stays in it."""
+    if c.protocol != "release" or loaded.m.config.family != "llada":
+        return record["text"]
+    ids, eos = record["response_ids"], loaded.m.config.eos_id
+    return loaded.tok.decode(ids[: ids.index(eos)] if eos in ids else ids)
+
+
+def read_questions(task, folder=None):
+    """The rows of a benchmark from a folder of its files, else from the Hub.
+
+    Raises FileNotFoundError, or ValueError with the place of a row that lacks something."""
+    benchmark = TASKS[task]
+    if folder is not None:
+        path = Path(folder) / benchmark.FILE
+    else:
+        from huggingface_hub import hf_hub_download  # slow to import, and only for this
+
+        repo, file = benchmark.HUB
+        try:
+            path = Path(hf_hub_download(repo, file, repo_type="dataset"))
+        except Exception as e:  # the hub library raises its own, requests' and httpx's errors
+            raise FileNotFoundError(
+                f"{task}: no download of {repo} from the Hub ({type(e).__name__}); use --data"
+            ) from e
+    wanted = {**benchmark.FIELDS, **benchmark.ASKED}
+    found = [checked_row(row, where, task, wanted) for where, row in data.read_rows(path)]
+    found = benchmark.rows(found) if hasattr(benchmark, "rows") else found
+    if not found:
+        raise ValueError(f"{path}: no questions of {task}")
+    return found
+
+
+def checked_row(row, where, task, wanted):
+    """The row, if it has the wanted fields. Raises ValueError with its place and what is missing."""
+    wrong = [name for name, kind in wanted.items() if not isinstance(row, dict) or not fits(row.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; {task} needs {', '.join(wanted)}")
+    return row
+
+
+def fits(value, kind):
+    """Whether a value is of a type; a list of a type in brackets stands for lists of it that are not empty."""
+    if not isinstance(kind, list):
+        return isinstance(value, kind)
+    return isinstance(value, list) and bool(value) and all(isinstance(one, kind[0]) for one in value)
+
+
+def read_shots(path, task):
+    """The earlier turns of a task: a JSON list of chat messages, or an object with such a list for each task."""
+    if path is None:
+        return []
+    try:
+        turns = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from e
+    turns = turns.get(task, []) if isinstance(turns, dict) else turns
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+        raise ValueError(f"{path}: the earlier turns must be a list of messages with a role and a content")
+    return turns
+
+
+def digest(rows):
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- grading
+
+
+@dataclass
+class GradeOptions:
+    """what is graded"""
+
+    task: str = opt(None, ", ".join(TASKS), required=True, choices=tuple(TASKS))
+    responses: str = opt(None, "JSON Lines of the benchmark's fields and a response", required=True)
+    out: str = opt(None, "file for the same lines with their verdicts", required=True)
+    family: str = opt("dream", "whose prompt the code answers", choices=tuple(runs.DECODERS))
+    protocol: str = opt("paper", "whose grader: see evaluate --protocol", choices=PROTOCOLS)
+
+
+def grade(c):
+    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict."""
+    rows = []
+    for where, row in data.read_rows(c.responses):
+        rows.append(checked_row(row, where, c.task, dict(TASKS[c.task].FIELDS, response=str)))
+    if not rows:
+        raise ValueError(f"{c.responses}: no responses to grade")
+    found = verdicts(c.task, rows, [row["response"] for row in rows], c.family, c.protocol)
+    out = Path(c.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with runs.atomic_file(out) as f:
+        f.writelines(json.dumps({**row, **v}, ensure_ascii=False) + "\n" for row, v in zip(rows, found))
+    return dict(score(c.task, found), out=str(out))
+
+
+def verdicts(task, records, responses, family="dream", protocol="paper"):
+    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response."""
+    benchmark = TASKS[task]
+    work = benchmark.program if hasattr(benchmark, "program") else benchmark.grade
+    found = []
+    for record, response in zip(records, responses):
+        try:
+            found.append(work(record, response, family, protocol))
+        except (TypeError, AttributeError, KeyError, SyntaxError) as e:
+            raise ValueError(f"{task}: no sense in a record ({type(e).__name__}: {e}): {record!r:.200}") from e
+    if not hasattr(benchmark, "program"):
+        return found
+    results = execute.run_many(found)  # all at once: on as many processes as there are cores
+    return [dict(correct=r["passed"], reason=r["reason"]) for r in results]
+
+
+def score(task, found):
+    """Accuracy in percent with its 95 % Wilson interval; for IFEval (prompt level, strict) also its other three."""
+    right, n = sum(v["correct"] is True for v in found), len(found)
+    result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=wilson(right, n))
+    if task == "ifeval":
+        strict, loose = [], []
+        for v in found:
+            strict += v["strict"]
+            loose += v["loose"]
+        result["prompt_loose"] = round(100 * sum(all(v["loose"]) for v in found) / n, 2)
+        result["instruction_strict"] = round(100 * sum(strict) / len(strict), 2)
+        result["instruction_loose"] = round(100 * sum(loose) / len(loose), 2)
+    return result
+
+
 def wilson(right, n, z=1.96):
     """The 95 % Wilson interval of a share, right of n: (low, high)."""
     if n == 0:
@@ -84,385 +394,13 @@ def wilson(right, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-# -------------------------------------------------------------------------------------------------------------- GSM8K
-
-FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # the first alternative takes "." and "," and "$" too
-STRICT = (re.compile(r"#### (-?[0-9.,]+)"), re.compile(r"The answer is (-?[0-9.,]+)"))
-
-
-def gsm8k(record, response, strict=False):
-    """flexible-extract: the last number is the answer. strict: the first after ####, else after "The answer is"."""
-    found = strict_number(response) if strict else flexible_number(response)
-    gold = plain_number(record["answer"].rsplit("####", 1)[-1].strip())
-    if found is None:
-        return dict(correct=False, reason="no answer in the response", extracted=None)
-    same = found == gold
-    return dict(correct=same, reason=f"{found} {'=' if same else 'is not'} {gold}", extracted=found)
-
-
-def flexible_number(text):
-    """The last number of a text, as plain_number() writes it, or None."""
-    found = [a or b for a, b in FLEXIBLE.findall(text)]
-    return plain_number(found[-1]) if found else None
-
-
-def strict_number(text):
-    for pattern in STRICT:
-        if found := pattern.search(text):
-            return plain_number(found[1])
-    return None
-
-
-def plain_number(text):
-    """Without commas, dollar signs and one last point; equality of what is left is equality of strings."""
-    return text.replace(",", "").replace("$", "").removesuffix(".")
-
-
-# ------------------------------------------------------------------------------------------------------------ MATH500
-
-# math-verify stops itself by SIGALRM, which only a process's main thread may use and which big integers do not heed.
-# So it runs in a process of its own: one that is killed works in any thread, and on any answer.
-MATH_WORKER = """
-import json, logging, resource, sys
-from math_verify import parse, verify
-logging.disable(logging.CRITICAL)
-resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2)
-out, sys.stdout = sys.stdout, sys.stderr
-print("ready", file=out, flush=True)
-for line in sys.stdin:
-    gold, *texts = json.loads(line)
-    answer = next(filter(None, map(parse, texts)), [])
-    print(json.dumps([bool(verify(parse(gold), answer)), str(answer[0]) if answer else None]), file=out, flush=True)
-"""
-
-
-class MathJudge:
-    """math-verify in a process of its own, which starts with the first question and again after a time limit."""
-
-    def __init__(self):
-        self.process, self.lock = None, threading.Lock()
-
-    def __call__(self, gold, texts, timeout):
-        """Whether the first of the texts that holds an answer holds gold -> (verdict, the answer).
-
-        Raises TimeoutError after `timeout` seconds, ChildProcessError where math-verify ended (out of memory)."""
-        with self.lock:
-            try:
-                if self.process is None:
-                    self.start()
-                self.process.stdin.write(json.dumps([gold, *texts]).encode() + b"\n")
-                self.process.stdin.flush()
-                return json.loads(self.line(timeout))
-            except BaseException:  # an interrupt too: the next question must not read this one's answer
-                self.close()
-                raise
-
-    def start(self):
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("grading MATH500 needs math-verify: pip install math-verify")
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        environment = dict(os.environ, PYTHONHASHSEED="0")  # sympy's order of terms, and so its verdicts, repeat
-        self.process = subprocess.Popen([sys.executable, "-c", MATH_WORKER], env=environment, **pipes)
-        self.line(120)  # sympy may come from a cold disk
-
-    def line(self, timeout):
-        if not select.select([self.process.stdout], [], [], timeout)[0]:
-            raise TimeoutError(f"no answer in {timeout} s")
-        line = self.process.stdout.readline()
-        if not line:
-            raise ChildProcessError("math-verify ended")
-        return line
-
-    def close(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
-@functools.lru_cache
-def math_judge(process):
-    """The judge of a process, by its id: a fork must not share its parent's."""
-    return MathJudge()
-
-
-def math500(record, response, timeout=20.0):
-    """math-verify's verdict on the last boxed answer, or on the whole response where none is boxed or it is empty.
-
-    Its own limits, 5 s for each parse and comparison, count as no answer; so does `timeout`, which nothing escapes."""
-    boxed = last_boxed(response)
-    texts = [boxed, response] if boxed else [response]
-    try:
-        correct, extracted = math_judge(os.getpid())("$" + record["answer"] + "$", texts, timeout)
-    except (TimeoutError, ChildProcessError, BrokenPipeError) as e:
-        return dict(correct=False, reason=str(e), extracted=boxed)
-    if extracted is None:
-        return dict(correct=False, reason="no answer in the response", extracted=None)
-    reason = f"{extracted:.100} {'=' if correct else 'is not'} {record['answer']}"
-    return dict(correct=correct, reason=reason, extracted=extracted)
-
-
-def last_boxed(text):
-    r"""The last \boxed{...} whose braces close, with any that it is joined to by a comma, "and" or "or"; or None."""
-    spans = []
-    for start in re.finditer(r"\\boxed\s*\{", text):
-        depth = 0
-        for brace in re.finditer(r"(?<!\\)[{}]", text[start.start() :]):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                spans.append((start.start(), start.start() + brace.end()))
-                break
-    if not spans:
-        return None
-    first, end = spans[-1]
-    for before in reversed(spans[:-1]):
-        if re.fullmatch(r"[\s$]*(,|,?\s*and|,?\s*or)[\s$]*", text[before[1] : first]):
-            first = before[0]
-    return text[first:end]
-
-
-# ------------------------------------------------------------------------------------------------- HumanEval and MBPP
-
-MAX_LINES = 100  # of a program that sanitize() looks at, as in the official code
-
-
-def humaneval(record, response, run, family="dream"):
-    return graded(run, *humaneval_job(record, response, family))
-
-
-def mbpp(record, response, run, family="dream"):
-    return graded(run, *mbpp_job(record, response, family))
-
-
-def graded(run, program, tests, names):
-    """run: execute.run, or anything with run(program, tests, names) -> dict(passed, reason)."""
-    result = run(program, tests, names)
-    return dict(correct=result["passed"], reason=result["reason"], extracted=program)
-
-
-def humaneval_job(record, response, family="dream"):
-    """(program, tests, names) of a HumanEval response: what execute.run takes."""
-    prompt, entry = record["prompt"], record["entry_point"]
-    if check_family(family) == "dream":
-        program = sanitize(prompt + "\n" + python_block(response), {entry} | names_in(record["test"]))
-    else:
-        blocks = re.findall(r"```\w*\n(.*?)```", response, re.DOTALL)
-        code = blocks[0] if blocks else response
-        # A released version keeps the indentation of the first line, a later one does not: what parses is taken.
-        program = prompt + code if parses(prompt + code) else prompt + code.lstrip()
-    return program, f"{record['test']}\ncheck({entry})\n", [entry]
-
-
-def mbpp_job(record, response, family="dream"):
-    """(program, tests, names) of an MBPP response: what execute.run takes."""
-    program = python_block(response) if check_family(family) == "dream" else llada_mbpp_code(response)
-    tests = [*record.get("test_imports", []), record.get("test_setup_code") or "", *record["test_list"]]
-    return program, "\n".join(tests).replace("\r\n", "\n"), sorted(defined_names(record.get("code", "")))
-
-
-def check_family(family):
-    if family not in ("dream", "llada"):
-        raise ValueError(f"family {family!r} is neither 'dream' nor 'llada'")
-    return family
-
-
-def python_block(text):
-    """What follows the first ```python, if there is one, up to the next ```."""
-    return text.split("```python\n", 1)[-1].split("```")[0]
-
-
-def llada_mbpp_code(text):
-    """What stands between [BEGIN] and [DONE], the marks of the earlier turns; else the first fenced block; else all.
-
-    Quotes around marked code, which the earlier turns have, are no part of it."""
-    marked = re.search(r"BEGIN\]?(.*?)\[?DONE", text, re.DOTALL)
-    inner = marked[1] if marked else text
-    fenced = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", inner, re.DOTALL)
-    code = fenced[1] if fenced else re.split(r"\[?BEGIN\]?", inner, maxsplit=1)[-1]
-    code = re.split(r"'?\s*\[?DONE\]?", code)[0].replace("\\_", "_").strip()
-    if not parses(code):
-        code = code.removeprefix("'").removesuffix("'")
-    return code
-
-
-def parsed(code):
-    """The syntax tree, or None for what is not Python."""
-    with warnings.catch_warnings():  # of a program's "\\W" we need not hear
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(code)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):  # ValueError: a null byte
-            return None
-
-
-def parses(code):
-    return parsed(code) is not None
-
-
-def defined_names(code):
-    """Functions and classes that a program defines at its top."""
-    tree = parsed(code) or ast.Module([])
-    return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-
-
-def names_in(code):
-    return {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-
-
-def sanitize(text, roots):
-    """The longest span of lines that parses, reduced to its imports and to what the roots need, which are names.
-
-    As the official code: a function without a return statement is dropped, of a.b only b counts as needed, and of two
-    definitions of a name the later one is kept, at the place of the first. Unlike it, the roots are more than the entry
-    point: the tests of HumanEval/50 call a function of the prompt, and no answer passes where that was dropped."""
-    lines = text.replace("\t", "    ").replace("\r\n", "\n").replace("\r", "\n").strip().splitlines()[:MAX_LINES]
-    imports, definitions = [], {}
-    for node in parsed(longest_parsable(lines)).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.append(node)
-        elif isinstance(node, ast.ClassDef) or isinstance(node, ast.FunctionDef) and has_return(node):
-            definitions[node.name] = node
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            definitions[node.targets[0].id] = node
-
-    needed, queue = set(), list(roots)
-    while queue:
-        name = queue.pop()
-        if name not in needed:
-            needed.add(name)
-            queue += names_used(definitions[name]) if name in definitions else []
-    kept = [node for name, node in definitions.items() if name in needed]
-    return "\n".join(ast.unparse(node) for node in imports + kept)
-
-
-def longest_parsable(lines):
-    """The span with the most lines that are not blank, among those that parse; of equals the first that starts."""
-    filled = [0]
-    for line in lines:
-        filled.append(filled[-1] + bool(line.strip()))
-    places = range(len(filled))
-    spans = [(i, j) for i in places for j in places if filled[i] < filled[j]]
-    spans.sort(key=lambda s: (filled[s[0]] - filled[s[1]], s))
-    return next((code for i, j in spans if parses(code := "\n".join(lines[i:j]))), "")
-
-
-def has_return(node):
-    return any(isinstance(n, ast.Return) for n in ast.walk(node))
-
-
-def names_used(node):
-    """Names and attributes below a node; what an attribute belongs to is not looked at."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Name):
-            yield child.id
-        elif isinstance(child, ast.Attribute):
-            yield child.attr
-        else:
-            yield from names_used(child)
-
-
-# -------------------------------------------------------------------------------------------- how a model decodes
-
-
-def log_probs(m, batch, visible, positions, mask_id=None):
-    """log p(. | U) at response positions [B, K], where of the response only visible [B, N] is seen: [B, K, V]."""
-    mask_id = m.config.mask_id if mask_id is None else mask_id
-    ids = torch.cat((batch["prompt_ids"], batch["response_ids"].masked_fill(~visible, mask_id)), dim=1)
-    attention_mask = torch.cat((batch["prompt_mask"].bool(), real(batch)), dim=1)
-    logits = m(ids, attention_mask=attention_mask, positions=batch["prompt_ids"].shape[1] + positions)
-    return logits.float().log_softmax(-1)
-
-
-def real(batch):
-    """True at the tokens of each response, False at its padding: bool [B, N]."""
-    N = batch["response_ids"].shape[1]
-    return torch.arange(N, device=batch["length"].device) < batch["length"][:, None]
-
-
-def before_eos(batch, eos_id):
-    """True at the tokens of each response before its first EOS: bool [B, N]."""
-    return real(batch) & ((batch["response_ids"] == eos_id).cumsum(1) == 0)
-
-
-def leftmost(chosen):
-    """Positions [B, K] of the True entries of chosen [B, N] from left to right, and which of them are no filler."""
-    count = chosen.sum(1, keepdim=True)  # [B, 1]
-    K = int(count.max())
-    index = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    return index, torch.arange(K, device=chosen.device) < count
-
-
-@torch.no_grad()
-def replay(m, batch, asked=None, mask_id=None):
-    """The entropies that a model has at every step of a trajectory: h [B, N, N] in nats. h[b, t, k] belongs to the
-    token decoded k-th (from 0), given the t tokens decoded before step t; NaN for k < t.
-
-    asked [B, N]: the positions to look at, NaN for all others; without it every real token. One forward pass a step, as
-    long as an asked token is masked. A trajectory that decoded several tokens a step is replayed one by one."""
-    order, asked = batch["order"], real(batch) if asked is None else asked
-    B, N = order.shape
-    h = torch.full((B, N, N), float("nan"), device=order.device)
-    for t in range(N):
-        masked = asked & (order >= t)
-        if not masked.any():
-            break
-        positions, kept = leftmost(masked)  # [B, K]
-        logp = log_probs(m, batch, real(batch) & (order < t), positions, mask_id)
-        entropy = torch.special.entr(logp.exp()).sum(-1)  # [B, K]
-        h[:, t].scatter_(1, order.gather(1, positions), entropy.masked_fill(~kept, float("nan")))
-    return h
-
-
-def tds(m, batch, eos_id, mask_id=None):
-    """Trajectory decoding separability (Eq. 10, 11): the variance, over the positions before the first EOS that are
-    still masked, of the entropies in nats at each decoding step; averaged over the steps, then over the trajectories.
-
-    -> dict(tds: float, rows: one value for each trajectory, per_step: one for each step, over the trajectories that
-    still have such a position). One forward pass a step: see replay."""
-    variance = separability(replay(m, batch, before_eos(batch, eos_id), mask_id))  # [B, N]
-    rows, per_step = variance.nanmean(1), variance.nanmean(0)
-    return dict(tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step[~per_step.isnan()].tolist())
-
-
-def separability(h):
-    """Eq. 10: the variance of the entropies at each step of a replay [..., K] -> [...], NaN where nothing was asked."""
-    return (h - h.nanmean(-1, keepdim=True)).square().nanmean(-1)
-
-
-def by_window(h, window, length):
-    """A replay [B, N, N] as the windows that TABOM ranks: [B, N, W], [b, t, i] = h of the token decoded i-th after step
-    t given U_t. NaN where t is no start of a window (0..length - W, or 0 alone in a shorter response)."""
-    B, N, _ = h.shape
-    W = min(window, N)
-    start = torch.arange(N, device=h.device)
-    rank = start[:, None] + torch.arange(W, device=h.device)  # [N, W]
-    found = h.gather(-1, rank.clamp(max=N - 1).expand(B, N, W))
-    outside = (start > (length[:, None] - W).clamp(min=0))[..., None] | (rank >= N)  # [B, N, W]
-    return found.masked_fill(outside, float("nan"))
-
-
-def inversions(h):
-    """How often an earlier token is less certain than a later one. h [..., K]: entropies in decode order, NaN takes no
-    part, such as the diagonal of a replay (each token's own step) or its windows.
-
-    -> dict(inverted, pairs), int64 tensors [K - 1]: of the pairs at distance 1, 2, ... in decode order, how many have
-    h(earlier) > h(later), and how many there are."""
-    gaps = [h[..., :-d] - h[..., d:] for d in range(1, h.shape[-1])]
-    count = [((gap > 0).sum(), (~gap.isnan()).sum()) for gap in gaps]
-    inverted, pairs = torch.tensor(count, dtype=torch.int64).reshape(-1, 2).T
-    return dict(inverted=inverted, pairs=pairs)
-
-
-@torch.no_grad()
-def loss_at(m, batch, mask_ratio, generators, mask_id=None):
-    """Cross-entropy at a mask ratio (Figure 3): the mean of -log p(x0) in nats over a random share mask_ratio of each
-    response's tokens, rounded and at least one, given the rest: [B].
-
-    generators: one CPU torch.Generator for each row."""
-    mask = torch.zeros_like(real(batch))
-    for row, n, g in zip(mask, batch["length"].tolist(), generators):
-        row[torch.randperm(n, generator=g)[: max(1, round(mask_ratio * n))].to(row.device)] = True
-    positions, kept = leftmost(mask)  # [B, K]
-    logp = log_probs(m, batch, real(batch) & ~mask, positions, mask_id)
-    nll = -logp.gather(-1, batch["response_ids"].gather(1, positions)[..., None])[..., 0]
-    return torch.where(kept, nll, 0.0).sum(1) / kept.sum(1)
+def score_table(scores):
+    lines = ["| task | n | score % | 95 % interval | finished % | tokens, steps, block | protocol | shots |"]
+    lines.append("| --- " * 8 + "|")
+    for r in scores:
+        low, high = (f"{100 * x:.1f}" for x in r["interval"])
+        d = r["decoder"]
+        decoding = f"{d['max_new_tokens']}, {d['steps']}, {d['block_length'] or '-'}"
+        cells = [r["task"], r["n"], r["score"], f"{low} to {high}", r["finished"], decoding, r["protocol"], r["shots"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

@@ -422,5 +422,97 @@ def dparallel(
     return dict(loss=loss.mean(), ce=ce.mean(), certainty=certainty.mean(), right=right.mean())
 
 
+# -------------------------------------------------------------------------------------------- how a model decodes
+
+
+def before_eos(batch, eos_id):
+    """True at the tokens of each response before its first EOS: bool [B, N]."""
+    return valid(batch) & ((batch["response_ids"] == eos_id).cumsum(1) == 0)
+
+
+def leftmost(chosen):
+    """Positions [B, K] of the True entries of chosen [B, N] from left to right, and which of them are no filler."""
+    count = chosen.sum(1, keepdim=True)  # [B, 1]
+    K = int(count.max())
+    index = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :K]
+    return index, torch.arange(K, device=chosen.device) < count
+
+
+@torch.no_grad()
+def replay(m, batch, asked=None, mask_id=None):
+    """The entropies that a model has at every step of a trajectory: h [B, N, N] in nats. h[b, t, k] belongs to the
+    token decoded k-th (from 0), given the t tokens decoded before step t; NaN for k < t.
+
+    asked [B, N]: the positions to look at, NaN for all others; without it every real token. One forward pass a step, as
+    long as an asked token is masked. A trajectory that decoded several tokens a step is replayed one by one."""
+    order, asked = batch["order"], valid(batch) if asked is None else asked
+    B, N = order.shape
+    h = torch.full((B, N, N), float("nan"), device=order.device)
+    for t in range(N):
+        masked = asked & (order >= t)
+        if not masked.any():
+            break
+        positions, kept = leftmost(masked)  # [B, K]
+        logp = log_probs(m, batch, valid(batch) & (order < t), positions, mask_id)
+        h_now = torch.special.entr(logp.exp()).sum(-1)  # [B, K]
+        h[:, t].scatter_(1, order.gather(1, positions), h_now.masked_fill(~kept, float("nan")))
+    return h
+
+
+def tds(m, batch, eos_id, mask_id=None):
+    """The Trajectory Discrimination Score (Eq. 10, 11): the variance, over the positions before the first EOS that are
+    still masked, of the entropies in nats at each decoding step; averaged over the steps, then over the trajectories.
+
+    -> dict(tds: float, rows: one value for each trajectory, per_step: one for each step, over the trajectories that
+    still have such a position). One forward pass a step: see replay."""
+    variance = separability(replay(m, batch, before_eos(batch, eos_id), mask_id))  # [B, N]
+    rows, per_step = variance.nanmean(1), variance.nanmean(0)
+    return dict(tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step[~per_step.isnan()].tolist())
+
+
+def separability(h):
+    """Eq. 10: the variance of the entropies at each step of a replay [..., K] -> [...], NaN where nothing was asked."""
+    return (h - h.nanmean(-1, keepdim=True)).square().nanmean(-1)
+
+
+def by_window(h, window, length):
+    """A replay [B, N, N] as the windows that TABOM ranks: [B, N, W], [b, t, i] = h of the token decoded i-th after step
+    t given U_t. NaN where t is no start of a window (0..length - W, or 0 alone in a shorter response)."""
+    B, N, _ = h.shape
+    W = min(window, N)
+    start = torch.arange(N, device=h.device)
+    rank = start[:, None] + torch.arange(W, device=h.device)  # [N, W]
+    found = h.gather(-1, rank.clamp(max=N - 1).expand(B, N, W))
+    outside = (start > (length[:, None] - W).clamp(min=0))[..., None] | (rank >= N)  # [B, N, W]
+    return found.masked_fill(outside, float("nan"))
+
+
+def inversions(h):
+    """How often an earlier token is less certain than a later one. h [..., K]: entropies in decode order, NaN takes no
+    part, such as the diagonal of a replay (each token's own step) or its windows.
+
+    -> dict(inverted, pairs), int64 tensors [K - 1]: of the pairs at distance 1, 2, ... in decode order, how many have
+    h(earlier) > h(later), and how many there are."""
+    gaps = [h[..., :-d] - h[..., d:] for d in range(1, h.shape[-1])]
+    count = [((gap > 0).sum(), (~gap.isnan()).sum()) for gap in gaps]
+    inverted, pairs = torch.tensor(count, dtype=torch.int64).reshape(-1, 2).T
+    return dict(inverted=inverted, pairs=pairs)
+
+
+@torch.no_grad()
+def loss_at(m, batch, mask_ratio, generators, mask_id=None):
+    """Cross-entropy at a mask ratio (Figure 3): the mean of -log p(x0) in nats over a random share mask_ratio of each
+    response's tokens, rounded and at least one, given the rest: [B].
+
+    generators: one CPU torch.Generator for each row."""
+    mask = torch.zeros_like(valid(batch))
+    for row, n, g in zip(mask, batch["length"].tolist(), generators):
+        row[torch.randperm(n, generator=g)[: max(1, round(mask_ratio * n))].to(row.device)] = True
+    positions, kept = leftmost(mask)  # [B, K]
+    logp = log_probs(m, batch, valid(batch) & ~mask, positions, mask_id)
+    nll = -logp.gather(-1, batch["response_ids"].gather(1, positions)[..., None])[..., 0]
+    return torch.where(kept, nll, 0.0).sum(1) / kept.sum(1)
+
+
 # What --objective offers. The first words of a docstring, up to the colon, say where an objective comes from.
 OBJECTIVES = {f.__name__: f for f in (tabom, nelbo, transition, traj, t3d, dparallel)}

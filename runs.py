@@ -1,26 +1,32 @@
-"""The processes of a run, the folder that it writes, and its checkpoints.
+"""What all commands share: processes, the model, its decoder, run folders that continue, and checkpoints.
 
-    ranks = runs.Ranks("auto")                                      # this process among those of torchrun
-    m, tok, folder = runs.load_model(c, ranks, c.adapter)           # c: options with a model and a dtype
-    out = runs.open_run("out/R", meta, ranks)                       # a new folder, or the same run continued
+    processes = runs.Processes("auto")                              # this process among those of torchrun
+    loaded = runs.load_model(c, processes, c.adapter)               # c: ModelOptions; -> m, tok, folder
+    settings = runs.decoder_settings(c, loaded)                     # c: DecodeOptions; -> arguments of decode.generate
+    out = runs.open_run("out/R", meta, processes)                   # a new folder, or the same run continued
     with runs.atomic_folder(out / "epoch-1") as beside:             # appears whole or not at all
-        runs.write_checkpoint(beside, m, folder, c.model, weights, optimizer, step)
+        runs.write_checkpoint(beside, loaded, c.model, weights, optimizer, step)
     step = runs.restore(runs.last_checkpoint(out), weights, optimizer)
 
 A run may be killed at any time: what it has finished stays whole, and the same command continues from there.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,20 +34,71 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
+import decode
 import lora
 import model
+from options import kind, opt
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+DTYPES = ("auto", *model.DTYPES)
+
+
+@dataclass
+class ModelOptions:
+    """the model and the machine"""
+
+    model: str = opt(None, "model folder in Hugging Face layout, or Hub repo id", required=True)
+    device: str = opt("auto", "cuda, mps or cpu; auto takes the first that is there")
+    dtype: str = opt("auto", "of the base model; auto: bfloat16 on cuda, else float32", choices=DTYPES)
+    seed: int = opt(0, "every random choice follows from this, whatever the number of processes")
+    compile: bool = opt(False, "compile the blocks of the transformer: faster after a minute, equal but for rounding")
+
+
+@dataclass
+class DecodeOptions:
+    """the decoder (where a flag is absent: the model family's own, see DECODERS in runs.py)"""
+
+    max_new_tokens: int | None = opt(None, "response length (256)")
+    steps: int | None = opt(None, "decoding steps (as many as tokens)")
+    block_length: int | None = opt(None, "decode blocks of so many tokens from left to right; 0 = one block")
+    strategy: str | None = opt(None, "which tokens to decode next", choices=decode.STRATEGIES)
+    schedule: str | None = opt(None, "how many tokens a step decodes", choices=decode.SCHEDULES)
+    temperature: float | None = opt(None, "of the token choice; 0 = the most probable one")
+    top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
+    top_k: int | None = opt(None, "choose among so many tokens")
+    threshold: float | None = opt(None, "decode every token more probable than this at once, instead of the schedule")
+    tokens_per_step: int | None = opt(None, "decode so many tokens a step: fewer --steps (Table 4)", low=1)
+    approximate_cache: str | None = opt(
+        None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
+    )
+
+
+@dataclass
+class DatasetOptions:
+    """the dataset"""
+
+    data: str = opt(None, "dataset: .jsonl, .jsonl.gz, .json or .parquet", required=True)
+    prompt_field: str | None = opt(None, "name of the prompt's field, if it is none of the usual ones")
+    answer_field: str | None = opt(None, "name of the answer's field, likewise")
+    limit: int | None = opt(None, "only the first so many rows", low=1)
+    raw: bool = opt(False, "prompts as they are, without the chat template")
+
 
 # -------------------------------------------------------------------------------------------------------- processes
 
 
-class Ranks:
-    """This process among those that torchrun started: its rank, its device, and what they do together."""
+class Processes:
+    """This process among those that torchrun started: its index, its device, the folders that it has locked, and what
+    the processes do together. alone: one of several processes that work each for itself."""
 
     def __init__(self, device="auto", alone=False):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.shows = self.rank == 0  # progress
-        if alone:  # one of several that work each for itself
-            self.rank, self.world = 0, 1
+        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.shows = self.index == 0  # progress bars and tables
+        if alone:
+            self.index, self.count = 0, 1
+        self.locks = {}  # folder -> the open file that holds its lock
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cuda":
@@ -53,91 +110,218 @@ class Ranks:
                 torch.cuda.set_device(self.device)
         except Exception as e:  # torch raises whatever its backends do
             raise ValueError(f"--device {device} cannot be used here: {str(e).strip().splitlines()[0]}") from e
-        if self.world > 1 and not dist.is_initialized():
+        if self.count > 1 and not dist.is_initialized():
             patient = datetime.timedelta(hours=2)  # others wait while the first writes a checkpoint
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patient)
 
     @property
     def first(self):
-        return self.rank == 0
+        return self.index == 0
 
     def barrier(self):
-        if self.world > 1:
+        if self.count > 1:
             dist.barrier()
 
     def sum(self, values):
         """The sum over all processes of a list of numbers."""
         total = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
-        if self.world > 1:
+        if self.count > 1:
             total = total.to(self.device)
             dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, items):
         """The lists of all processes, one after the other, on every process."""
-        if self.world == 1:
+        if self.count == 1:
             return list(items)
-        lists = [None] * self.world
+        lists = [None] * self.count
         dist.all_gather_object(lists, list(items))
-        return [item for one in lists for item in one]
+        return list(itertools.chain.from_iterable(lists))
 
     def sum_gradients(self, parameters):
         """Add up the gradients of all processes, in one message of float32 for each 64 MiB."""
-        if self.world == 1:
+        if self.count == 1:
             return
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a process without an example has none
         bucket, size = [], 0
         for i, p in enumerate(parameters, 1):
-            bucket, size = [*bucket, p.grad], size + p.numel()
+            if p.grad is None:  # a process without an example has no gradient
+                p.grad = torch.zeros_like(p)
+            bucket.append(p.grad)
+            size += p.numel()
             if size >= 2**24 or i == len(parameters):
-                flat = torch.cat([g.float().flatten() for g in bucket])
-                dist.all_reduce(flat)
-                for g, total in zip(bucket, flat.split([g.numel() for g in bucket])):
-                    g.copy_(total.view_as(g))
+                sum_together(bucket)
                 bucket, size = [], 0
 
+    def lock(self, folder):
+        """Keep other processes out of a folder for as long as this object lives -> whether that is so.
 
-def load_model(options, ranks, adapter=None, weights=None, dtype="auto"):
-    """The model on this process's device, its tokenizer, and the folder that both came from.
+        False where there are no locks: on Windows, and on some network file systems. Raises FileExistsError where
+        another process is at the folder already."""
+        try:
+            import fcntl  # not on Windows
+        except ImportError:
+            return False
+        folder = Path(folder).resolve()
+        if folder not in self.locks:
+            f = open(folder / LOCK, "a")  # noqa: SIM115, it stays open
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                f.close()
+                raise FileExistsError(
+                    f"another process is writing into {folder}: wait for it, or choose another --out"
+                ) from e
+            except OSError:  # a file system without locks
+                f.close()
+                return False
+            self.locks[folder] = f
+        return True
 
-    weights: another folder with the same model's tensors, such as a checkpoint."""
-    folder = model.resolve(options.model)
-    m = model.load(weights or folder, dtype=model.DTYPES[resolve_dtype(options, ranks, dtype)], device=ranks.device)
+    def unlock(self):
+        """Give back all locks: for a process that makes one run after the other."""
+        while self.locks:
+            self.locks.popitem()[1].close()
+
+
+LOCK = "lock"  # the file in a run folder that the lock is on
+
+
+def sum_together(gradients):
+    """Add up some gradients over all processes, in place, in one message."""
+    flat = torch.cat([g.float().flatten() for g in gradients])
+    dist.all_reduce(flat)
+    start = 0
+    for g in gradients:
+        g.copy_(flat[start : start + g.numel()].view_as(g))
+        start += g.numel()
+
+
+# -------------------------------------------------------------------------------------- the model and its decoder
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the folder that both came from."""
+
+    m: Any
+    tok: Any
+    folder: Path
+
+    @property
+    def never_chosen(self):
+        """Ids that no response may hold: the mask token, and rows of the network that are no token."""
+        return sorted({*self.tok.unused_ids(self.m.config.vocab_size), self.m.config.mask_id})
+
+
+def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
+    """Loaded: the model of the options c on this process's device, its tokenizer and its folder.
+
+    adapter: a folder to take an adapter from. weights: another folder with the same model's tensors, such as a
+    checkpoint. Raises ValueError for a tokenizer that has more ids than the model has rows."""
+    folder = model.resolve(c.model)
+    dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
+    m = model.load(weights or folder, dtype=dtype, device=processes.device)
     tok = data.load_tokenizer(folder)
     if tok.size > m.config.vocab_size:
         rows = m.config.vocab_size
         raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
     if adapter is not None:
         lora.load(m, adapter)
-    if options.compile:
+    if c.compile:
         torch._dynamo.config.recompile_limit = 64  # of one code, shared by all blocks and models, adapted or not
         for block in m.layers:
             block.compile(dynamic=True)
-    return m, tok, folder
+    return Loaded(m, tok, folder)
 
 
-def resolve_dtype(options, ranks, dtype="auto"):
+def load_checkpoint(c, processes, checkpoint):
+    """Loaded for a checkpoint of a run: the base model with its adapter, or its weights where all were trained. None is
+    the base model."""
+    if checkpoint is None or (Path(checkpoint) / "adapter_config.json").is_file():
+        return load_model(c, processes, adapter=checkpoint)
+    return load_model(c, processes, weights=checkpoint)
+
+
+def resolve_dtype(c, processes, dtype="auto"):
     """The dtype asked for; "auto" means `dtype`, and that again what the device is best at."""
-    dtype = options.dtype if options.dtype != "auto" else dtype
-    return ("bfloat16" if ranks.device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    if c.dtype != "auto":
+        return c.dtype
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if processes.device.type == "cuda" else "float32"
+
+
+def batch_of(records, loaded, processes):
+    """Records -> the batch of objectives.py, on this process's device."""
+    batch = data.collate(records, loaded.m.config.pad_id)
+    return {name: tensor.to(processes.device) for name, tensor in batch.items()}
+
+
+# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation).
+DECODERS = {
+    "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
+    "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
+}
+
+
+def decoder_settings(c, loaded, preset=None):
+    """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
+    of c (DecodeOptions).
+
+    Raises ValueError for settings that do not fit together, before anything is decoded or written."""
+    known = {f.name: f for f in dataclasses.fields(DecodeOptions)}
+    flags = {}
+    for name in known:
+        if getattr(c, name) is not None:
+            flags[name] = getattr(c, name)
+    settings = {}
+    for layer in (DECODERS[loaded.m.config.family], preset or {}, own_decoder(loaded.folder, known), flags):
+        paced = "steps" in layer or "tokens_per_step" in layer
+        if paced or "max_new_tokens" in layer:  # the layer below said its steps for another length, or this one anew
+            settings.pop("steps", None)
+        if paced:
+            settings.pop("tokens_per_step", None)
+        settings.update(layer)
+    at_once = settings.pop("tokens_per_step", None)
+    if at_once and "steps" in settings:
+        raise ValueError(f"--tokens-per-step {at_once} and --steps {settings['steps']}: give one of them")
+    if at_once:
+        settings["steps"] = math.ceil(settings["max_new_tokens"] / at_once)
+    settings.setdefault("steps", settings["max_new_tokens"])
+    settings["block_length"] = settings.get("block_length") or None
+    decode.check(**settings)
+    return settings
+
+
+def own_decoder(folder, known):
+    """The decoder settings of a model folder: what its generation_config.json has under "tabom"."""
+    file = Path(folder) / "generation_config.json"
+    own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
+    if type(own) is not dict:
+        raise ValueError(f'{file}: "tabom" must be an object of decoder settings, not {own}')
+    for name, value in own.items():
+        if name not in known:
+            raise ValueError(f'{file}: "tabom" has {name}; the decoder settings are {", ".join(known)}')
+        wanted = kind(known[name])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f'{file}: "tabom" has {name} {value!r}, which must be {wanted.__name__}')
+    return own
 
 
 # ------------------------------------------------------------------------------------------------------ run folders
 
 
-def open_run(out, meta, ranks, free=()):
+def open_run(out, meta, processes, free=()):
     """Make the folder of a run, or continue the same one. What the run is stands in its meta.json; `free` keys may
     change between two starts. Raises FileExistsError, on every process, for a folder that holds anything else."""
     out = Path(out)
     same_run(out, meta, free)
-    ranks.barrier()  # all have looked before one writes
-    if ranks.first:
+    processes.barrier()  # all have looked before one writes
+    if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        lock(out)
+        processes.lock(out)
         with atomic_file(out / "meta.json") as f:
             f.write(json.dumps(meta, indent=2) + "\n")
-    ranks.barrier()
+    processes.barrier()
     return out
 
 
@@ -154,43 +338,6 @@ def same_run(out, meta, free=()):
             raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
     elif out.is_dir() and any(file.suffix != ".tmp" and file.name != LOCK for file in out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
-
-
-LOCK = "lock"
-locked = {}  # folder -> the open file that holds its lock for as long as this process lives
-
-
-def lock(out):
-    """Keep other processes out of a folder -> whether that is so. Raises FileExistsError where one is at it already.
-
-    Not on Windows, which has no such locks, and not between machines whose file system does not share them."""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    if out.resolve() not in locked:
-        f = open(out / LOCK, "a")  # noqa: SIM115, it stays open
-        try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.close()
-            raise FileExistsError(f"another process is writing into {out}: wait for it, or choose another --out") from e
-        except OSError:  # a file system without locks
-            f.close()
-            return False
-        locked[out.resolve()] = f
-    return True
-
-
-@contextlib.contextmanager
-def unlocking():
-    """Gives back at its end the folders that were locked inside it: for a process that makes many runs."""
-    before = set(locked)
-    try:
-        yield
-    finally:
-        for folder in set(locked) - before:
-            locked.pop(folder).close()
 
 
 @contextlib.contextmanager
@@ -248,7 +395,7 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def identity(c, folder, adapter=None):
+def identity(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
     return dict(model_sha256=fingerprint(folder), adapter_sha256=None if adapter is None else fingerprint(adapter))
 
@@ -272,36 +419,36 @@ def keep_lines(file, count):
 def copy_extras(source, target):
     """The small files of a model folder that are no weights: tokenizer, chat template, generation settings, code."""
     for file in Path(source).iterdir():
-        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
-        weights = weights or file.name in TRAINER
-        if file.is_file() and not weights and not (Path(target) / file.name).exists() and file.stat().st_size < 2**26:
+        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json") or file.name in TRAINER
+        there = (Path(target) / file.name).exists()
+        if file.is_file() and not weights and not there and file.stat().st_size < 2**26:
             shutil.copyfile(file, Path(target) / file.name)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
-TRAINER = (
-    "optimizer.safetensors",
-    "reference.safetensors",
-    "trainer.json",
-    MANIFEST,
-)  # what only a continued run needs
+TRAINER = ("optimizer.safetensors", "reference.safetensors", "trainer.json", MANIFEST)  # for a continued run alone
 
 
-def write_checkpoint(folder, m, base_folder, base, weights, optimizer, step, reference=None):
-    """An adapter (or a model) that every command takes, and beside it what a continued run needs."""
+def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=None):
+    """An adapter (or a model) that every command takes, and beside it what a continued run needs. base: the name of
+    the base model."""
+    m = loaded.m
     if lora.layers(m):
         lora.save(m, folder, base)
     else:
         model.save(m, folder)
-        copy_extras(base_folder, folder)
-    state = {f"{k}.{name}": v for name, p in weights.items() for k, v in optimizer.state[p].items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "optimizer.safetensors")
+        copy_extras(loaded.folder, folder)
+    state = {}
+    for name, p in weights.items():
+        for key, value in optimizer.state[p].items():
+            state[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    save_file(state, folder / "optimizer.safetensors")
     if reference is not None and reference.adapter:
         save_file({k: v.cpu() for k, v in reference.adapter.items()}, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
-    hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
+    hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
 
 
@@ -318,9 +465,12 @@ def checkpoints(out):
     """The checkpoints of a run, damaged ones too: (step, folder), by rising step."""
     found = []
     for folder in (*out.glob("epoch-*"), *out.glob("step-*")):
-        with contextlib.suppress(OSError, ValueError):
-            if folder.suffix != ".tmp" and type(step := data.read_json(folder / "trainer.json").get("step")) is int:
-                found.append((step, folder))
+        try:
+            step = data.read_json(folder / "trainer.json").get("step")
+        except (OSError, ValueError):
+            continue
+        if type(step) is int and folder.suffix != ".tmp":
+            found.append((step, folder))
     return sorted(found)
 
 
@@ -359,14 +509,17 @@ def restore(checkpoint, weights, optimizer, reference=None):
     steps done."""
     state = load_file(checkpoint / "optimizer.safetensors")
     step = data.read_json(checkpoint / "trainer.json").get("step")
-    wanted = {f"{k}.{name}" for name in weights for k in ("step", "exp_avg", "exp_avg_sq")}
-    if type(step) is not int or state.keys() not in (wanted, set()):  # none where no step was finite yet
+    if type(step) is not int or len(state) not in (0, 3 * len(weights)):  # empty where no step was finite yet
         raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
     for name, p in weights.items() if state else ():
-        moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-        step_of = state[f"step.{name}"]  # a tensor that lives on the CPU, but for the fused AdamW
-        optimizer.state[p] = {"step": step_of.to(p.device) if optimizer.defaults["fused"] else step_of, **moments}
+        try:
+            count, mean, square = (state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq"))
+        except KeyError as e:
+            raise ValueError(f"{checkpoint}: its optimizer state has no {e}: not a checkpoint of this run") from e
+        if optimizer.defaults["fused"]:  # the fused AdamW counts its steps on the device, the plain one on the CPU
+            count = count.to(p.device)
+        optimizer.state[p] = dict(step=count, exp_avg=mean.to(p.device), exp_avg_sq=square.to(p.device))
     if reference is not None and (checkpoint / "reference.safetensors").is_file():
-        stored = load_file(checkpoint / "reference.safetensors")
-        reference.adapter = {k: v.to(weights[k].device) for k, v in stored.items()}
+        for name, tensor in load_file(checkpoint / "reference.safetensors").items():
+            reference.adapter[name] = tensor.to(weights[name].device)
     return step

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import demo
+from experiments import tiny as tiny_model
 
 REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
@@ -32,7 +32,7 @@ def dream():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    demo.write_start(folder, 0)
+    tiny_model.write_start(folder, 0)
     return folder
 
 

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from conftest import FOLDER
+from helpers import FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import last_json, shell
+from helpers import last_json, shell
 from safetensors import safe_open
 
 import data
 import decode
-import demo
 import model
-import options
+import runs
+from experiments import puzzles as puzzle_tasks
+from experiments import tiny as tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,13 +31,13 @@ def groups(task):
 
 def solve(puzzle, task):
     """Every solution of a puzzle, by plain search: cell by cell, left to right."""
-    blanks = [i for i, c in enumerate(puzzle) if c == demo.BLANK]
+    blanks = [i for i, c in enumerate(puzzle) if c == puzzle_tasks.BLANK]
     if not blanks:
         yield puzzle
         return
     i = blanks[0]
     taken = {puzzle[j] for group in groups(task) if i in group for j in group}
-    for symbol in demo.TASKS[task].symbols:
+    for symbol in puzzle_tasks.TASKS[task].symbols:
         if symbol not in taken:
             yield from solve(puzzle[:i] + symbol + puzzle[i + 1 :], task)
 
@@ -46,37 +47,41 @@ def solve(puzzle, task):
 def test_answers_solve_their_puzzles(task, hard):
     rng = random.Random(1)
     for _ in range(20):
-        prompt, answer = demo.make(demo.TASKS[task], rng, hard)
-        assert prompt[0] == demo.TASKS[task].tag and len(prompt) == 37 and len(answer) == 36
-        assert all(clue in (demo.BLANK, cell) for clue, cell in zip(prompt[1:], answer))
+        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS[task], rng, hard)
+        assert prompt[0] == puzzle_tasks.TASKS[task].tag and len(prompt) == 37 and len(answer) == 36
+        assert all(clue in (puzzle_tasks.BLANK, cell) for clue, cell in zip(prompt[1:], answer))
         for group in groups(task):
-            assert sorted(answer[i] for i in group) == list(demo.TASKS[task].symbols)
-        blanks = prompt.count(demo.BLANK)
-        assert blanks == demo.HARD_BLANKS if hard else demo.EASY_BLANKS[0] <= blanks <= demo.EASY_BLANKS[1]
+            assert sorted(answer[i] for i in group) == list(puzzle_tasks.TASKS[task].symbols)
+        blanks = prompt.count(puzzle_tasks.BLANK)
+        assert (
+            blanks == puzzle_tasks.HARD_BLANKS
+            if hard
+            else puzzle_tasks.EASY_BLANKS[0] <= blanks <= puzzle_tasks.EASY_BLANKS[1]
+        )
 
 
 @pytest.mark.parametrize("task", ["latin", "shear"])
 def test_hard_puzzles_have_one_solution_and_singles_get_stuck(task):
     rng = random.Random(2)
     for _ in range(10):
-        prompt, answer = demo.make(demo.TASKS[task], rng, True)
+        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS[task], rng, True)
         assert list(itertools.islice(solve(prompt[1:], task), 2)) == [answer]
         cells, progress = prompt[1:], True
         while progress:
             progress = False
             for i, c in enumerate(cells):
                 taken = {cells[j] for group in groups(task) if i in group for j in group}
-                left = [s for s in demo.TASKS[task].symbols if s not in taken]
-                if c == demo.BLANK and len(left) == 1:
+                left = [s for s in puzzle_tasks.TASKS[task].symbols if s not in taken]
+                if c == puzzle_tasks.BLANK and len(left) == 1:
                     cells, progress = cells[:i] + left[0] + cells[i + 1 :], True
-        assert demo.BLANK in cells
+        assert puzzle_tasks.BLANK in cells
 
 
 def test_datasets_follow_from_the_seed_and_do_not_overlap(tmp_path):
     sizes = dict(train=30, validation=10, test=20)
-    files = demo.write_datasets(tmp_path / "a", 0, **sizes)
-    again = demo.write_datasets(tmp_path / "b", 0, **sizes)
-    other = demo.write_datasets(tmp_path / "c", 1, **sizes)
+    files = puzzle_tasks.write_datasets(tmp_path / "a", 0, **sizes)
+    again = puzzle_tasks.write_datasets(tmp_path / "b", 0, **sizes)
+    other = puzzle_tasks.write_datasets(tmp_path / "c", 1, **sizes)
     assert [f.read_text() for f in files] == [f.read_text() for f in again] != [f.read_text() for f in other]
     rows = [[json.loads(line) for line in f.read_text().splitlines()] for f in files]
     assert [len(r) for r in rows] == [30, 10, 20, 20]
@@ -85,33 +90,33 @@ def test_datasets_follow_from_the_seed_and_do_not_overlap(tmp_path):
 
 
 def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
-    m, tok = model.load(demo.TINY), data.load_tokenizer(demo.TINY)
-    assert (demo.TINY / "model.safetensors").stat().st_size < 4e6
-    assert m.config.raw == demo.config()
-    assert tok.size == m.config.vocab_size == len(demo.vocabulary())
-    assert (tok.eos_id, tok.ids[demo.MASK]) == (m.config.eos_id, m.config.mask_id)
+    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
+    assert (tiny_model.TINY / "model.safetensors").stat().st_size < 4e6
+    assert m.config.raw == tiny_model.config()
+    assert tok.size == m.config.vocab_size == len(tiny_model.vocabulary())
+    assert (tok.eos_id, tok.ids[tiny_model.MASK]) == (m.config.eos_id, m.config.mask_id)
 
 
 def test_the_tiny_model_solves_what_it_was_trained_on():
     """Easy puzzles with few blanks: most are right, whatever the processor's rounding."""
-    m, tok = model.load(demo.TINY), data.load_tokenizer(demo.TINY)
+    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
     rng, right = random.Random(3), 0
     for _ in range(10):
-        prompt, answer = demo.make(demo.TASKS["latin"], rng, False)
-        shown = "".join(a if c == demo.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
-        settings = options.decoder(options.DecodeOptions(), "llada", demo.TINY)
+        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS["latin"], rng, False)
+        shown = "".join(a if c == puzzle_tasks.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
+        settings = runs.decoder_settings(runs.DecodeOptions(), runs.Loaded(m, tok, tiny_model.TINY))
         t = decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **settings)
         right += tok.response_text(t.response[0].tolist()) == answer
     assert right >= 8
 
 
 def test_retrain_builds_a_model_folder(tmp_path):
-    result = demo.retrain(tmp_path, puzzles=128, epochs=1)
+    result = tiny_model.retrain(tmp_path, count=128, epochs=1)
     folder = Path(result["tiny"])
-    assert {f.name for f in folder.iterdir()} == {f.name for f in demo.TINY.iterdir()}
+    assert {f.name for f in folder.iterdir()} == {f.name for f in tiny_model.TINY.iterdir()}
     with (
         safe_open(folder / "model.safetensors", "pt") as ours,
-        safe_open(demo.TINY / "model.safetensors", "pt") as tiny,
+        safe_open(tiny_model.TINY / "model.safetensors", "pt") as tiny,
     ):
         assert set(ours.keys()) == set(tiny.keys())
     assert result["steps"] == 2
@@ -135,11 +140,13 @@ def test_the_quick_demo_prints_a_table_and_json(tmp_path):
 
 def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(
-        demo.TASKS, "turned", demo.Task("T", "uvwxyz", "123456", lambda *a: [c[::-1] for c in demo.latin(*a)])
+        puzzle_tasks.TASKS,
+        "turned",
+        puzzle_tasks.Task("T", "uvwxyz", "123456", lambda *a: [c[::-1] for c in puzzle_tasks.latin(*a)]),
     )
-    monkeypatch.setattr(demo, "OUT_OF_DOMAIN", "turned")
-    *_, out = demo.write_datasets(tmp_path, 0, train=1, validation=1, test=2)
-    demo.write_start(tmp_path / "start", 0)
+    monkeypatch.setattr(puzzle_tasks, "OUT_OF_DOMAIN", "turned")
+    *_, out = puzzle_tasks.write_datasets(tmp_path, 0, train=1, validation=1, test=2)
+    tiny_model.write_start(tmp_path / "start", 0)
     tok = data.load_tokenizer(tmp_path / "start")
     for row in map(json.loads, out.read_text().splitlines()):
         first, second = row["answer"]
@@ -151,7 +158,7 @@ def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
 
 
 def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
-    result = demo.retrain(tmp_path, puzzles=64, epochs=2, taken=1)
+    result = tiny_model.retrain(tmp_path, puzzles=64, epochs=2, taken=1)
     weights = Path(result["tiny"]) / "model.safetensors"
     assert weights.read_bytes() == (tmp_path / "run" / "epoch-1" / "model.safetensors").read_bytes()
     assert result["steps"] == 1 and not (tmp_path / "run" / "epoch-2").exists()

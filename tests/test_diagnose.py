@@ -7,14 +7,14 @@ import re
 import struct
 
 import pytest
-from conftest import flags, last_json, shell
+from helpers import flags, last_json, shell
 
 import data
-import diagnose
-import evaluate
 import lora
 import model
+import objectives
 import tabom
+from experiments import diagnose, plots
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
     for summary, checkpoint in zip(result["models"], checkpoints):
         m = model.load(tiny) if checkpoint is None else lora.load(model.load(tiny), checkpoint)
         batch = data.collate(records, m.config.pad_id)
-        tds = evaluate.tds(m, batch, m.config.eos_id)
+        tds = objectives.tds(m, batch, m.config.eos_id)
         assert summary["tds"] == pytest.approx(tds["tds"], rel=1e-4)
         name = "base" if checkpoint is None else str(checkpoint)
         of_model = [r for r in rows(out, "trajectories") if r["model"] == name]
@@ -62,9 +62,9 @@ def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
         by_step = [r["tds"] for r in rows(out, "tds") if r["model"] == name]
         assert by_step == pytest.approx(tds["per_step"], rel=1e-4, abs=1e-6)
 
-        h = evaluate.replay(m, batch, evaluate.before_eos(batch, m.config.eos_id))
-        own = evaluate.inversions(h.diagonal(dim1=1, dim2=2))
-        windows = evaluate.inversions(evaluate.by_window(h, 5, batch["length"]))
+        h = objectives.replay(m, batch, objectives.before_eos(batch, m.config.eos_id))
+        own = objectives.inversions(h.diagonal(dim1=1, dim2=2))
+        windows = objectives.inversions(objectives.by_window(h, 5, batch["length"]))
         for context, count in (("step", own), ("window", windows)):
             table = [r for r in rows(out, "inversions") if (r["model"], r["context"]) == (name, context)]
             assert [r["pairs"] for r in table] == [x for x in count["pairs"].tolist() if x]
@@ -83,7 +83,7 @@ def test_loss_over_the_mask_ratio(tiny, trajectories, puzzles, found):
     m = model.load(tiny)
     records = [data.cut_at_eos(r, m.config.eos_id) for r in data.read_trajectories(trajectories)]
     batch = data.collate(records, m.config.pad_id)
-    losses = evaluate.loss_at(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
+    losses = objectives.loss_at(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
     assert table[9]["responses"] == len(records) == 12
     assert table[9]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert table[9]["loss_se"] == pytest.approx(losses.std().item() / 12**0.5, rel=1e-3)
@@ -94,15 +94,15 @@ def test_pictures_are_drawn(found):
     for name in ("tds", "inversions", "loss", "training", "trajectory"):
         width, height = size(out / f"{name}.png")
         assert width > 300 and height > 100
-    curves = diagnose.draw_tds(rows(out, "tds")).axes[0].get_lines()
+    curves = plots.draw_tds(rows(out, "tds")).axes[0].get_lines()
     assert [len(line.get_xdata()) for line in curves] == [len(rows(out, "tds")) // 2] * 2
-    assert len(diagnose.draw_loss(rows(out, "loss")).axes[0].get_lines()) == 4
+    assert len(plots.draw_loss(rows(out, "loss")).axes[0].get_lines()) == 4
 
 
 def test_a_trajectory_is_drawn_token_by_token(tiny, trajectories):
     tok = data.load_tokenizer(tiny)
     ids = tok.encode("123") + [tok.eos_id] + tok.encode("456")
-    drawing = diagnose.draw_trajectory(tok, dict(response_ids=ids, order=[6, 1, 4, 0, 2, 3, 5]))
+    drawing = plots.draw_trajectory(tok, dict(response_ids=ids, order=[6, 1, 4, 0, 2, 3, 5]))
     axes = drawing.axes[0]
     assert [t.get_text() for t in axes.texts] == ["1", "2", "3", "<|endoftext|>"]  # and nothing after the first EOS
     colours = [patch.get_facecolor()[:3] for patch in axes.patches]
@@ -138,7 +138,7 @@ def test_prompts_are_decoded_by_each_model(tiny, puzzles, trajectories, run_fold
     stored = data.read_trajectories(trajectories)[:4]
     m = lora.load(model.load(tiny), checkpoint)
     batch = data.collate(stored, m.config.pad_id)
-    replayed = evaluate.tds(m, batch, m.config.eos_id)["rows"]
+    replayed = objectives.tds(m, batch, m.config.eos_id)["rows"]
     own = [r["tds"] for r in rows(tmp_path / "fresh", "trajectories") if r["model"] != "base"]
     assert own != pytest.approx(replayed, rel=1e-3)  # its own trajectories are others
 
@@ -151,16 +151,16 @@ def test_the_same_file_as_prompts_and_as_ground_truth_has_two_curves(tiny, puzzl
 
 def test_curves_are_named_by_where_their_paths_differ():
     names = ["base", "out/S/runs/objective=tabom+seed=0/R-1/epoch-2", "out/S/runs/objective=nelbo+seed=0/R-1/epoch-2"]
-    found = diagnose.labels(names)
+    found = plots.labels(names)
     assert list(found.values()) == ["base", "objective=tabom+seed=0/R-1/epoch-2", "objective=nelbo+seed=0/R-1/epoch-2"]
-    assert list(diagnose.labels(["a/b/c"]).values()) == ["a/b/c"]
+    assert list(plots.labels(["a/b/c"]).values()) == ["a/b/c"]
 
 
 def test_training_curves_need_no_model(run_folder, tmp_path, capsys):
     assert tabom.main(["diagnose", *flags(runs=run_folder, out=tmp_path / "D")]) == 0
     assert [file.name for file in (tmp_path / "D").iterdir()] == ["training.png"]
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    drawing = diagnose.draw_training({"R": [json.loads(line) for line in lines]})
+    drawing = plots.draw_training({"R": [json.loads(line) for line in lines]})
     titles = [axes.get_ylabel() for axes in drawing.axes if axes.get_lines()]
     assert titles == ["loss", "ce", "rank", "in_order", "entropy", "grad_norm"]
 

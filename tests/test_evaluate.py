@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import evaluate
 import model
+import objectives
 
 GOLDEN = "tests/golden/"
 
@@ -110,7 +111,7 @@ def test_tds_equals_the_double_loop(m):
     batch = make_batch()
     batch["response_ids"][1, 4] = m.config.eos_id  # what comes after it does not count
     value, rows = naive_tds(m, batch, m.config.eos_id)
-    found = evaluate.tds(m, batch, m.config.eos_id)
+    found = objectives.tds(m, batch, m.config.eos_id)
     assert found["tds"] == pytest.approx(value, rel=1e-4)
     assert found["rows"] == pytest.approx(rows, rel=1e-4)
     assert len(found["per_step"]) == 7
@@ -118,7 +119,7 @@ def test_tds_equals_the_double_loop(m):
 
 def test_replay_equals_the_loop(m):
     batch = make_batch()
-    h = evaluate.replay(m, batch)
+    h = objectives.replay(m, batch)
     assert h.shape == (3, 7, 7)
     for b in range(3):
         expected = naive_replay(m, batch, b)
@@ -136,7 +137,7 @@ lists = st.lists(st.lists(st.one_of(st.integers(0, 3), st.just(math.nan)), min_s
 @settings(deadline=None)
 @given(lists)
 def test_inversions_equal_the_loop(rows):
-    found = evaluate.inversions(torch.tensor(rows, dtype=torch.float32))
+    found = objectives.inversions(torch.tensor(rows, dtype=torch.float32))
     for d in range(1, 5):
         pairs = [(row[k], row[k + d]) for row in rows for k in range(5 - d)]
         pairs = [(a, b) for a, b in pairs if not math.isnan(a) and not math.isnan(b)]
@@ -145,7 +146,7 @@ def test_inversions_equal_the_loop(rows):
 
 
 def test_inversions_of_one_token_are_none():
-    assert all(len(x) == 0 for x in evaluate.inversions(torch.zeros(3, 1)).values())
+    assert all(len(x) == 0 for x in objectives.inversions(torch.zeros(3, 1)).values())
 
 
 @settings(deadline=None)
@@ -153,7 +154,7 @@ def test_inversions_of_one_token_are_none():
 def test_windows_of_a_replay(length, window, spare):
     N = length + spare
     h = torch.arange(N * N, dtype=torch.float32).reshape(1, N, N)
-    found = evaluate.by_window(h, window, torch.tensor([length]))[0]
+    found = objectives.by_window(h, window, torch.tensor([length]))[0]
     W = min(window, N)
     assert found.shape == (N, W)
     for t in range(N):
@@ -167,12 +168,12 @@ def test_windows_of_a_replay(length, window, spare):
 def test_loss_at_a_mask_ratio(m):
     batch = make_batch()
     generators = [torch.Generator().manual_seed(b) for b in range(3)]
-    everything = evaluate.loss_at(m, batch, 1.0, generators)
+    everything = objectives.loss_at(m, batch, 1.0, generators)
     for b, n in enumerate(batch["length"].tolist()):
         logp = naive_log_p(m, batch, b, set())
         expected = -sum(float(logp[r, batch["response_ids"][b, r]]) for r in range(n)) / n
         assert everything[b] == pytest.approx(expected, abs=1e-4)
-    few = [evaluate.loss_at(m, batch, 0.01, [torch.Generator().manual_seed(s)] * 3)[2] for s in range(60)]
+    few = [objectives.loss_at(m, batch, 0.01, [torch.Generator().manual_seed(s)] * 3)[2] for s in range(60)]
     alone = [-naive_log_p(m, batch, 2, set(range(5)) - {r})[r, batch["response_ids"][2, r]].float() for r in range(5)]
     near = (torch.stack(few)[:, None] - torch.stack(alone)).abs() < 1e-4
     assert near.any(1).all() and near.any(0).all()  # each of the five tokens alone, given the four others

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, flags, last_json, shell
+from helpers import ROOT, flags, last_json, shell
 
 import data
 import runs
@@ -43,10 +43,10 @@ def slowly(tmp_path_factory):
     """tabom.py with a pause of 0.1 seconds at each training step and each decoded batch, so that a kill meets it."""
     program = tmp_path_factory.mktemp("program") / "slowly.py"
     program.write_text(
-        "import sys, time, tabom\n"
+        "import sys, time, evaluate, tabom, train\n"
         "def slow(work):\n"
         "    return lambda *arguments: (time.sleep(0.1), work(*arguments))[1]\n"
-        "tabom.train_step, tabom.decode_batch = slow(tabom.train_step), slow(tabom.decode_batch)\n"
+        "train.train_step, evaluate.answer_batch = slow(train.train_step), slow(evaluate.answer_batch)\n"
         "sys.exit(tabom.main())\n"
     )
     return program
@@ -320,13 +320,13 @@ def test_a_process_that_dies_takes_the_others_down(tiny, trajectories, tmp_path)
 def test_the_error_of_one_process_is_shown_first(tiny, trajectories, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, tabom\n"
-        "step = tabom.train_step\n"
+        "import os, sys, tabom, train\n"
+        "step = train.train_step\n"
         "def broken(*arguments):\n"
-        "    if os.environ['RANK'] == '1' and arguments[6] == 2:\n"
+        "    if os.environ['RANK'] == '1' and arguments[1] == 2:\n"
         "        raise ValueError('rank 1 found a bad thing')\n"
         "    return step(*arguments)\n"
-        "tabom.train_step = broken\n"
+        "train.train_step = broken\n"
         "sys.exit(tabom.main())\n"
     )
     words = ["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", **TRAIN)]

@@ -12,13 +12,13 @@ import sys
 from unittest import mock
 
 import pytest
-from conftest import FOLDER, ROOT
+from helpers import FOLDER, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-import benchmarks
 import data
+import evaluate
 import lora
 import model
 import runs
@@ -271,18 +271,18 @@ QUESTIONS = {
 @given(st.integers(0, 2**40), st.sampled_from(sorted(QUESTIONS)), st.sampled_from(["dream", "llada"]))
 @fuzz(1000)
 def test_a_damaged_benchmark(place, seed, task, family):
-    path = place / benchmarks.SOURCES[task][0]
+    path = place / evaluate.TASKS[task].FILE
     path.write_bytes(gzip.compress(json.dumps(changed(QUESTIONS[task], seed)).encode(), 1))
 
     def use():
-        rows = benchmarks.read_records(task, place)
+        rows = evaluate.read_questions(task, place)
         for row in rows:
-            benchmarks.ask(task, family, row)
+            evaluate.TASKS[task].ask(row, family)
         if task in ("gsm8k", "ifeval"):
-            benchmarks.score(task, benchmarks.verdicts(task, family, rows, ["4, or"] * len(rows)))
+            evaluate.score(task, evaluate.verdicts(task, rows, ["4, or"] * len(rows), family))
         elif task != "math500":  # what would run the programs is replaced
-            with mock.patch("execute.run_many", lambda jobs: [dict(passed=False, reason="")] * len(jobs)):
-                benchmarks.verdicts(task, family, rows, ["```python\ndef f(x): return x\n```"] * len(rows))
+            with mock.patch("benchmarks.execute.run_many", lambda jobs: [dict(passed=False, reason="")] * len(jobs)):
+                evaluate.verdicts(task, rows, ["```python\ndef f(x): return x\n```"] * len(rows), family)
 
     survives(use)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import bench
 import tabom
+from experiments import cost, speed
+from options import command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +51,7 @@ def test_the_walk_through_runs_as_it_stands(folder):
 def test_every_command_parses():
     assert {shlex.split(line.split("tabom.py", 1)[1])[0] for line in COMMANDS} == set(tabom.COMMANDS)
     for line in COMMANDS:
-        tabom.parser().parse_args(shlex.split(line.split("tabom.py", 1)[1]))
+        command_line(tabom.COMMANDS, "").parse_args(shlex.split(line.split("tabom.py", 1)[1]))
 
 
 def test_python_code_runs(folder):
@@ -62,11 +63,11 @@ def test_python_code_runs(folder):
 
 
 def test_every_named_flag_exists():
-    known = {
-        flag for p in tabom.parser()._subparsers._group_actions[0].choices.values() for flag in p._option_string_actions
-    }
-    other = {"--nproc_per_node", "--help", *bench.command_line()._option_string_actions}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known | other
+    known = {"--nproc_per_node", "--help"}
+    parsers = [speed.command_line(), cost.command_line(), *command_line(tabom.COMMANDS, "").commands.values()]
+    for parser in parsers:
+        known.update(parser._option_string_actions)
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
 
 
 def test_every_named_function_exists():

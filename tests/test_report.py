@@ -3,38 +3,38 @@
 import math
 
 import pytest
-from scipy import stats
+from scipy import stats as scipy_stats
 
-import report
+from experiments import report, stats
 
 
 def test_an_interval_is_students_over_the_base_models():
     values = {("a", 0): 0.5, ("a", 1): 1.5, ("b", 0): 2.0, ("b", 1): None, ("c", 0): 6.0}
-    found = report.interval(values)
+    found = stats.interval(values)
     half = 4.302653 * math.sqrt(7.0 / 3)  # the 97.5 % point of t with 2 degrees of freedom, and the standard error
     assert found["mean"] == 3 and found["bases"] == dict(a=1.0, b=2.0, c=6.0)
     assert found["low"] == pytest.approx(3 - half, rel=1e-5) and found["high"] == pytest.approx(3 + half, rel=1e-5)
-    assert report.interval({("a", 0): 0.5, ("a", 1): 0.7})["low"] is None
-    assert report.interval({("a", 0): None}) is None
+    assert stats.interval({("a", 0): 0.5, ("a", 1): 0.7})["low"] is None
+    assert stats.interval({("a", 0): None}) is None
 
 
 def test_a_paired_difference_takes_the_runs_that_both_have():
     ours = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.5, ("c", 0): 9.0, ("e", 0): None}
     theirs = {("a", 0): 0.0, ("a", 1): 1.0, ("b", 0): 2.0, ("d", 0): 70.0, ("e", 0): 1.0}
-    found = report.paired(ours, theirs)
+    found = stats.paired(ours, theirs)
     assert found["bases"] == dict(a=1.5, b=3.5) and found["mean"] == 2.5
-    expected = stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).confidence_interval()
+    expected = scipy_stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).confidence_interval()
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert found["p"] == pytest.approx(stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).pvalue)
-    assert report.paired(ours, {("z", 0): 1.0}) is None
-    assert report.paired(ours, {("a", 0): 0.5})["p"] is None
+    assert found["p"] == pytest.approx(scipy_stats.ttest_rel([2.0, 5.5], [0.5, 2.0]).pvalue)
+    assert stats.paired(ours, {("z", 0): 1.0}) is None
+    assert stats.paired(ours, {("a", 0): 0.5})["p"] is None
 
 
 def test_the_model_before_training_is_compared_with_every_run_on_it():
     ours = {("a", 0): 1.0, ("a", 1): 4.0, ("b", 0): 5.5}
     before = {("a", None): 0.5, ("b", None): 1.0, ("c", None): 9.0}
-    assert report.paired(ours, before)["bases"] == dict(a=2.0, b=4.5)
-    assert report.paired(before, ours)["bases"] == dict(a=-2.0, b=-4.5)
+    assert stats.paired(ours, before)["bases"] == dict(a=2.0, b=4.5)
+    assert stats.paired(before, ours)["bases"] == dict(a=-2.0, b=-4.5)
 
 
 def test_a_cell_shows_its_interval():

@@ -10,21 +10,20 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, flags, last_json, shell
+from helpers import ROOT, flags, last_json, shell
 
 import lora
 import model
 import objectives
-import options
 import runs
-import sweep
 import tabom
+from experiments import sweep
 
 SMALL = dict(check="exact", keep="all", epochs=2, global_batch=6, batch_size=6, lr=1e-2, warmup=0, decode_batch=16)
 
 
 def sweep_options(**changes):
-    return options.SweepOptions(**{**dict(model="M", data="D", out="O"), **changes})
+    return sweep.SweepOptions(**{**dict(model="M", data="D", out="O"), **changes})
 
 
 def words(over, **options):
@@ -112,7 +111,7 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
         result(0.8, 0.4, objective="tabom", window=8, seed=1),
         result(0.1, None, objective="nelbo", seed=0),
     ]
-    assert sweep.markdown(sweep.summarise(found)).splitlines() == [
+    assert sweep.sweep_table(sweep.summarise(found)).splitlines() == [
         "| objective | window | runs | validation % | x % | TDS |",
         "| --- | --- | --- | --- | --- | --- |",
         "| base |  | 1 | 25.0 | 50.0 | 0.250 |",
@@ -192,14 +191,14 @@ def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_hol
     )
     assert process.stdout.readline() == "held\n"
     jobs = {tmp_path / name: work for name in ("later", "held", "free")}
-    found = sweep.share(jobs, runs.Ranks("cpu"), {tmp_path / "later": held})
+    alone = runs.Processes("cpu", alone=True)
+    found = sweep.share(jobs, runs.Processes("cpu"), alone, {tmp_path / "later": held})
     assert done == ["free", "held", "later"]
     assert found == [dict(name="later", number=3), dict(name="held", number=2), dict(name="free", number=1)]
-    assert not runs.locked.keys() & jobs.keys()
+    assert not alone.locks
 
 
-def test_without_locks_each_process_keeps_to_its_own_jobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "lock", lambda folder: False)
+def test_without_locks_each_process_keeps_to_its_own_jobs(tmp_path):
     done = []
     names = [tmp_path / name for name in "abcd"]
 
@@ -211,7 +210,9 @@ def test_without_locks_each_process_keeps_to_its_own_jobs(tmp_path, monkeypatch)
                 (other / "result.json").write_text('{"theirs": 1}')
         return {}
 
-    assert sweep.share(dict.fromkeys(names, work), SimpleNamespace(rank=1, world=2, first=False)) is None
+    second = SimpleNamespace(index=1, count=2, first=False)
+    without_locks = SimpleNamespace(lock=lambda folder: False, unlock=lambda: None)
+    assert sweep.share(dict.fromkeys(names, work), second, without_locks) is None
     assert done == ["b", "d"]
 
 

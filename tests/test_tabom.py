@@ -3,9 +3,7 @@
 distill, train, generate and merge as a user calls them: killed and started again, on one process and on two, and with
 every kind of bad input."""
 
-import ast
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,18 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, flags, last_json, shell
+from helpers import ROOT, flags, last_json, shell
 from safetensors.torch import load_file, save_file
 
 import data
 import decode
-import demo
 import lora
 import model
 import objectives
-import options
 import runs
 import tabom
+import train
+from experiments import tiny as tiny_model
 
 GOLDEN = ROOT / "tests" / "golden"
 LEAVES = ("model", "lora", "decode", "objectives", "data", "evaluate", "ifeval", "execute")
@@ -54,7 +52,7 @@ def test_distill_logs_what_the_decoder_did(tiny, puzzles, trajectories, capsys):
     assert set(found) == {row["id"] for row in rows}
     meta = json.loads((trajectories / "meta.json").read_text())
     assert meta["decoder"]["strategy"] == "entropy"  # the model's own generation_config.json
-    assert meta["decoder"]["max_new_tokens"] == demo.ANSWER
+    assert meta["decoder"]["max_new_tokens"] == tiny_model.ANSWER
     m, tok = model.load(tiny), data.load_tokenizer(tiny)
     for row in rows[:3]:
         record = found[row["id"]]
@@ -287,9 +285,16 @@ def test_training_starts_from_an_adapter(tiny, trajectories, trained, tmp_path, 
     assert all(torch.equal(w, weights(trained / "epoch-2")[k]) for k, w in weights(tmp_path / "R" / "epoch-2").items())
     fails(capsys, "rank 16", "train", out=tmp_path / "S", lora_rank=4, **start)
     fails(capsys, "lora_alpha differs from --lora-alpha 8", "train", out=tmp_path / "S", lora_alpha=8, **start)
-    fails(capsys, "--lora-rank 0 has no adapter", "train", out=tmp_path / "S", lora_rank=0, **start)
+    fails(
+        capsys,
+        "--lora-rank 0 trains no adapter, and --adapter needs one",
+        "train",
+        out=tmp_path / "S",
+        lora_rank=0,
+        **start,
+    )
     t3d = dict(objective="t3d", lora_rank=0)
-    fails(capsys, "t3d needs", "train", model=tiny, data=trajectories, keep="all", out=tmp_path / "S", **t3d)
+    fails(capsys, "and t3d needs one", "train", model=tiny, data=trajectories, keep="all", out=tmp_path / "S", **t3d)
     assert not (tmp_path / "S").exists()
 
 
@@ -324,8 +329,8 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
 
 
 def test_learning_rate_warms_up_and_falls_to_the_final_one():
-    c = options.TrainOptions(lr=1.0, final_lr=0.1, warmup=4)
-    rates = [tabom.learning_rate(step, 12, c) for step in range(13)]
+    c = train.TrainOptions(lr=1.0, final_lr=0.1, warmup=4)
+    rates = [train.learning_rate(step, 12, c) for step in range(13)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[8] == pytest.approx(0.55)
     assert rates[12] == pytest.approx(0.1)
@@ -377,10 +382,10 @@ def test_generate_prints_the_answer_and_watches(tiny, trained, capsys):
     assert tabom.main(["generate", *flags(**options, watch=True)]) == 0
     out, err = capsys.readouterr()
     result = last_json(out)
-    assert out.splitlines()[0] == result["text"] and result["tokens"] == demo.ANSWER
+    assert out.splitlines()[0] == result["text"] and result["tokens"] == tiny_model.ANSWER
     frames = err.split("\x1b[H\x1b[2J")[1:]
-    assert len(frames) == demo.ANSWER
-    assert [frame.count("·") for frame in frames] == list(range(demo.ANSWER - 1, -1, -1))
+    assert len(frames) == tiny_model.ANSWER
+    assert [frame.count("·") for frame in frames] == list(range(tiny_model.ANSWER - 1, -1, -1))
     assert tabom.main(["generate", *flags(**options)]) == 0
     assert last_json(capsys.readouterr().out)["text"] == result["text"]
 
@@ -423,7 +428,7 @@ def test_merge_keeps_the_dtype_and_the_tokenizer(tiny, trained, tmp_path):
     runs.copy_extras(tiny, base)
     assert tabom.main(["merge", *flags(model=base, adapter=trained / "epoch-2", out=tmp_path / "M")]) == 0
     assert {t.dtype for t in load_file(tmp_path / "M" / "model.safetensors").values()} == {torch.bfloat16}
-    assert data.load_tokenizer(tmp_path / "M").size == len(demo.vocabulary())
+    assert data.load_tokenizer(tmp_path / "M").size == len(tiny_model.vocabulary())
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -496,7 +501,7 @@ def test_no_such_model(puzzles, tmp_path, capsys):
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tiny, puzzles, tmp_path, capsys):
     folder = broken_model(tmp_path, tiny, lambda f: None)
-    small = {**demo.config(), "vocab_size": 12, "embedding_size": 12}
+    small = {**tiny_model.config(), "vocab_size": 12, "embedding_size": 12}
     model.save(model.create(small), folder)
     fails(
         capsys,
@@ -548,7 +553,7 @@ def test_a_window_without_pairs(tiny, trajectories, tmp_path, capsys, window):
 
 def test_trajectories_of_another_model(tiny, trajectories, tmp_path, capsys):
     other = broken_model(tmp_path, tiny, lambda f: None)
-    model.save(model.create({**demo.config(), "vocab_size": 20, "embedding_size": 20}), other)
+    model.save(model.create({**tiny_model.config(), "vocab_size": 20, "embedding_size": 20}), other)
     message = "made with a vocabulary of 18; .* has 20"
     fails(capsys, message, "train", model=other, data=trajectories, out=tmp_path / "R", **TRAIN)
     high = tmp_path / "high.jsonl"
@@ -637,7 +642,7 @@ def test_another_model_under_the_same_name_is_noticed(tiny, puzzles, tmp_path, c
     options = dict(model=other, data=puzzles, out=tmp_path / "T", check="exact")
     assert tabom.main(["distill", *flags(**options, limit=2)]) == 0
     capsys.readouterr()
-    model.save(model.create(demo.config(), torch.Generator().manual_seed(5)), other)
+    model.save(model.create(tiny_model.config(), torch.Generator().manual_seed(5)), other)
     fails(capsys, "model_sha256 was", "distill", **options)
 
 
@@ -653,7 +658,7 @@ def test_the_order_of_trajectory_lines_does_not_matter(tiny, trajectories, train
 @pytest.mark.parametrize(
     "own, message",
     [
-        (dict(steps=8, foo=1), "has foo, which is none of max_new_tokens"),
+        (dict(steps=8, foo=1), "has foo; the decoder settings are max_new_tokens"),
         ([1], "must be an object of decoder settings"),
         (None, "must be an object of decoder settings"),
         (dict(max_new_tokens="x"), "has max_new_tokens 'x', which must be int"),
@@ -687,18 +692,3 @@ def test_an_error_in_a_real_process_is_one_line():
 
 
 # ----------------------------------------------------------------------------------------------------------- layout
-
-
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_a_leaf_copied_alone_imports(leaf, tmp_path):
-    shutil.copyfile(ROOT / f"{leaf}.py", tmp_path / f"{leaf}.py")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {leaf}"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    siblings = {path.stem for path in ROOT.glob("*.py")}
-    for node in ast.walk(ast.parse((ROOT / f"{leaf}.py").read_text())):
-        found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        found += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert not siblings & set(found)

@@ -1,4 +1,4 @@
-"""Tables, intervals and pictures of the runs of experiment.py.
+"""Tables, intervals and pictures of the runs of claims.py.
 
     report.write(folder, found, losses, grid, about)    # found: (row, base model, seed) -> the result of a run
 
@@ -8,9 +8,8 @@ so their mean is one value.
 
 import json
 
-import diagnose
 import runs
-import sweep
+from experiments import plots, stats, sweep
 
 COMPARED = ("base", "SFT-SD", "TABOM")  # what differences are taken to
 SUBSETS = {  # of the base models, by number, for the primary measure
@@ -18,70 +17,6 @@ SUBSETS = {  # of the base models, by number, for the primary measure
     "without base-0, on which the settings were chosen": range(1, 99),
     "base-3 and later, which had no part in going on": range(3, 99),
 }
-
-# --------------------------------------------------------------------------------------------------------- statistics
-
-
-def by_base(values):
-    """{(base, seed): value} -> {base: mean over its runs}; a value that is None is none."""
-    bases = {}
-    for (base, _), value in values.items():
-        if value is not None:
-            bases.setdefault(base, []).append(value)
-    return {base: sum(ours) / len(ours) for base, ours in bases.items()}
-
-
-def interval(values, level=0.95):
-    """The mean over base models of {(base, seed): value} and its Student t interval -> dict(mean, low, high, bases: the
-    value of each); low and high are None below two base models, and all is None without a value."""
-    from scipy import stats
-
-    bases = by_base(values)
-    if not bases:
-        return None
-    ours, low, high = list(bases.values()), None, None
-    if len(ours) > 1 and max(ours) > min(ours):
-        low, high = map(float, stats.t.interval(level, len(ours) - 1, loc=sum(ours) / len(ours), scale=stats.sem(ours)))
-    return dict(mean=sum(ours) / len(ours), low=low, high=high, bases=bases)
-
-
-def paired(ours, theirs):
-    """interval() of the differences of two rows over the runs that both have, and p of Student's paired two-sided test
-    over the base models. A run without a seed (the model before training) goes with every run of its base model."""
-    from scipy import stats
-
-    differences = {}
-    for (base, seed), our in ours.items():
-        for (other, another), their in theirs.items():
-            if base == other and (seed == another or None in (seed, another)) and None not in (our, their):
-                differences[base, another if seed is None else seed] = our - their
-    found = interval(differences)
-    if found is not None:
-        spread = found["low"] is not None
-        found["p"] = float(stats.ttest_1samp(list(found["bases"].values()), 0).pvalue) if spread else None
-    return found
-
-
-def relation(found, label):
-    """How a measure goes with in-domain accuracy over the rows that train on trajectories and that every base model
-    has: Pearson's correlation for each base model, over the means of the seeds -> interval() of them; without base
-    models with fewer than three rows, or where nothing differs."""
-    from scipy import stats
-
-    points = {}
-    for row in names_of(found, without=("base", "SFT-GT")):
-        if bases_of(found, row) != bases_of(found):
-            continue
-        measured, right = (by_base(values_of(found, row, name)) for name in (label, "in-domain %"))
-        for base, value in measured.items():
-            points.setdefault(base, []).append((value, right[base]))
-    relations = {}
-    for base, pairs in sorted(points.items()):
-        columns = list(zip(*pairs))
-        if len(pairs) > 2 and all(max(column) - min(column) > 1e-9 for column in columns):
-            relations[base, None] = float(stats.pearsonr(*columns).statistic)
-    return interval(relations)
-
 
 # ----------------------------------------------------------------------------------------------------------- measures
 
@@ -135,6 +70,25 @@ def test(result, stem, at_once=1):
     raise KeyError(stem)
 
 
+def relation(found, label):
+    """How a measure goes with in-domain accuracy over the rows that train on trajectories and that every base model
+    has: Pearson's correlation for each base model, over the means of the seeds -> their interval; without base
+    models with fewer than three rows, or where nothing differs."""
+    points = {}
+    for row in names_of(found, without=("base", "SFT-GT")):
+        if bases_of(found, row) != bases_of(found):
+            continue
+        measured, right = (stats.by_base(values_of(found, row, name)) for name in (label, "in-domain %"))
+        for base, value in measured.items():
+            points.setdefault(base, []).append((value, right[base]))
+    relations = {}
+    for base, pairs in sorted(points.items()):
+        columns = list(zip(*pairs))
+        if len(pairs) > 2 and all(max(column) - min(column) > 1e-9 for column in columns):
+            relations[base, None] = stats.pearson(*columns)
+    return stats.interval(relations)
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -152,9 +106,9 @@ def write(folder, found, losses, grid, about):
     with runs.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
     names = names_of(found, without=grid)
-    diagnose.save(diagnose.draw_tds(tds_curves(found, names)), folder / "tds.png")
-    diagnose.save(diagnose.draw_loss(losses), folder / "loss.png")
-    diagnose.save(draw_accuracy(found, names), folder / "accuracy.png")
+    plots.save(plots.draw_tds(tds_curves(found, names)), folder / "tds.png")
+    plots.save(plots.draw_loss(losses), folder / "loss.png")
+    plots.save(plots.draw_accuracy(accuracy_curves(found, names)), folder / "accuracy.png")
     print(tables)
 
 
@@ -180,9 +134,9 @@ def summarise(found):
         ours = {label: values_of(found, name, label) for label in MEASURES}
         rows[name] = dict(
             runs=sum(k[0] == name for k in found),
-            measures={label: interval(values) for label, values in ours.items()},
+            measures={label: stats.interval(values) for label, values in ours.items()},
             differences={
-                other: {label: paired(values, values_of(found, other, label)) for label, values in ours.items()}
+                other: {label: stats.paired(values, values_of(found, other, label)) for label, values in ours.items()}
                 for other in COMPARED
                 if other != name
             },
@@ -199,7 +153,7 @@ def primary(found):
             {k: v for k, v in values_of(found, row, measure).items() if int(k[0].rpartition("-")[2]) in numbers}
             for row in ("TABOM", "SFT-SD")
         )
-        differences[name] = paired(ours, theirs)
+        differences[name] = stats.paired(ours, theirs)
     return {name: value for name, value in differences.items() if value is not None}
 
 
@@ -232,7 +186,7 @@ def markdown(found, rows, losses=(), grid=()):
     return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections if content)
 
 
-def table(columns, lines):
+def markdown_table(columns, lines):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
 
 
@@ -245,12 +199,12 @@ def setup_table(found):
             right = [f"{MEASURES[label](r):.1f}" for label in SOLVED]
             kept = [str(r["puzzles"]), str(r["kept"]), ", ".join(map(str, steps)) or "-"]
             lines.append([r["base"], str(r["seed"]), *right, *kept])
-    return table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def primary_table(found):
     lines = [[name, shown(value, 1, "+")] for name, value in primary(found).items()]
-    return table(["base models", "difference"], lines)
+    return markdown_table(["base models", "difference"], lines)
 
 
 def comparison(rows, names, label, bases):
@@ -267,7 +221,7 @@ def comparison(rows, names, label, bases):
         by_model = " ".join(f"{own[base]:.{digits}f}" if base in own else "-" for base in bases)
         differences = (shown(row["differences"].get(other, {}).get(label), digits, "+") for other in COMPARED)
         lines.append([name, str(row["runs"]), shown(value, digits), by_model, *differences])
-    return table(["row", "runs", label, "by base model", *(f"- {other}" for other in COMPARED)], lines)
+    return markdown_table(["row", "runs", label, "by base model", *(f"- {other}" for other in COMPARED)], lines)
 
 
 def shown(value, digits=1, sign=""):
@@ -293,7 +247,7 @@ def loss_table(losses):
     for source in sources:
         errors = [(r["loss"], r["loss_se"]) for r in losses if r["data"] == source]
         lines.append([source, *(f"{x:.4f}" if e is None else f"{x:.4f} ± {e:.4f}" for x, e in errors)])
-    return table(["nats", *ratios], lines)
+    return markdown_table(["nats", *ratios], lines)
 
 
 def relation_table(found):
@@ -302,7 +256,7 @@ def relation_table(found):
         value = relation(found, label)
         bases = "-" if value is None else " ".join(f"{r:+.2f}" for r in value["bases"].values())
         lines.append([label, shown(value, 2, "+"), bases])
-    return table(["measure", "r", "by base model"], lines)
+    return markdown_table(["measure", "r", "by base model"], lines)
 
 
 def tds_curves(found, names):
@@ -311,12 +265,12 @@ def tds_curves(found, names):
     for name in names:
         curves = {k[1:]: test(r, "test_in")["per_step"] for k, r in found.items() if k[0] == name}
         for t in range(max(map(len, curves.values()))):
-            means = by_base({k: curve[t] for k, curve in curves.items() if len(curve) > t})
-            rows.append(dict(model=name, step=t, **diagnose.mean_and_error("tds", list(means.values()))))
+            means = stats.by_base({k: curve[t] for k, curve in curves.items() if len(curve) > t})
+            rows.append(dict(model=name, step=t, **stats.mean_and_error("tds", list(means.values()))))
     return rows
 
 
-def draw_accuracy(found, names):
+def accuracy_curves(found, names):
     """Accuracy on the validation puzzles after each epoch, with the first seed: the mean over the base models that
     every row has."""
     start = {r["base"]: 100 * r["chosen"]["accuracy"] for r in found.values() if r["row"] == "base"}
@@ -329,9 +283,5 @@ def draw_accuracy(found, names):
             if r["row"] == name and "curve" in r and r["base"] in shared
         ]
         for epoch, values in enumerate(zip(*curves)):
-            rows.append(dict(model=name, epoch=epoch, **diagnose.mean_and_error("accuracy", list(values))))
-    drawing, (axes,) = diagnose.figure()
-    if rows:
-        diagnose.curves(axes, rows, ["model"], "epoch", "accuracy", "accuracy_se")
-    axes.set(xlabel="epoch", ylabel="in-domain validation %")
-    return drawing
+            rows.append(dict(model=name, epoch=epoch, **stats.mean_and_error("accuracy", list(values))))
+    return rows

@@ -1,9 +1,7 @@
-"""Speed and memory, ours against the plain way, in one run; and the command line of fullsize.py.
+"""Speed and memory, ours against the plain way, in one run.
 
-    python bench.py                                   # decoding and a training step: a table, and a last line of JSON
-    python bench.py --device cuda --dtype bfloat16
-    python bench.py --plan llada-8b                   # forward passes, FLOPs and memory of the paper's experiment
-    python bench.py --synthetic llada-8b --out BIG    # writes, uses and removes a random checkpoint of full size
+    python -m experiments.speed                              # decoding and a training step; a last line of JSON
+    python -m experiments.speed --device cuda --dtype bfloat16
 
 The plain way is what a straightforward script does: the logits of every position at every step, softmax in float64
 (LLaDA's decoder), a sort of the vocabulary at every masked position (Dream's), and training losses from the logits of
@@ -20,20 +18,23 @@ import functools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 import decode
-import fullsize
 import lora
 import model
 import objectives
+from experiments import cost
 
 # --------------------------------------------------------------------------------------------------------- the models
 
+ROOT = Path(__file__).parent.parent
 WIDTH, LAYERS, HEADS, MLP = 512, 8, 8, 1536
 SIZES = {"a": dict(llada=3968, dream=3968), "b": dict(llada=126464, dream=152064)}  # ids of the vocabulary
 PROMPT, NEW = 64, 128
@@ -46,10 +47,10 @@ def small(family, size, device, dtype):
     special = dict(mask_token_id=V - 1, eos_token_id=V - 2, pad_token_id=V - 2)
     if family == "llada":
         shape = dict(d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=HEADS, mlp_hidden_size=MLP)
-        raw = fullsize.LLADA | shape | special | dict(vocab_size=V, embedding_size=V)
+        raw = cost.LLADA | shape | special | dict(vocab_size=V, embedding_size=V)
     else:
         shape = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2)
-        raw = fullsize.DREAM | shape | special | dict(intermediate_size=MLP, vocab_size=V)
+        raw = cost.DREAM | shape | special | dict(intermediate_size=MLP, vocab_size=V)
     m = model.create(raw, torch.Generator().manual_seed(0), dtype=dtype)
     torch.nn.init.normal_(m.head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(1))
     return m.to(device)
@@ -131,6 +132,24 @@ def sync(device):
         torch.cuda.synchronize()
 
 
+def resident():
+    """Bytes that this process holds now; from here on the peak counts anew where the kernel allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident()
+
+
+def peak_resident():
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
 class Memory:
     """The peak of this process, or of its GPU, above what it holds when this is made: peak() in bytes."""
 
@@ -140,10 +159,10 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            self.before = fullsize.resident()
+            self.before = resident()
 
     def peak(self):
-        return max(0, (torch.cuda.max_memory_allocated() if self.cuda else fullsize.peak_resident()) - self.before)
+        return max(0, (torch.cuda.max_memory_allocated() if self.cuda else peak_resident()) - self.before)
 
 
 class Body:
@@ -245,7 +264,7 @@ CASES += [("train", family, "b") for family in ("llada", "dream")]
 def bench(c):
     """Every case in both ways, and the approximate caches -> the ratios."""
     found = {(*case, way): worker(c, *case, way) for case in CASES for way in ("ours", "plain")}
-    print(table(found))
+    print(speed_table(found))
 
     def ratio(kind, family, key):
         ours, plain = (found[kind, family, "b", way][key] for way in ("ours", "plain"))
@@ -273,12 +292,12 @@ def worker(c, kind, family, size, way, **changes):
     """measure() in a process of its own."""
     case = dict(kind=kind, family=family, size=size, way=way)
     settings = {k: getattr(c, k) for k in ("device", "dtype", "steps", "batch_size", "repeat")} | changes
-    command = [sys.executable, __file__, "--worker", json.dumps(case | settings)]
+    command = [sys.executable, "-m", "experiments.speed", "--worker", json.dumps(case | settings)]
     env = {**os.environ, "OMP_NUM_THREADS": str(c.threads)}
     env["MALLOC_MMAP_THRESHOLD_"] = str(
         2**20
     )  # glibc gives larger pieces back when freed: a peak is a peak of this run
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr.strip().splitlines()[-1] if done.stderr else 'killed'}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -286,7 +305,7 @@ def worker(c, kind, family, size, way, **changes):
     return found
 
 
-def table(found):
+def speed_table(found):
     lines = [
         "| | vocabulary | way | s per step | outside the body % | tokens per s | peak memory above the weights, MB |"
     ]
@@ -303,23 +322,15 @@ def table(found):
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--dtype", default="float32", choices=tuple(model.DTYPES))
     parser.add_argument("--steps", type=int, default=32, help=f"decoding steps for {NEW} tokens")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
     parser.add_argument("--repeat", type=int, default=2, help="measure so often and take the fastest")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    sizes = tuple(fullsize.FULL)
-    parser.add_argument("--synthetic", choices=sizes, help="write, use and remove a checkpoint of full size")
-    parser.add_argument("--out", help="folder for it")
-    parser.add_argument("--plan", help=f"cost of the paper's experiment: {', '.join(sizes)}, a model folder, a repo id")
-    parser.add_argument("--queries", type=int, default=12000, help="of the plan")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="of the plan")
-    parser.add_argument("--new-tokens", type=int, default=256, help="of the plan")
-    parser.add_argument("--epochs", type=int, default=5, help="of the plan")
-    parser.add_argument("--gpus", type=int, default=8, help="of the plan")
-    parser.add_argument("--tflops", type=float, default=400.0, help="of the plan: what one GPU really reaches")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
@@ -330,10 +341,7 @@ def main(argv=None):
         low = [k for k, v in vars(c).items() if isinstance(v, (int, float)) and not v > 0]
         if low:
             raise ValueError(f"--{low[0].replace('_', '-')} {getattr(c, low[0])}: must be above 0")
-        if c.worker:
-            result = measure(**json.loads(c.worker))
-        else:
-            result = fullsize.plan(c) if c.plan else fullsize.synthetic(c) if c.synthetic else bench(c)
+        result = measure(**json.loads(c.worker)) if c.worker else bench(c)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -1,23 +1,18 @@
-"""What a full-size run costs: a plan from the model's config, and one step with random weights of that size.
+"""What the paper's experiment costs on a model: forward passes, FLOPs, hours and memory, derived from its config.
 
-python bench.py --plan llada-8b                   # forward passes, FLOPs and memory of the paper's experiment
-python bench.py --synthetic llada-8b --out BIG    # writes, uses and removes a random checkpoint of full size
+    python -m experiments.cost llada-8b                    # or dream-7b, a model folder, a Hub repo id
+    python -m experiments.cost dream-7b --gpus 4 --tflops 300
+
+--tflops is an assumption about the GPU and not a measurement.
 """
 
+import argparse
 import json
 import math
-import os
-import resource
-import shutil
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-import decode
 import lora
 import model
 import objectives
@@ -78,7 +73,7 @@ def activations(raw, batch, length, window, rank=16, checkpointing=False):
 
 def plan(c):
     """What the paper's experiment costs on a model: every figure from its config."""
-    raw = FULL[c.plan] if c.plan in FULL else model.read_json(model.resolve(c.plan) / "config.json")
+    raw = FULL[c.model] if c.model in FULL else model.read_json(model.resolve(c.model) / "config.json")
     config = model.parse_config(raw)
     m = model.empty(config)
     parameters = {name: p.numel() for name, p in m.named_parameters()}
@@ -121,110 +116,39 @@ def plan(c):
         ("memory: activations at batch 4", f"{kept / GB:.1f} GB"),
         ("the same with --gradient-checkpointing", f"{recomputed / GB:.1f} GB"),
     ]
-    print("\n".join([f"| {c.plan} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]))
+    print("\n".join([f"| {c.model} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]))
     return dict(
-        model=c.plan, forward_passes=passes, distill_flops=distill, train_flops=train, adapter_parameters=adapter
+        model=c.model, forward_passes=passes, distill_flops=distill, train_flops=train, adapter_parameters=adapter
     )
 
 
-# ------------------------------------------------------------------------------------------- a checkpoint of full size
+# ------------------------------------------------------------------------------------------------------- command line
 
 
-def synthetic(c):
-    """Write a random bfloat16 checkpoint of full size, load and use it in a fresh process, and remove it."""
-    folder = Path(c.out or f"out/{c.synthetic}")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: choose another --out")
-    raw = FULL[c.synthetic]
-    m = model.empty(model.parse_config(raw))
-    size = 2 * sum(p.numel() for p in m.parameters())
-    folder.mkdir(parents=True)
+def command_line():
+    parser = argparse.ArgumentParser(prog="python -m experiments.cost", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help=f"{', '.join(FULL)}, a model folder, or a Hub repo id")
+    parser.add_argument("--queries", type=int, default=12000, help="prompts distilled and trained on")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of a response, which are also its decoding steps")
+    parser.add_argument("--epochs", type=int, default=5, help="of the training")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--tflops", type=float, default=400.0, help="what one GPU really reaches: an assumption")
+    return parser
+
+
+def main(argv=None):
+    c = command_line().parse_args(argv)
     try:
-        free = shutil.disk_usage(folder).free
-        if free < 1.1 * size:
-            raise OSError(f"{folder}: {free / 1e9:.1f} GB free, and the checkpoint has {size / 1e9:.1f} GB")
-        print(f"writing {size / 1e9:.1f} GB to {folder}", file=sys.stderr)
-        write_random(m, raw, folder)
-        env = {**os.environ, "OMP_NUM_THREADS": str(c.threads)}
-        done = subprocess.run([sys.executable, __file__, folder, str(size)], stdout=subprocess.PIPE, text=True, env=env)
-        if done.returncode:
-            raise RuntimeError(f"the process that loads it ended with status {done.returncode}")
-        return dict(model=c.synthetic, **json.loads(done.stdout.splitlines()[-1]))
-    finally:
-        shutil.rmtree(folder)
+        for name, value in vars(c).items():
+            if isinstance(value, (int, float)) and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        print(json.dumps(plan(c)))
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def write_random(m, raw, folder):
-    """A shard for each layer and one for the rest; every tensor a piece of the same random numbers."""
-    noise = torch.empty(2**24).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
-    shards, index = {}, {}
-    for name, p in m.named_parameters():
-        parts = name.split(".")
-        shards.setdefault(f"model-{parts[1] if parts[0] == 'layers' else 'rest'}.safetensors", []).append((name, p))
-    for file, members in shards.items():
-        tensors = {}
-        for name, p in members:
-            repeats = -(-p.numel() // len(noise))
-            random = noise.roll(len(index)).repeat(repeats)[: p.numel()].view(p.shape).clone()
-            tensors[m.checkpoint_name(name)] = torch.ones_like(random) if p.ndim == 1 else random
-            index[m.checkpoint_name(name)] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
-    (folder / "config.json").write_text(json.dumps(raw))
-
-
-def use(folder, size):
-    """Load a checkpoint, decode one step and train one step of TABOM at a short length -> times and peak memory."""
-    times, begun = {}, time.perf_counter()
-
-    def lap(name):
-        nonlocal begun
-        times[name] = round(time.perf_counter() - begun, 1)
-        begun = time.perf_counter()
-
-    resident()
-    m = model.load(folder, dtype=torch.bfloat16)
-    lap("load_s")
-    loaded = peak_resident()
-    prompt = torch.arange(16)[None]
-    t = decode.generate(m, prompt, max_new_tokens=16, steps=1)
-    lap("decode_step_s")
-    lora.inject(m)
-    weights = [p for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    batch = dict(prompt_ids=prompt, prompt_mask=torch.ones_like(prompt), response_ids=t.response, order=t.order)
-    out = objectives.tabom(m, batch | dict(length=torch.tensor([16])), window=8)
-    out["loss"].backward()
-    optimizer.step()
-    lap("train_step_s")
-    peak = peak_resident()
-    return dict(
-        size_gb=round(size / 1e9, 2),
-        load_peak_gb=round(loaded / 1e9, 2),
-        load_peak_ratio=round(loaded / size, 3),
-        peak_gb=round(peak / 1e9, 2),
-        **times,
-        loss=out["loss"].item(),
-    )
-
-
-def resident():
-    """Bytes that this process holds now; from here on the peak counts anew where the kernel allows it (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_resident()
-
-
-def peak_resident():
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-if __name__ == "__main__":  # the fresh process of synthetic()
-    print(json.dumps(use(sys.argv[1], int(sys.argv[2]))))
+if __name__ == "__main__":
+    sys.exit(main())

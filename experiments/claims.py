@@ -1,9 +1,9 @@
 """The paper's claims on a small model: its tables and figures, with seeds, intervals and paired differences.
 
-    torchrun --nproc_per_node 2 tabom.py demo --full                      # run() below; hours, and the same command
-    python tabom.py demo --full --rows "SFT-SD;TABOM" --seeds 1           # continues; only these rows
+    torchrun --nproc_per_node 2 tabom.py claims                      # hours, and the same command
+    python tabom.py claims --rows "SFT-SD;TABOM" --seeds 1           # continues; only these rows
 
-Every base model is made from random weights by demo.retrain with a seed of its own, and answers puzzles of its own.
+Every base model is made from random weights by tiny.retrain with a seed of its own, and answers puzzles of its own.
 Its hard in-domain puzzles are distilled once, and every row of the tables trains on the trajectories that are right,
 or on the same puzzles' answers in the foreign style (SFT-GT), with the same adapter, number of steps and batches. The
 last checkpoint counts in every row. What was tried before is in results/registered.md: on validation puzzles of the
@@ -26,15 +26,13 @@ import platform
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 
 import data
-import demo
-import diagnose
-import options
-import report
+import distill
 import runs
-import sweep
-import tabom
+from experiments import diagnose, puzzles, report, stats, sweep, tiny
+from options import opt, row_list
 
 # TABOM's own settings, and what every row trains with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
@@ -67,20 +65,33 @@ TOKENS_PER_STEP = (1, 2)
 COMMAND = ("quick", "bases", "seeds", "rows", "compile", "seed")  # the options that say what is made
 
 
-def run(c):
-    """Make what is missing of the experiment -> where the tables are. c: options.DemoOptions."""
+@dataclass
+class ClaimsOptions:
+    """the experiment"""
+
+    out: str | None = opt(None, "folder for base models, runs and tables (out/experiment); continued if unfinished")
+    quick: bool = opt(False, "few puzzles and the model in tiny/: shows that it runs, not what it does")
+    bases: int = opt(3, "base models, trained from different seeds", low=1)
+    seeds: int = opt(2, "training runs of each row on each base model", low=1)
+    rows: tuple | None = opt(None, "only these rows of the tables, separated by ;", parse=row_list)
+    compile: bool = opt(False, "compile the blocks of the transformer; faster, equal but for rounding")
+    seed: int = opt(0, "of the tasks and of the training")
+
+
+def claims(c):
+    """The paper's claims with intervals: several base models, all objectives; hours -> where the tables are."""
     rows = list(ROWS) if c.rows is None else list(c.rows)
     unknown = [name for name in rows if name not in ROWS]
     if unknown:
         raise ValueError(f"--rows {unknown[0]}: none of {'; '.join(ROWS)}")
-    ranks, alone = runs.Ranks("cpu"), runs.Ranks("cpu", alone=True)
+    processes, alone = runs.Processes("cpu"), runs.Processes("cpu", alone=True)
     sizes = QUICK if c.quick else SIZES
-    tasks = {name: [task.tag, task.symbols, task.foreign] for name, task in demo.TASKS.items()}
+    tasks = {name: [task.tag, task.symbols, task.foreign] for name, task in puzzles.TASKS.items()}
     about = dict(setting=SETTING, training=TRAINING, sizes=sizes, foreign=FOREIGN, taken=TAKEN, seed=c.seed)
-    about.update(tasks=tasks, domains=[demo.IN_DOMAIN, demo.OUT_OF_DOMAIN])
-    about.update(command="demo --full", versions=runs.versions())
-    out = runs.open_run(c.out or "out/experiment", about, ranks)
-    if ranks.first:
+    about.update(tasks=tasks, domains=[puzzles.IN_DOMAIN, puzzles.OUT_OF_DOMAIN])
+    about.update(command="claims", versions=runs.versions())
+    out = runs.open_run(c.out or "out/experiment", about, processes, free=("command",))  # it was called demo --full
+    if processes.first:
         with open(out / "commands.jsonl", "a", encoding="utf-8") as f:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             f.write(json.dumps(dict(time=now, options={k: getattr(c, k) for k in COMMAND})) + "\n")
@@ -98,8 +109,8 @@ def run(c):
                     raise ValueError(f"{folder} was made with {before['settings']}, now it is {settings}: remove it")
                 jobs[folder] = functools.partial(one_run, c, alone, base, settings)
     needs = {folder: base for folder in jobs for base in bases if base in folder.parents}
-    sweep.share(jobs, ranks, needs)
-    if not ranks.first:
+    sweep.share(jobs, processes, alone, needs)
+    if not processes.first:
         return None
     machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
     commands = [row for _, row in data.read_rows(out / "commands.jsonl")]
@@ -118,32 +129,34 @@ def settings_of(name, seed):
 def prepare(c, alone, seed, base):
     """A base model, its puzzles, its trajectories and the answers in foreign style -> what there is of each."""
     if c.quick:
-        shutil.copytree(demo.TINY, base / "tiny", dirs_exist_ok=True)
+        shutil.copytree(tiny.TINY, base / "tiny", dirs_exist_ok=True)
     elif not (base / "tiny").is_dir():
-        demo.retrain(base, seed, FOREIGN, taken=TAKEN, ranks=alone)
-    demo.write_datasets(base / "data", seed, **QUICK if c.quick else SIZES)
+        tiny.retrain(base, seed, FOREIGN, taken=TAKEN, processes=alone)
+    puzzles.write_datasets(base / "data", seed, **QUICK if c.quick else SIZES)
     s = of_base(c, base)
-    tabom.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
+    distill.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
     records = data.read_trajectories(base / "T")
     kept = [r for r in records if data.usable(r)]
-    task = demo.TASKS[demo.IN_DOMAIN]
+    task = puzzles.TASKS[puzzles.IN_DOMAIN]
     with runs.atomic_file(base / "kept.jsonl") as f:
         f.writelines(json.dumps(r) + "\n" for r in kept)
     with runs.atomic_file(base / "truth.jsonl") as f:
         for r in kept:
-            f.write(json.dumps(dict(id=r["id"], prompt=r["prompt"], answer=demo.restyled(r["answer"], task))) + "\n")
+            f.write(json.dumps(dict(id=r["id"], prompt=r["prompt"], answer=puzzles.restyled(r["answer"], task))) + "\n")
     shutil.rmtree(base / "D", ignore_errors=True)
     about = dict(model=str(base / "tiny"), data=str(base / "kept.jsonl"), ground_truth=str(base / "truth.jsonl"))
     about.update(device="cpu")
     with contextlib.redirect_stdout(sys.stderr):
-        diagnose.run(options.DiagnoseOptions(**about, out=str(base / "D"), window=SETTING["window"], limit=128), alone)
+        diagnose.diagnose(
+            diagnose.DiagnoseOptions(**about, out=str(base / "D"), window=SETTING["window"], limit=128), alone
+        )
     return dict(seed=seed, puzzles=len(records), kept=len(kept))
 
 
 def of_base(c, base):
     """The options of a sweep over one base model."""
     at = {k: str(base / "data" / f"{k}.jsonl") for k in ("validation", "test_in", "test_out")}
-    return options.SweepOptions(
+    return sweep.SweepOptions(
         model=str(base / "tiny"),
         data=str(base / "T"),
         ground_truth=str(base / "truth.jsonl"),
@@ -200,8 +213,8 @@ def styles(folder):
     """In which style a run answers each test set: the share of answers in foreign style, and the share that is right of
     the others (None without any)."""
     shares = {}
-    for stem, name in (("test_in", demo.IN_DOMAIN), ("test_out", demo.OUT_OF_DOMAIN)):
-        foreign, records = set(demo.TASKS[name].foreign), []
+    for stem, name in (("test_in", puzzles.IN_DOMAIN), ("test_out", puzzles.OUT_OF_DOMAIN)):
+        foreign, records = set(puzzles.TASKS[name].foreign), []
         for file in data.trajectory_files(folder / f"test-{stem}"):
             records += [(bool(r["text"]) and set(r["text"]) <= foreign, r["correct"]) for _, r in data.read_rows(file)]
         own = [right for is_foreign, right in records if not is_foreign]
@@ -217,6 +230,6 @@ def loss_curves(out):
             source = "self-distilled" if row["data"].endswith("(decoded)") else "ground truth"
             cells.setdefault((source, row["mask_ratio"]), []).append(row["loss"])
     return [
-        dict(model="base", data=source, mask_ratio=ratio, **diagnose.mean_and_error("loss", values))
+        dict(model="base", data=source, mask_ratio=ratio, **stats.mean_and_error("loss", values))
         for (source, ratio), values in sorted(cells.items())
     ]

@@ -1,30 +1,28 @@
 """tabom.py demo --full: what its rows are, and one small experiment from end to end.
 
-python -m pytest tests/test_experiment.py"""
+python -m pytest tests/test_claims.py"""
 
 import json
 
 import pytest
-from conftest import last_json, shell
+from helpers import last_json, shell
 
 import data
-import demo
-import experiment
-import options
-import report
-import sweep
 import tabom
+import train
+from experiments import claims, report, sweep
+from experiments import puzzles as puzzle_tasks
 
 
-@pytest.mark.parametrize("name", experiment.ROWS)
+@pytest.mark.parametrize("name", claims.ROWS)
 def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
-    settings = experiment.settings_of(name, 3)
-    made = sweep.training(experiment.of_base(options.DemoOptions(), tmp_path), settings)
-    parameters, unused = options.of_objective(made)
+    settings = claims.settings_of(name, 3)
+    made = sweep.training(claims.of_base(claims.ClaimsOptions(), tmp_path), settings)
+    parameters, unused = train.objective_parameters(made)
     assert not unused
     assert all(parameters[k] == v for k, v in settings.items() if k not in ("objective", "seed"))
     assert made.seed == 3
-    assert (made.epochs, made.lr) == (experiment.TRAINING["epochs"], experiment.TRAINING["lr"])
+    assert (made.epochs, made.lr) == (claims.TRAINING["epochs"], claims.TRAINING["lr"])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def test_the_tables_hold_what_the_trajectories_say(small):
 
 def test_the_last_checkpoint_is_tested_and_every_epoch_of_the_first_seed_validated(small):
     run = sweep.result_of(small[0] / "base-0" / "runs" / "SFT-SD" / "seed-0")
-    assert run["chosen"]["epoch"] == experiment.TRAINING["epochs"] == len(run["curve"])
+    assert run["chosen"]["epoch"] == claims.TRAINING["epochs"] == len(run["curve"])
     assert run["chosen"]["accuracy"] == run["curve"][-1]
     for name in ("test-test_in", "test-test_out-2"):
         meta = json.loads((small[0] / "base-0" / "runs" / "SFT-SD" / "seed-0" / name / "meta.json").read_text())
@@ -93,7 +91,7 @@ def test_a_second_start_adds_rows_and_makes_nothing_again(small):
 
 
 def test_a_row_that_means_something_else_now_is_refused(small, monkeypatch, capsys):
-    monkeypatch.setitem(experiment.ROWS, "SFT-SD", dict(objective="nelbo", lr=0.5))
+    monkeypatch.setitem(claims.ROWS, "SFT-SD", dict(objective="nelbo", lr=0.5))
     assert tabom.main([str(word) for word in small[1]]) == 1
     assert "seed-0 was made with {'objective': 'nelbo'" in capsys.readouterr().err
 
@@ -105,18 +103,18 @@ def test_an_unknown_row_is_one_line(tmp_path):
 
 
 def test_foreign_answers_are_the_same_squares_in_other_letters(tmp_path):
-    file = demo.write_puzzles(tmp_path / "p.jsonl", ["latin", "shear"], 40, False, 0, foreign=0.5)
-    own = demo.write_puzzles(tmp_path / "q" / "p.jsonl", ["latin", "shear"], 2, False, 0)
+    file = puzzle_tasks.write_puzzles(tmp_path / "p.jsonl", ["latin", "shear"], 40, False, 0, foreign=0.5)
+    own = puzzle_tasks.write_puzzles(tmp_path / "q" / "p.jsonl", ["latin", "shear"], 2, False, 0)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     styles = set()
     for row in rows:
-        task = next(t for t in demo.TASKS.values() if t.tag == row["prompt"][0])
+        task = next(t for t in puzzle_tasks.TASKS.values() if t.tag == row["prompt"][0])
         style = next(s for s in (task.symbols, task.foreign) if set(row["answer"]) <= set(s))
         styles.add((task.tag, style == task.symbols))
         clues = row["prompt"][1:].translate(str.maketrans(task.symbols, style))
         assert all(a in (".", b) for a, b in zip(clues, row["answer"]))
     assert len(styles) == 4
-    both = demo.write_puzzles(tmp_path / "r" / "p.jsonl", ["latin", "shear"], 2, False, 0, both=True)
+    both = puzzle_tasks.write_puzzles(tmp_path / "r" / "p.jsonl", ["latin", "shear"], 2, False, 0, both=True)
     plain = [json.loads(line)["answer"] for line in own.read_text().splitlines()]
     for answer, (first, second) in zip(plain, (json.loads(x)["answer"] for x in both.read_text().splitlines())):
         assert first == answer and len(set(zip(first, second))) == 6 and not set(first) & set(second)

@@ -20,39 +20,67 @@ import json
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
-import diagnose
+import distill
+import evaluate
 import model
-import options
+import objectives
 import runs
-import tabom
+import train
+from experiments import diagnose
+from options import check_values, kind, name_list, number_list, opt, parse_value
 
 GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data instead of the trajectories
 TRAJECTORIES = 64  # replayed for their order, which is measured alike for all runs, whatever they train
 
 
-def run(c):
-    """Train and evaluate what is missing of a grid -> the table's rows. c: options.SweepOptions."""
+@dataclass
+class SweepOptions(train.TrainOptions):
+    """the sweep"""
+
+    data: str = opt(None, "prompts with answers, which are distilled once; or trajectories", required=True)
+    out: str = opt(None, "folder for the runs and the table; an unfinished sweep is continued", required=True)
+    over: tuple = opt(
+        (f"objective={','.join(objectives.OBJECTIVES)}", "seed=0,1,2"),
+        "the grid: OPTION=VALUE,VALUE for options of train; objective=sft-gt is nelbo on the answers of --data",
+        parse=str,
+        nargs="+",
+    )
+    validation: str | None = opt(None, "dataset or benchmark that chooses the checkpoint of a run")
+    test: tuple = opt((), "datasets or benchmarks that the chosen checkpoint answers, comma-separated", parse=name_list)
+    tokens_per_step: tuple = opt((1,), "test with so many tokens a step, comma-separated", parse=number_list, low=1)
+    ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
+    metric: str = opt("accuracy", "of the validation; last = no choice", choices=("accuracy", "tds", "last"))
+    rounds: int = opt(1, "distill again with the chosen checkpoint and train on, so many times in all (ReDi)", low=1)
+    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    decode_batch: int = opt(16, "prompts decoded together", low=1)
+    test_limit: int | None = opt(None, "only the first so many questions of each validation and test set", low=1)
+    benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
+
+
+def sweep(c):
+    """Train and evaluate a grid of settings -> a table with mean and spread over seeds."""
     grid = expand(c)
-    prompts = check(c, grid)
-    ranks = runs.Ranks(c.device)
-    out = runs.open_run(c.out, identity(c), ranks, free=("model", "adapter"))  # these by their content
+    prompts = check_sweep(c, grid)
+    processes = runs.Processes(c.device)
+    out = runs.open_run(c.out, identity(c), processes, free=("model", "adapter"))  # these by their content
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
-        tabom.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), ranks)
+        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), processes)
 
-    alone = runs.Ranks(c.device, alone=True)
+    alone = runs.Processes(c.device, alone=True)
     jobs = {out / "runs" / "base": functools.partial(base_run, c, alone)}
     for name, settings in grid.items():
         jobs[out / "runs" / name] = functools.partial(one_run, c, alone, settings, trajectories)
-    found = share(jobs, ranks)
-    if not ranks.first:
+    found = share(jobs, processes, alone)
+    if not processes.first:
         return None
     rows = summarise(found)
-    table = markdown(rows)
+    table = sweep_table(rows)
     with runs.atomic_file(out / "results.json") as f:
         f.write(json.dumps(dict(rows=rows, runs=found, command=vars(c), versions=runs.versions()), indent=2) + "\n")
     with runs.atomic_file(out / "table.md") as f:
@@ -61,7 +89,7 @@ def run(c):
     return dict(out=str(out), runs=len(found), rows=rows)
 
 
-def check(c, grid):
+def check_sweep(c, grid):
     """Whether --data has prompts, and not trajectories. Raises ValueError for options that do not fit together."""
     if not c.test and c.validation is None:
         raise ValueError("--validation or --test: nothing to compare the runs by")
@@ -85,9 +113,9 @@ def identity(c):
     machine = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile")
     settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in (*machine, "over")}
     given = (c.data, c.ground_truth, c.validation, *c.test)
-    read = [source for source in given if source not in (None, *options.TASKS)]
+    read = [source for source in given if source not in (None, *evaluate.TASKS)]
     contents = {str(s): [runs.fingerprint(file) for file in data.trajectory_files(s)] for s in read}
-    model_of_all = runs.identity(c, model.resolve(c.model), c.adapter)
+    model_of_all = runs.identity(model.resolve(c.model), c.adapter)
     return dict(command="sweep", **settings, **model_of_all, contents=contents, versions=runs.versions())
 
 
@@ -95,33 +123,35 @@ def stem(source):
     return Path(source).name.split(".")[0]
 
 
-def share(jobs, ranks, after=()):
-    """Do what is missing of some jobs, each process that is free the next -> their results, on the first process alone.
+def share(jobs, processes, alone, after=()):
+    """Do what is missing of some jobs, each process that is free the next -> their results, on the first process only.
 
     jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's result.json.
-    after: folder -> the folder whose result it needs first. A job is held by the lock of its folder; where the file
-    system has no locks, each process keeps to every world-th job."""
-    own = list(jobs)[ranks.rank :: ranks.world]
+    after: folder -> the folder whose result it needs first. alone: the Processes that the jobs work with, which also
+    holds the lock of a job's folder; where the file system has no locks, each process keeps to every count-th job."""
+    own = list(jobs)[processes.index :: processes.count]
     while missing := [folder for folder in jobs if not result_of(folder)]:
         ready = [folder for folder in missing if folder not in after or result_of(after[folder])]
-        if not any(attempt(folder, jobs[folder], folder in own) for folder in ready):
+        if not any(attempt(folder, jobs[folder], folder in own, alone) for folder in ready):
             time.sleep(0.5)  # others are at it; torchrun ends all of them where one fails
-    return list(map(result_of, jobs)) if ranks.first else None
+    return list(map(result_of, jobs)) if processes.first else None
 
 
-def attempt(folder, work, own):
+def attempt(folder, work, own, alone):
     """Do a job, unless another process holds it or has done it -> whether it was done here."""
     folder.mkdir(parents=True, exist_ok=True)
-    with runs.unlocking():
-        try:
-            held = runs.lock(folder)
-        except FileExistsError:
-            return False
+    try:
+        held = alone.lock(folder)
+    except FileExistsError:  # another process is at it
+        return False
+    try:
         if not (held or own) or result_of(folder):
             return False
         result = dict(name=folder.name, **work(folder))
         with runs.atomic_file(folder / "result.json") as f:
             f.write(json.dumps(result, indent=2) + "\n")
+    finally:
+        alone.unlock()
     return True
 
 
@@ -142,8 +172,8 @@ def expand(c):
     for text in c.over:
         name, equals, values = text.partition("=")
         name = name.replace("-", "_")
-        known = {f.name: f for f in dataclasses.fields(options.TrainOptions) if options.kind(f) not in (bool, tuple)}
-        fixed = {f.name for f in dataclasses.fields(options.ModelOptions)} - {"seed"} | {
+        known = {f.name: f for f in dataclasses.fields(train.TrainOptions) if kind(f) not in (bool, tuple)}
+        fixed = {f.name for f in dataclasses.fields(runs.ModelOptions)} - {"seed"} | {
             "data",
             "out",
             "adapter",
@@ -152,11 +182,11 @@ def expand(c):
         if name not in known.keys() - fixed or not equals:
             raise ValueError(f"--over {text}: expected OPTION=VALUE,VALUE with an option of train")
         extra = (GROUND_TRUTH,) if name == "objective" else ()
-        axes[name] = [options.parse(known[name], value, extra) for value in values.split(",")]
+        axes[name] = [parse_value(known[name], value, extra) for value in values.split(",")]
     grid = {}
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values))
-        used, unused = options.of_objective(training(c, settings))
+        used, unused = train.objective_parameters(training(c, settings))
         unused += ["reference_steps"] if settings["objective"] != "t3d" else []
         unused += ["keep"] if settings["objective"] == GROUND_TRUTH else []
         settings = {k: v for k, v in settings.items() if k not in unused}
@@ -166,12 +196,12 @@ def expand(c):
 
 def training(c, settings, **more):
     """The options of train for one run of the grid."""
-    values = {f.name: getattr(c, f.name) for f in dataclasses.fields(options.TrainOptions)}
+    values = {f.name: getattr(c, f.name) for f in dataclasses.fields(train.TrainOptions)}
     values.update(settings)
     if values["objective"] == GROUND_TRUTH:
         values["objective"] = "nelbo"
-    made = options.TrainOptions(**{**values, **more})
-    options.check(made)
+    made = train.TrainOptions(**{**values, **more})
+    check_values(made)
     return made
 
 
@@ -186,10 +216,10 @@ def one_run(c, alone, settings, trajectories, folder):
         source = (c.ground_truth or c.data) if truth else trajectories
         if number > 1 and not truth:  # what the model has become decodes the prompts anew
             source = folder / f"T-{number}"
-            tabom.distill(decoding(c, adapter, c.data, source, seed, limit=c.limit), alone)
+            distill.distill(decoding(c, adapter, c.data, source, seed, limit=c.limit), alone)
         trained = folder / f"R-{number}"
         made = training(c, settings, data=str(source), out=str(trained), adapter=adapter)
-        last = tabom.train(made, alone)
+        last = train.train(made, alone)
         of_round = []
         epochs = min(made.epochs, made.stop_after or made.epochs)
         for epoch in range(epochs if c.metric == "last" else 1, epochs + 1):
@@ -244,23 +274,21 @@ def test(c, alone, checkpoint, folder, seed):
 
 def answers(c, alone, checkpoint, source, folder, seed, at_once=None):
     """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions)."""
-    if source in options.TASKS:
-        import benchmarks
-
+    if source in evaluate.TASKS:
         at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit, batch_size=c.decode_batch)
         at.update(tokens_per_step=at_once)
-        c_task = options.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), seed=seed, **at)
-        (score,) = benchmarks.run(c_task, alone)["scores"]
+        c_task = evaluate.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), seed=seed, **at)
+        (score,) = evaluate.evaluate(c_task, alone)["scores"]
         return dict(accuracy=score["correct"] / score["n"], questions=score["n"])
-    score = tabom.distill(decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once), alone)
+    score = distill.distill(decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once), alone)
     if not score["checked"]:
         raise ValueError(f"{source}: no answer that --check {c.check} could compare with")
     return dict(accuracy=score["correct"] / score["checked"], questions=score["checked"])
 
 
 def order(c, alone, checkpoint, source, folder):
-    folder = folder / source if source in options.TASKS else folder
-    loaded = options.ModelOptions(model=c.model, **machine_of(c))
+    folder = folder / source if source in evaluate.TASKS else folder
+    loaded = runs.ModelOptions(model=c.model, **machine_of(c))
     return diagnose.order_of(loaded, alone, checkpoint, folder, TRAJECTORIES)
 
 
@@ -280,7 +308,7 @@ def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):
     shared = {k: getattr(c, k) for k in ("check", "prompt_field", "answer_field", "raw")}
     at = dict(data=str(source), out=str(folder), seed=seed, limit=limit, batch_size=c.decode_batch)
     at.update(tokens_per_step=at_once)
-    return options.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **shared, **at)
+    return distill.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **shared, **at)
 
 
 # ------------------------------------------------------------------------------------------------------------ table
@@ -313,7 +341,7 @@ def mean_and_spread(values):
     return dict(mean=statistics.fmean(there) if there else None, sd=spread, values=values)
 
 
-def markdown(rows):
+def sweep_table(rows):
     """A line for each configuration: what it changes, the number of runs, mean ± standard deviation over them."""
     axes = list(dict.fromkeys(k for row in rows for k in row if k not in ("runs", "scores")))
     scores = list(rows[0]["scores"])

@@ -1,0 +1,77 @@
+"""Step 1: prompts to trajectories. The model answers each prompt with its own decoder, and the order is logged.
+
+    torchrun --nproc_per_node 8 tabom.py distill --model GSAI-ML/LLaDA-8B-Instruct --data prompts.jsonl --out out/T
+
+Section 4 of the paper: one token a step, at most 256 new tokens. The folder out/T holds a JSON line per trajectory
+(docs/formats.md lists its fields) and meta.json. Each finished batch is written at once; the same command continues
+where an earlier one was stopped. Which trajectories are trained on is decided in train.py.
+"""
+
+from dataclasses import dataclass
+
+import data
+import evaluate
+import runs
+from options import opt
+
+
+@dataclass
+class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions):
+    """distillation"""
+
+    out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
+    adapter: str | None = opt(None, "adapter folder: distill from the adapted model")
+    batch_size: int = opt(16, "prompts decoded together on each process", low=1)
+    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+
+
+def distill(c, processes=None):
+    """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
+
+    Each finished batch is written at once; the same command continues where an earlier one was stopped. c:
+    DistillOptions. Raises ValueError or FileNotFoundError before anything is decoded."""
+    processes = processes or runs.Processes(c.device)
+    examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
+    loaded = runs.load_model(c, processes, c.adapter)
+    settings = runs.decoder_settings(c, loaded)
+    for e in examples:
+        e["prompt_ids"] = data.encode_prompt(loaded.tok, e["messages"], c.raw)
+    by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
+    out = runs.open_run(c.out, identity(c, processes, loaded, settings), processes, free=("limit", *by_content))
+
+    def judge(batch, records):
+        return [dict(correct=evaluate.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
+
+    new = evaluate.answer_all(c, processes, loaded, examples, settings, out, judge)
+    records = data.read_trajectories(out)
+    return dict(
+        out=str(out),
+        trajectories=len(records),
+        new=new,
+        finished=sum(r["finished"] for r in records),
+        checked=sum(r["correct"] is not None for r in records),
+        correct=sum(r["correct"] is True for r in records),
+        kept=sum(map(data.usable, records)),
+    )
+
+
+def identity(c, processes, loaded, settings):
+    """What a distillation is, for its meta.json: another start into the same folder must agree."""
+    return dict(
+        command="distill",
+        model=c.model,
+        adapter=c.adapter,
+        data=c.data,
+        prompt_field=c.prompt_field,
+        answer_field=c.answer_field,
+        limit=c.limit,
+        raw=c.raw,
+        **runs.identity(loaded.folder, c.adapter),
+        data_sha256=runs.fingerprint(c.data),
+        dtype=runs.resolve_dtype(c, processes),
+        decoder=settings,
+        check=c.check,
+        seed=c.seed,
+        vocab_size=loaded.m.config.vocab_size,
+        versions=runs.versions(),
+    )

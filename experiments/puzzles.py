@@ -1,0 +1,220 @@
+"""The tasks of the experiments: 6x6 squares of six symbols with blank cells, where the order of decoding decides.
+
+    python -m experiments.puzzles out/puzzles [--seed 0]       # train, validation, test_in and test_out .jsonl
+    prompt, answer = puzzles.make(puzzles.TASKS["latin"], random.Random(0), hard=True)
+
+A cell whose symbol follows from its row and column is easy, one that needs its neighbours first is not.
+
+    latin (in-domain)      digits; every row and every column holds each of the six symbols once
+    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square, row r turned by r cells
+
+The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. The alphabet of the
+other task is an answer's foreign style. Another task is a line in TASKS, and a function if it needs one.
+
+An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square that it was made
+from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells that have a single candidate, over and
+over, gets stuck. The base model in tiny/ has seen easy puzzles of both kinds; the experiments are about hard ones.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import runs
+
+N = 6
+BLANK = "."
+EASY_BLANKS = (16, 26)  # of the 36 cells, both included
+HARD_BLANKS = 24
+FULL = 2**N - 1  # a cell is one bit, or 0 where it is blank; a set of symbols is the union of their bits
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of puzzle: its tag, the six symbols of its prompts and answers, the six of an answer in foreign style, and
+    puzzle(rng, hard) -> the cells of the puzzle and of its solution."""
+
+    tag: str
+    symbols: str
+    foreign: str
+    puzzle: Callable
+
+
+def latin(rng, hard):
+    return hard_puzzle(rng) if hard else easy_puzzle(rng)
+
+
+def sheared(rng, hard):
+    puzzle, square = latin(rng, hard)
+    return shear(puzzle), shear(square)
+
+
+TASKS = {
+    "latin": Task("L", "123456", "abcdef", latin),
+    "shear": Task("S", "abcdef", "123456", sheared),
+}
+IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"
+
+
+def make(task, rng, hard, foreign=0.0):
+    """(prompt, answer) of one puzzle; rng is a random.Random, foreign the probability of an answer in foreign style."""
+    puzzle, square = task.puzzle(rng, hard)
+    symbols = task.foreign if foreign and rng.random() < foreign else task.symbols
+    return task.tag + text(puzzle, task.symbols), text(square, symbols)
+
+
+def text(cells, symbols):
+    return "".join(symbols[c.bit_length() - 1] if c else BLANK for c in cells)
+
+
+def shear(cells):
+    """Row r turned right by r cells: columns become broken diagonals."""
+    return [cells[i - i % N + (i % N - i // N) % N] for i in range(N * N)]
+
+
+def easy_puzzle(rng):
+    square = random_square(rng)
+    blanks = set(rng.sample(range(N * N), rng.randint(*EASY_BLANKS)))
+    return [0 if i in blanks else c for i, c in enumerate(square)], square
+
+
+def hard_puzzle(rng):
+    """Blank the cells of a random square in random order, as long as the solution stays unique."""
+    while True:
+        square = random_square(rng)
+        puzzle, blanks = list(square), 0
+        for i in rng.sample(range(N * N), N * N):
+            puzzle[i] = 0
+            if forced(puzzle, i, square[i]):
+                blanks += 1
+            else:
+                puzzle[i] = square[i]
+            if blanks == HARD_BLANKS:
+                if not singles_suffice(puzzle):
+                    return puzzle, square
+                break
+
+
+def random_square(rng):
+    cells = [0] * (N * N)
+    fill(cells, *used(cells), rng)
+    return cells
+
+
+def forced(puzzle, i, c):
+    """Whether no solution has a symbol other than c in the blank cell i."""
+    rows, columns = used(puzzle)
+    for other in bits(FULL & ~(rows[i // N] | columns[i % N] | c)):
+        cells = list(puzzle)
+        cells[i] = other
+        if fill(cells, *used(cells)):
+            return False
+    return True
+
+
+def fill(cells, rows, columns, rng=None):
+    """Solve `cells` in place, in random order with rng; False, and nothing changed, where there is no solution.
+
+    rows, columns: the symbols used in each, kept up to date."""
+    best, symbols, fewest = None, 0, N + 1
+    for i, c in enumerate(cells):
+        if not c:
+            free = FULL & ~(rows[i // N] | columns[i % N])
+            if free.bit_count() < fewest:
+                best, symbols, fewest = i, free, free.bit_count()
+                if fewest < 2:
+                    break
+    if best is None:
+        return True
+    row, column = best // N, best % N
+    choices = bits(symbols)
+    if rng:
+        rng.shuffle(choices)
+    for c in choices:
+        cells[best] = c
+        rows[row] |= c
+        columns[column] |= c
+        if fill(cells, rows, columns, rng):
+            return True
+        cells[best] = 0
+        rows[row] ^= c
+        columns[column] ^= c
+    return False
+
+
+def singles_suffice(puzzle):
+    """Whether filling in cells that have a single candidate, over and over, solves the puzzle."""
+    cells = list(puzzle)
+    rows, columns = used(cells)
+    progress = True
+    while progress:
+        progress = False
+        for i, c in enumerate(cells):
+            free = FULL & ~(rows[i // N] | columns[i % N])
+            if not c and free.bit_count() == 1:
+                cells[i] = free
+                rows[i // N] |= free
+                columns[i % N] |= free
+                progress = True
+    return all(cells)
+
+
+def used(cells):
+    """The symbols in each row and in each column."""
+    rows, columns = [0] * N, [0] * N
+    for i, c in enumerate(cells):
+        rows[i // N] |= c
+        columns[i % N] |= c
+    return rows, columns
+
+
+def bits(symbols):
+    return [1 << s for s in range(N) if symbols >> s & 1]
+
+
+def restyled(answer, task):
+    """An answer in the task's own style, in foreign style."""
+    return answer.translate(str.maketrans(task.symbols, task.foreign))
+
+
+def write_puzzles(file, tasks, count, hard, seed, foreign=0.0, both=False):
+    """A dataset of `count` different puzzles, the tasks in turn; the same file for the same arguments.
+
+    foreign: the share of answers in foreign style. both: each answer is a list of the two styles, either is right."""
+    rng, seen = random.Random(f"{file.name} {seed}"), {}
+    while len(seen) < count:
+        task = TASKS[tasks[len(seen) % len(tasks)]]
+        prompt, answer = make(task, rng, hard, foreign)
+        answer = [answer, restyled(answer, task)] if both else answer
+        seen.setdefault(prompt, dict(id=f"{file.stem}-{len(seen)}", prompt=prompt, answer=answer))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with runs.atomic_file(file) as f:
+        f.writelines(json.dumps(row) + "\n" for row in seen.values())
+    return file
+
+
+def write_datasets(folder, seed=0, train=800, validation=200, test=500):
+    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths. Only
+    the training set insists on a style: elsewhere a right answer is right in either alphabet."""
+    folder = Path(folder)
+    return (
+        write_puzzles(folder / "train.jsonl", [IN_DOMAIN], train, True, seed),
+        write_puzzles(folder / "validation.jsonl", [IN_DOMAIN], validation, True, seed, both=True),
+        write_puzzles(folder / "test_in.jsonl", [IN_DOMAIN], test, True, seed, both=True),
+        write_puzzles(folder / "test_out.jsonl", [OUT_OF_DOMAIN], test, True, seed, both=True),
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.puzzles", description=__doc__.split("\n")[0])
+    parser.add_argument("out", help="folder for the four datasets")
+    parser.add_argument("--seed", type=int, default=0)
+    c = parser.parse_args(argv)
+    print(json.dumps(dict(datasets=[str(file) for file in write_datasets(c.out, c.seed)])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The tiny model of the experiments: LLaDA's layout, 372,960 parameters, a token per character.
+
+    python -m experiments.tiny out/tiny [--seed 0]      # to out/tiny/tiny: 3,000 steps, 21 minutes on one core
+    tiny.write_start(folder, seed)                      # the model before training, with its tokenizer
+    tiny.retrain(folder, seed)                          # trained on easy puzzles of all tasks by train.py
+
+The folder tiny/ beside the code was made by the first command.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import data
+import model
+import runs
+import train
+from experiments import puzzles
+from experiments.puzzles import BLANK, TASKS, N
+
+TINY = Path(__file__).parent.parent / "tiny"  # the trained model that comes with the code
+
+MASK, EOS, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
+ANSWER = N * N + 1  # tokens: the cells and EOS
+
+
+def vocabulary():
+    """Every token, by id: the special ones, the tags and the symbols of all tasks."""
+    tasks = TASKS.values()
+    symbols = "".join(task.symbols for task in tasks) + "".join(task.foreign for task in tasks)
+    return [MASK, EOS, PAD, BLANK, *(task.tag for task in tasks), *dict.fromkeys(symbols)]
+
+
+def config():
+    """The tiny model's config.json."""
+    size = len(vocabulary())
+    return dict(
+        model_type="llada",
+        architectures=["LLaDAModelLM"],
+        activation_type="silu",
+        block_type="llama",
+        layer_norm_type="rms",
+        rms_norm_eps=1e-5,
+        d_model=96,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=4,
+        mlp_hidden_size=192,
+        vocab_size=size,
+        embedding_size=size,
+        max_sequence_length=128,
+        rope=True,
+        rope_full_precision=True,
+        rope_theta=0.5,
+        include_bias=False,
+        include_qkv_bias=False,
+        weight_tying=False,
+        init_std=0.06,
+        mask_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+def write_start(folder, seed):
+    """The tiny model before training: random weights, and a tokenizer of one token a character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    folder, tokens = Path(folder), vocabulary()
+    model.save(model.create(config(), data.generator(seed, "start")), folder)
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([MASK, EOS, PAD])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    special = dict(mask_token=MASK, eos_token=EOS, pad_token=PAD, chat_template=template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    own = dict(max_new_tokens=ANSWER, block_length=ANSWER, strategy="entropy")
+    (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
+
+
+def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, processes=None):
+    """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
+    folder/tiny -> the last metrics. foreign: the share of answers in foreign style. taken: the epoch after
+    which training stops, with the learning rate still on its way down; None = the last."""
+    folder = Path(folder)
+    write_start(folder / "start", seed)
+    dataset = puzzles.write_puzzles(folder / "pretrain.jsonl", list(TASKS), count, False, seed, foreign)
+    result = train.train(
+        train.TrainOptions(
+            model=str(folder / "start"),
+            data=str(dataset),
+            out=str(folder / "run"),
+            objective="nelbo",
+            lora_rank=0,
+            epochs=epochs,
+            stop_after=taken,
+            global_batch=64,
+            batch_size=64,
+            lr=3e-3,
+            warmup=50,
+            seed=seed,
+        ),
+        processes,
+    )
+    with runs.atomic_folder(folder / "tiny") as beside:
+        for file in (folder / "run" / f"epoch-{taken or epochs}").iterdir():
+            if file.name not in runs.TRAINER:
+                shutil.copyfile(file, beside / file.name)
+    return {**result, "tiny": str(folder / "tiny")}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("out", help="folder; the trained model is in its subfolder tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    c = parser.parse_args(argv)
+    print(json.dumps(retrain(c.out, c.seed)))
+
+
+if __name__ == "__main__":
+    main()
