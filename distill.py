@@ -22,7 +22,7 @@ class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions)
     out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
     adapter: str | None = opt(None, "adapter folder: distill from the adapted model")
     batch_size: int = opt(16, "prompts decoded together on each process", low=1)
-    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
 
 def distill(c, processes=None):

@@ -16,7 +16,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 from tqdm import tqdm
@@ -116,46 +116,103 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
     return len(todo)
 
 
-# ------------------------------------------------------------------------------------------------ answers in general
+# ---------------------------------------------------------------------------------------------- is an answer right?
 
-CHECKS = ("none", "number", "exact")
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+CHECKS = ("auto", "number", "math", "exact", "none")
 
 
 def check(kind, response, answer):
     """Whether a response agrees with the reference answer, or with one of a list of them: True, False, or None where
     that cannot be told.
 
-    "number": the final number of the response against that of the answer (see final_number); None for an answer that
-    ends in anything but one number. "exact": the same text, but for space around it. "none": None.
-    Raises ValueError for another kind."""
+    "number": the final number of the response against the answer; None for an answer that is not one plain number.
+    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, math for other mathematics, None
+    for prose. "exact": the same text, but for space around it. "none": None. Raises ValueError for another kind."""
     if kind not in CHECKS:
         raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:
         return None
     if isinstance(answer, list):
         verdicts = [check(kind, response, one) for one in answer]
-        return any(verdicts) if any(verdicts) or None not in verdicts else None
+        if None in verdicts and True not in verdicts:
+            return None
+        return True in verdicts
     if kind == "exact":
         return response.strip() == answer.strip()
-    gold = final_number(answer, only=True)
-    return None if gold is None else final_number(response) == gold
+    marked = marked_answer(answer)
+    gold = plain_number(answer if marked is None else marked)
+    if gold is not None and kind != "math":
+        found = final_number(response)
+        if found is not None or kind == "number":
+            return found == gold
+    if kind == "number" or (kind == "auto" and gold is None and not is_mathematics(answer)):
+        return None
+    return math500.grade(dict(answer=(answer if marked is None else marked).strip()), response)["correct"]
 
 
-def final_number(text, only=False):
-    """The number after the last ####, else in the last \\boxed{}, else the last number of the text: Decimal or None.
-    only: the text, or what is marked, must be the number and nothing else (72 apples, 3/4 and 2x are none)."""
+def marked_answer(text):
+    """What stands after the last ####, else in the last \\boxed{} whose braces close; None without either."""
     if "####" in text:
-        text = text.rsplit("####", 1)[1]
-    elif "\\boxed{" in text:
-        text = text.rsplit("\\boxed{", 1)[1].split("}")[0]
-    found = NUMBER.findall(text)
-    if not found or (only and found[-1] != text.strip().removesuffix(".")):
+        return text.rsplit("####", 1)[1]
+    start = text.rfind("\\boxed{")
+    if start < 0:
         return None
-    try:
-        return Decimal(found[-1].replace(",", "").replace("$", ""))
-    except InvalidOperation:
+    depth = 0
+    for place in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : place]
+    return None
+
+
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+PLAIN = re.compile(rf"-?\$?-?(?:{DIGITS})")
+# What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
+PART = re.compile(r"\s*/|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|[:,]\d|[A-Za-z](?![A-Za-z])|\(")
+
+
+def spelled_plainly(text):
+    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus sign U+2212."""
+    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\\$", "$")):
+        text = text.replace(written, plain)
+    return text
+
+
+def plain_number(text):
+    """The number that a text consists of, but for space, a dollar sign and a last point: Decimal, or None.
+
+    72 apples, 3/4 and 2x are no plain numbers."""
+    text = spelled_plainly(text).strip().strip("$").strip()
+    text = text.removeprefix("\\(").removesuffix("\\)").strip().removesuffix(".")
+    if not PLAIN.fullmatch(text):
         return None
+    return Decimal(text.replace(",", "").replace("$", ""))
+
+
+def final_number(text):
+    """The marked answer of a response if it has one, else its last number: Decimal, or None where that is none, or is
+    part of a fraction, a power or a product."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return plain_number(marked)
+    text = spelled_plainly(text)
+    found = list(re.finditer(DIGITS, text))
+    if not found:
+        return None
+    last = found[-1]
+    before, after = text[: last.start()].removesuffix("$"), text[last.end() :]
+    if re.search(r"[/^_{\\:]\s*$|\d,\s*$|[A-Za-z]$", before) or PART.match(after):
+        return None
+    number = Decimal(last[0].replace(",", ""))
+    negative = re.search(r"(?<![\w)])-$", before)  # the minus of 5-3 subtracts
+    return number.copy_negate() if negative else number
+
+
+def is_mathematics(answer):
+    """Whether math-verify can make sense of a reference answer: marked, or short and without words."""
+    if marked_answer(answer) is not None or "\\" in answer:
+        return True
+    return len(answer) <= 100 and not re.search(r"[A-Za-z]{3,}", answer)
 
 
 # ------------------------------------------------------------------------------------------------------- benchmarks
