@@ -17,7 +17,6 @@ import datetime
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import shutil
@@ -68,8 +67,14 @@ class DecodeOptions:
     temperature: float | None = opt(None, "of the token choice; 0 = the most probable one")
     top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
     top_k: int | None = opt(None, "choose among so many tokens")
-    threshold: float | None = opt(None, "decode every token more probable than this at once, instead of the schedule")
-    tokens_per_step: int | None = opt(None, "decode so many tokens a step: fewer --steps (Table 4)", low=1)
+    threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
+    tokens_per_step: int | None = opt(
+        None, "decode exactly so many tokens each step, instead of --steps (Table 4)", low=1
+    )
+    greedy: bool = opt(False, "take the most probable token, whatever the temperature: it only shapes the scores")
+    sample: bool = opt(False, "draw tokens at the temperature, also where a benchmark's protocol is greedy")
+    suppress_eos: bool = opt(False, "never choose EOS: every response fills its budget")
+    eos_last: bool = opt(False, "decode EOS last: positions whose token it is score lowest")
     approximate_cache: str | None = opt(
         None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
     )
@@ -265,13 +270,13 @@ DECODERS = {
 
 def decoder_settings(c, loaded, preset=None):
     """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
-    of c (DecodeOptions).
+    of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
-    known = {f.name: f for f in dataclasses.fields(DecodeOptions)}
+    known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
     flags = {}
     for name in known:
-        if getattr(c, name) is not None:
+        if getattr(c, name) not in (None, False):
             flags[name] = getattr(c, name)
     settings = {}
     for layer in (DECODERS[loaded.m.config.family], preset or {}, own_decoder(loaded.folder, known), flags):
@@ -281,14 +286,13 @@ def decoder_settings(c, loaded, preset=None):
         if paced:
             settings.pop("tokens_per_step", None)
         settings.update(layer)
-    at_once = settings.pop("tokens_per_step", None)
-    if at_once and "steps" in settings:
-        raise ValueError(f"--tokens-per-step {at_once} and --steps {settings['steps']}: give one of them")
-    if at_once:
-        settings["steps"] = math.ceil(settings["max_new_tokens"] / at_once)
-    settings.setdefault("steps", settings["max_new_tokens"])
+    if c.sample:
+        settings["greedy"] = False
     settings["block_length"] = settings.get("block_length") or None
-    decode.check(**settings)
+    if "tokens_per_step" not in settings:
+        settings.setdefault("steps", settings["max_new_tokens"])
+    rules = ("suppress_eos", "eos_last")
+    decode.Settings(**{k: v for k, v in settings.items() if k not in rules})
     return settings
 
 
