@@ -140,9 +140,9 @@ def test_losses_and_gradients(request, family, j):
     loss = Loss(called, release, j)
     ce, ranking = loss.ce(), loss.ranking()
     whole = ce + case["weight"] * ranking
-    assert float(ce) == pytest.approx(case["ce"], abs=1e-5)
-    assert float(ranking) == pytest.approx(case["rank_loss"], abs=1e-5)
-    assert float(whole) == pytest.approx(case["loss"], abs=1e-5)
+    assert ce.item() == pytest.approx(case["ce"], abs=1e-5)
+    assert ranking.item() == pytest.approx(case["rank_loss"], abs=1e-5)
+    assert whole.item() == pytest.approx(case["loss"], abs=1e-5)
     whole.backward()
     same_gradients(m, release, j)
 
@@ -165,7 +165,7 @@ def test_losses_and_gradients_of_one_call(request, family, j):
     else:
         weight = case["weight"] if case["rank"] else 0.0
         total = loss.objective(loss.trained, weight=weight)["loss"]
-    assert float(total) == pytest.approx(case["loss"], abs=1e-5)
+    assert total.item() == pytest.approx(case["loss"], abs=1e-5)
     total.backward()
     same_gradients(m, release, j)
 
