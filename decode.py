@@ -430,7 +430,7 @@ def decode_order(step, entropy):
 
 
 def check_inputs(prompt_ids, prompt_mask, generator):
-    """The generators, one for each row. Raises ValueError for too few, and for a mask that is not one of left padding."""
+    """The generators, one for each row. Raises ValueError for too few, and for a mask that pads on the right."""
     if prompt_mask is not None:
         if prompt_mask.shape != prompt_ids.shape:
             raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")

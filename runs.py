@@ -69,7 +69,7 @@ class DecodeOptions:
     top_k: int | None = opt(None, "choose among so many tokens")
     threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
     tokens_per_step: int | None = opt(
-        None, "decode exactly so many tokens each step, instead of --steps (Table 4)", low=1
+        None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1
     )
     greedy: bool = opt(False, "take the most probable token, whatever the temperature: it only shapes the scores")
     sample: bool = opt(False, "draw tokens at the temperature, also where a benchmark's protocol is greedy")
