@@ -52,15 +52,15 @@ def naive(m, ids):
     for i in range(c.layers):
         layer = f"layers.{i}"
         y = norm(x, w[f"{layer}.attn_norm.weight"])
-        heads = []
+        attn, mlp, heads = f"{layer}.attn", f"{layer}.mlp", []
         for h in range(c.heads):
-            q = turn(head(y, layer, "q_proj", h))
-            k, v = turn(head(y, layer, "k_proj", h // group)), head(y, layer, "v_proj", h // group)
+            q = turn(head(y, attn, "q_proj", h))
+            k, v = turn(head(y, attn, "k_proj", h // group)), head(y, attn, "v_proj", h // group)
             heads.append((q @ k.T / E**0.5).softmax(-1) @ v)
-        x = x + torch.cat(heads, dim=1) @ w[f"{layer}.o_proj.weight"].T
+        x = x + torch.cat(heads, dim=1) @ w[f"{attn}.o_proj.weight"].T
         y = norm(x, w[f"{layer}.mlp_norm.weight"])
-        gate = y @ w[f"{layer}.gate_proj.weight"].T
-        x = x + (gate * gate.sigmoid() * (y @ w[f"{layer}.up_proj.weight"].T)) @ w[f"{layer}.down_proj.weight"].T
+        gate = y @ w[f"{mlp}.gate_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * (y @ w[f"{mlp}.up_proj.weight"].T)) @ w[f"{mlp}.down_proj.weight"].T
     logits = norm(x, w["norm.weight"]) @ w["embed.weight" if c.tied else "head.weight"].T
     return torch.stack([logits[max(i - 1, 0)] for i in range(L)]) if c.shifted else logits
 
@@ -274,14 +274,15 @@ def test_no_such_folder_is_said_without_asking_the_hub(name, monkeypatch, tmp_pa
     assert name in error(name, FileNotFoundError)
 
 
-def test_a_repo_id_is_downloaded_without_code_or_pickles(golden, monkeypatch, tmp_path):
+def test_a_repo_id_is_downloaded_without_pickles(golden, monkeypatch, tmp_path):
     hub, asked = pytest.importorskip("huggingface_hub"), []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(golden.folder))
     assert model.load("owner/name-1.0_x").config.family == golden.family
     ((args, options),) = asked
     assert args == ("owner/name-1.0_x",)
-    assert not any(p.endswith((".py", ".bin", ".pt", ".pkl", "*")) for p in options["allow_patterns"])
+    assert "*.py" in options["allow_patterns"]  # kept beside merged weights, never run
+    assert not any(p.endswith((".bin", ".pt", ".pkl", "*")) for p in options["allow_patterns"])
 
 
 def test_a_failed_download_is_one_error(monkeypatch, tmp_path):
