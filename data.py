@@ -16,6 +16,7 @@ Dimensions: B batch, P prompt, N response.
 import datetime
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -41,31 +42,32 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     special: {"eos_token": "<|endoftext|>", ...}; template: a text, a dict of named texts, or None.
-    eos_id: the EOS id of the model's config, which need not be the tokenizer's (see `disagreements`).
+    eos_id, mask_id: those of the model's config, which need not be the tokenizer's (see `disagreements`).
 
     size: one more than the largest id. Networks have more rows than that (Dream 152,064 for 151,667); those ids have no
     text: decode() refuses them, and generation must not choose them (`unused_ids`).
     stop_ids: every id that ends a response: the EOS of the config and of the tokenizer, the end-of-turn tokens, and
     the tokenizer's padding, which models of more than one end token write behind their answer."""
 
-    def __init__(self, backend, special, template, eos_id=None):
+    def __init__(self, backend, special, template, eos_id=None, mask_id=None):
         self.backend, self.special, self.template, self.compiled = backend, special, template, None
         self.ids = backend.get_vocab(with_added_tokens=True)  # token -> id
         self.size = max(self.ids.values(), default=-1) + 1
         self.eos_id = self.ids.get(special.get("eos_token"), eos_id)
         self.pad_id = self.ids.get(special.get("pad_token"))
-        self.mask_id = self.ids.get(special.get("mask_token"))
+        self.mask_id = self.ids.get(special.get("mask_token"), mask_id)
         ends = [self.ids.get(token) for token in END_OF_TURN]
-        self.stop_ids = {eos_id, self.eos_id, self.pad_id, *ends} - {None, self.mask_id}
+        self.stop_ids = {eos_id, self.eos_id, self.pad_id, *ends} - {None, mask_id, self.mask_id}
 
         # The library spells a special token as text only where the token is known to be one. Its files do not always
         # say so of the tokens that end a response.
         named = {*special.values(), *END_OF_TURN} & self.ids.keys()
+        added = backend.get_added_tokens_decoder()  # id -> AddedToken
+        for i, token in added.items():
+            if token.content and (token.special or i in (eos_id, mask_id)):
+                named.add(token.content)
         backend.add_special_tokens(sorted(named))
         self.special_tokens = {self.ids[token]: token for token in named}
-        for i, token in backend.get_added_tokens_decoder().items():
-            if token.special and token.content:
-                self.special_tokens[i] = token.content
         longest_first = sorted(self.special_tokens.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) matches nothing
 
@@ -238,10 +240,10 @@ def disagreements(tok, config):
 # -------------------------------------------------------------------------------------- reading a tokenizer's files
 
 
-def load_tokenizer(folder, eos_id=None):
+def load_tokenizer(folder, eos_id=None, mask_id=None):
     """Tokenizer from tokenizer.json, or from vocab.json and merges.txt. Special tokens and the chat template come from
     tokenizer_config.json; added_tokens.json, special_tokens_map.json and chat_template.json are read where that does
-    not say, and chat_template.jinja wins over it. eos_id: the EOS id of the model's config.
+    not say, and chat_template.jinja wins over it. eos_id, mask_id: the ids of the model's config.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do not fit, and for a
     special token that is declared and not in the vocabulary."""
@@ -265,7 +267,7 @@ def load_tokenizer(folder, eos_id=None):
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
     if (folder / "chat_template.jinja").is_file():
         template = read_text(folder / "chat_template.jinja")
-    return Tokenizer(backend, special, template, eos_id)
+    return Tokenizer(backend, special, template, eos_id, mask_id)
 
 
 def load_backend(folder):
@@ -457,6 +459,21 @@ def encode_answer(tok, messages, answer, raw=False):
     return ids
 
 
+def encode_examples(tok, examples, raw=False, max_tokens=None, answers=False):
+    """Give every example of `read_examples` its prompt_ids and, with answers, its response_ids: of the first answer
+    where there are several. Raises ValueError with file and line for one that cannot be encoded."""
+    for e in examples:
+        try:
+            e["prompt_ids"] = encode_prompt(tok, e["messages"], raw, max_tokens=max_tokens)
+            if answers and e["answer"] is None:
+                raise ValueError("the row has no answer to train on")
+            if answers:
+                first = e["answer"][0] if isinstance(e["answer"], list) else e["answer"]
+                e["response_ids"] = encode_answer(tok, e["messages"], first, raw)
+        except ValueError as problem:
+            raise ValueError(f"{e['where']}: {problem}") from problem
+
+
 def read_text(file):
     """A file's text; a byte order mark, as editors on Windows write it, is no part of it."""
     try:
@@ -510,7 +527,7 @@ def holds_json_lines(path):
     with open(path, "rb") as f:
         first = f.readline(MAX_LINE).removeprefix(b"\xef\xbb\xbf")
         try:
-            return isinstance(json.loads(first), dict) and bool(f.readline(MAX_LINE).strip())
+            return isinstance(json.loads(first), dict) and any(line.strip() for line in f)
         except (ValueError, RecursionError):
             return False
 
@@ -583,7 +600,7 @@ FIELDS = (  # (prompt, answers in order of preference): the first pair whose pro
     ("input", ("output", "target", "answer", "response")),
     ("inputs", ("targets", "outputs")),
 )
-LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target", "label")  # where a row has no better one
+LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target")  # where a row has no better one
 IDS = ("id", "task_id", "unique_id", "key")
 SYSTEM = ("system", "system_prompt")
 CHOICES = ("choices", "options")
@@ -607,18 +624,14 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=w
     number from 0. warn(line) is called once for every column that looks like input and is not used.
     Raises ValueError for an empty dataset, and with file and line for a row that fits nothing."""
     examples, own, told = [], [], set()
-    rows = read_rows(path)
-    while limit is None or len(examples) < limit:
-        where, row = next(rows, (None, None))
-        if where is None:
-            break
+    for where, row in itertools.islice(read_rows(path), limit):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with named fields, found {type(row).__name__}")
         example = to_example(row, where, prompt_field, answer_field)
-        for column in unused_columns(row, example, answer_field):
-            if column not in told:
-                told.add(column)
-                warn(f"{where}: the column {column!r} looks like input, and is not used")
+        for what in unused(row, example, answer_field):
+            if what not in told:
+                told.add(what)
+                warn(f"{where}: {what}")
         examples.append({"id": len(examples), "where": where, **example})
         own.append(own_id(row))
     if not examples:
@@ -690,7 +703,8 @@ def full_prompt(row, where, column):
     if more:
         prompt = f"{prompt}\n{more}"
     for letter, text in find_choices(row):
-        prompt += f"\n{letter}. {text}"
+        lettered = text.startswith((f"{letter})", f"{letter}.", f"{letter}:"))
+        prompt += f"\n{text}" if lettered else f"\n{letter}. {text}"
     return prompt
 
 
@@ -716,10 +730,12 @@ def find_choices(row):
         pairs = list(zip(string.ascii_uppercase, value))
     else:
         return []
+    choices = []
     for letter, text in pairs:
-        if not isinstance(letter, str) or not isinstance(text, str):
+        if not isinstance(letter, str) or type(text) not in (str, int, float):
             return []
-    return pairs
+        choices.append((letter, str(text)))
+    return choices
 
 
 def find_answer(row, where, column, answer_field=None):
@@ -762,6 +778,8 @@ def chosen_letter(value, choices, where, name):
         return value
     if value in texts:
         return letters[texts.index(value)]
+    if isinstance(value, str) and " " in value:  # the answer in words
+        return value
     raise ValueError(f"{where}: field {name!r} is {value!r:.80}, which is none of the {len(letters)} choices")
 
 
@@ -820,28 +838,33 @@ def earlier_turns(row, where, messages):
     return turns
 
 
-def unused_columns(row, example, answer_field=None):
-    """The columns of a row that look like input and are in neither the messages nor the answer."""
+def unused(row, example, answer_field=None):
+    """What a row holds and nobody will see: lines about columns that look like input and are in no message, and about
+    a row whose answer may be in one of them."""
     said = [message["content"] for message in example["messages"]]
-    used = {*CONVERSATIONS, *IDS, answer_field}
-    if find_choices(row) and "\nA" in f"\n{said[-1]}":
-        used |= {*CHOICES}
+    known = {*CONVERSATIONS, *IDS, *LAST_ANSWERS, *NOT_INPUTS, answer_field}
+    for prompt, answers in FIELDS:
+        known |= {prompt, *answers}
+    known -= INPUTS
+    choices = find_choices(row)
+    if choices and choices[-1][1] in said[-1]:
+        known |= {*CHOICES}
     if isinstance(row.get("history"), list):
-        used.add("history")
-    answers = {*LAST_ANSWERS}
-    for prompt, names in FIELDS:
-        answers |= {prompt, *names}
-    answers -= INPUTS
+        known.add("history")
 
-    found = []
+    lines, others = [], []
     for column, value in row.items():
         text = value if isinstance(value, str) else ""
-        if column in used | answers | NOT_INPUTS or any(text and text in one for one in said):
+        if column in known or any(text and text in one for one in said):
             continue
         # A few words in a row are something to read; one word is a label.
         if len(text.split()) > 2 or (column in INPUTS and value not in (None, "", [], {}, "[]", "{}")):
-            found.append(column)
-    return found
+            lines.append(f"the column {column!r} looks like input, and is not used")
+        if column not in INPUTS and value != "" and type(value) in (str, int, float):
+            others.append(column)
+    if example["answer"] is None and others:
+        lines.append(f"no answer column is known among {', '.join(others)}; name yours")
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------- trajectories
@@ -849,7 +872,11 @@ def unused_columns(row, example, answer_field=None):
 PER_TOKEN = ("response_ids", "order", "step", "entropy", "confidence")  # lists of one length in a trajectory record
 RELEASE_KEYS = ("response_token_ids", "decoding_order", "non_ltr_positions", "gen_text")  # only the authors have them
 RELEASE_METHODS = ("entropy", "default", "credit", "topk_margin")
-RELEASE_PROMPTS, RELEASE_RESPONSES = ("prompt", "instruction", "question"), ("response", "output", "gen_text", "answer")
+RELEASE_FIELDS = (  # (prompt, responses in order of preference), the first prompt that a row has
+    ("prompt", ("response", "output", "gen_text", "answer")),
+    ("instruction", ("output", "response", "gen_text", "answer")),
+    ("question", ("gen_text", "answer", "response", "output")),
+)
 RELEASE_LENGTH = 256  # tokens of a response in the authors' files
 MAX_STEP = 2**31 - 1
 
@@ -1018,13 +1045,13 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
         raise ValueError(f"{where}: a trajectory of the authors' release, whose prompt needs the model's tokenizer")
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a trajectory, found {type(row).__name__}")
-    if methods is not None and row.get("method") not in methods:
+    if methods is not None and row.get("method") not in list(methods):
         return None
-    prompt, text = first_text(row, RELEASE_PROMPTS, "user"), first_text(row, RELEASE_RESPONSES, "assistant")
+    prompt, text = release_texts(row)
     response = row.get("response_token_ids")
     if prompt is None or (text is None and not response):
-        lacks, names = ("prompt", RELEASE_PROMPTS) if prompt is None else ("response", RELEASE_RESPONSES)
-        warn(f"{where}: not used, it has no {lacks} ({', '.join(names)} or messages)")
+        lacks = "prompt" if prompt is None else "response"
+        warn(f"{where}: not used, it has no {lacks}; the row has {', '.join(row) or 'nothing'}")
         return None
     messages = [{"role": "user", "content": prompt}]
     try:
@@ -1033,8 +1060,8 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
             response = encode_answer(tok, messages, text)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
-    if not isinstance(response, list):
-        raise ValueError(f"{where}: response_token_ids must be a list, found {type(response).__name__}")
+    if not isinstance(response, list) or not are_integers(response, 0):
+        raise ValueError(f"{where}: response_token_ids must be a list of token ids, found {response!r:.80}")
     order = row.get("decoding_order")
     if not isinstance(order, list) or len(order) < len(response):
         order = list(range(len(response)))
@@ -1053,16 +1080,30 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
     )
 
 
-def first_text(row, columns, role):
-    """The first of the columns that holds text, or what a role says first in messages."""
-    for column in columns:
-        if isinstance(row.get(column), str) and row[column].strip():
-            return row[column]
-    messages = row.get("messages")
+def release_texts(row):
+    """The prompt and the response of a row of the authors' files, each a text or None."""
+    for column, responses in RELEASE_FIELDS:
+        if has_text(row.get(column)):
+            return row[column], next((row[name] for name in responses if has_text(row.get(name))), None)
+    said, messages = {}, row.get("messages")
     for turn in messages if isinstance(messages, list) else []:
-        if isinstance(turn, dict) and turn.get("role") == role and isinstance(turn.get("content"), str):
-            return turn["content"]
-    return None
+        if isinstance(turn, dict) and has_text(turn.get("content")):
+            said.setdefault(str(turn.get("role")), turn["content"])  # the first that each says
+    return said.get("user"), said.get("assistant")
+
+
+def has_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def release_methods(family, method=None):
+    """The methods whose rows the release trains on, or None for all of them. method: its filter; None = its default.
+    For LLaDA "entropy" stands for three."""
+    if method == "all":
+        return None
+    if family == "llada" and method in (None, "entropy"):
+        return {"entropy", "default", "credit"}
+    return {method or "entropy"}
 
 
 def to_release_format(record, pad_id, method="entropy"):
@@ -1076,7 +1117,7 @@ def to_release_format(record, pad_id, method="entropy"):
         response=record.get("text", ""),
         response_token_ids=record["response_ids"] + [pad_id] * missing,
         decoding_order=steps + [-1] * missing,
-        non_ltr_positions=non_ltr_positions(record["order"]),
+        non_ltr_positions=non_ltr_positions(steps),
         method=method,
         data_source=record.get("data_source") or "",
     )
@@ -1118,20 +1159,20 @@ def collate(records, pad_id):
     length = torch.tensor([len(r["response_ids"]) for r in records])  # [B]
     response = torch.full((len(records), int(length.max())), pad_id)  # [B, N]
     order = torch.full_like(response, -1)  # [B, N]
-    non_ltr = torch.zeros_like(response, dtype=torch.bool)  # [B, N]
-    entropy = torch.zeros(response.shape)  # [B, N]
-    for b, record in enumerate(records):
-        n = len(record["response_ids"])
-        ranks = record.get("order") or list(range(n))
-        response[b, :n] = torch.tensor(record["response_ids"])
-        order[b, :n] = torch.tensor(ranks)
-        places = record.get("non_ltr")
-        non_ltr[b, non_ltr_positions(ranks) if places is None else places] = True
-        if record.get("entropy") is not None:
-            entropy[b, :n] = torch.tensor(record["entropy"], dtype=torch.float32)
     batch = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, response_ids=response, order=order, length=length)
     if any(r.get("non_ltr") is not None for r in records):
-        batch["non_ltr"] = non_ltr
+        batch["non_ltr"] = torch.zeros_like(response, dtype=torch.bool)  # [B, N]
     if all(r.get("entropy") is not None for r in records):
-        batch["entropy"] = entropy
+        batch["entropy"] = torch.zeros(response.shape)  # [B, N]
+
+    for b, record in enumerate(records):
+        n = len(record["response_ids"])
+        steps = record.get("order") or list(range(n))
+        response[b, :n] = torch.tensor(record["response_ids"])
+        order[b, :n] = torch.tensor(steps)
+        if "non_ltr" in batch:
+            places = record.get("non_ltr")
+            batch["non_ltr"][b, non_ltr_positions(steps) if places is None else places] = True
+        if "entropy" in batch:
+            batch["entropy"][b, :n] = torch.tensor(record["entropy"])
     return batch
