@@ -31,19 +31,24 @@ def distill(c, processes=None):
     Each finished batch is written at once; the same command continues where an earlier one was stopped. c:
     DistillOptions. Raises ValueError or FileNotFoundError before anything is decoded."""
     processes = processes or runs.Processes(c.device)
-    examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
+    say = runs.warner(processes)
+    examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit, say)
     loaded = runs.load_model(c, processes, c.adapter)
     settings = runs.decoder_settings(c, loaded)
-    for e in examples:
-        e["prompt_ids"] = data.encode_prompt(loaded.tok, e["messages"], c.raw)
+    data.encode_examples(loaded.tok, examples, c.raw)
+    evaluate.check_context(examples, settings, loaded.m.config, say)
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
-    out = runs.open_run(c.out, identity(c, processes, loaded, settings), processes, free=("limit", *by_content))
+    meta = dict(identity(c, processes, loaded, settings), prompts=len(examples))
+    out = runs.open_run(c.out, meta, processes, free=("limit", "prompts", *by_content))
 
     def judge(batch, records):
         return [dict(correct=evaluate.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
 
     new = evaluate.answer_all(c, processes, loaded, examples, settings, out, judge)
     records = data.read_trajectories(out)
+    unchecked = sum(r["correct"] is None and data.usable(r) for r in records)
+    if unchecked and c.check != "none":
+        say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -52,6 +57,7 @@ def distill(c, processes=None):
         checked=sum(r["correct"] is not None for r in records),
         correct=sum(r["correct"] is True for r in records),
         kept=sum(map(data.usable, records)),
+        unchecked=unchecked,
     )
 
 

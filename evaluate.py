@@ -60,7 +60,8 @@ def answer_batch(loaded, examples, settings, seed, device):
         record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
         record.update(response_ids=response, order=order, step=step)
         record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
-        record.update(text=tok.response_text(response), finished=m.config.eos_id in response)
+        record["text"] = tok.response_text(response)
+        record["finished"] = data.first_end(response, tok.stop_ids) < len(response)
         records.append(record)
     return records
 
@@ -74,6 +75,15 @@ def with_eos_rules(settings, loaded):
     if settings.pop("eos_last", False):
         settings["last"] = [eos]
     return settings
+
+
+def check_context(examples, settings, config, warn):
+    """Warn of prompts that, with their response, are longer than what the model was trained for."""
+    if config.max_length is None:
+        return
+    longest = max(len(e["prompt_ids"]) for e in examples) + settings["max_new_tokens"]
+    if longest > config.max_length:
+        warn(f"prompt and response have up to {longest} tokens, the model's context has {config.max_length}")
 
 
 def answer_all(c, processes, loaded, examples, settings, out, judge):
@@ -311,7 +321,7 @@ def prompt_of(c, loaded, task, record, shots):
     """(user's turn, token ids of the prompt) of a question, cut on the left to the benchmark's length."""
     family = loaded.m.config.family
     text, start = TASKS[task].ask(record, family, c.protocol)
-    ids = loaded.tok.encode(loaded.tok.chat([*shots, {"role": "user", "content": text}]) + start)
+    ids = data.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
     whole = family == "llada" and c.protocol == "official"  # OpenCompass does not cut
     return text, ids if whole else ids[-TASKS[task].PROMPT_TOKENS :]
 

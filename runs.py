@@ -68,9 +68,7 @@ class DecodeOptions:
     top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
     top_k: int | None = opt(None, "choose among so many tokens")
     threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
-    tokens_per_step: int | None = opt(
-        None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1
-    )
+    tokens_per_step: int | None = opt(None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1)
     greedy: bool = opt(False, "take the most probable token, whatever the temperature: it only shapes the scores")
     sample: bool = opt(False, "draw tokens at the temperature, also where a benchmark's protocol is greedy")
     suppress_eos: bool = opt(False, "never choose EOS: every response fills its budget")
@@ -204,6 +202,16 @@ def sum_together(gradients):
 # -------------------------------------------------------------------------------------- the model and its decoder
 
 
+def warner(processes):
+    """A function that writes a line of warning to stderr, once for all processes."""
+
+    def warn(line):
+        if processes.first and processes.shows:
+            tqdm.write(f"warning: {line}", sys.stderr)
+
+    return warn
+
+
 class Loaded(NamedTuple):
     """A model, its tokenizer, and the folder that both came from."""
 
@@ -225,7 +233,9 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
     m = model.load(weights or folder, dtype=dtype, device=processes.device)
-    tok = data.load_tokenizer(folder)
+    tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
+    for line in data.disagreements(tok, m.config):
+        warner(processes)(f"{folder}: {line}")
     if tok.size > m.config.vocab_size:
         rows = m.config.vocab_size
         raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")

@@ -32,7 +32,10 @@ TWO_WINDOWS = {"llada": {12}, "dream": {12}}  # ranks a part of what it reconstr
 RANDOM_MASKS = {"llada": {15, 16, 17}, "dream": {15, 16, 17}}  # nelbo with the masks given
 
 # Decode cases whose variances are not those of the model's own distribution.
-CHANGED_LOGITS = {"logits_eos_inf": "EOS is taken out of the logits first", "alg=credit": "credit is added to the logits"}
+CHANGED_LOGITS = {
+    "logits_eos_inf": "EOS is taken out of the logits first",
+    "alg=credit": "credit is added to the logits",
+}
 
 
 def read(request, kind, family):
