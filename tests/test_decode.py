@@ -670,6 +670,7 @@ def test_chance_comes_from_the_generator_alone(toy, options):
         (dict(top_p=1.5), "^top_p 1.5 must"),
         (dict(top_k=0), "^top_k 0 must be at least 1$"),
         (dict(threshold=1.1), "threshold 1.1"),
+        (dict(suppress=[3, -1]), "^suppress holds -1"),
         (dict(steps=None, tokens_per_step=0), "^tokens_per_step 0 must be at least 1$"),
         (dict(tokens_per_step=2), "^tokens_per_step 2 and steps 12: give one of them$"),
         (dict(steps=None, tokens_per_step=2, threshold=0.5), "^tokens_per_step 2 and threshold 0.5: give one of them$"),
@@ -685,6 +686,12 @@ def test_settings_that_do_not_fit_together(toy, options, message):
     with pytest.raises(ValueError, match=message):
         decode.generate(m, PROMPT[None], **(dict(max_new_tokens=12, steps=12) | options))
     assert not m.calls
+
+
+@pytest.mark.parametrize("name", ["suppress", "last"])
+def test_ids_beyond_the_vocabulary(toy, name):
+    with pytest.raises(ValueError, match="holds 13; the model has 13 tokens"):
+        decode.generate(toy(), PROMPT[None], max_new_tokens=4, **{name: [2, 13]})
 
 
 def test_settings_check_themselves_without_a_model():
