@@ -532,8 +532,8 @@ def replay(m, batch, until=None, mask_id=None):
 def entropies_when_decoded(h, batch):
     """Of a replay [B, S, N], each token's entropy at its own step, in decode order: [B, N]."""
     step = in_decode_order(masked_until(batch), batch)  # [B, N]
-    own = h.gather(1, step.clamp(0, h.shape[1] - 1)[:, None])[:, 0]
-    return own.masked_fill(step >= h.shape[1], torch.nan)  # never decoded
+    own = h.gather(1, step.clamp(min=0)[:, None])[:, 0]
+    return own.masked_fill(~in_decode_order(usable(batch), batch), torch.nan)
 
 
 def windows_of_replay(h, batch, window):
@@ -609,15 +609,17 @@ def context_and_targets(batch, first, size):
 
 
 def masked_until(batch):
-    """The last step at which each position is masked: its own; NEVER if not decoded; -1: padding."""
-    until = torch.where(batch["order"] >= 0, batch["order"], NEVER)
+    """The last step at which each position is masked: its own; the row's last if it is never
+    decoded; -1: padding."""
+    last = (decode_steps(batch) - 1)[:, None]
+    until = torch.where(batch["order"] >= 0, batch["order"], last)
     return torch.where(valid(batch), until, -1)
 
 
 def counted_until(batch, eos_id, eos):
     """The last step at which each position counts for the TDS, int64 [B, N], -1 = at none; see
     `tds`. Raises ValueError for an eos other than "so-far" and "final"."""
-    until, is_eos = masked_until(batch), valid(batch) & (batch["response_ids"] == eos_id)
+    until, is_eos = masked_until(batch), usable(batch) & (batch["response_ids"] == eos_id)
     if eos == "final":
         return torch.where(is_eos.cumsum(1) == 0, until, -1)
     if eos != "so-far":

@@ -17,25 +17,27 @@ import model
 import objectives
 
 FAMILIES = ("llada", "dream")
-KINDS = ("train", "run", "decode")
 MASK_ID = 300
+LATER = 10**9  # after every step
 
-# Case numbers of train-llada and train-dream that need more than one call of tabom, and why.
+# Cases of train-llada and train-dream that are not simply one call of tabom, and why.
 TOKEN_MEAN = {
     "llada": {5, 6, 8, 9, 10, 15, 16},
     "dream": {6, 9, 10, 15, 16},
 }  # the release averages the cross-entropy over the tokens of a batch, Eq. 9 over its rows: here the rows have
 # different numbers of targets, so the test weights our rows with their tokens
-NO_WINDOW = {"llada": {6}, "dream": {6}}  # a row with fewer steps than W: no loss there, the whole response here
-WITHOUT_PADDING = {"llada": {8, 9, 10, 16}, "dream": {8, 9, 10, 16}}  # padding is context, and never a target
-TWO_WINDOWS = {"llada": {12}, "dream": {12}}  # ranks a part of what it reconstructs: two calls from the same start
-RANDOM_MASKS = {"llada": {15, 16, 17}, "dream": {15, 16, 17}}  # nelbo with the masks given
+NO_WINDOW = {6}  # a row with no more steps than W: no loss there, the whole response is a window here
+WITHOUT_PADDING = {8, 9, 10, 16}  # padding is context, and never a target
+TWO_WINDOWS = {12}  # ranks a part of what it reconstructs: two calls from the same start
+RANDOM_MASKS = {15, 16, 17}  # SFT: nelbo with the masks given
+CASES = {"llada": 19, "dream": 18}
+EVERY_CASE = [(family, j) for family in FAMILIES for j in range(CASES[family])]
+ONE_CALL = [(family, j) for family, j in EVERY_CASE if j not in TOKEN_MEAN[family]]
 
-# Decode cases whose variances are not those of the model's own distribution.
-CHANGED_LOGITS = {
-    "logits_eos_inf": "EOS is taken out of the logits first",
-    "alg=credit": "credit is added to the logits",
-}
+# Decodes whose variances are of other logits than the model's own: EOS was taken out of them (llada 2, logits_eos_inf),
+# or credit was added to them (llada 15, alg credit).
+CHANGED_LOGITS = {("llada", 2), ("llada", 15)}
+DECODES = [(family, j) for family in FAMILIES for j in range(18)]
 
 
 def read(request, kind, family):
@@ -72,12 +74,9 @@ def batch_of(release, j):
     )
     if not case["include_padding"] and case["cut"]:
         padding = torch.arange(N) >= torch.tensor(case["first_padding"])[:, None]
-        after = batch["order"] >= torch.tensor([NEVER if cut is None else cut for cut in case["cut"]])[:, None]
+        after = batch["order"] >= torch.tensor([LATER if cut is None else cut for cut in case["cut"]])[:, None]
         batch["order"] = torch.where(padding & after, -1, batch["order"])
     return batch
-
-
-NEVER = 10**9
 
 
 def rows_of(batch, rows):
@@ -114,10 +113,6 @@ class Loss:
         return self.objective(self.trained, window=self.case["rank_window"])["ranking"]
 
 
-def every_case():
-    return [(family, j) for family, cases in (("llada", 19), ("dream", 18)) for j in range(cases)]
-
-
 def same_gradients(m, release, j):
     compared = 0
     for name, p in lora.tensors(m).items():
@@ -134,7 +129,7 @@ def model_of(release, case):
     return m, m
 
 
-@pytest.mark.parametrize("family, j", every_case())
+@pytest.mark.parametrize("family, j", EVERY_CASE)
 def test_losses_and_gradients(request, family, j):
     """Every case: their loss, put together from ours where the release averages otherwise."""
     release = read(request, "train", family)
@@ -150,18 +145,14 @@ def test_losses_and_gradients(request, family, j):
     same_gradients(m, release, j)
 
 
-@pytest.mark.parametrize("family, j", every_case())
+@pytest.mark.parametrize("family, j", ONE_CALL)
 def test_losses_and_gradients_of_one_call(request, family, j):
-    """The cases in which a single call of tabom, or of nelbo, is the release's loss; the others are the sets above."""
+    """The cases in which a single call on the whole batch is the release's loss: all but TOKEN_MEAN."""
     release = read(request, "train", family)
     case = release.numbers[j]
-    if j in TOKEN_MEAN[family]:
-        trained = [n for n in case["supervised_tokens"] if n]
-        assert len(set(trained)) > 1 or j in NO_WINDOW[family]  # rows of different size, or left out
-        return
     m, called = model_of(release, case)
     loss = Loss(called, release, j)
-    if j in TWO_WINDOWS[family]:
+    if j in TWO_WINDOWS:
         out = loss.objective(loss.trained, weight=0.0)
         ranked = loss.objective(loss.trained, window=case["rank_window"], ce_weight=0.0, weight=case["weight"])
         total = out["loss"] + ranked["loss"]
@@ -176,21 +167,22 @@ def test_losses_and_gradients_of_one_call(request, family, j):
 def test_the_lists_of_exceptions_name_what_they_say(request):
     for family in FAMILIES:
         cases = read(request, "train", family).numbers
+        assert len(cases) == CASES[family]
         for j, case in enumerate(cases):
             windows = case["cut"] or []
-            assert (None in windows) == (j in NO_WINDOW[family])
-            assert (not case["include_padding"]) == (j in WITHOUT_PADDING[family])
-            assert (case["window"] != case["rank_window"]) == (j in TWO_WINDOWS[family])
-            assert (case["mask_schedule"] != "td") == (j in RANDOM_MASKS[family])
+            assert (None in windows) == (j in NO_WINDOW)
+            assert (not case["include_padding"]) == (j in WITHOUT_PADDING)
+            assert (case["window"] != case["rank_window"]) == (j in TWO_WINDOWS)
+            assert (case["mask_schedule"] != "td") == (j in RANDOM_MASKS)
             unequal = len(set(case["supervised_tokens"])) > 1
             assert unequal == (j in TOKEN_MEAN[family])
 
 
-@pytest.mark.parametrize("family, j", every_case())
+@pytest.mark.parametrize("family, j", EVERY_CASE)
 def test_what_is_visible_and_what_is_a_target(request, family, j):
     release = read(request, "train", family)
     case, batch = release.numbers[j], batch_of(release, j)
-    if j in RANDOM_MASKS[family]:
+    if j in RANDOM_MASKS:
         assert not (release.tensors[f"train.{j}.visible"] & release.tensors[f"train.{j}.supervised"]).any()
         return
     rows = [b for b, cut in enumerate(case["cut"]) if cut is not None]
@@ -204,12 +196,12 @@ def test_what_is_visible_and_what_is_a_target(request, family, j):
     assert torch.equal(supervised, release.tensors[f"train.{j}.supervised"][rows])
 
 
-@pytest.mark.parametrize("family, j", every_case())
+@pytest.mark.parametrize("family, j", EVERY_CASE)
 def test_entropies_and_the_ranking_of_each_row(request, family, j):
     release = read(request, "train", family)
     case = release.numbers[j]
     if not case["ranked_rows"]:
-        assert j in RANDOM_MASKS[family] or not case["rank"]
+        assert j in RANDOM_MASKS or not case["rank"]
         return
     m, called = model_of(release, case)
     loss = Loss(called, release, j)
@@ -226,7 +218,7 @@ def test_entropies_and_the_ranking_of_each_row(request, family, j):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_without_a_window_is_trained_as_a_whole_here(request, family):
-    (j,) = NO_WINDOW[family]
+    (j,) = NO_WINDOW
     release = read(request, "train", family)
     case, batch = release.numbers[j], batch_of(release, j)
     m = adapted(release.folder)
@@ -237,7 +229,8 @@ def test_a_row_without_a_window_is_trained_as_a_whole_here(request, family):
     alone = objectives.nelbo(m, rows_of(batch, [short]), mask=everything)
     start = torch.tensor([cut or 0 for cut in case["cut"]])
     out = objectives.tabom(m, batch, window=case["window"], margin=case["margin"], start=start)
-    assert float(out["ce"]) == pytest.approx((2 * case["ce"] + float(alone["ce"])) / 3, abs=1e-5)
+    expected = (2 * case["ce"] + alone["ce"].item()) / 3
+    assert out["ce"].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -312,17 +305,13 @@ def test_a_whole_training_ends_in_the_same_adapter(request, family):
 # ---------------------------------------------------------------------------------------------------- the variances
 
 
-def decode_cases():
-    return [(family, j) for family in FAMILIES for j in range(18)]
-
-
-@pytest.mark.parametrize("family, j", decode_cases())
+@pytest.mark.parametrize("family, j", DECODES)
 def test_variances_at_every_pass(request, family, j):
     release = read(request, "decode", family)
     case, tensors = release.numbers[j], release.tensors
-    changed = [why for what, why in CHANGED_LOGITS.items() if case.get(what) or what == f"alg={case['alg']}"]
+    changed = case.get("logits_eos_inf", False) or case["alg"] == "credit"
+    assert changed == ((family, j) in CHANGED_LOGITS)
     if changed:
-        assert (family, j) in (("llada", 2), ("llada", 15))  # no others are left out
         return
     response = tensors[f"decode.{j}.response"]
     B, N = response.shape
