@@ -854,11 +854,13 @@ def unused(row, example, answer_field=None):
 
     lines, others = [], []
     for column, value in row.items():
-        text = value if isinstance(value, str) else ""
+        text = extra_text(row, column, None)
         if column in known or any(text and text in one for one in said):
             continue
         # A few words in a row are something to read; one word is a label.
-        if len(text.split()) > 2 or (column in INPUTS and value not in (None, "", [], {}, "[]", "{}")):
+        if (text == value and len(text.split()) > 2) or (
+            column in INPUTS and value not in (None, "", [], {}, "[]", "{}")
+        ):
             lines.append(f"the column {column!r} looks like input, and is not used")
         if column not in INPUTS and value != "" and type(value) in (str, int, float):
             others.append(column)
@@ -1024,11 +1026,11 @@ def cut_at_eos(record, stop_ids):
 
 def non_ltr_positions(order):
     """The positions of a response that were decoded, and not right after their left neighbour."""
-    found, before = [], -1
+    found, next_step = [], 0
     for r, step in enumerate(order):
-        if step >= 0 and step != before + 1:
+        if step >= 0 and step != next_step:
             found.append(r)
-        before = step
+        next_step = step + 1 if step >= 0 else None
     return found
 
 
