@@ -729,26 +729,25 @@ def full_prompt(row, where, column):
     if not isinstance(prompt, str):
         has = ", ".join(row)
         raise ValueError(f"{where}: field {column!r} is missing or not text; the row has {has}")
-    context = extra_text(row, "context", column)
+    context, more = extra_text(row, "context"), extra_text(row, "input")
+    if column == "context":
+        context = ""
     if context and column == "instruction":
         prompt = f"{prompt}\n\n{context}"
     elif context:
         prompt = f"{context}\n\n{prompt}"
-    more = extra_text(row, "input", column)
-    if more:
+    if more and column != "input":
         prompt = f"{prompt}\n{more}"
     for letter, text in find_choices(row):
-        lettered = text.startswith((f"{letter})", f"{letter}.", f"{letter}:"))
-        prompt += f"\n{text}" if lettered else f"\n{letter}. {text}"
+        if not text.startswith((f"{letter})", f"{letter}.", f"{letter}:")):
+            text = f"{letter}. {text}"
+        prompt += f"\n{text}"
     return prompt
 
 
-def extra_text(row, name, column):
-    """The text of a column beside the prompt's own, or of a list of texts joined; "" where there is
-    none."""
-    value = row.get(name)
-    if name == column:
-        return ""
+def extra_text(row, column):
+    """The text of a column, or of its list of texts joined; "" where there is none."""
+    value = row.get(column)
     if are_texts(value):
         value = "\n".join(value)
     return value if has_text(value) else ""
@@ -846,9 +845,10 @@ def are_texts(value):
 def to_messages(talk, where):
     messages = []
     for turn in talk if isinstance(talk, list) else [talk]:
-        given = turn if isinstance(turn, dict) else {}
-        role = ROLES.get(str(given.get("role", given.get("from"))).lower())
-        content = given.get("content", given.get("value"))
+        role = content = None
+        if isinstance(turn, dict):
+            role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+            content = turn.get("content", turn.get("value"))
         if isinstance(content, list):
             content = joined_parts(content)
         if role is None or not isinstance(content, str):
@@ -892,9 +892,10 @@ def unused(row, example, answer_field=None):
     message, and about a row whose answer may be in one of them."""
     said = [turn["content"] for turn in example["messages"]]
     known = {*CONVERSATIONS, *IDS, *LAST_ANSWERS, *NOT_INPUTS, answer_field}
-    for prompt, answers in FIELDS:
-        known |= {prompt, *answers}
-    known -= INPUTS
+    for _, answers in FIELDS:
+        known |= set(answers)
+    prompts = dict(FIELDS).keys()
+    known -= INPUTS | prompts
     choices = find_choices(row)
     if choices and choices[-1][1] in said[-1]:
         known |= {*CHOICES}
@@ -903,13 +904,13 @@ def unused(row, example, answer_field=None):
 
     lines, others = [], []
     for column, value in row.items():
-        text = extra_text(row, column, None)
+        text = extra_text(row, column)
+        holds = isinstance(value, (str, list, dict)) and value not in ("", [], {}, "[]", "{}")
         if column in known or any(text and text in one for one in said):
             continue
         # A few words in a row are something to read; one word is a label.
-        if (text == value and len(text.split()) > 2) or (
-            column in INPUTS and value not in (None, "", [], {}, "[]", "{}")
-        ):
+        words = text == value and (len(text.split()) > 2 or column in prompts)
+        if words or (column in INPUTS and holds):
             lines.append(f"the column {column!r} looks like input, and is not used")
         if column not in INPUTS and value != "" and type(value) in (str, int, float):
             others.append(column)
@@ -1133,6 +1134,8 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
     if not isinstance(order, list) or len(order) < len(response):
         order = list(range(len(response)))
     source = row.get("data_source")
+    if not has_text(source):
+        source = ""
     return dict(
         prompt=prompt,
         prompt_ids=prompt_ids,
@@ -1141,7 +1144,7 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
         non_ltr=row.get("non_ltr_positions"),
         text=text,
         method=row.get("method"),
-        data_source=(source.strip() or None) if isinstance(source, str) else None,
+        data_source=source.strip() or None,
         finished=first_end(response, tok.stop_ids) < len(response),
         correct=None,
     )

@@ -480,6 +480,9 @@ def test_what_looks_like_input_and_is_not_used_is_named_once(tmp_path):
     with pytest.warns(UserWarning, match="'passage' looks like input"):
         data.read_examples(write(tmp_path / "e.jsonl", dict(prompt="q", passage="p", answer="a")))
     said.clear()
+    two = dict(question="q", instruction="Be brief.", answer="a")
+    data.read_examples(write(tmp_path / "g.jsonl", two), warn=said.append)
+    assert "the column 'instruction' looks like input" in said.pop() and said == []
     system = dict(messages=[dict(role="system", content="s"), *HI], system="t")
     data.read_examples(write(tmp_path / "f.jsonl", system), warn=said.append)
     assert "the column 'system' looks like input" in said[0]
