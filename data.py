@@ -1,14 +1,14 @@
 """Tokenizers, chat templates, datasets, trajectory files and batches.
 
-    tok = data.load_tokenizer("path/to/Dream-v0-Instruct-7B")      # tokenizer.json, or vocab.json + merges.txt
+    tok = data.load_tokenizer("path/to/Dream-v0-Instruct-7B")
     ids = data.encode_prompt(tok, [{"role": "user", "content": "Hi"}])
-    examples = data.read_examples("gsm8k.jsonl.gz")                # [{id, where, prompt, messages, answer}, ...]
-    records = data.read_trajectories("out/T")                      # what distillation wrote, or the authors' own files
-    batch = data.collate(records[:4], pad_id)                      # the dict of tensors that objectives.py takes
+    examples = data.read_examples("gsm8k.jsonl.gz")  # [{id, where, prompt, messages, answer}, ...]
+    records = data.read_trajectories("out/T")        # of distillation, or the authors' own files
+    batch = data.collate(records[:4], pad_id)        # the dict of tensors that objectives.py takes
 
-Sources: Hugging Face tokenizers for byte-level BPE; Qwen2's split pattern for Dream, which ships no tokenizer.json;
-the checkpoint's own chat_template, rendered in jinja2's sandbox with what transformers gives to templates; the
-trajectory files of tonyckc/TABOM.
+Sources: Hugging Face tokenizers for byte-level BPE; Qwen2's split pattern for Dream, which ships no
+tokenizer.json; the checkpoint's own chat_template, rendered in jinja2's sandbox with what
+transformers gives to templates; the trajectory files of tonyckc/TABOM.
 
 Dimensions: B batch, P prompt, N response.
 """
@@ -27,14 +27,17 @@ from pathlib import Path
 
 import torch
 
-# -------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
-# How Qwen2, and so Dream, splits text before byte-level BPE: contractions, words, single digits, punctuation, space.
+# How Qwen2, and so Dream, splits text before byte-level BPE: contractions, words, single digits,
+# punctuation, space.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA's and Dream's; they end a response as the EOS token does
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA's and Dream's; they end a response as EOS does
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+NOTHING = "(?!)"  # a regular expression that matches nowhere
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -42,12 +45,14 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     special: {"eos_token": "<|endoftext|>", ...}; template: a text, a dict of named texts, or None.
-    eos_id, mask_id: those of the model's config, which need not be the tokenizer's (see `disagreements`).
+    eos_id, mask_id: those of the model's config, which need not be the tokenizer's (see
+    `disagreements`).
 
-    size: one more than the largest id. Networks have more rows than that (Dream 152,064 for 151,667); those ids have no
-    text: decode() refuses them, and generation must not choose them (`unused_ids`).
-    stop_ids: every id that ends a response: the EOS of the config and of the tokenizer, the end-of-turn tokens, and
-    the tokenizer's padding, which models of more than one end token write behind their answer."""
+    size: one more than the largest id. Networks have more rows than that (Dream 152,064 for
+    151,667); those ids have no text: decode() refuses them, and generation must not choose them
+    (`unused_ids`). stop_ids: every id that ends a response: the EOS of the config and of the
+    tokenizer, the end-of-turn tokens, and the tokenizer's padding, which models of more than one
+    end token write behind their answer."""
 
     def __init__(self, backend, special, template, eos_id=None, mask_id=None):
         self.backend, self.special, self.template, self.compiled = backend, special, template, None
@@ -59,8 +64,8 @@ class Tokenizer:
         ends = [self.ids.get(token) for token in END_OF_TURN]
         self.stop_ids = {eos_id, self.eos_id, self.pad_id, *ends} - {None, mask_id, self.mask_id}
 
-        # The library spells a special token as text only where the token is known to be one. Its files do not always
-        # say so of the tokens that end a response.
+        # The library spells a special token as text only where it knows the token to be special, and
+        # the files do not always say so of tokens that end a response.
         named = {*special.values(), *END_OF_TURN} & self.ids.keys()
         added = backend.get_added_tokens_decoder()  # id -> AddedToken
         for i, token in added.items():
@@ -69,13 +74,13 @@ class Tokenizer:
         backend.add_special_tokens(sorted(named))
         self.special_tokens = {self.ids[token]: token for token in named}
         longest_first = sorted(self.special_tokens.values(), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) matches nothing
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or NOTHING)
 
     def encode(self, text, quoted=()):
         """Token ids of a text; special tokens written in it become their ids, and none are added.
 
-        quoted: (start, end) places of special tokens that somebody only writes about. They are spelled as text.
-        Raises ValueError for a text that the vocabulary cannot spell."""
+        quoted: (start, end) places of special tokens that somebody only writes about. They are
+        spelled as text. Raises ValueError for a text that the vocabulary cannot spell."""
         found = self._encode(text)
         if not quoted:
             return found.ids
@@ -87,7 +92,8 @@ class Tokenizer:
         return ids + self.encode_text(text[start:])
 
     def encode_text(self, text):
-        """Token ids of a text that somebody wrote: special tokens in it are spelled like any other text.
+        """Token ids of a text that somebody wrote: special tokens in it are spelled like any other
+        text.
 
         Raises ValueError for a text that the vocabulary cannot spell."""
         if not self.pattern.search(text):
@@ -100,7 +106,7 @@ class Tokenizer:
         for i in ids:
             if i in self.special_tokens and self.special_tokens[i] != self.special.get("unk_token"):
                 token = self.special_tokens[i]
-                raise ValueError(f"the vocabulary cannot spell {token} in {text!r:.80} but as the special token itself")
+                raise ValueError(f"the vocabulary has no letters for the quoted {token} in {text!r:.80}")
         return ids
 
     def _encode(self, text):
@@ -114,7 +120,7 @@ class Tokenizer:
         ids = list(map(int, ids))
         for i in ids:
             if not 0 <= i < self.size:
-                raise ValueError(f"token id {i} is outside the tokenizer, which has {self.size} ids")
+                raise ValueError(f"token id {i} is outside the tokenizer of {self.size} ids")
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def response_text(self, ids):
@@ -122,8 +128,8 @@ class Tokenizer:
         return self.decode(ids[: first_end(ids, self.stop_ids)])
 
     def pieces(self, ids, mask_id=None):
-        """(text, places) of every token, in order: places are indexes into ids, several where only together they spell
-        a character. A mask token is a piece whose text is None."""
+        """(text, places) of every token, in order: places are indexes into ids, several where only
+        together they spell a character. A mask token is a piece whose text is None."""
         found, places = [], []
         for i, token in enumerate(ids):
             places.append(i)
@@ -138,15 +144,16 @@ class Tokenizer:
         return found
 
     def unused_ids(self, vocab_size):
-        """The ids below vocab_size that are no token: rows of a network that must not be generated."""
+        """The ids below vocab_size that are no token: rows of a network that must not be
+        generated."""
         return sorted(set(range(vocab_size)) - set(self.ids.values()))
 
     def chat(self, messages, add_generation_prompt=True, prefix=""):
         """Text of a conversation [{role, content}, ...] by the checkpoint's own chat template.
 
-        prefix: the start of the assistant's answer, which the model continues. It is shown as the template shows an
-        assistant's turn: Dream's keeps a last newline, LLaDA's trims it.
-        Raises ValueError where the checkpoint has no template or the template refuses the messages."""
+        prefix: the start of the assistant's answer, which the model continues. It is shown as the
+        template shows an assistant's turn: Dream's keeps a last newline, LLaDA's trims it. Raises
+        ValueError where the checkpoint has no template or the template refuses the messages."""
         return self.render(messages, add_generation_prompt, prefix)[0]
 
     def encode_chat(self, messages, add_generation_prompt=True, prefix=""):
@@ -154,41 +161,46 @@ class Tokenizer:
         return self.encode(*self.render(messages, add_generation_prompt, prefix))
 
     def render(self, messages, add_generation_prompt=True, prefix=""):
-        """Text of a conversation, and the (start, end) places of the special tokens that its messages quote."""
+        """Text of a conversation, and the (start, end) places of the special tokens that its
+        messages quote."""
         if not prefix.strip():
-            text, quoted = self._render(messages, add_generation_prompt)
+            text, quoted = self.fill_template(messages, add_generation_prompt)
             return text + prefix, quoted
-        turn = {"role": "assistant", "content": prefix}
-        text, quoted = self._render([*messages, turn], add_generation_prompt=False)
+        turn = message("assistant", prefix)
+        text, quoted = self.fill_template([*messages, turn], add_generation_prompt=False)
         end = len(text) - len(self.end_of_turn(messages))
         kept = [place for place in quoted if place[1] <= end]
         return text[:end], kept
 
     def end_of_turn(self, messages):
-        """What the template writes behind the assistant's answer to these messages: Dream's "<|im_end|>\\n"."""
+        """What the template writes behind the assistant's answer to these messages: Dream's
+        "<|im_end|>\\n"."""
         answer = unused_character(messages)
-        turn = {"role": "assistant", "content": answer}
-        text, _ = self._render([*messages, turn], add_generation_prompt=False)
+        turn = message("assistant", answer)
+        text, _ = self.fill_template([*messages, turn], add_generation_prompt=False)
         if answer not in text:
             raise ValueError("the chat template leaves out what the assistant says")
         return text.rpartition(answer)[2]
 
-    def _render(self, messages, add_generation_prompt):
+    def fill_template(self, messages, add_generation_prompt):
+        """`render` without a prefix."""
         if self.compiled is None:
             self.compiled = compile_template(choose_template(self.template))
-        # Marks around the special tokens in a content survive the template, and tell where they came to stand.
+        # Marks around the special tokens in a content survive the template, and tell where they are.
         mark = unused_character(messages)
         marked = []
-        for message in messages:
-            if isinstance(message.get("content"), str):
-                content = self.pattern.sub(lambda found: mark + found[0] + mark, message["content"])
-                message = {**message, "content": content}
-            marked.append(message)
-        known = dict(self.special, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+        for turn in messages:
+            if isinstance(turn.get("content"), str):
+                content = self.pattern.sub(lambda found: mark + found[0] + mark, turn["content"])
+                turn = {**turn, "content": content}
+            marked.append(turn)
+        known = dict(self.special, tools=None, documents=None)
+        known.update(messages=marked, add_generation_prompt=add_generation_prompt)
         try:
-            rendered = self.compiled.render(messages=marked, **known)
-        except Exception as e:  # a template is foreign code: whatever it raises is its error, not ours
-            raise ValueError(f"the chat template cannot render these messages: {type(e).__name__}: {e}") from e
+            rendered = self.compiled.render(known)
+        except Exception as e:  # a template is foreign code: whatever it raises is its error
+            why = f"{type(e).__name__}: {e}"
+            raise ValueError(f"the chat template cannot render these messages: {why}") from e
         text, quoted = "", []
         for i, piece in enumerate(rendered.split(mark)):
             if i % 2:  # between two marks
@@ -197,13 +209,18 @@ class Tokenizer:
         return text, quoted
 
 
+def message(role, content):
+    return {"role": role, "content": content}
+
+
 def unused_character(messages):
-    """A character that no message holds: one of the 32 that Unicode reserves for use inside programs."""
-    said = "".join(str(message.get("content")) for message in messages)
+    """A character that no message holds: one of the 32 that Unicode reserves for use inside
+    programs."""
+    said = "".join(str(turn.get("content")) for turn in messages)
     for code in range(0xFDD0, 0xFDF0):
         if chr(code) not in said:
             return chr(code)
-    raise ValueError("the messages hold all of Unicode's noncharacters U+FDD0 to U+FDEF: they are no text")
+    raise ValueError("the messages hold all of Unicode's noncharacters U+FDD0 to U+FDEF")
 
 
 def first_end(ids, stop_ids):
@@ -229,24 +246,25 @@ def disagreements(tok, config):
 
     config: anything with eos_id, pad_id and mask_id."""
     lines = []
-    for name, token in (("eos", "eos_token"), ("pad", "pad_token"), ("mask", "mask_token")):
-        ours, theirs = getattr(config, f"{name}_id", None), tok.ids.get(tok.special.get(token))
+    for name in ("eos", "pad", "mask"):
+        token = tok.special.get(f"{name}_token")
+        ours, theirs = getattr(config, f"{name}_id", None), tok.ids.get(token)
         if None not in (ours, theirs) and ours != theirs:
-            says = f"{name}_token_id {ours} in config.json, {theirs} ({tok.special[token]}) in the tokenizer"
-            lines.append(f"config and tokenizer disagree: {says}")
+            lines.append(f"{name}_token_id is {ours} in config.json, the tokenizer has {theirs} ({token})")
     return lines
 
 
-# -------------------------------------------------------------------------------------- reading a tokenizer's files
+# ---------------------------------------------------------------------- reading a tokenizer's files
 
 
 def load_tokenizer(folder, eos_id=None, mask_id=None):
-    """Tokenizer from tokenizer.json, or from vocab.json and merges.txt. Special tokens and the chat template come from
-    tokenizer_config.json; added_tokens.json, special_tokens_map.json and chat_template.json are read where that does
-    not say, and chat_template.jinja wins over it. eos_id, mask_id: the ids of the model's config.
+    """Tokenizer from tokenizer.json, or from vocab.json and merges.txt. Special tokens and the chat
+    template come from tokenizer_config.json; added_tokens.json, special_tokens_map.json and
+    chat_template.json are read where that does not say, and chat_template.jinja wins over it.
+    eos_id, mask_id: the ids of the model's config.
 
-    Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do not fit, and for a
-    special token that is declared and not in the vocabulary."""
+    Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do
+    not fit, and for a special token that is declared and not in the vocabulary."""
     folder = Path(folder)
     config = read_json_if_any(folder / "tokenizer_config.json")
     config = {**read_json_if_any(folder / "special_tokens_map.json"), **config}
@@ -259,10 +277,12 @@ def load_tokenizer(folder, eos_id=None, mask_id=None):
         raise ValueError(f"{folder}: the tokenizer's files cannot be read ({e})") from e
     add_tokens(backend, folder, config, declared)
     for token, key in declared.items():
-        if key in NAMED and backend.token_to_id(token) is None:  # Dream itself lists an additional one that it lacks
+        # Of additional_special_tokens even Dream lists one that it lacks.
+        if key in NAMED and backend.token_to_id(token) is None:
             raise ValueError(f"{folder}: {key} {token!r} is not in the tokenizer's vocabulary")
 
-    template = config.get("chat_template") or read_json_if_any(folder / "chat_template.json").get("chat_template")
+    processor = read_json_if_any(folder / "chat_template.json")
+    template = config.get("chat_template") or processor.get("chat_template")
     if isinstance(template, list):  # named templates: [{"name": "default", "template": ...}, ...]
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
     if (folder / "chat_template.jinja").is_file():
@@ -302,8 +322,8 @@ def qwen2_backend(vocab, merges):
 
 
 def special_tokens(config):
-    """{"eos_token": text, ...} for the templates, and {text: the key that declares it} of what must be in the
-    vocabulary. A token is a text, or an AddedToken written as a dict."""
+    """{"eos_token": text, ...} for the templates, and {text: the key that declares it} of what must
+    be in the vocabulary. A token is a text, or an AddedToken written as a dict."""
     special, declared = {}, {}
     for key, value in config.items():
         for one in value if isinstance(value, list) else [value]:
@@ -318,7 +338,8 @@ def special_tokens(config):
 
 
 def add_tokens(backend, folder, config, declared):
-    """Add the tokens of added_tokens_decoder (tokenizer_config.json) and of added_tokens.json, each at its id."""
+    """Add the tokens of added_tokens_decoder (tokenizer_config.json) and of added_tokens.json, each
+    at its id."""
     import tokenizers
 
     added, file = {}, folder / "added_tokens.json"
@@ -329,47 +350,49 @@ def add_tokens(backend, folder, config, declared):
     file = folder / "tokenizer_config.json"
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        raise ValueError(f"{file}: added_tokens_decoder must map ids to tokens, found {type(decoder).__name__}")
+        raise ValueError(f"{file}: added_tokens_decoder must map ids to tokens, found {decoder!r:.40}")
     for i, token in decoder.items():
         content = token.get("content") if isinstance(token, dict) else None
         if not re.fullmatch("[0-9]{1,9}", i) or not isinstance(content, str):
-            raise ValueError(f"{file}: added_tokens_decoder must map ids to tokens with a content, found {i!r:.40}")
+            raise ValueError(f"{file}: added_tokens_decoder must map ids to tokens, found {i!r:.40}")
         added[int(i)] = (token, file)
 
     for i, (token, file) in sorted(added.items(), key=lambda item: item[0]):
         text = token["content"]
         if backend.token_to_id(text) != i:
-            flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            flags = {flag: bool(token.get(flag)) for flag in FLAGS}
             backend.add_tokens([tokenizers.AddedToken(text, **flags)])
         if backend.token_to_id(text) != i:
             got = backend.token_to_id(text)
             raise ValueError(f"{file}: {text} should have id {i}, the vocabulary puts it at {got}")
 
 
-# ------------------------------------------------------------------------------------------- templates, and encoding
+# -------------------------------------------------------------------------- templates, and encoding
 
 
 def choose_template(template):
     """The template to render: the one there is, or of several named ones "default"."""
     if isinstance(template, dict):
+        only = template if len(template) == 1 else {}
         names = ", ".join(map(str, template))
-        template = template.get("default", next(iter(template.values()), None) if len(template) == 1 else None)
+        template = template.get("default", *only.values())
         if template is None and names:
-            raise ValueError(f"the tokenizer has the chat templates {names}, and none of them is called default")
+            raise ValueError(f"the tokenizer's chat templates are {names}; none of them is called default")
     if not isinstance(template, str):
-        raise ValueError("the tokenizer has no chat_template: use an instruct checkpoint, or --raw for plain prompts")
+        raise ValueError("the tokenizer has no chat_template: use an instruct checkpoint, or --raw")
     return template
 
 
 def compile_template(template):
-    """A chat template in jinja2's sandbox, with what transformers gives to templates: loop controls, generation tags,
-    raise_exception, strftime_now and its own tojson."""
+    """A chat template in jinja2's sandbox, with what transformers gives to templates: loop
+    controls, generation tags, raise_exception, strftime_now and its own tojson."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks what the assistant writes; its text is that of the block."""
+        """{% generation %}...{% endgeneration %} marks what the assistant writes; its text is that
+        of the block."""
 
         tags = {"generation"}
 
@@ -385,7 +408,8 @@ def compile_template(template):
         return datetime.datetime.now().strftime(form)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        options = dict(ensure_ascii=ensure_ascii, indent=indent)
+        return json.dumps(x, separators=separators, sort_keys=sort_keys, **options)
 
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -401,9 +425,9 @@ def compile_template(template):
 def encode_prompt(tok, messages, raw=False, prefix="", max_tokens=None):
     """Token ids of a conversation, ready for a response.
 
-    raw: the last message's text without the chat template. prefix: the start of the answer (see Tokenizer.chat).
-    max_tokens: the last message is cut on its right so that the prompt has at most so many tokens.
-    What the messages say is spelled as text, also where it quotes a special token.
+    raw: the last message's text without the chat template. prefix: the start of the answer (see
+    Tokenizer.chat). max_tokens: the last message is cut on its right so that the prompt has at most
+    so many tokens. What the messages say is spelled as text, also where it quotes a special token.
     Raises ValueError for a prompt of no tokens, and for one that cannot be cut that far."""
     if raw:
         ids = tok.encode_text(messages[-1]["content"] + prefix)[:max_tokens]
@@ -417,10 +441,11 @@ def encode_prompt(tok, messages, raw=False, prefix="", max_tokens=None):
 
 
 def cut_messages(tok, messages, max_tokens):
-    """The messages with the last one cut on its right, so that the rendered prompt has at most max_tokens tokens.
+    """The messages with the last one cut on its right, so that the rendered prompt has at most
+    max_tokens tokens.
 
-    The text keeps max_tokens - (tokens of the template around one token of text), as the release cuts: one less than
-    would fit. Raises ValueError where the template alone is longer."""
+    The text keeps max_tokens - (tokens of the template around one token of text), as the release
+    cuts: one less than would fit. Raises ValueError where the template alone is longer."""
     ids = tok.encode_text(messages[-1]["content"])
     around = len(tok.encode_chat(messages)) - len(ids)
     room = max_tokens - (around + 1)
@@ -429,28 +454,29 @@ def cut_messages(tok, messages, max_tokens):
     while room > 0:
         text = tok.decode(ids[:room])
         shorter = [*messages[:-1], {**messages[-1], "content": text}]
-        # half a character at the end is left out, and a text may need more tokens alone than it had before the cut
+        # Half a character at the end is left out. What is kept may need more tokens than it had.
         if not text.endswith("\ufffd") and len(tok.encode_chat(shorter)) <= max_tokens:
             return shorter
         room -= 1
-    raise ValueError(f"the chat template takes {around} tokens, which leaves no room for text within {max_tokens}")
+    raise ValueError(f"the chat template takes {around} of at most {max_tokens} tokens: no room for text")
 
 
 def encode_answer(tok, messages, answer, raw=False):
-    """Token ids of a reference answer as the model would write it: its text, the template's end of turn, EOS.
+    """Token ids of a reference answer as the model would write it: its text, the template's end of
+    turn, EOS.
 
-    The answer is spelled as text, also where it quotes a special token. Raises ValueError where that is not possible,
-    and where neither the tokenizer nor the config names an EOS token."""
+    The answer is spelled as text, also where it quotes a special token. Raises ValueError where
+    that is not possible, and where neither the tokenizer nor the config names an EOS token."""
     if tok.eos_id is None:
-        raise ValueError("the tokenizer has no eos_token in tokenizer_config.json, and an answer must end")
+        raise ValueError("the tokenizer names no eos_token, and an answer must end")
     if raw:
         return [*tok.encode_text(answer), tok.eos_id]
     before, _ = tok.render(messages)
-    after, quoted = tok.render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    after, quoted = tok.render([*messages, message("assistant", answer)], False)
     if after.startswith(before):
         start = len(before)
         ids = tok.encode(after[start:], [(a - start, b - start) for a, b in quoted if a >= start])
-    else:  # the generation prompt is not how the template shows a finished turn: it holds an empty thought, say
+    else:  # a finished turn does not begin as the generation prompt does: with an empty thought, say
         end = tok.end_of_turn(messages)
         ids = tok.encode(answer + end, [found.span() for found in tok.pattern.finditer(answer)])
     ids = ids[: first_end(ids, tok.stop_ids) + 1]  # some templates go on behind the end of the turn
@@ -460,8 +486,9 @@ def encode_answer(tok, messages, answer, raw=False):
 
 
 def encode_examples(tok, examples, raw=False, max_tokens=None, answers=False):
-    """Give every example of `read_examples` its prompt_ids and, with answers, its response_ids: of the first answer
-    where there are several. Raises ValueError with file and line for one that cannot be encoded."""
+    """Give every example of `read_examples` its prompt_ids and, with answers, its response_ids: of
+    the first answer where there are several. Raises ValueError with file and line for one that
+    cannot be encoded."""
     for e in examples:
         try:
             e["prompt_ids"] = encode_prompt(tok, e["messages"], raw, max_tokens=max_tokens)
@@ -497,16 +524,17 @@ def read_json_if_any(file):
     return read_json(file) if Path(file).is_file() else {}
 
 
-# ------------------------------------------------------------------------------------------------- files of any rows
+# -------------------------------------------------------------------------------- files of any rows
 
 MAX_LINE = 64 * 2**20  # bytes of one JSON line; more is not a dataset but an accident
 
 
 def read_rows(path):
-    """(where, row) for every row of a .jsonl, .jsonl.gz, .json or .parquet file; where = "file:line".
+    """(where, row) for every row of a .jsonl, .jsonl.gz, .json or .parquet file; where =
+    "file:line".
 
-    A .json file holds one list, an object with the list under "data", or JSON Lines. Lines are read as they are asked
-    for, no further.
+    A .json file holds one list, an object with the list under "data", or JSON Lines. Lines are read
+    as they are asked for, no further.
 
     Raises FileNotFoundError or ValueError, which names the line."""
     path = Path(path)
@@ -519,7 +547,8 @@ def read_rows(path):
     elif path.suffix == ".json":
         yield from read_jsonl(path) if holds_json_lines(path) else read_json_list(path)
     else:
-        raise ValueError(f"{path}: unknown format {path.suffix!r}; use .jsonl, .jsonl.gz, .json or .parquet")
+        known = ".jsonl, .jsonl.gz, .json or .parquet"
+        raise ValueError(f"{path}: unknown format {path.suffix!r}; use {known}")
 
 
 def holds_json_lines(path):
@@ -582,7 +611,7 @@ def read_parquet(path):
         raise ValueError(f"{path}: not a readable parquet file ({e})") from e
 
 
-# --------------------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
@@ -590,43 +619,46 @@ ROLES = {
     "system": "system",
 }
 CONVERSATIONS = ("messages", "conversations", "conversation")
-FIELDS = (  # (prompt, answers in order of preference): the first pair whose prompt a row has is taken
-    ("question", ("answer", "response", "solution", "generated_solution", "output", "solutions", "answers")),
-    ("problem", ("solution", "generated_solution", "answer", "response", "output")),
-    ("prompt", ("response", "completion", "answer", "canonical_solution", "output", "code", "solution", "chosen")),
-    ("instruction", ("output", "response", "answer", "completion")),
-    ("query", ("response", "answer", "output")),
-    ("text", ("code",)),
-    ("input", ("output", "target", "answer", "response")),
-    ("inputs", ("targets", "outputs")),
+# (prompt, answers in order of preference): the first pair whose prompt a row has is taken.
+FIELDS = (
+    ("question", "answer response solution generated_solution output solutions answers".split()),
+    ("problem", "solution generated_solution answer response output".split()),
+    ("prompt", "response completion answer canonical_solution output code solution chosen".split()),
+    ("instruction", "output response answer completion".split()),
+    ("query", "response answer output".split()),
+    ("text", ["code"]),
+    ("input", "output target answer response".split()),
+    ("inputs", "targets outputs".split()),
 )
-LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target")  # where a row has no better one
+LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target")  # where there is no other
 IDS = ("id", "task_id", "unique_id", "key")
 SYSTEM = ("system", "system_prompt")
 CHOICES = ("choices", "options")
 # Columns that look like something the model should see, whatever they hold; and those that never do.
-INPUTS = set("passage document article story background premise hypothesis schema history tools starter_code".split())
-INPUTS |= {*SYSTEM, *CHOICES, "context", "input"}
+INPUTS = {*SYSTEM, *CHOICES, "context", "input", "history", "tools", "passage", "document", "article"}
+INPUTS |= {"story", "background", "premise", "hypothesis", "schema", "starter_code"}
 NOT_INPUTS = set(
-    "test tests test_list test_setup_code test_imports challenge_test_list input_output entry_point rationale "
-    "explanation reasoning thought cot rejected source dataset category subject topic level type split url license "
-    "title method data_source metadata meta".split()
+    "test tests test_list test_setup_code test_imports challenge_test_list input_output entry_point "
+    "rationale explanation reasoning thought cot rejected source dataset category subject topic level "
+    "type split url license title method data_source metadata meta".split()
 )
 
 
 def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=warnings.warn):
-    """The prompts of a dataset: [{id, where, prompt, messages, answer}]. where: "file:line"; messages: what the model
-    is asked, earlier turns first; prompt: the last of them; answer: a text, a list of several right ones, or None.
+    """The prompts of a dataset: [{id, where, prompt, messages, answer}]. where: "file:line";
+    messages: what the model is asked, earlier turns first; prompt: the last of them; answer: a
+    text, a list of several right ones, or None.
 
-    Recognises `messages` (or `conversations`) with the usual role names, and the pairs in FIELDS; prompt_field and
-    answer_field name other columns. system and history come before the prompt, context and input join it, choices are
-    lettered below it. Reads no more than `limit` rows. The id is the row's own where all those read differ, else its
-    number from 0. warn(line) is called once for every column that looks like input and is not used.
-    Raises ValueError for an empty dataset, and with file and line for a row that fits nothing."""
+    Recognises `messages` (or `conversations`) with the usual role names, and the pairs in FIELDS;
+    prompt_field and answer_field name other columns. system and history come before the prompt,
+    context and input join it, choices are lettered below it. Reads no more than `limit` rows. The
+    id is the row's own where all those read differ, else its number from 0. warn(line) is called
+    once for every column that looks like input and is not used. Raises ValueError for an empty
+    dataset, and with file and line for a row that fits nothing."""
     examples, own, told = [], [], set()
     for where, row in itertools.islice(read_rows(path), limit):
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with named fields, found {type(row).__name__}")
+            raise ValueError(f"{where}: expected an object with named fields, found {row!r:.40}")
         example = to_example(row, where, prompt_field, answer_field)
         for what in unused(row, example, answer_field):
             if what not in told:
@@ -649,7 +681,8 @@ def own_id(row):
 
 
 def number_or_own(records, own):
-    """Give the records their own ids, if each has one and all differ; otherwise they keep their numbers."""
+    """Give the records their own ids, if each has one and all differ; otherwise they keep their
+    numbers."""
     if None not in own and len(set(map(str, own))) == len(own):
         for record, key in zip(records, own):
             record["id"] = key
@@ -671,7 +704,7 @@ def to_example(row, where, prompt_field=None, answer_field=None):
         if prompt_field is None and isinstance(row[column], list):
             messages = to_messages(row[column], where)
         else:
-            messages = [{"role": "user", "content": full_prompt(row, where, column)}]
+            messages = [message("user", full_prompt(row, where, column))]
         answer = find_answer(row, where, column, answer_field)
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f"{where}: the conversation has no user turn to answer")
@@ -685,44 +718,46 @@ def find_prompt(row, where):
         if isinstance(value, str) or (column == "prompt" and value and isinstance(value, list)):
             return column
     known = ", ".join([CONVERSATIONS[0], *dict(FIELDS)])
-    raise ValueError(f"{where}: no known prompt field ({known}) among {', '.join(row) or 'no fields'}; name yours")
+    has = ", ".join(row) or "no fields"
+    raise ValueError(f"{where}: no known prompt field ({known}) among {has}; name yours")
 
 
 def full_prompt(row, where, column):
-    """The prompt column's text with what belongs to it: an instruction's input and context stand behind it, a
-    question's context before it; choices are lettered."""
+    """The prompt column's text with what belongs to it: an instruction's input and context stand
+    behind it, a question's context before it; choices are lettered."""
     prompt = row.get(column)
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}: field {column!r} is missing or not text; the row has {', '.join(row)}")
-    context = extra_text(row, "context", column)
+        has = ", ".join(row)
+        raise ValueError(f"{where}: field {column!r} is missing or not text; the row has {has}")
+    context, more = extra_text(row, "context"), extra_text(row, "input")
+    if column == "context":
+        context = ""
     if context and column == "instruction":
         prompt = f"{prompt}\n\n{context}"
     elif context:
         prompt = f"{context}\n\n{prompt}"
-    more = extra_text(row, "input", column)
-    if more:
+    if more and column != "input":
         prompt = f"{prompt}\n{more}"
     for letter, text in find_choices(row):
-        lettered = text.startswith((f"{letter})", f"{letter}.", f"{letter}:"))
-        prompt += f"\n{text}" if lettered else f"\n{letter}. {text}"
+        if not text.startswith((f"{letter})", f"{letter}.", f"{letter}:")):
+            text = f"{letter}. {text}"
+        prompt += f"\n{text}"
     return prompt
 
 
-def extra_text(row, name, column):
-    """The text of a column beside the prompt's own, or of a list of texts joined; "" where there is none."""
-    value = row.get(name)
-    if name == column:
-        return ""
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+def extra_text(row, column):
+    """The text of a column, or of its list of texts joined; "" where there is none."""
+    value = row.get(column)
+    if are_texts(value):
         value = "\n".join(value)
-    return value if isinstance(value, str) and value.strip() else ""
+    return value if has_text(value) else ""
 
 
 def find_choices(row):
-    """[(letter, text), ...] of a multiple-choice row: a list (MMLU), a dict of texts and labels (ARC), or a dict of
-    letters (MedQA)."""
-    value = next((row[name] for name in CHOICES if row.get(name)), None)
-    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+    """[(letter, text), ...] of a multiple-choice row: a list (MMLU), a dict of texts and labels
+    (ARC), or a dict of letters (MedQA)."""
+    value = row.get("choices") or row.get("options")
+    if isinstance(value, dict) and are_texts(value.get("label")) and are_texts(value.get("text")):
         pairs = list(zip(value["label"], value["text"]))
     elif isinstance(value, dict):
         pairs = list(value.items())
@@ -739,7 +774,8 @@ def find_choices(row):
 
 
 def find_answer(row, where, column, answer_field=None):
-    """The answer to the prompt in a column: text, a list of texts, or None where the row has none."""
+    """The answer to the prompt in a column: text, a list of texts, or None where the row has
+    none."""
     name = answer_field
     if name is None:
         for option in (*dict(FIELDS).get(column, ("answer",)), *LAST_ANSWERS):
@@ -770,7 +806,8 @@ def json_list(text):
 
 
 def chosen_letter(value, choices, where, name):
-    """The letter of a multiple-choice answer, which may be given as a number from 0, as the letter or as the text."""
+    """The letter of a multiple-choice answer, which may be given as a number from 0, as the letter
+    or as the text."""
     letters, texts = list(zip(*choices))
     if type(value) is int and 0 <= value < len(letters):
         return letters[value]
@@ -780,72 +817,85 @@ def chosen_letter(value, choices, where, name):
         return letters[texts.index(value)]
     if isinstance(value, str) and " " in value:  # the answer in words
         return value
-    raise ValueError(f"{where}: field {name!r} is {value!r:.80}, which is none of the {len(letters)} choices")
+    raise ValueError(f"{where}: field {name!r} is {value!r:.80}: none of the {len(letters)} choices")
 
 
 def answer_text(value, where, name):
-    """An answer as text or as a list of texts; a number is written out. Anything else is not what a model should learn
-    to say."""
+    """An answer as text or as a list of texts; a number is written out. Anything else is not what a
+    model should learn to say."""
     if isinstance(value, str):
         return value
     if type(value) is int or (type(value) is float and math.isfinite(value)):
         return str(value)
-    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+    if are_texts(value):
         return value
-    raise ValueError(f"{where}: field {name!r} must be text, a number or a list of texts, found {value!r:.80}")
+    must = "must be text, a number or a list of texts"
+    raise ValueError(f"{where}: field {name!r} {must}, found {value!r:.80}")
+
+
+def has_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def are_texts(value):
+    """Whether a value is a list of texts, and not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def to_messages(talk, where):
     messages = []
     for turn in talk if isinstance(talk, list) else [talk]:
-        given = turn if isinstance(turn, dict) else {}
-        role = ROLES.get(str(given.get("role", given.get("from"))).lower())
-        content = given.get("content", given.get("value"))
+        role = content = None
+        if isinstance(turn, dict):
+            role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+            content = turn.get("content", turn.get("value"))
         if isinstance(content, list):
             content = joined_parts(content)
         if role is None or not isinstance(content, str):
-            known = ", ".join(ROLES)
-            raise ValueError(f"{where}: a message needs a role ({known}) and a text content, found {turn!r:.120}")
-        messages.append({"role": role, "content": content})
+            needs = f"a role ({', '.join(ROLES)}) and a text content"
+            raise ValueError(f"{where}: a message needs {needs}, found {turn!r:.120}")
+        messages.append(message(role, content))
     return messages
 
 
 def joined_parts(parts):
-    """The text of a content given in parts, [{"type": "text", "text": ...}], or None where one is not text."""
+    """The text of a content given in parts, [{"type": "text", "text": ...}], or None where one is
+    not text."""
     text = ""
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             return None
         text += part["text"]
     return text
 
 
 def earlier_turns(row, where, messages):
-    """The turns that other columns put before a conversation: system or system_prompt, then history, a list of
-    [user, assistant] pairs or of messages."""
+    """The turns that other columns put before a conversation: system or system_prompt, then
+    history, a list of [user, assistant] pairs or of messages."""
     turns = []
     for name in SYSTEM:
-        if not turns and messages[0]["role"] != "system" and isinstance(row.get(name), str) and row[name].strip():
-            turns.append({"role": "system", "content": row[name]})
+        if not turns and messages[0]["role"] != "system" and has_text(row.get(name)):
+            turns.append(message("system", row[name]))
     history = row.get("history")
     for pair in history if isinstance(history, list) else []:
         if isinstance(pair, dict):
             turns += to_messages(pair, where)
-        elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair):
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        elif are_texts(pair) and len(pair) == 2:
+            turns += [message("user", pair[0]), message("assistant", pair[1])]
         else:
-            raise ValueError(f"{where}: history must hold pairs of texts [user, assistant], found {pair!r:.80}")
+            raise ValueError(f"{where}: history must hold pairs [user, assistant], found {pair!r:.80}")
     return turns
 
 
 def unused(row, example, answer_field=None):
-    """What a row holds and nobody will see: lines about columns that look like input and are in no message, and about
-    a row whose answer may be in one of them."""
-    said = [message["content"] for message in example["messages"]]
+    """What a row holds and nobody will see: lines about columns that look like input and are in no
+    message, and about a row whose answer may be in one of them."""
+    said = [turn["content"] for turn in example["messages"]]
     known = {*CONVERSATIONS, *IDS, *LAST_ANSWERS, *NOT_INPUTS, answer_field}
-    for prompt, answers in FIELDS:
-        known |= {prompt, *answers}
-    known -= INPUTS
+    for _, answers in FIELDS:
+        known |= set(answers)
+    prompts = dict(FIELDS).keys()
+    known -= INPUTS | prompts
     choices = find_choices(row)
     if choices and choices[-1][1] in said[-1]:
         known |= {*CHOICES}
@@ -854,11 +904,13 @@ def unused(row, example, answer_field=None):
 
     lines, others = [], []
     for column, value in row.items():
-        text = value if isinstance(value, str) else ""
+        text = extra_text(row, column)
+        holds = isinstance(value, (str, list, dict)) and value not in ("", [], {}, "[]", "{}")
         if column in known or any(text and text in one for one in said):
             continue
         # A few words in a row are something to read; one word is a label.
-        if len(text.split()) > 2 or (column in INPUTS and value not in (None, "", [], {}, "[]", "{}")):
+        words = text == value and (len(text.split()) > 2 or column in prompts)
+        if words or (column in INPUTS and holds):
             lines.append(f"the column {column!r} looks like input, and is not used")
         if column not in INPUTS and value != "" and type(value) in (str, int, float):
             others.append(column)
@@ -867,10 +919,11 @@ def unused(row, example, answer_field=None):
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------- trajectories
+# ------------------------------------------------------------------------------------- trajectories
 
-PER_TOKEN = ("response_ids", "order", "step", "entropy", "confidence")  # lists of one length in a trajectory record
-RELEASE_KEYS = ("response_token_ids", "decoding_order", "non_ltr_positions", "gen_text")  # only the authors have them
+PER_TOKEN = ("response_ids", "order", "step", "entropy", "confidence")  # one entry a response token
+# Fields that only the authors' files have.
+RELEASE_KEYS = ("response_token_ids", "decoding_order", "non_ltr_positions", "gen_text")
 RELEASE_METHODS = ("entropy", "default", "credit", "topk_margin")
 RELEASE_FIELDS = (  # (prompt, responses in order of preference), the first prompt that a row has
     ("prompt", ("response", "output", "gen_text", "answer")),
@@ -888,21 +941,28 @@ def trajectory_files(path):
 
 
 def read_trajectories(
-    path, vocab_size=None, tok=None, methods=None, mask_id=None, max_prompt_tokens=None, warn=warnings.warn
+    path,
+    vocab_size=None,
+    tok=None,
+    methods=None,
+    mask_id=None,
+    max_prompt_tokens=None,
+    warn=warnings.warn,
 ):
-    """The records of a trajectory folder or file, checked and sorted by id: dicts with id, prompt_ids, response_ids and
-    order as lists. order[r] is the decode rank of position r, or its decode step: equal numbers were decoded together,
-    -1 never was.
+    """The records of a trajectory folder or file, checked and sorted by id: dicts with id,
+    prompt_ids, response_ids and order as lists. order[r] is the decode rank of position r, or its
+    decode step: equal numbers were decoded together, -1 never was.
 
-    The authors' files are read as they are: records of them also have prompt, text, non_ltr (a list of positions, or
-    None), method and data_source. They need tok, whose template renders the prompt (cut to max_prompt_tokens);
-    methods: only rows of these decoding methods. warn(line) is called for every row of theirs that cannot be used.
-    Raises FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of different
-    lengths, an id that is there twice, ids beyond vocab_size (trajectories of another model), a mask token (mask_id)
-    that counts as decoded."""
+    The authors' files are read as they are: records of them also have prompt, text, non_ltr (a list
+    of positions, or None), method and data_source. They need tok, whose template renders the prompt
+    (cut to max_prompt_tokens); methods: only rows of these decoding methods. warn(line) is called
+    for every row of theirs that cannot be used. Raises FileNotFoundError, or ValueError with file
+    and line: a broken line, a missing field, lists of different lengths, an id that is there twice,
+    ids beyond vocab_size (trajectories of another model), a mask token (mask_id) that counts as
+    decoded."""
     files = trajectory_files(path)
     if not files or not files[0].is_file():
-        raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or one of its files")
+        raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or a file of it")
     records, released, own, first = [], [], [], {}
     for file in files:
         for where, row in read_rows(file):
@@ -915,9 +975,10 @@ def read_trajectories(
                 own.append(own_id(row))
             else:
                 records.append(check_record(row, where, vocab_size, mask_id))
-                if row["id"] in first:
-                    raise ValueError(f"{where}: id {row['id']!r} is here twice, first at {first[row['id']]}")
-                first[row["id"]] = where
+                key = row["id"]
+                if key in first:
+                    raise ValueError(f"{where}: id {key!r} is here twice, first at {first[key]}")
+                first[key] = where
     number_or_own(released, own)
     return sorted(records + released, key=by_id)
 
@@ -939,7 +1000,8 @@ def is_release(row):
 
 
 def holds_trajectories(path):
-    """Whether a path is a trajectory folder, or a file whose first row is a trajectory rather than a prompt."""
+    """Whether a path is a trajectory folder, or a file whose first row is a trajectory rather than
+    a prompt."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no trajectories and no dataset at {path}")
@@ -952,39 +1014,44 @@ def holds_trajectories(path):
 def check_record(record, where, vocab_size=None, mask_id=None):
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a trajectory record, found {type(record).__name__}")
-    missing = [k for k in ("prompt_ids", "response_ids", "order") if not isinstance(record.get(k), list)]
+    missing = []
+    for key in ("prompt_ids", "response_ids", "order"):
+        if not isinstance(record.get(key), list):
+            missing.append(key)
     if type(record.get("id")) not in (str, int):
         missing.append("id")
     if missing:
         has = ", ".join(record) or "nothing"
         raise ValueError(f"{where}: not a trajectory: {', '.join(missing)} missing; has {has}")
-    prompt, response, order = (record[k] for k in ("prompt_ids", "response_ids", "order"))
+    prompt, response, order = record["prompt_ids"], record["response_ids"], record["order"]
+    N = len(response)
     if not prompt or not response or not are_integers(prompt + response, 0):
-        raise ValueError(f"{where}: prompt_ids and response_ids must be lists of token ids, and not empty")
-    if len(order) != len(response) or not are_integers(order, -1) or max(order) < 0:
-        what = f"order must give each of the {len(response)} response tokens its decode rank or step"
+        raise ValueError(f"{where}: prompt_ids and response_ids must be lists of ids, and not empty")
+    if len(order) != N or not are_integers(order, -1) or max(order) < 0:
+        what = f"order must give each of the {N} response tokens its decode rank or step"
         raise ValueError(f"{where}: {what}, from 0, or -1 for one that was never decoded")
     for key in PER_TOKEN:
-        if record.get(key) is not None and not are_numbers(record[key], len(response)):
-            raise ValueError(f"{where}: {key} must be a list of {len(response)} numbers, one for each response token")
-    if record.get("non_ltr") is not None:
-        places = record["non_ltr"]
-        if not isinstance(places, list) or not are_integers(places, 0) or max(places, default=0) >= len(response):
-            raise ValueError(f"{where}: non-left-to-right positions must be among 0 to {len(response) - 1}")
+        if record.get(key) is not None and not are_numbers(record[key], N):
+            raise ValueError(f"{where}: {key} must be a list of {N} numbers, one a response token")
+    places = record.get("non_ltr")
+    if places is not None and not (isinstance(places, list) and are_integers(places, 0, N - 1)):
+        raise ValueError(f"{where}: non-left-to-right positions must be among 0 to {N - 1}")
     for key in ("finished", "correct"):
-        if record.get(key) not in (None, True, False) or type(record.get(key)) not in (bool, type(None)):
+        if type(record.get(key)) not in (bool, type(None)):
             raise ValueError(f"{where}: {key} must be true, false or null, found {record[key]!r:.40}")
     top = max(*prompt, *response)
     if vocab_size is not None and top >= vocab_size:
-        raise ValueError(f"{where}: token id {top}, but the model has {vocab_size}: trajectories of another model")
+        whose = f"the model has {vocab_size}: trajectories of another model"
+        raise ValueError(f"{where}: token id {top}, but {whose}")
     for i, token in enumerate(response):
         if token == mask_id and order[i] >= 0:
-            raise ValueError(f"{where}: response token {i} is the mask token {mask_id}, and its order is {order[i]}")
+            what = f"response token {i} is the mask token {mask_id}"
+            raise ValueError(f"{where}: {what}, and yet decoded: its order is {order[i]}")
     return record
 
 
-def are_integers(values, low):
-    return all(type(i) is int and low <= i <= MAX_STEP for i in values)
+def are_integers(values, low, high=MAX_STEP):
+    return all(type(i) is int and low <= i <= high for i in values)
 
 
 def are_numbers(values, n):
@@ -995,16 +1062,17 @@ def are_numbers(values, n):
 
 
 def usable(record, keep="correct"):
-    """Whether a trajectory is trained on. keep: "correct" = finished, and correct where that could be checked;
-    "finished" = a token that ends it came within the budget; "all"."""
+    """Whether a trajectory is trained on. keep: "correct" = finished, and correct where that could
+    be checked; "finished" = a token that ends it came within the budget; "all"."""
     if keep == "all":
         return True
-    return bool(record.get("finished")) and (keep == "finished" or record.get("correct") is not False)
+    right = keep == "finished" or record.get("correct") is not False
+    return bool(record.get("finished")) and right
 
 
 def cut_at_eos(record, stop_ids):
-    """The record without the tokens after the first that ends it. The order of the rest is numbered anew: 0, 1, ... in
-    the old order, equal numbers stay equal, -1 stays -1."""
+    """The record without the tokens after the first that ends it. The order of the rest is numbered
+    anew: 0, 1, ... in the old order, equal numbers stay equal, -1 stays -1."""
     n = first_end(record["response_ids"], stop_ids) + 1
     if n >= len(record["response_ids"]):
         return record
@@ -1024,25 +1092,25 @@ def cut_at_eos(record, stop_ids):
 
 def non_ltr_positions(order):
     """The positions of a response that were decoded, and not right after their left neighbour."""
-    found, before = [], -1
+    found, next_step = [], 0
     for r, step in enumerate(order):
-        if step >= 0 and step != before + 1:
+        if step >= 0 and step != next_step:
             found.append(r)
-        before = step
+        next_step = step + 1 if step >= 0 else None
     return found
 
 
-# ------------------------------------------------------------------------------------------------- the authors' files
+# ------------------------------------------------------------------------------- the authors' files
 
 
 def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=warnings.warn):
-    """A row of the authors' trajectory files as a record without id, or None where it is not used: of another method,
-    or without a prompt or a response, of which warn(line) is told.
+    """A row of the authors' trajectory files as a record without id, or None where it is not used:
+    of another method, or without a prompt or a response, of which warn(line) is told.
 
-    A row without response_token_ids has its text as the model would write it; without a decoding_order for every token
-    it counts as decoded from left to right."""
+    A row without response_token_ids has its text as the model would write it; without a
+    decoding_order for every token it counts as decoded from left to right."""
     if tok is None:
-        raise ValueError(f"{where}: a trajectory of the authors' release, whose prompt needs the model's tokenizer")
+        raise ValueError(f"{where}: the authors' files need the model's tokenizer for their prompts")
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a trajectory, found {type(row).__name__}")
     if methods is not None and row.get("method") not in list(methods):
@@ -1053,7 +1121,7 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
         lacks = "prompt" if prompt is None else "response"
         warn(f"{where}: not used, it has no {lacks}; the row has {', '.join(row) or 'nothing'}")
         return None
-    messages = [{"role": "user", "content": prompt}]
+    messages = [message("user", prompt)]
     try:
         prompt_ids = encode_prompt(tok, messages, max_tokens=max_prompt_tokens)
         if not response:
@@ -1061,11 +1129,13 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
     if not isinstance(response, list) or not are_integers(response, 0):
-        raise ValueError(f"{where}: response_token_ids must be a list of token ids, found {response!r:.80}")
+        raise ValueError(f"{where}: response_token_ids must be a list of ids, found {response!r:.80}")
     order = row.get("decoding_order")
     if not isinstance(order, list) or len(order) < len(response):
         order = list(range(len(response)))
     source = row.get("data_source")
+    if not has_text(source):
+        source = ""
     return dict(
         prompt=prompt,
         prompt_ids=prompt_ids,
@@ -1074,7 +1144,7 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
         non_ltr=row.get("non_ltr_positions"),
         text=text,
         method=row.get("method"),
-        data_source=(source.strip() or None) if isinstance(source, str) else None,
+        data_source=source.strip() or None,
         finished=first_end(response, tok.stop_ids) < len(response),
         correct=None,
     )
@@ -1084,7 +1154,8 @@ def release_texts(row):
     """The prompt and the response of a row of the authors' files, each a text or None."""
     for column, responses in RELEASE_FIELDS:
         if has_text(row.get(column)):
-            return row[column], next((row[name] for name in responses if has_text(row.get(name))), None)
+            texts = [row[name] for name in responses if has_text(row.get(name))]
+            return row[column], texts[0] if texts else None
     said, messages = {}, row.get("messages")
     for turn in messages if isinstance(messages, list) else []:
         if isinstance(turn, dict) and has_text(turn.get("content")):
@@ -1092,13 +1163,9 @@ def release_texts(row):
     return said.get("user"), said.get("assistant")
 
 
-def has_text(value):
-    return isinstance(value, str) and bool(value.strip())
-
-
 def release_methods(family, method=None):
-    """The methods whose rows the release trains on, or None for all of them. method: its filter; None = its default.
-    For LLaDA "entropy" stands for three."""
+    """The methods whose rows the release trains on, or None for all of them. method: its filter;
+    None = its default. For LLaDA "entropy" stands for three."""
     if method == "all":
         return None
     if family == "llada" and method in (None, "entropy"):
@@ -1107,8 +1174,9 @@ def release_methods(family, method=None):
 
 
 def to_release_format(record, pad_id, method="entropy"):
-    """A record of ours as a row of the authors' trajectory files, whose trainer takes it: its last user turn (earlier
-    turns have no place there), the response padded to 256 tokens, and the decode step of every position."""
+    """A record of ours as a row of the authors' trajectory files, whose trainer takes it: its last
+    user turn (earlier turns have no place there), the response padded to 256 tokens, and the decode
+    step of every position."""
     missing = max(0, RELEASE_LENGTH - len(record["response_ids"]))
     steps = record.get("step") or record["order"]
     return dict(
@@ -1123,11 +1191,12 @@ def to_release_format(record, pad_id, method="entropy"):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def generator(*keys, device="cpu"):
-    """A torch.Generator whose seed depends on all keys, such as (seed, epoch, example), and on nothing else."""
+    """A torch.Generator whose seed depends on all keys, such as (seed, epoch, example), and on
+    nothing else."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -1149,17 +1218,19 @@ def pad_left(rows, pad_id):
 
 
 def collate(records, pad_id):
-    """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on the right:
-    prompt_ids, prompt_mask [B, P], response_ids, order [B, N] and length [B], all int64. Padding has the order -1.
+    """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on
+    the right: prompt_ids, prompt_mask [B, P], response_ids, order [B, N] and length [B], all int64.
+    Padding has the order -1.
 
-    Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has its own computed); where all have
-    their entropies, entropy is a float32 tensor [B, N] with 0 for padding. A record without an order (a reference
-    answer) counts as decoded from left to right."""
+    Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has its own
+    computed); where all have their entropies, entropy is a float32 tensor [B, N] with 0 for
+    padding. A record without an order (a reference answer) counts as decoded from left to right."""
     prompt_ids, prompt_mask = pad_left([r["prompt_ids"] for r in records], pad_id)
     length = torch.tensor([len(r["response_ids"]) for r in records])  # [B]
     response = torch.full((len(records), int(length.max())), pad_id)  # [B, N]
     order = torch.full_like(response, -1)  # [B, N]
-    batch = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, response_ids=response, order=order, length=length)
+    batch = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask)
+    batch.update(response_ids=response, order=order, length=length)
     if any(r.get("non_ltr") is not None for r in records):
         batch["non_ltr"] = torch.zeros_like(response, dtype=torch.bool)  # [B, N]
     if all(r.get("entropy") is not None for r in records):
