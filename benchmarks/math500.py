@@ -82,30 +82,42 @@ def grade(record, response, family="dream", protocol="paper", gold=None, timeout
     try:
         correct, extracted = math_judge(os.getpid())(answer, texts, timeout)
     except (TimeoutError, ChildProcessError, BrokenPipeError) as e:
-        return dict(correct=False, reason=str(e), extracted=boxed)
+        return dict(correct=False, reason=str(e), extracted=printable(boxed))
     if extracted is None:
         return dict(correct=False, reason="no answer in the response", extracted=None)
-    reason = f"{extracted:.100} {'=' if correct else 'is not'} {record['answer']}"
-    return dict(correct=correct, reason=reason, extracted=extracted)
+    extracted = printable(extracted)
+    relation = "=" if correct else "is not"
+    return dict(correct=correct, reason=f"{extracted:.100} {relation} {record['answer']}", extracted=extracted)
+
+
+BRACES = re.compile(r"(?P<boxed>\\boxed\s*)?(?<!\\)[{}]")
+JOINT = 60  # characters between two boxed parts of one answer, at most
 
 
 def last_boxed(text):
     r"""The last \boxed{...} whose braces close, with any that it is joined to by a comma, "and" or "or"; or None."""
-    spans = []
-    for start in re.finditer(r"\\boxed\s*\{", text):
-        depth = 0
-        for brace in re.finditer(r"(?<!\\)[{}]", text[start.start() :]):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                spans.append((start.start(), start.start() + brace.end()))
-                break
+    spans, opened = [], []  # opened: of each brace that is open, where its \boxed starts, or None
+    for brace in BRACES.finditer(text):
+        if brace[0].endswith("{"):
+            opened.append(brace.start() if brace["boxed"] else None)
+        elif opened:
+            start = opened.pop()
+            if start is not None:
+                spans.append((start, brace.end()))
     if not spans:
         return None
+    spans.sort()
     first, end = spans[-1]
-    for before in reversed(spans[:-1]):
-        if re.fullmatch(r"[\s$]*(,|,?\s*and|,?\s*or)[\s$]*", text[before[1] : first]):
-            first = before[0]
+    for start, stop in reversed(spans[:-1]):
+        between = text[stop:first] if first - stop <= JOINT else ""  # empty too where one box is inside the other
+        if re.fullmatch(r",|,?\s*(and|or)", between.strip("$ \t\n")):
+            first = start
     return text[first:end]
+
+
+def printable(text):
+    r"""The text without lone surrogates, which no file takes: \ud800 is written out."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
 # ------------------------------------------------------------------------------------------ math-verify in its process

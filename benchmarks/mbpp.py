@@ -89,12 +89,18 @@ def python_block(text):
 def marked_code(text):
     """What stands between [BEGIN] and [DONE], the marks of the earlier turns; else the first fenced block; else all.
 
-    Quotes around marked code, which the earlier turns have, are no part of it."""
-    marked = re.search(r"BEGIN\]?(.*?)\[?DONE", text, re.DOTALL)
-    inner = marked[1] if marked else text
-    fenced = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", inner, re.DOTALL)
-    code = fenced[1] if fenced else re.split(r"\[?BEGIN\]?", inner, maxsplit=1)[-1]
-    code = re.split(r"'?\s*\[?DONE\]?", code)[0].replace("\\_", "_").strip()
+    Quotes around marked code, which the earlier turns have, are no part of it. Takes time linear in the text."""
+    code, after = text, text.partition("BEGIN")[2]
+    if "DONE" in after:
+        code = after.split("DONE", 1)[0].removeprefix("]").removesuffix("[")
+    fenced = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", code, re.DOTALL)
+    if fenced:
+        code = fenced[1]
+    elif "BEGIN" in code:
+        code = code.split("BEGIN", 1)[1].removeprefix("]")
+    if "DONE" in code:
+        code = code.split("DONE", 1)[0].removesuffix("[").rstrip().removesuffix("'")
+    code = code.replace("\\_", "_").strip()
     if parsed(code) is None:
         code = code.removeprefix("'").removesuffix("'")
     return code

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import check_lengths, check_prompts
 
 from benchmarks import ifeval
 
@@ -29,6 +30,25 @@ def grade(name, response, **kwargs):
     """(strict, loose) of one instruction."""
     verdict = ifeval.grade({"key": 1, "prompt": "?", "instruction_id_list": [name], "kwargs": [kwargs]}, response)
     return verdict["strict"][0], verdict["loose"][0]
+
+
+# ----------------------------------------------------------------------------------------------- prompts and settings
+
+
+@needs_data
+def test_prompts_are_the_harnesss():
+    check_prompts(ifeval)
+    assert ifeval.ask(dict(prompt="Write."), "llada", "official") == ("Write.", "")
+
+
+def test_settings():
+    check_lengths(
+        ifeval, dream_paper=(1280, None), dream_release=(512, None), dream_official=(1280, None),
+        llada_paper=(512, 512), llada_release=(512, 512), llada_official=(512, 512),
+    )  # fmt: skip
+    assert ifeval.settings("llada", "release")["strategy"] == "entropy"
+    assert "strategy" not in ifeval.settings("llada")
+    assert ifeval.trim("all of it") == "all of it"
 
 
 # -------------------------------------------------------------------------------------------- the official verdicts
