@@ -11,7 +11,10 @@ lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the
 "official" is each model's own evaluation, with the earlier turns that --shots takes from a file.
 """
 
+import ast
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import re
 import time
@@ -115,7 +118,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
             records = answer_batch(loaded, batch, settings, c.seed, processes.device)
             for record, verdict in zip(records, judge(batch, records)):
                 record.update(verdict)
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                f.write(runs.json_line(record))
                 kept += data.usable(record)
                 tokens += len(record["response_ids"])
             f.flush()
@@ -266,11 +269,12 @@ def evaluate(c, processes=None):
         about = dict(identity, decoder=settings[task])
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
-        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=scores, versions=runs.versions())
+        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=scores, versions=grader_versions())
         with runs.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         if processes.shows:
             print(score_table(scores))
+            print(", ".join(f"{name} {version}" for name, version in shown["versions"].items()))
     return dict(out=str(out), scores=scores)
 
 
@@ -285,9 +289,8 @@ def task_settings(c, task, loaded):
 
 def run_task(c, processes, loaded, task, questions, shots, about, out):
     """Answer and grade the questions of one benchmark -> its score. about: model, adapter and decoder settings."""
-    family, questions = loaded.m.config.family, questions[: c.limit]
-    examples = []
-    for i, record in enumerate(questions):
+    family, examples = loaded.m.config.family, []
+    for i, record in enumerate(questions[: c.limit]):
         text, ids = prompt_of(c, loaded, task, record, shots)
         examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
     meta = dict(
@@ -303,7 +306,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         shots_sha256=digest(shots),
         versions=runs.versions(),
     )
-    out = runs.open_run(out, meta, processes, free=("limit", "questions_sha256"))
+    out = runs.open_run(out, meta, processes, free=("limit",))
 
     def judge(batch, records):
         texts = [TASKS[task].trim(graded_text(c, loaded, r), family, c.protocol) for r in records]
@@ -311,7 +314,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         return [dict(v, response=text) for v, text in zip(found, texts)]
 
     answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
-    found = data.read_trajectories(out)[: len(questions)]
+    found = data.read_trajectories(out)[: len(examples)]
     finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
     more = dict(finished=finished, shots=len(shots), protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
     return dict(score(task, found), **more)
@@ -388,6 +391,15 @@ def read_shots(path, task):
     return turns
 
 
+def grader_versions():
+    """Versions that can change a score: of Python, torch, and the libraries that read mathematics and languages."""
+    found = runs.versions()
+    for name in ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "langdetect"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def digest(rows):
     return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
@@ -404,43 +416,91 @@ class GradeOptions:
     out: str = opt(None, "file for the same lines with their verdicts", required=True)
     family: str = opt("dream", "whose prompt the code answers", choices=tuple(runs.DECODERS))
     protocol: str = opt("paper", "whose grader: see evaluate --protocol", choices=PROTOCOLS)
+    as_is: bool = opt(False, "grade the whole response; without it, up to the stops of the protocol, as evaluate does")
+    math_gold: str | None = opt(
+        None, "MATH500's gold answer between dollar signs, or raw as in the release", choices=("latex", "raw")
+    )
 
 
 def grade(c):
-    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict."""
-    rows = []
-    for where, row in data.read_rows(c.responses):
-        rows.append(checked_row(row, where, c.task, dict(TASKS[c.task].FIELDS, response=str)))
+    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict.
+
+    A line has the benchmark's fields and "response", or is of lm-evaluation-harness's --log_samples files ("doc" and
+    "resps"). Raises ValueError for a line that is neither, FileExistsError for an --out that is the input."""
+    out, source = Path(c.out), Path(c.responses)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise FileExistsError(f"--out {out} is the file with the responses: choose another")
+    benchmark, rows, records = TASKS[c.task], [], []
+    for where, row in data.read_rows(source):
+        records.append(checked_row(from_harness(row), where, c.task, dict(benchmark.FIELDS, response=str)))
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{c.responses}: no responses to grade")
-    found = verdicts(c.task, rows, [row["response"] for row in rows], c.family, c.protocol)
-    out = Path(c.out)
+        raise ValueError(f"{source}: no responses to grade")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with runs.atomic_file(out) as f:
-        f.writelines(json.dumps({**row, **v}, ensure_ascii=False) + "\n" for row, v in zip(rows, found))
-    return dict(score(c.task, found), out=str(out))
+    with runs.atomic_file(out) as f:  # opened before the work: a place that cannot be written to costs nothing
+        texts = [r["response"] if c.as_is else benchmark.trim(r["response"], c.family, c.protocol) for r in records]
+        found = verdicts(c.task, records, texts, c.family, c.protocol, c.math_gold)
+        for row, verdict in zip(rows, found):
+            f.write(runs.json_line({**row, **verdict}))
+    return dict(score(c.task, found), protocol=c.protocol, out=str(out))
 
 
-def verdicts(task, records, responses, family="dream", protocol="paper"):
-    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response."""
+def from_harness(row):
+    """A row of a --log_samples file as the benchmark's fields and a response; any other row as it is."""
+    if not isinstance(row, dict) or "response" in row or not isinstance(row.get("doc"), dict):
+        return row
+    response = row.get("resps")
+    while (
+        isinstance(response, list) and response
+    ):  # [["text"]]: one list for the repeats, one for the request's answers
+        response = response[0]
+    return dict(row["doc"], response=response)
+
+
+# What a record that makes no sense, or a response made to break its grader, may raise.
+FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
+
+
+def verdicts(task, records, responses, family="dream", protocol="paper", math_gold=None):
+    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response.
+
+    A record that cannot be graded is wrong, with the fault as its reason: it takes no other with it."""
     benchmark = TASKS[task]
-    work = benchmark.program if hasattr(benchmark, "program") else benchmark.grade
-    found = []
+    more = dict(gold=math_gold) if task == "math500" else {}
+    runs_programs = hasattr(benchmark, "program")
+    work = benchmark.program if runs_programs else benchmark.grade
+    found, jobs = [], []
     for record, response in zip(records, responses):
         try:
-            found.append(work(record, response, family, protocol))
-        except (TypeError, AttributeError, KeyError, SyntaxError) as e:
-            raise ValueError(f"{task}: no sense in a record ({type(e).__name__}: {e}): {record!r:.200}") from e
-    if not hasattr(benchmark, "program"):
-        return found
-    results = execute.run_many(found)  # all at once: on as many processes as there are cores
-    return [dict(correct=r["passed"], reason=r["reason"]) for r in results]
+            result = work(record, response, family, protocol, **more)
+            if runs_programs:
+                ast.parse(result[1])  # tests that are no Python are the record's fault
+                jobs.append((len(found), result))
+            found.append(result)
+        except FAULTS as e:
+            found.append(not_graded(record, e))
+    results = execute.run_many([job for _, job in jobs])  # all at once: on as many processes as there are cores
+    for (place, _), result in zip(jobs, results):
+        found[place] = dict(correct=result["passed"], reason=result["reason"])
+    return found
+
+
+def not_graded(record, fault):
+    """The verdict on a record whose grading failed."""
+    verdict = dict(correct=False, reason=f"not graded ({type(fault).__name__}: {fault})"[:300])
+    if isinstance(record.get("instruction_id_list"), list):  # IFEval's score counts instructions
+        verdict.update(strict=[False] * len(record["instruction_id_list"]))
+        verdict.update(loose=verdict["strict"])
+    return verdict
 
 
 def score(task, found):
     """Accuracy in percent with its 95 % Wilson interval; for IFEval (prompt level, strict) also its other three."""
     right, n = sum(v["correct"] is True for v in found), len(found)
     result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=wilson(right, n))
+    not_judged = sum(str(v.get("reason", "")).startswith("not graded") for v in found)
+    if not_judged:
+        result["not_graded"] = not_judged
     if task == "ifeval":
         strict, loose = [], []
         for v in found:
@@ -462,12 +522,14 @@ def wilson(right, n, z=1.96):
 
 
 def score_table(scores):
-    lines = ["| task | n | score % | 95 % interval | finished % | tokens, steps, block | protocol | shots |"]
-    lines.append("| --- " * 8 + "|")
+    lines = ["| task | n | score % | 95 % interval | finished % | tokens, steps, block | protocol | shots | seed |"]
+    lines.append("| --- " * 9 + "|")
     for r in scores:
         low, high = (f"{100 * x:.1f}" for x in r["interval"])
         d = r["decoder"]
-        decoding = f"{d['max_new_tokens']}, {d['steps']}, {d['block_length'] or '-'}"
+        pace = d.get("steps") or f"{d['tokens_per_step']} a step"
+        decoding = f"{d['max_new_tokens']}, {pace}, {d['block_length'] or '-'}"
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", r["finished"], decoding, r["protocol"], r["shots"]]
+        cells.append(r["seed"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

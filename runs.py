@@ -14,6 +14,7 @@ A run may be killed at any time: what it has finished stays whole, and the same 
 import contextlib
 import dataclasses
 import datetime
+import gzip
 import hashlib
 import itertools
 import json
@@ -354,14 +355,26 @@ def same_run(out, meta, free=()):
         raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
 
 
+def json_line(row):
+    """A row of JSON Lines. Text is written as it is, but for lone surrogates, which no file can hold."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
+
+
 @contextlib.contextmanager
 def atomic_file(path):
-    """A text file that appears whole or not at all."""
+    """A text file that appears whole or not at all; compressed where its name ends in .gz."""
     beside = path.with_name(path.name + ".tmp")
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with open(beside, "w", encoding="utf-8") as f:
+        with opened(beside, "wt", encoding="utf-8") as f:
             yield f
             f.flush()
+        with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
     finally:

@@ -1,4 +1,4 @@
-"""What the tests of benchmarks/ share: the benchmarks' rows, the harness's prompts, programs right or wrong by making."""
+"""What the tests of benchmarks/ share: the rows, the prompts of the harness, programs right or wrong by making."""
 
 import ast
 import gzip

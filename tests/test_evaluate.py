@@ -257,14 +257,14 @@ def test_grade_runs_programs_and_writes_every_line_back(tmp_path, capsys):
             prompt="def f(x):\n",
             entry_point="f",
             test=check,
-            response="```python\ndef f(x):\n    return x + 1\n```",
+            response="    return x + 1\n```",
             mine=1,
         ),
         dict(
             prompt="def f(x):\n",
             entry_point="f",
             test=check,
-            response="```python\ndef f(x):\n    return x\n```",
+            response="    return x\n```",
             mine=2,
         ),
     ]
@@ -283,6 +283,48 @@ def test_grade_runs_programs_and_writes_every_line_back(tmp_path, capsys):
     found = [json.loads(line) for line in (tmp_path / "V.jsonl").read_text().splitlines()]
     assert [(v["mine"], v["correct"]) for v in found] == [(1, True), (2, False)]
     assert all(row.items() <= v.items() for row, v in zip(rows, found))
+
+
+def test_a_bad_record_is_its_own_fault(tmp_path, capsys):
+    """Faults of records and of responses, among 100 that are fine: 100 verdicts."""
+    good = dict(prompt="def f(x):\n", entry_point="f", test="def check(f):\n    assert f(1) == 2\n")
+    answer = "    return x + 1\n```"
+    rows = [dict(good, response=answer) for _ in range(4)]
+    rows += [dict(good, test="def check(f:", response=answer)]  # no Python
+    rows += [dict(good, response="    return " + " + ".join("1" * 330) + "\n```")]
+    rows += [dict(good, response="    return " + "-" * 326 + "1\n```")]
+    rows += [dict(good, response=answer + "\ud800")]
+    rows += [dict(good, response="    raise ValueError('\\ud800')\n```")]
+    source, out = tmp_path / "R.jsonl", tmp_path / "V.jsonl.gz"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tabom.main(["grade", "--task", "humaneval", "--responses", str(source), "--out", str(out)]) == 0
+    found = [row["correct"] for row in read(out)]  # compressed, as its name says
+    assert found == [True] * 4 + [False] * 3 + [True, False]
+    result = last_json(capsys.readouterr().out)
+    assert (result["n"], result["not_graded"]) == (9, 1)
+
+
+def test_grade_trims_as_evaluate_does_and_reads_the_harness(tmp_path, capsys):
+    record = dict(prompt="def f(x):\n", entry_point="f", test="def check(f):\n    assert f(1) == 2\n")
+    response = "def f(x):\n    return x + 1\n\nprint(f(2)\n"
+    write(tmp_path / "R.jsonl.gz", [dict(doc=record, resps=[[response]], target="")])
+    words = ["grade", "--task", "humaneval", "--responses", str(tmp_path / "R.jsonl.gz"), "--out"]
+    assert tabom.main([*words, str(tmp_path / "V.jsonl")]) == 0
+    (row,) = read(tmp_path / "V.jsonl")
+    assert row["doc"] == record
+    assert "not graded" not in row["reason"]
+    assert tabom.main([*words, str(tmp_path / "R.jsonl.gz")]) == 1
+    assert "is the file with the responses" in capsys.readouterr().err
+
+
+def test_the_gold_answer_of_mathematics_may_be_raw(tmp_path, capsys):
+    (tmp_path / "R.jsonl").write_text(json.dumps(dict(answer="2\\frac{1}{2}", response="$2\\frac{1}{2}$")) + "\n")
+    words = ["grade", "--task", "math500", "--responses", str(tmp_path / "R.jsonl"), "--out", str(tmp_path / "V")]
+    right = []
+    for gold in ("latex", "raw"):
+        assert tabom.main([*words, "--math-gold", gold]) == 0
+        right.append(last_json(capsys.readouterr().out)["correct"])
+    assert right == [1, 0]
 
 
 @pytest.mark.parametrize(
