@@ -18,14 +18,21 @@ import decode
 import model
 
 PROMPT = torch.tensor([1, 5, 2, 7, 3])
-CASES = [
-    (family, k) for family in ("llada", "dream")
-    for k in range(len(json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]))
-]  # fmt: skip
+OFFICIAL, RELEASE = [], []  # (family, number) of every case of the official decoders, and of the authors' release
+for family in ("llada", "dream"):
+    cases = json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]
+    OFFICIAL += itertools.product([family], range(len(cases)))
+    cases = json.loads((FOLDER / "release" / f"decode-{family}.json").read_text())
+    RELEASE += itertools.product([family], range(len(cases)))
 
 
 def seeds(*numbers):
     return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def one_row(t, b):
+    """The trajectory of row b alone."""
+    return decode.Trajectory(*(x[b : b + 1] for x in t))
 
 
 def equal(a, b, fields=("response", "step", "order"), tolerance=1e-4):
@@ -131,7 +138,7 @@ def naive(m, prompt, response=None, **options):
 # -------------------------------------------------------------------------------------------------- the trajectories
 
 
-@pytest.mark.parametrize("golden, k", CASES, indirect=["golden"])
+@pytest.mark.parametrize("golden, k", OFFICIAL, indirect=["golden"])
 def test_official_trajectories(golden, k):
     case = golden.decode_cases[k]
     official = {name: golden.expected.get(f"decode.{k}.{name}") for name in ("prompt", "prompt_mask")}
@@ -142,12 +149,6 @@ def test_official_trajectories(golden, k):
         options = dict(strategy=names[case["alg"]], top_p=case.get("top_p"))
     t = decode.generate(golden.load(), *official.values(), max_new_tokens=case["new"], steps=case["steps"], **options)
     equal(t, decode.Trajectory(*(golden.expected[f"decode.{k}.{name}"] for name in t._fields)))
-
-
-RELEASE = []  # (family, k) of every case of the authors' release
-for family in ("llada", "dream"):
-    for k, _ in enumerate(json.loads((FOLDER / "release" / f"decode-{family}.json").read_text())):
-        RELEASE.append((family, k))
 
 
 @pytest.mark.parametrize("golden, k", RELEASE, indirect=["golden"])
@@ -217,7 +218,12 @@ def named(options):
     return "-".join(f"{k}={v}" for k, v in options.items())
 
 
-@pytest.mark.parametrize("options", MATRIX + MORE, ids=named)
+EVERY = []  # one of five, spread over the matrix, runs always
+for i, options in enumerate(MATRIX + MORE):
+    EVERY.append(pytest.param(options, id=named(options), marks=[pytest.mark.slow] if i % 5 else []))
+
+
+@pytest.mark.parametrize("options", EVERY)
 def test_equals_the_plain_decoder(toy, options):
     m = toy()
     fast = decode.generate(m, PROMPT[None], max_new_tokens=12, **options)
@@ -284,7 +290,7 @@ def test_each_row_of_a_padded_batch_equals_its_single_run(golden, options):
     batch = decode.generate(m, ids, mask, generator=seeds(4, 5, 6), **options)
     for b, prompt in enumerate(prompts):
         single = decode.generate(m, prompt[None], generator=seeds(4 + b), **options)
-        equal(decode.Trajectory(*(x[b : b + 1] for x in batch)), single)
+        equal(one_row(batch, b), single)
 
 
 def test_padding_that_is_not_there_is_no_padding(toy):
@@ -427,7 +433,7 @@ def test_rows_stop_each_for_itself(toy):
     t = decode.generate(toy(), prompts, **options)
     assert len(set((t.step < 12).sum(1).tolist())) > 1
     for b in range(3):
-        equal(decode.generate(toy(), prompts[b : b + 1], **options), decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(decode.generate(toy(), prompts[b : b + 1], **options), one_row(t, b))
 
 
 def test_greedy_at_a_temperature_takes_the_best_token_and_ranks_by_the_tempered_score(toy):
@@ -746,7 +752,7 @@ def test_a_cached_decoder_computes_only_a_span(golden, cache):
     for b in range(2):  # each row as if it were alone
         real = PADDED["prompt_mask"][b].bool()
         alone = decode.generate(m, PADDED["prompt_ids"][b : b + 1, real], **options, suppress=[m.config.mask_id])
-        equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(alone, one_row(t, b))
 
 
 @pytest.mark.parametrize("cache", decode.CACHES)
@@ -758,7 +764,7 @@ def test_a_cache_with_rows_of_different_numbers_of_masks(golden, cache):
     assert len({tuple(row.sort().values.tolist()) for row in t.step}) > 1  # they do not go in step
     for b in range(6):
         alone = decode.generate(m, prompts[b : b + 1], **options, approximate_cache=cache)
-        equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(alone, one_row(t, b))
 
 
 def test_one_step_for_each_block_leaves_nothing_to_approximate(golden):
@@ -780,7 +786,7 @@ def test_rows_that_are_done_leave_the_batch(toy):
     t = decode.generate(Counting(), prompts, **options)
     assert len(set(sizes)) > 1 and sum(sizes) == sum(int(row.max()) + 1 for row in t.step)  # no pass that is not needed
     for b in range(3):
-        equal(decode.generate(toy(), prompts[b : b + 1], **options), decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(decode.generate(toy(), prompts[b : b + 1], **options), one_row(t, b))
 
 
 def test_a_model_that_forbids_a_token_has_an_entropy(toy):
