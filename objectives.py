@@ -1,15 +1,15 @@
 """The training objectives of the TABOM paper, and its measures of how a model decodes.
 
     out = objectives.tabom(m, batch, window=32, margin=0.2, weight=1.0)
-    out["loss"].backward()                               # out["ce"], out["ranking"], ... for the log
-    objectives.tds(m, batch, eos_id)["tds"]              # Trajectory Discrimination Score
-    h = objectives.replay(m, batch)                      # entropies at every step of trajectories
+    out["loss"].backward()                             # out["ce"], out["ranking"], ... for the log
+    objectives.tds(m, batch, eos_id)["tds"]            # Trajectory Discrimination Score
+    h = objectives.replay(m, batch)                    # entropies at every step of trajectories
 
 batch: a dict of tensors
     prompt_ids, prompt_mask [B, P]   left-padded prompts, mask 1 = real token
-    response_ids, order [B, N]       right-padded; order[r] = the decode step of position r, 0 = first:
-                                     a decode rank where each step decoded one token; equal numbers:
-                                     decoded together; -1: never decoded, always masked, no target
+    response_ids, order [B, N]       right-padded; order[r] = the decode step of position r, from 0:
+                                     the decode rank, where each step decoded one token; equal
+                                     numbers: decoded together; -1: never, so masked and no target
     length [B]                       real tokens of each response
     entropy, non_ltr [B, N]          only for ranking="kl" and starts="non-ltr", see `tabom`
 `m` is any callable m(ids, attention_mask=None, positions=None) -> logits [B, K, V] at those
@@ -64,7 +64,7 @@ def tabom(
         which has no other, and "window" for the rest.
     pair_share: see `share_with_pairs`. ranking and in_order (share of pairs with h(r) < h(s)) are
     means over the rows that have a pair; ce and entropy (nats) over all rows.
-    Raises ValueError for an impossible window or start, an unknown choice, "kl" without entropies."""
+    Raises ValueError for an impossible window, start or choice, and "kl" without entropies."""
     context = entropy_context or {"kl": "step"}.get(ranking, "window")
     check_ranking(ranking, context, batch)
 
@@ -96,14 +96,15 @@ def tabom(
 
 
 def check_ranking(ranking, context, batch):
+    """Raises ValueError for unknown choices, and for "kl" without what it compares with."""
     if context not in ("window", "step"):
         raise ValueError(f"entropy_context {context!r} is neither 'window' nor 'step'")
     if ranking not in ("margin", "listwise", "kl"):
         raise ValueError(f"ranking {ranking!r} is not 'margin', 'listwise' or 'kl'")
     if ranking == "kl" and context != "step":
-        raise ValueError("ranking 'kl' needs entropy_context 'step': the base model's are of each token's own step")
+        raise ValueError("ranking 'kl' needs entropy_context 'step', each token's own, as was logged")
     if ranking == "kl" and "entropy" not in batch:
-        raise ValueError("ranking 'kl' needs batch['entropy'] [B, N], the base model's entropies as it decoded")
+        raise ValueError("ranking 'kl' needs batch['entropy'], which the base model's decoding logged")
 
 
 def ranking_loss(entropy, margin, real=None):
@@ -117,7 +118,7 @@ def ranking_loss(entropy, margin, real=None):
 
 
 def ranking_rows(entropy, margin, real):
-    """The ranking loss of each row, and the share of its pairs in order (h(r) < h(s)): two [...]."""
+    """The ranking loss of each row, and its share of pairs in order (h(r) < h(s)): two [...]."""
     W = entropy.shape[-1]
     earlier_first = torch.ones(W, W, dtype=torch.bool, device=entropy.device).triu(1)
     pair = earlier_first & real[..., :, None] & real[..., None, :]  # [..., W, W]; row r, column s
@@ -149,12 +150,13 @@ def boltzmann_kl(entropy, base_entropy, beta=1.0, real=None):
     The energy is a sum over U's members: Z = prod (1 + exp(-beta h)), each token is in U on its own
     with probability sigmoid(-beta h), and the KL is a sum of W. It is 0, with no gradient, where h
     is the base model's. entropy, base_entropy [..., W] in nats; real as in `ranking_loss`."""
-    x, x_base = -beta * entropy, -beta * base_entropy
+    if real is None:
+        real = torch.ones_like(entropy, dtype=torch.bool)
+    # What takes no part may be NaN in a log, and must not reach the gradient.
+    x, x_base = -beta * entropy, -beta * torch.where(real, base_entropy, 0.0)
     q = x_base.sigmoid()
     inside = q * (F.logsigmoid(x_base) - F.logsigmoid(x))
     outside = (1 - q) * (F.logsigmoid(-x_base) - F.logsigmoid(-x))  # 1 - sigmoid(x) = sigmoid(-x)
-    if real is None:
-        real = torch.ones_like(entropy, dtype=torch.bool)
     return torch.where(real, inside + outside, 0.0).sum(-1)
 
 
@@ -172,17 +174,14 @@ def share_with_pairs(batch, window=32, start=None, starts="uniform", generator=N
     """The share of rows whose window has a pair to rank, in the windows that `tabom` will draw with
     the same arguments: float. Runs no model, and leaves the generators as they are.
 
-    A batch that is trained in parts (micro-batches, processes) has one share: the mean of its parts',
+    A batch that is trained in parts (micro-batches, processes) has one share, the mean of theirs
     weighted with their rows. With it as the pair_share of tabom in every part, the mean of the
-    parts' losses, weighted with their rows, is the loss of the whole batch.
+    parts' losses, weighted in the same way, is the loss of the whole batch.
     Raises ValueError without start and generator: the windows could not be drawn again."""
     generators = per_row(generator, len(batch["length"]))
     if start is None and None in generators:
         raise ValueError("share_with_pairs needs the start or the generator that tabom is given")
-    before = []
-    for g in generators:
-        if g is not None:
-            before.append((g, g.get_state()))
+    before = [(g, g.get_state()) for g in generators if g is not None]
     first, size = draw_windows(batch, window, start, starts, generator)
     for g, state in before:
         g.set_state(state)
@@ -208,30 +207,28 @@ def draw_windows(batch, window, start=None, starts="uniform", generator=None):
     """The first step and the size, in steps, of a window in each trajectory: two int64 tensors [B].
 
     window W: min(W, S) of a row's S steps, from a start uniform in 0..S - W. starts "non-ltr":
-    uniform among the steps of the positions batch["non_ltr"] (bool [B, N]) in 0..S - 1 - W, if there
-    are any (the release's rule); in a batch without it, of the positions that were not decoded right
-    after their left neighbour. window "global": between two random timesteps, uniform over all
-    pairs of different ones (dInfer; Table 5).
+    uniform among the steps of the positions batch["non_ltr"] (bool [B, N]) in 0..S - 1 - W, if any
+    are there (the release's rule); in a batch without it, of the positions that were not decoded
+    right after their left neighbour. window "global": between two random timesteps, uniform over
+    all pairs of different ones (dInfer; Table 5).
     start, if given: the start [B] for W, start and end [B, 2] for "global".
     Raises ValueError for a window below 2, unknown starts, a start that leaves the trajectory."""
     if window != "global" and (not isinstance(window, int) or window < 2):
-        raise ValueError(f"window {window!r}: needs at least 2 steps (one has no pair to rank), or 'global'")
+        raise ValueError(f"window {window!r}: needs 2 steps or more (one has no pair), or 'global'")
     if starts not in ("uniform", "non-ltr") or (starts == "non-ltr" and window == "global"):
-        raise ValueError(f"starts {starts!r} with window {window!r}: 'uniform', or 'non-ltr' and a number of steps")
+        raise ValueError(f"starts {starts!r}, window {window!r}: 'uniform', or 'non-ltr' and a number")
     steps = decode_steps(batch)  # [B]
     if start is None:
         generators, candidates = per_row(generator, len(steps)), [()] * len(steps)
         if starts == "non-ltr":
             candidates = non_ltr_steps(batch)
-        start = []
-        for S, g, marked in zip(steps.tolist(), generators, candidates):
-            start.append(draw_start(S, window, marked, g))
+        rows = zip(steps.tolist(), candidates, generators)
+        start = [draw_start(S, window, marked, g) for S, marked, g in rows]
     start = torch.as_tensor(start).to(steps.device)
-    first, size = start, steps
     if window == "global":
         first, size = start[:, 0], start[:, 1] - start[:, 0]
     else:
-        size = steps.clamp(max=window)  # a shorter trajectory is a window as a whole
+        first, size = start, steps.clamp(max=window)  # a shorter trajectory is a window as a whole
     if (first < 0).any() or (size < 1).any() or (first + size > steps).any():
         drawn = f"windows from {first.tolist()} of {size.tolist()} steps"
         raise ValueError(f"{drawn} leave trajectories of {steps.tolist()} steps")
@@ -245,10 +242,7 @@ def draw_start(S, window, marked, generator):
         b = uniform_int(0, S - 1, generator)
         b += b >= a  # another timestep of 0..S
         return min(a, b), max(a, b)
-    inside = []
-    for step in marked:
-        if step <= S - 1 - window:
-            inside.append(step)
+    inside = [step for step in marked if step <= S - 1 - window]
     if inside:
         return inside[uniform_int(0, len(inside) - 1, generator)]
     return uniform_int(0, max(S - window, 0), generator)
@@ -264,10 +258,8 @@ def non_ltr_steps(batch):
         after_left = (order - left == 1) | (order - left == 0)
         after_left[:, 1:] &= left[:, 1:] >= 0
         marks = ~after_left
-    found = []
-    for row, marked in zip(order, marks.bool() & usable(batch)):
-        found.append(row[marked].unique().tolist())
-    return found
+    marks = marks.bool() & usable(batch)
+    return [row[marked].unique().tolist() for row, marked in zip(order, marks)]
 
 
 # ----------------------------------------------------------- other objectives along a trajectory
@@ -282,7 +274,7 @@ def transition(m, batch, start=None, generator=None, mask_id=None):
 
 
 def traj(m, batch, start=None, generator=None, mask_id=None):
-    """Naive trajectory distillation, the baseline of the T3D paper: cross-entropy on every token that
+    """Naive trajectory distillation, a baseline of the T3D paper: cross-entropy on every token that
     is still masked at a random state -> dict(loss, ce, ...) as of tabom. start [B]: steps made
     before that state. It is a transition whose later timestep is the end."""
     steps = decode_steps(batch)
@@ -294,18 +286,17 @@ def draw_state(steps, start=None, generator=None):
     """How many of a trajectory's steps [B] were made before a random state: uniform in
     0..steps - 1, int64 [B], or the given start [B]. Raises ValueError for one outside of that."""
     if start is None:
-        start = []
-        for S, g in zip(steps.tolist(), per_row(generator, len(steps))):
-            start.append(uniform_int(0, S - 1, g))
+        rows = zip(steps.tolist(), per_row(generator, len(steps)))
+        start = [uniform_int(0, S - 1, g) for S, g in rows]
     start = torch.as_tensor(start).to(steps.device)
     if (start < 0).any() or (start >= steps).any():
-        raise ValueError(f"states after {start.tolist()} steps leave nothing of {steps.tolist()} steps")
+        raise ValueError(f"states after {start.tolist()} of {steps.tolist()} steps leave no target")
     return start
 
 
 def t3d(
-    m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None, start=None, generator=None,
-    mask_id=None,
+    m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None,
+    start=None, generator=None, mask_id=None,
 ):  # fmt: skip
     """T3D: prefer the trajectory's tokens over those that a reference model would choose, at all
     positions still masked in a random state, and stay consistent with the path
@@ -320,11 +311,11 @@ def t3d(
     random_tokens: share of the masked positions that show a random token instead of the mask, to
         both models, only while m.training. start [B]: steps made before the state.
 
-    Source: the T3D paper (traj-DDO, path consistency). Our reading: d is a mean over a row's targets
-    before the sigmoid; random tokens are uniform over the vocabulary and stay targets. Raises
-    ValueError without a reference."""
+    Source: the T3D paper (traj-DDO, path consistency). Our reading: d is a mean over a row's
+    targets before the sigmoid; random tokens are uniform over the vocabulary and stay targets.
+    Raises ValueError without a reference."""
     if reference is None:
-        raise ValueError("t3d needs a reference: a callable like m, such as the model with its adapter disabled")
+        raise ValueError("t3d needs a reference: a callable like m, such as m without its adapter")
     mask_id = m.config.mask_id if mask_id is None else mask_id
     steps = decode_steps(batch)
     first = draw_state(steps, start, generator)
@@ -399,15 +390,16 @@ def draw_mask(batch, generator, ratio=None):
 
 
 def masked_nll(m, batch, mask, mask_id=None):
-    """Mean of -log p(x0) over the masked positions [B, N] of each row, given all the others: [B]."""
+    """Mean of -log p(x0) over the masked positions [B, N] of each row, given the others: [B]."""
     positions, asked = select(mask, place_of(mask))  # [B, K]
     logp = log_probs(m, batch, usable(batch) & ~mask, positions, mask_id)  # [B, K, V]
     return masked_mean(nll(logp, batch, positions), asked)
 
 
 def dparallel(
-    m, batch, block_length=32, weight=2.0, temperature=0.5, block=None, mask=None, generator=None, mask_id=None
-):
+    m, batch, block_length=32, weight=2.0, temperature=0.5, block=None, mask=None,
+    generator=None, mask_id=None,
+):  # fmt: skip
     """dParallel: certainty forcing. In a random block of the response each position is masked with
     probability 1/2, in a second pass the others; all before the block is visible, all after it
     masked -> dict(loss, ce, certainty, right); the loss of a pass is ce + weight * certainty, of a
@@ -419,14 +411,13 @@ def dparallel(
     block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block.
     right: share of the masked positions whose argmax is right.
 
-    Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does not
-    count. Raises ValueError for a block behind the response."""
+    Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does
+    not count. Raises ValueError for a block behind the response."""
     n, real = batch["length"], usable(batch)
     generators = per_row(generator, len(n))
     if block is None:
-        block = []
-        for length, g in zip(n.tolist(), generators):
-            block.append(uniform_int(0, (length - 1) // block_length, g))
+        rows = zip(n.tolist(), generators)
+        block = [uniform_int(0, (length - 1) // block_length, g) for length, g in rows]
     begin = torch.as_tensor(block).to(n.device)[:, None] * block_length  # [B, 1]
     if (begin[:, 0] >= n).any():
         blocks = f"blocks {begin[:, 0].tolist()} of {block_length}"
@@ -455,7 +446,7 @@ def dparallel(
 
 
 # What --objective offers, and where each comes from.
-OBJECTIVES = dict(tabom=tabom, nelbo=nelbo, transition=transition, traj=traj, t3d=t3d, dparallel=dparallel)
+OBJECTIVES = {f.__name__: f for f in (tabom, nelbo, transition, traj, t3d, dparallel)}
 SOURCES = dict(
     tabom="Eq. 9",
     nelbo="Eq. 1",
@@ -485,15 +476,17 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
     if eos == "so-far":
         after = torch.arange(h.shape[1], device=h.device) > first_eos_step(batch, eos_id)[:, None]
         shown = variance.masked_fill(after, torch.nan)
-    rows, per_step, curves = variance.nanmean(1), shown.nanmean(0), []
-    for row in shown:
-        curves.append(row[~row.isnan()].tolist())
-    per_step = per_step[~per_step.isnan()].tolist()
-    return dict(tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step, curves=curves)
+    rows, per_step = variance.nanmean(1), shown.nanmean(0)
+    return dict(
+        tds=rows.nanmean().item(),
+        rows=rows.tolist(),
+        per_step=per_step[~per_step.isnan()].tolist(),
+        curves=[row[~row.isnan()].tolist() for row in shown],
+    )
 
 
 def variance_by_step(h, batch, eos_id, eos="so-far"):
-    """Eq. 10 at each step of a replay [B, S, N], over the positions that count: [B, S], see `tds`."""
+    """Eq. 10 at each step of a replay [B, S, N], over what counts: [B, S]; see `tds`."""
     until = in_decode_order(counted_until(batch, eos_id, eos), batch)  # [B, N]
     step = torch.arange(h.shape[1], device=h.device)[:, None]  # [S, 1]
     counted = h.masked_fill(until[:, None] < step, torch.nan)
@@ -557,12 +550,12 @@ def inversions(h):
 
     -> dict(inverted, pairs), int64 [K - 1]: of the pairs at distance 1, 2, ... in decode order, how
     many have h(earlier) > h(later), and how many there are."""
-    inverted, pairs = [], []
-    for distance in range(1, h.shape[-1]):
-        gap = h[..., :-distance] - h[..., distance:]
-        inverted.append(int((gap > 0).sum()))
-        pairs.append(int((~gap.isnan()).sum()))
-    return dict(inverted=torch.tensor(inverted, dtype=torch.int64), pairs=torch.tensor(pairs, dtype=torch.int64))
+    counts = torch.zeros(2, max(h.shape[-1] - 1, 0), dtype=torch.int64)
+    for i in range(counts.shape[1]):
+        gap = h[..., : -i - 1] - h[..., i + 1 :]  # at distance i + 1
+        counts[0, i] = (gap > 0).sum()
+        counts[1, i] = (~gap.isnan()).sum()
+    return dict(inverted=counts[0], pairs=counts[1])
 
 
 @torch.no_grad()
@@ -590,13 +583,14 @@ def decode_steps(batch):
     steps = torch.where(usable(batch), batch["order"], -1).amax(1) + 1
     if (steps == 0).any():
         rows = (steps == 0).nonzero()[:, 0].tolist()
-        raise ValueError(f"order: nothing was decoded (all -1) in rows {rows} of the batch: leave them out")
+        raise ValueError(f"order: nothing was decoded (all -1) in rows {rows}: leave them out")
     return steps
 
 
 def decoded_before(batch, step):
-    """U: the response tokens decoded before a step (a number, or [B]), bool [B, N]."""
-    return usable(batch) & (batch["order"] < torch.as_tensor(step, device=batch["order"].device)[..., None])
+    """U: the response tokens decoded before a step (one number, or [B]), bool [B, N]."""
+    step = torch.as_tensor(step, device=batch["order"].device)
+    return usable(batch) & (batch["order"] < step[..., None])
 
 
 def context_and_targets(batch, first, size):
@@ -624,12 +618,13 @@ def counted_until(batch, eos_id, eos):
         return torch.where(is_eos.cumsum(1) == 0, until, -1)
     if eos != "so-far":
         raise ValueError(f"eos {eos!r} is neither 'so-far' nor 'final'")
-    standing = torch.where(is_eos, until, NEVER).cummin(1).values  # after it an EOS stands here or left
+    # After this step an EOS stands at the position itself or left of it.
+    standing = torch.where(is_eos, until, NEVER).cummin(1).values  # [B, N]
     return torch.minimum(until, standing)
 
 
 def first_eos_step(batch, eos_id):
-    """The step that decoded the leftmost EOS of the final response, NEVER without one: int64 [B]."""
+    """The step that decoded the leftmost EOS of the final response, or NEVER: int64 [B]."""
     is_eos = usable(batch) & (batch["response_ids"] == eos_id)
     leftmost = is_eos.int().argmax(1, keepdim=True)  # [B, 1]
     return torch.where(is_eos.any(1), batch["order"].gather(1, leftmost)[:, 0], NEVER)
@@ -646,7 +641,7 @@ def in_decode_order(x, batch):
     return x.gather(1, decode_index(batch))
 
 
-# -------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------- the model, sums, random draws
 
 
 def log_probs(m, batch, visible, positions, mask_id=None, noise=None):
@@ -656,8 +651,10 @@ def log_probs(m, batch, visible, positions, mask_id=None, noise=None):
     positions [B, K]: where to predict, counted from the start of the response. noise [B, N]: ids to
     show instead of the mask (see `disturb`)."""
     if noise is None:
-        noise = torch.full_like(batch["response_ids"], m.config.mask_id if mask_id is None else mask_id)
-    ids = torch.cat((batch["prompt_ids"], torch.where(visible, batch["response_ids"], noise)), dim=1)
+        mask_id = m.config.mask_id if mask_id is None else mask_id
+        noise = torch.full_like(batch["response_ids"], mask_id)
+    response = torch.where(visible, batch["response_ids"], noise)
+    ids = torch.cat((batch["prompt_ids"], response), dim=1)  # [B, P + N]
     attention_mask = torch.cat((batch["prompt_mask"].bool(), valid(batch)), dim=1)  # [B, P + N]
     P = batch["prompt_ids"].shape[1]
     return m(ids, attention_mask=attention_mask, positions=P + positions).float().log_softmax(-1)
@@ -704,9 +701,6 @@ def entropy(logp):
     return Entropy.apply(logp)
 
 
-# ------------------------------------------------------------------------ choosing and averaging
-
-
 def place_of(x):
     """The number of each position from the left: x [B, N] -> int64 [B, N]."""
     return torch.arange(x.shape[1], device=x.device).expand_as(x)
@@ -723,9 +717,6 @@ def select(chosen, key):
 def masked_mean(x, real):
     """Mean of x over the real entries of each row, [..., K] -> [...]; 0 for a row without any."""
     return torch.where(real, x, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
-
-
-# ----------------------------------------------------------------------------------- random draws
 
 
 def per_row(generator, B):
