@@ -290,9 +290,14 @@ def save(m, folder, base=None):
 
 
 def common(numbers):
-    """(the most frequent number, layer -> number for the layers that have another)"""
-    usual = Counter(numbers.values()).most_common(1)[0][0]
-    return usual, {name: number for name, number in numbers.items() if number != usual}
+    """(the most frequent number, PEFT's pattern for the layers that have another), from official name -> number"""
+    usual, pattern = Counter(numbers.values()).most_common(1)[0][0], {}
+    for name, number in numbers.items():
+        if number != usual:
+            # A key fits every name that ends in it: one that is the end of another's name is tied to the beginning.
+            ends_another = any(other.endswith("." + name) for other in numbers)
+            pattern["^" * ends_another + name] = number
+    return usual, pattern
 
 
 def short_names(m, found):
@@ -442,8 +447,6 @@ def load(m, path):
             wrong.append(f"unexpected {name}")
         elif list(tensor.shape) != shapes[name]:
             wrong.append(f"{name} is {list(tensor.shape)}, not {shapes[name]}")
-        elif not tensor.isfinite().all():
-            wrong.append(f"{name} has values that are not finite")
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{folder}: the adapter does not fit this model: {'; '.join(wrong[:8])}{more}")
@@ -470,9 +473,13 @@ def read_tensors(folder):
             )
         raise FileNotFoundError(f"no adapter_model.safetensors in {folder}")
     try:
-        return load_file(file)
+        stored = load_file(file)
     except SafetensorError as e:
         raise ValueError(f"{file}: truncated or not a safetensors file ({e})") from e
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {name} has values that are not finite: the adapter is damaged")
+    return stored
 
 
 def check_manifest(folder, files):

@@ -93,15 +93,20 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x [B, H, L, E], halves (not pairs) rotated, in cos' and sin's dtype."""
+    """Rotary position embedding of x [B, H, L, E], halves (not pairs) rotated, in the dtype of cos and sin."""
     dtype, x = x.dtype, x.to(cos.dtype)
     a, b = x.chunk(2, dim=-1)
-    return (x * cos[:, None] + torch.cat((-b, a), dim=-1) * sin[:, None]).to(dtype)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(dtype)
 
 
 def pick(x, at):
     """x [B, L, D] at the places at [B, P] -> [B, P, D]."""
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def pick_rows(x, at):
+    """x [1 or B, 1, L, E], the same for all heads, at the places at [B, P] -> [B, 1, P, E]."""
+    return pick(x[:, 0].expand(len(at), -1, -1), at)[:, None]
 
 
 def attend(q, k, v, mask):
@@ -131,9 +136,9 @@ class Attention(nn.Module):
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))  # [B, K, L, E]
         k = rotate(self.k_norm(k) if self.qk_norm else k, cos, sin)
         if at is not None:
-            x, cos, sin = (pick(z.expand(len(x), -1, -1), at) for z in (x, cos, sin))
-            if mask is not None and mask.shape[2] > 1:  # a row for each query: [B, 1, L, L] -> [B, 1, P, L]
-                mask = pick(mask[:, 0].expand(len(x), -1, -1), at)[:, None]
+            x, cos, sin = pick(x, at), pick_rows(cos, at), pick_rows(sin, at)
+            if mask is not None and mask.shape[2] > 1:  # it has a row for each query
+                mask = pick_rows(mask, at)
         q = self.split(self.q_proj(x))  # [B, H, P, E]
         q = rotate(self.q_norm(q) if self.qk_norm else q, cos, sin)
         if cache is not None:
@@ -142,7 +147,7 @@ class Attention(nn.Module):
 
     def split(self, x):
         """[B, L, heads * E] -> [B, heads, L, E]"""
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -230,10 +235,10 @@ class Transformer(nn.Module):
         c, first, length = self.config, 0, ids.shape[1]
         index = self.index(ids, attention_mask)  # [1 or B, L]
         mask = self.visible(index, attention_mask)
-        cos, sin = self.rope(index, self.embed.weight.dtype)  # [1 or B, L, E]
+        cos, sin = self.rope(index, self.embed.weight.dtype)  # [1 or B, 1, L, E]
         if span is not None:
             first, end = span[0] - (c.shifted and span[0] > 0), span[1]  # Dream predicts a token one place before it
-            ids, cos, sin = ids[:, first:end], cos[:, first:end], sin[:, first:end]
+            ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
             if c.block_length is not None:
                 mask = mask[:, :, first:end]
         x = self.embed(ids)  # [B, L, D]
@@ -271,13 +276,13 @@ class Transformer(nn.Module):
         return past if real is None else past & real
 
     def rope(self, index, dtype):
-        """cos and sin [1 or B, L, E] for the places index [1 or B, L], in the dtype that the family rotates in."""
+        """cos and sin [1 or B, 1, L, E] for the places index [1 or B, L], in the dtype that the family rotates in."""
         c = self.config
         even = torch.arange(0, c.head_width, 2, device=index.device, dtype=torch.float32)
         frequency = 1.0 / c.rope_theta ** (even / c.head_width)
         # Angles are float32 even for a bfloat16 model: bfloat16 cannot tell place 257 from 256.
         angle = index[..., None].float() * frequency  # [1 or B, L, E / 2]
-        angle = torch.cat((angle, angle), dim=-1)  # [1 or B, L, E]
+        angle = torch.cat((angle, angle), dim=-1)[:, None]  # [1 or B, 1, L, E]
         dtype = torch.float32 if c.rope_float32 else dtype
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

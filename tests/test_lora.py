@@ -264,10 +264,17 @@ def test_a_stored_dropout_does_not_act_in_eval_mode(golden, adapter):
     assert torch.equal(m(IDS), m(IDS))
 
 
+NUMBERS = [
+    dict(lora_alpha=4),
+    dict(lora_alpha=7, use_rslora=True),
+    dict(lora_alpha=7, rank_pattern={"v_proj": 2}, alpha_pattern={"inner.q_proj": 3}, use_rslora=True),
+]
+
+
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [4, 7])
-def test_peft_loads_ours_and_we_load_its(tmp_path, alpha):
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_peft_loads_ours_and_we_load_its(tmp_path, numbers):
     peft = pytest.importorskip("peft")
     base, x = Tiny(), torch.randn(3, 6)
     weights = {k: v.clone() for k, v in base.state_dict().items()}
@@ -277,7 +284,7 @@ def test_peft_loads_ours_and_we_load_its(tmp_path, alpha):
         m.load_state_dict(weights)
         return m
 
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **numbers))
     for name, p in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
@@ -320,6 +327,20 @@ def test_patterns_and_rslora_give_each_layer_its_numbers(golden, tmp_path):
         assert {name: (layer.rank, layer.alpha) for name, layer in lora.layers(again).items()} == numbers
         assert torch.equal(again(IDS), m(IDS))
     torch.testing.assert_close(lora.merge(again)(IDS), m(IDS), rtol=1e-3, atol=1e-3)
+
+
+def test_a_name_that_ends_another_keeps_its_numbers(tmp_path):
+    def nested():
+        m = nn.Module()
+        m.inner, m.proj = nn.ModuleDict(dict(proj=nn.Linear(4, 4))), nn.Linear(4, 4)
+        return m
+
+    m = lora.inject(nested(), targets=("proj",), rank=2, rank_pattern={"^proj": 3}, alpha_pattern={"^proj": 5})
+    lora.save(m, tmp_path)
+    again = lora.load(nested(), tmp_path)
+    for name, numbers in {"proj": (3, 5), "inner.proj": (2, 16)}.items():
+        layer = lora.layers(again)[name]
+        assert (layer.rank, layer.alpha) == numbers
 
 
 @pytest.mark.parametrize(
