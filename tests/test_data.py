@@ -6,6 +6,7 @@ The real vocabulary and the real benchmarks are read from the folder that TABOM_
 import functools
 import gzip
 import json
+import operator
 import os
 import shutil
 import tempfile
@@ -41,8 +42,19 @@ def tiny(tmp_path_factory):
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    """A file of lines: a text as it is, anything else as JSON."""
+    with open(path, "w") as f:
+        for row in rows:
+            f.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
     return path
+
+
+def column(rows, key):
+    return list(map(operator.itemgetter(key), rows))
+
+
+def rows_of(path):
+    return column(data.read_rows(path), 1)
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -176,7 +188,7 @@ HI = [dict(role="user", content="Hi")]
 def write_bytes_tokenizer(folder, config=None, added=True, template=CHATML):
     """A byte-level BPE without merges, so that a text has as many tokens as bytes."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(alphabet, range(256))), []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     if added:
@@ -186,6 +198,10 @@ def write_bytes_tokenizer(folder, config=None, added=True, template=CHATML):
     content = {**(SPECIAL if config is None else config), "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
     return folder
+
+
+def special_ids(ids):
+    return list(filter(lambda i: i >= 256, ids))
 
 
 @pytest.fixture
@@ -220,10 +236,10 @@ def test_a_quoted_special_token_is_text_in_prompts_and_answers(letters, name):
     messages = [dict(role="user", content=f"What is {name}?")]
     prompt = data.encode_prompt(letters, messages)
     assert letters.decode(prompt) == letters.chat(messages)
-    assert [i for i in prompt if i >= 256] == [257, 258, 257]  # the template's own, and no other
+    assert special_ids(prompt) == [257, 258, 257]  # the template's own, and no other
     answer = data.encode_answer(letters, messages, f" {name} is one{name}")
     assert letters.decode(answer) == f" {name} is one{name}<|im_end|><|endoftext|>"
-    assert [i for i in answer if i >= 256] == [258, 256] == answer[-2:]
+    assert special_ids(answer) == [258, 256] == answer[-2:]
     assert max(data.encode_prompt(letters, messages, raw=True)) < 256
     assert data.encode_answer(letters, messages, name, raw=True)[:-1] == letters.encode_text(name)
     assert letters.encode(name) == [256 + NAMES.index(name)]  # what is not quoted is the token itself
@@ -236,7 +252,7 @@ def test_no_content_becomes_a_special_token(parts):
     text, quoted = LETTERS().render([dict(role="user", content=content)])
     ids = LETTERS().encode(text, quoted)
     assert text == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
-    assert LETTERS().decode(ids) == text and [i for i in ids if i >= 256] == [257, 258, 257]
+    assert LETTERS().decode(ids) == text and special_ids(ids) == [257, 258, 257]
 
 
 @functools.cache
@@ -286,7 +302,7 @@ def harness_rows(name):
     folder = REAL.parent / "golden" / "harness"
     if not folder.is_dir():
         pytest.skip("TABOM_DATA has no prompts of lm-evaluation-harness beside it")
-    return [row for _, row in data.read_rows(folder / name)]
+    return rows_of(folder / name)
 
 
 COMPLETED = "Here is the completed function:\n```python\n"
@@ -295,7 +311,7 @@ WRITE = "Write a solution to the following problem and make sure that it passes 
 
 def test_prefixes_give_the_prompts_of_the_harness(dream):
     llada = data.Tokenizer(dream.backend, {**dream.special, "bos_token": "<|startoftext|>"}, TRIMMED)
-    programs = [row for _, row in data.read_rows(REAL / "HumanEval.jsonl.gz")]
+    programs = rows_of(REAL / "HumanEval.jsonl.gz")
 
     def ask(tok, row):
         program = programs[row]["prompt"]
@@ -366,8 +382,9 @@ def test_named_templates_and_other_files_are_read(tmp_path):
     folder = write_bytes_tokenizer(tmp_path / "M", template=named)
     assert data.load_tokenizer(folder).chat(HI) == "d"
     folder = write_bytes_tokenizer(tmp_path / "N", {}, added=False, template=None)
-    (folder / "added_tokens.json").write_text(json.dumps({name: 256 + i for i, name in enumerate(NAMES)}))
-    (folder / "special_tokens_map.json").write_text(json.dumps({k: dict(content=v) for k, v in SPECIAL.items()}))
+    (folder / "added_tokens.json").write_text(json.dumps(dict(zip(NAMES, range(256, 261)))))
+    as_dict = dict(SPECIAL, eos_token=dict(content="<|endoftext|>"))
+    (folder / "special_tokens_map.json").write_text(json.dumps(as_dict))
     (folder / "chat_template.json").write_text(json.dumps(dict(chat_template="j")))
     tok = data.load_tokenizer(folder)
     assert (tok.eos_id, tok.mask_id, tok.encode("<|im_start|>")) == (256, 259, [257])
@@ -390,7 +407,7 @@ def test_byte_order_marks_are_no_text(tmp_path):
     (folder / "chat_template.jinja").write_text("j")
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     (tmp_path / "Q").mkdir()
-    (tmp_path / "Q" / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "ab"])}))
+    (tmp_path / "Q" / "vocab.json").write_text(json.dumps(dict(zip([*letters, "ab"], range(257)))))
     (tmp_path / "Q" / "merges.txt").write_text("#version: 0.2\na b\n")
     for file in [*folder.iterdir(), *(tmp_path / "Q").iterdir()]:
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -398,7 +415,7 @@ def test_byte_order_marks_are_no_text(tmp_path):
     assert data.load_tokenizer(tmp_path / "Q").encode("abc") == [256, letters.index("c")]
     for name in ("d.jsonl", "d.json"):
         (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}\n')
-        assert [e["prompt"] for e in data.read_examples(tmp_path / name)] == ["a", "b"]
+        assert column(data.read_examples(tmp_path / name), "prompt") == ["a", "b"]
     (tmp_path / "list.json").write_bytes(b'\xef\xbb\xbf[{"prompt": "a"}]')
     assert len(data.read_examples(tmp_path / "list.json")) == 1
 
@@ -463,7 +480,9 @@ def test_usual_fields_are_recognised(tmp_path, row, prompt, answer):
 def test_system_and_history_come_before_the_prompt(tmp_path, row, before):
     said = []
     (example,) = data.read_examples(write(tmp_path / "d.jsonl", row), warn=said.append)
-    assert [(m["role"], m["content"]) for m in example["messages"]] == [*before, ("user", "q")]
+    roles, contents = zip(*before, ("user", "q"))
+    assert column(example["messages"], "role") == list(roles)
+    assert column(example["messages"], "content") == list(contents)
     assert said == []
 
 
@@ -471,12 +490,12 @@ def test_what_looks_like_input_and_is_not_used_is_named_once(tmp_path):
     row = dict(prompt="q", passage="short", remark="three words here", colour="red", tools="[]", source="a b c d")
     said = []
     data.read_examples(write(tmp_path / "d.jsonl", row, row), warn=said.append)
-    assert [line.partition(": ")[2] for line in said] == [
-        "the column 'passage' looks like input, and is not used",
-        "the column 'remark' looks like input, and is not used",
-        "no answer column is known among remark, colour; name yours",
+    where = f"{tmp_path}/d.jsonl:1"
+    assert said == [
+        f"{where}: the column 'passage' looks like input, and is not used",
+        f"{where}: the column 'remark' looks like input, and is not used",
+        f"{where}: no answer column is known among remark, colour; name yours",
     ]
-    assert all(line.startswith(f"{tmp_path}/d.jsonl:1: ") for line in said)
     with pytest.warns(UserWarning, match="'passage' looks like input"):
         data.read_examples(write(tmp_path / "e.jsonl", dict(prompt="q", passage="p", answer="a")))
     said.clear()
@@ -490,17 +509,17 @@ def test_what_looks_like_input_and_is_not_used_is_named_once(tmp_path):
 
 def test_no_more_rows_are_read_than_the_limit(tmp_path):
     file = write(tmp_path / "d.jsonl", dict(prompt="a"), "{", dict(foo=1))
-    assert [e["prompt"] for e in data.read_examples(file, limit=1)] == ["a"]
+    assert column(data.read_examples(file, limit=1), "prompt") == ["a"]
     with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON"):
         data.read_examples(file, limit=2)
 
 
 def test_a_json_file_may_hold_json_lines_or_one_row(tmp_path):
     lines = write(tmp_path / "a.json", dict(prompt="a"), "", dict(prompt="b"))
-    assert [e["where"] for e in data.read_examples(lines)] == [f"{lines}:1", f"{lines}:3"]
+    assert column(data.read_examples(lines), "where") == [f"{lines}:1", f"{lines}:3"]
     assert len(data.read_examples(write(tmp_path / "b.json", dict(prompt="a")))) == 1
     (tmp_path / "c.json").write_text(json.dumps([dict(prompt="a"), dict(prompt="b")], indent=1))
-    assert [e["where"] for e in data.read_examples(tmp_path / "c.json")] == [
+    assert column(data.read_examples(tmp_path / "c.json"), "where") == [
         f"{tmp_path}/c.json: row 1",
         f"{tmp_path}/c.json: row 2",
     ]
@@ -510,8 +529,7 @@ def test_a_json_file_may_hold_json_lines_or_one_row(tmp_path):
 
 def test_every_format_reads_the_same(tmp_path):
     rows = [dict(question=f"q{i}", answer=str(i)) for i in range(3)]
-    lines = "".join(json.dumps(r) + "\n" for r in rows)
-    (tmp_path / "a.jsonl").write_text(lines)
+    lines = write(tmp_path / "a.jsonl", *rows).read_text()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.json").write_text(json.dumps(dict(data=rows)))
     files = ["a.jsonl", "b.jsonl.gz", "c.json"]
@@ -524,7 +542,7 @@ def test_every_format_reads_the_same(tmp_path):
     except ImportError:
         pass
     first, *others = [data.read_examples(tmp_path / f) for f in files]
-    assert [e["prompt"] for e in first] == ["q0", "q1", "q2"]
+    assert column(first, "prompt") == ["q0", "q1", "q2"]
     for other in others:
         for example, expected in zip(other, first, strict=True):
             assert {**example, "where": expected["where"]} == expected
@@ -536,10 +554,11 @@ def test_named_fields_and_own_ids(tmp_path):
         tmp_path / "d.jsonl", dict(task_id="t/1", frage="q", antwort=7), dict(task_id="t/2", frage="p", antwort=8)
     )
     examples = data.read_examples(file, prompt_field="frage", answer_field="antwort")
-    assert [(e["id"], e["prompt"], e["answer"]) for e in examples] == [("t/1", "q", "7"), ("t/2", "p", "8")]
+    assert column(examples, "id") == ["t/1", "t/2"] and column(examples, "prompt") == ["q", "p"]
+    assert column(examples, "answer") == ["7", "8"]
     repeated = write(tmp_path / "e.jsonl", dict(id=5, prompt="a"), dict(id=5, prompt="b"))
-    assert [e["id"] for e in data.read_examples(repeated)] == [0, 1]
-    assert [e["id"] for e in data.read_examples(repeated, limit=1)] == [5]  # of the rows read, each is there once
+    assert column(data.read_examples(repeated), "id") == [0, 1]
+    assert column(data.read_examples(repeated, limit=1), "id") == [5]  # of the rows read, each is there once
 
 
 @pytest.mark.parametrize(
@@ -594,7 +613,7 @@ def test_bad_files(tmp_path, monkeypatch):
 )
 def test_real_benchmarks_are_recognised(name, count):
     examples = data.read_examples(REAL / f"{name}.jsonl.gz")
-    assert len(examples) == count == len({e["id"] for e in examples})
+    assert len(examples) == count == len(set(column(examples, "id")))
 
 
 # ----------------------------------------------------------------------------------------------------- trajectories
@@ -605,7 +624,7 @@ RECORD = dict(id=0, prompt_ids=[5, 6], response_ids=[7, 8, 1, 1], order=[2, 0, 3
 def test_trajectories_of_several_files_are_sorted_by_id(tmp_path):
     write(tmp_path / "trajectories-00001.jsonl", {**RECORD, "id": 1})
     write(tmp_path / "trajectories-00000.jsonl", {**RECORD, "id": "a"}, {**RECORD, "id": 2})
-    assert [r["id"] for r in data.read_trajectories(tmp_path)] == [1, 2, "a"]
+    assert column(data.read_trajectories(tmp_path), "id") == [1, 2, "a"]
     assert len(data.read_trajectories(tmp_path / "trajectories-00001.jsonl")) == 1
 
 
@@ -657,7 +676,8 @@ def test_bad_trajectories_are_named_by_line(tmp_path, change, message):
 )
 def test_which_trajectories_are_usable(finished, correct, kept):
     record = dict(finished=finished, correct=correct)
-    assert {keep for keep in ("correct", "finished", "all") if data.usable(record, keep)} == kept
+    for keep in ("correct", "finished", "all"):
+        assert data.usable(record, keep) == (keep in kept)
 
 
 def test_cut_at_eos_keeps_the_first_eos_and_numbers_the_order_anew():
@@ -721,20 +741,20 @@ def test_the_authors_rows_are_read_as_records(letters, tmp_path):
 
 
 def test_the_authors_rows_without_ids_or_with_a_short_order(letters, tmp_path):
-    text = {key: AUTHORS[key] for key in ("question", "answer", "gen_text")}
+    text = dict(question="What is 2 + 2?", answer="4", gen_text="Four.")
     file = write(tmp_path / "d.jsonl", text, {**AUTHORS, "decoding_order": [1, 0]}, {**AUTHORS, "decoding_order": None})
     said, first, *others = [], *data.read_trajectories(file, tok=letters)
     assert letters.decode(first["response_ids"]) == "Four.<|im_end|><|endoftext|>"  # and not the answer "4"
     assert first["order"] == list(range(7)) and first["non_ltr"] is None
-    assert [r["order"] for r in others] == [[0, 1, 2, 3]] * 2  # counts as decoded from left to right
-    none = {key: AUTHORS[key] for key in ("method", "question")}
+    assert column(others, "order") == [[0, 1, 2, 3]] * 2  # counts as decoded from left to right
+    none = dict(method="entropy", question="What?")
     file = write(tmp_path / "e.jsonl", AUTHORS, none, {"method": "credit"}, {**AUTHORS, "method": "credit"})
     assert len(data.read_trajectories(file, tok=letters, methods={"entropy"}, warn=said.append)) == 1
     assert len(data.read_trajectories(file, tok=letters, warn=said.append)) == 2
-    assert [line.partition("e.jsonl")[2] for line in said] == [
-        ":2: not used, it has no response; the row has method, question",
-        ":2: not used, it has no response; the row has method, question",
-        ":3: not used, it has no prompt; the row has method",
+    assert said == [
+        f"{file}:2: not used, it has no response; the row has method, question",
+        f"{file}:2: not used, it has no response; the row has method, question",
+        f"{file}:3: not used, it has no prompt; the row has method",
     ]
 
 
@@ -770,7 +790,7 @@ def test_the_authors_loader_takes_the_same_rows(letters, tmp_path):
             assert record["data_source"] == source
             if ids is not None:
                 assert (record["response_ids"], record["order"]) == (ids, order)
-    assert all("d.jsonl:8: not used, it has no prompt" in line for line in said) and said
+    assert set(said) == {f"{file}:8: not used, it has no prompt; the row has text, method"}
 
 
 def test_our_records_can_be_written_in_the_authors_format(letters, tmp_path):
