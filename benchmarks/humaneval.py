@@ -74,17 +74,22 @@ def program(record, response, family="dream", protocol="paper"):
     The checks start with what the prompt defines besides the asked function: three records' checks call such a helper,
     which a program could otherwise define anew as it likes."""
     prompt, entry = record["prompt"], record["entry_point"]
-    tests = f"{helpers(prompt, entry)}\n\n{record['test']}\ncheck({entry})\n"
+    tests = f"{helpers(prompt, entry, record['test'])}{record['test']}\ncheck({entry})\n"
     if family == "llada" and protocol == "official":
         return prompt_and_block(prompt, response), tests, [entry]
     return sanitize(prompt + "\n" + python_block(response), entry), tests, [entry]
 
 
-def helpers(prompt, entry):
-    """The source of what a prompt defines and imports besides the function that is asked for."""
+def helpers(prompt, entry, test):
+    """The source of a prompt without the function that is asked for, where the test calls another of it; else ""."""
     tree = parsed(prompt) or parsed(prompt + "\n    pass\n") or ast.Module([])
-    kept = [node for node in tree.body if getattr(node, "name", None) != entry]
-    return "\n".join(ast.unparse(node) for node in kept)
+    kept, called = [], False
+    for node in tree.body:
+        name = getattr(node, "name", None)
+        if name != entry:
+            kept.append(ast.unparse(node))
+            called = called or name is not None and f"{name}(" in test
+    return "\n".join(kept) + "\n\n" if called else ""
 
 
 def prompt_and_block(prompt, response):

@@ -19,6 +19,8 @@ import inspect
 import json
 import re
 import string
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
 
@@ -76,8 +78,12 @@ def grade(record, response, family="dream", protocol="paper"):
     versions = loosened(response)
     strict, loose = [], []
     for check in checks:
-        strict.append(follows(check, response))
-        loose.append(any(follows(check, version) for version in versions))
+        try:
+            found = follows(check, response), any(follows(check, version) for version in versions)
+        except TimeoutError:
+            found = False, False
+        strict.append(found[0])
+        loose.append(found[1])
     missed = [name for name, followed in zip(names, strict) if not followed]
     reason = "not followed: " + ", ".join(missed) if missed else "every instruction is followed"
     return dict(correct=all(strict), reason=reason, strict=strict, loose=loose)
@@ -107,6 +113,30 @@ def loosened(response):
     return list(dict.fromkeys(cut + [text.replace("*", "") for text in cut]))
 
 
+LIMIT = 5.0  # seconds for a regular expression that may take for ever
+COUNT = "import json, re, sys; print(len(re.findall(*json.load(sys.stdin))))"
+
+
+def hits(given, text, around="{}", flags=re.IGNORECASE):
+    """How often a text has what a record gives as a regular expression.
+
+    One that repeats or nests runs in a process that can be ended: (a+)+$ takes longer than the universe on 40 letters.
+    Raises ValueError for what is no expression, TimeoutError after LIMIT seconds: the instruction is not followed."""
+    pattern = around.format(given)
+    try:
+        compiled = re.compile(pattern, flags)
+    except re.error as e:
+        raise ValueError(f"{given!r} is no regular expression: {e}") from e
+    if not set(given) & set("*+?{(|"):
+        return len(compiled.findall(text))
+    command = [sys.executable, "-I", "-S", "-c", COUNT]
+    try:
+        asked = json.dumps([pattern, text, int(flags)]).encode()
+        return int(subprocess.run(command, input=asked, capture_output=True, check=True, timeout=LIMIT).stdout)
+    except subprocess.TimeoutExpired as e:
+        raise TimeoutError(f"{given!r} took longer than {LIMIT} s") from e
+
+
 def compare(count, relation, threshold):
     if relation not in ("at least", "less than"):
         raise ValueError(f"relation {relation!r} is neither 'at least' nor 'less than'")
@@ -118,15 +148,15 @@ def compare(count, relation, threshold):
 
 def existence(response, keywords):
     """Keywords are regular expressions and match inside words too."""
-    return all(re.search(word, response, re.IGNORECASE) for word in keywords)
+    return all(hits(word, response) for word in keywords)
 
 
 def frequency(response, keyword, frequency, relation):
-    return compare(len(re.findall(keyword.strip(), response, re.IGNORECASE)), relation, frequency)
+    return compare(hits(keyword.strip(), response), relation, frequency)
 
 
 def forbidden_words(response, forbidden_words):
-    return not any(re.search(rf"\b{word}\b", response, re.IGNORECASE) for word in forbidden_words)
+    return not any(hits(word, response, r"\b{}\b") for word in forbidden_words)
 
 
 def letter_frequency(response, letter, let_frequency, let_relation):
@@ -200,21 +230,29 @@ def nth_paragraph_first_word(response, num_paragraphs, nth_paragraph, first_word
 
 
 def number_placeholders(response, num_placeholders):
-    return len(re.findall(r"\[.*?\]", response)) >= num_placeholders
+    """At least so many of [this], each on one line."""
+    count = 0
+    for line in response.split("\n"):
+        end = 0
+        while (start := line.find("[", end)) >= 0 and (end := line.find("]", start) + 1) > 0:
+            count += 1
+    return count >= num_placeholders
 
 
 def postscript(response, postscript_marker):
     """P.P.S needs no last period, and P. S. may have spaces; they may stand anywhere. Other markers match as written,
     but for case."""
     marker = postscript_marker.strip()
-    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, marker.lower())
-    return bool(re.search(pattern, response.lower()))
+    patterns = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    if marker in patterns:
+        return bool(re.search(patterns[marker], response.lower()))
+    return hits(marker.lower(), response.lower()) > 0
 
 
 def number_bullet_lists(response, num_bullets):
     """Exactly so many lines that start with one asterisk or with a hyphen: --- is a bullet too."""
-    stars = re.findall(r"^\s*\*[^\*].*$", response, re.MULTILINE)
-    hyphens = re.findall(r"^\s*-.*$", response, re.MULTILINE)
+    stars = re.findall(r"^[^\S\n]*\*[^\*].*$", response, re.MULTILINE)
+    hyphens = re.findall(r"^[^\S\n]*-.*$", response, re.MULTILINE)
     return len(stars) + len(hyphens) == num_bullets
 
 
@@ -231,7 +269,7 @@ def number_highlighted_sections(response, num_highlights):
 
 def multiple_sections(response, section_spliter, num_sections):
     """At least so many of "Section 1". (The misspelling is the benchmark's.)"""
-    return len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", response)) - 1 >= num_sections
+    return hits(section_spliter.strip(), response, r"\s?{}\s?\d+\s?", 0) >= num_sections
 
 
 def json_format(response):
@@ -247,7 +285,12 @@ def json_format(response):
 
 
 def title(response):
-    return any(text.lstrip("<").rstrip(">").strip() for text in re.findall(r"<<[^\n]+>>", response))
+    """<<A title>> on one line, from the first << to the last >>, with something inside."""
+    for line in response.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>") + 2
+        if 0 <= start < end - 4 and line[start:end].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 # ----------------------------------------------------------------------------------- combination, start and end, commas

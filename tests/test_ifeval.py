@@ -7,6 +7,7 @@ without it.
 import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -338,3 +339,47 @@ def test_a_text_that_starts_with_space():
 @given(st.text(alphabet="aBc1.?!,;:'\")( \n-", max_size=80))
 def test_sentences_lose_no_words(text):
     assert "".join("".join(ifeval.sentences(text)).split()) == "".join(text.split())
+
+
+# ---------------------------------------------------------------------------------------------------- hostile records
+
+
+def test_an_expression_that_never_ends_is_not_followed(monkeypatch):
+    monkeypatch.setattr(ifeval, "LIMIT", 0.5)
+    names = ["keywords:existence", "keywords:forbidden_words", "punctuation:no_comma"]
+    kwargs = [dict(keywords=["(a+)+$"]), dict(forbidden_words=["(a+)+!"]), {}]
+    verdict = ifeval.grade(dict(instruction_id_list=names, kwargs=kwargs), "a" * 60 + ".")
+    assert verdict["strict"] == verdict["loose"] == [False, False, True]
+
+
+def test_expressions_of_a_record_are_searched_as_written():
+    for text, found in (("colour", 1), ("color, Colours", 2), ("cool", 0)):
+        assert ifeval.hits("colou?r", text) == found
+        assert ifeval.hits("(col)(ou|o)r", text) == found
+    assert ifeval.hits("art", "art, cart", r"\b{}\b") == 1
+    with pytest.raises(ValueError, match="'\\(a' is no regular expression"):
+        ifeval.hits("(a", "a")
+
+
+pieces = st.sampled_from(["[", "]", "<<", ">>", "<", ">", "*", "-", "\n", " ", "\t", "a", "\r", "\x0b"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(pieces, max_size=16).map("".join))
+def test_what_is_counted_by_hand_is_what_the_official_expressions_find(text):
+    """They are kept here: each takes time that grows with the square of some texts."""
+    count = len(re.findall(r"\[.*?\]", text))
+    assert ifeval.number_placeholders(text, count) and not ifeval.number_placeholders(text, count + 1)
+    titles = re.findall(r"<<[^\n]+>>", text)
+    assert ifeval.title(text) == any(found.lstrip("<").rstrip(">").strip() for found in titles)
+    bullets = len(re.findall(r"^\s*\*[^\*].*$", text, re.M)) + len(re.findall(r"^\s*-.*$", text, re.M))
+    assert ifeval.number_bullet_lists(text, bullets)
+
+
+@pytest.mark.parametrize("text", ["[", "<<", "\n", "* ", "'", ". ", "A.", "--"])
+def test_no_text_takes_the_grader_down(text):
+    kwargs = [dict(num_placeholders=1), {}, dict(num_bullets=1), dict(num_sentences=1, relation="at least")]
+    names = ["detectable_content:number_placeholders", "detectable_format:title"]
+    names += ["detectable_format:number_bullet_lists", "length_constraints:number_sentences"]
+    verdict = ifeval.grade(dict(instruction_id_list=names, kwargs=kwargs), text * 50000 + "\ud800")
+    assert len(verdict["strict"]) == 4
