@@ -1,5 +1,6 @@
 """The demo: python -m pytest tests/test_demo.py"""
 
+import io
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, flags, last_json, shell
+from tqdm import tqdm
 
 import data
+import evaluate
 import tabom
 from experiments import demo
 
@@ -108,3 +111,14 @@ def test_the_demo_on_two_processes_says_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         said.append(last_json(done.stdout))
     assert said[0]["before"] == pytest.approx(said[1]["before"]) and said[0]["steps"] == said[1]["steps"]
+
+
+def test_the_bar_moves_inside_a_batch():
+    bar = tqdm(total=20, disable=False, file=io.StringIO())
+    places = []
+    for step in range(4):  # the second batch, of 10, in 4 steps
+        evaluate.show_share(bar, 5, 10, 4, step)
+        places.append(bar.n)
+    assert places == [7, 10, 12, 15]
+    evaluate.show_share(bar, 5, 10, 4, 7)  # more steps than expected, with a threshold
+    assert bar.n == 15
