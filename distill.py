@@ -25,14 +25,16 @@ class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions)
     check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
 
-def distill(c, processes=None):
+def distill(c, processes=None, loaded=None):
     """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
 
     Each finished batch is written at once; the same command continues where an earlier one was stopped. c:
-    DistillOptions. Raises ValueError or FileNotFoundError before anything is decoded."""
+    DistillOptions. loaded: a runs.Loaded that decodes, instead of loading c.model and c.adapter; it must be what they
+    name. Raises ValueError or FileNotFoundError before anything is decoded."""
     processes = processes or runs.Processes(c.device)
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
-    loaded = runs.load_model(c, processes, c.adapter)
+    if loaded is None:
+        loaded = runs.load_model(c, processes, c.adapter)
     settings = runs.decoder_settings(c, loaded)
     for e in examples:
         e["prompt_ids"] = data.encode_prompt(loaded.tok, e["messages"], c.raw)

@@ -149,12 +149,14 @@ class Run:
     done: int = 0  # steps that the checkpoint knows
 
 
-def train(c, processes=None):
+def train(c, processes=None, loaded=None):
     """Train an adapter (or, with --lora-rank 0, all weights) -> the last metrics and the last checkpoint.
 
-    The same command continues a run that was stopped. c: TrainOptions. Raises ValueError for data that cannot be
-    trained on, and where a loss is not finite; FileExistsError for a folder that holds another run."""
-    run = prepare(c, processes or runs.Processes(c.device))
+    The same command continues a run that was stopped. c: TrainOptions. loaded: a runs.Loaded of c.model that gets the
+    adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises ValueError
+    for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that holds another
+    run."""
+    run = prepare(c, processes or runs.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
@@ -180,13 +182,14 @@ def train(c, processes=None):
     return dict(out=str(run.out), checkpoint=str(run.last), steps=steps, examples=len(run.records), **metrics)
 
 
-def prepare(c, processes):
+def prepare(c, processes, loaded=None):
     """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out))
     full = c.lora_rank == 0
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
-    loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
+    if loaded is None or full:
+        loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded)
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
@@ -228,8 +231,10 @@ def trainable(c, m, last):
     if c.lora_rank == 0:
         m.requires_grad_(True)
     else:
-        start = data.generator(c.seed, "lora")
-        lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
+        overwritten = lora.layers(m) and (last or c.adapter)
+        if not overwritten:
+            start = data.generator(c.seed, "lora")
+            lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
         if last or c.adapter:
             lora.load(m, last or c.adapter)
         if any(layer.alpha != c.lora_alpha for layer in lora.layers(m).values()):
