@@ -112,17 +112,18 @@ def measure(c, processes, checkpoint):
     )
 
 
-def order_of(c, processes, checkpoint, trajectories, limit, window=8, margin=0.2):
+def order_of(c, processes, checkpoint, trajectories, limit, window=8, margin=0.2, loaded=None):
     """How a model orders the first of its own trajectories: TDS and its value per step; the share of pairs less than a
     window apart that were decoded hard before easy, in both contexts; the ranking loss in nats over all windows without
-    the EOS (rank), and the least that the same entropies have in any order (rank_least). c: options with a model, or
-    more."""
-    loaded = runs.load_checkpoint(c, processes, checkpoint)
+    the EOS (ranking), and the least that the same entropies have in any order (ranking_least). c: options with a model,
+    or more. loaded: the checkpoint's model, where it is loaded already."""
+    if loaded is None:
+        loaded = runs.load_checkpoint(c, processes, checkpoint)
     records = data.read_trajectories(trajectories, loaded.m.config.vocab_size)[:limit]
     rows = []
     for i in range(0, len(records), 16):
         rows += replay(loaded, processes, window, records[i : i + 16], margin)
-    means = {k: stats.mean_and_error(k, [r[k] for r in rows])[k] for k in ("tds", "rank", "rank_least")}
+    means = {k: stats.mean_and_error(k, [r[k] for r in rows])[k] for k in ("tds", "ranking", "ranking_least")}
     near = [r for r in inversion_rows([r["inversions"] for r in rows]) if r["distance"] < window]
     return dict(**means, **inversion_rates(near), per_step=[step["tds"] for step in tds_rows(rows)])
 
@@ -152,7 +153,7 @@ def trajectories(c, processes, loaded):
 
 def replay(loaded, processes, window, records, margin=0.2):
     """One dict for each trajectory: id, tds, per_step and entropy by step, the counts of inversions by context, and the
-    mean ranking loss of its windows, as decoded (rank) and sorted, which is the least (rank_least)."""
+    mean ranking loss of its windows, as decoded (ranking) and sorted, which is the least (ranking_least)."""
     batch = runs.batch_of(records, loaded, processes)
     h = objectives.replay(loaded.m, batch, objectives.before_eos(batch, loaded.m.config.eos_id)).cpu()  # [B, N, N]
     own, windows = h.diagonal(dim1=1, dim2=2), objectives.by_window(h, window, batch["length"].cpu())
@@ -163,11 +164,11 @@ def replay(loaded, processes, window, records, margin=0.2):
         per_step, entropy = (x[b][~x[b].isnan()].tolist() for x in (variance, own))
         mean = sum(per_step) / len(per_step) if per_step else None
         whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; none where the response is shorter, or all EOS
-        rank = dict.fromkeys(("rank", "rank_least"))
+        ranking = dict.fromkeys(("ranking", "ranking_least"))
         if whole.numel() and window > 1:
-            orders = dict(rank=whole, rank_least=whole.sort(-1).values)
-            rank = {k: objectives.ranking_loss(x, margin).item() for k, x in orders.items()}
-        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts, **rank))
+            orders = dict(ranking=whole, ranking_least=whole.sort(-1).values)
+            ranking = {k: objectives.ranking_loss(x, margin).item() for k, x in orders.items()}
+        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts, **ranking))
     return rows
 
 
