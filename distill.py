@@ -25,15 +25,17 @@ class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions)
     check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
 
-def distill(c, processes=None):
+def distill(c, processes=None, loaded=None):
     """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
 
     Each finished batch is written at once; the same command continues where an earlier one was stopped. c:
-    DistillOptions. Raises ValueError or FileNotFoundError before anything is decoded."""
+    DistillOptions. loaded: a runs.Loaded that decodes, instead of loading c.model and c.adapter; it must be what they
+    name. Raises ValueError or FileNotFoundError before anything is decoded."""
     processes = processes or runs.Processes(c.device)
     say = runs.warner(processes)
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit, say)
-    loaded = runs.load_model(c, processes, c.adapter)
+    if loaded is None:
+        loaded = runs.load_model(c, processes, c.adapter)
     settings = runs.decoder_settings(c, loaded)
     data.encode_examples(loaded.tok, examples, c.raw)
     evaluate.check_context(examples, settings, loaded.m.config, say)

@@ -260,17 +260,19 @@ class EvaluateOptions(runs.ModelOptions, runs.DecodeOptions):
     batch_size: int = opt(16, "questions decoded together on each process", low=1)
 
 
-def evaluate(c, processes=None):
+def evaluate(c, processes=None, loaded=None):
     """Answer the questions of benchmarks and grade the answers -> a score with its interval for each.
 
-    out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings."""
+    out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings.
+    loaded: a runs.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name."""
     unknown = [task for task in c.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(TASKS)}")
     processes = processes or runs.Processes(c.device)
     questions = {task: read_questions(task, c.data) for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
-    loaded = runs.load_model(c, processes, c.adapter)
+    if loaded is None:
+        loaded = runs.load_model(c, processes, c.adapter)
     identity = runs.identity(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded

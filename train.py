@@ -211,12 +211,14 @@ class Run:
     done: int = 0  # steps that the checkpoint knows
 
 
-def train(c, processes=None):
+def train(c, processes=None, loaded=None):
     """Train an adapter (or, with --lora-rank 0, all weights) -> the last metrics and the last checkpoint.
 
-    The same command continues a run that was stopped. c: TrainOptions. Raises ValueError for data that cannot be
-    trained on, and where a loss is not finite; FileExistsError for a folder that holds another run."""
-    run = prepare(c, processes or runs.Processes(c.device))
+    The same command continues a run that was stopped. c: TrainOptions. loaded: a runs.Loaded of c.model that gets the
+    adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises ValueError
+    for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that holds another
+    run."""
+    run = prepare(c, processes or runs.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
@@ -242,14 +244,15 @@ def train(c, processes=None):
     return dict(out=str(run.out), checkpoint=str(run.last), steps=steps, examples=len(run.records), **metrics)
 
 
-def prepare(c, processes):
+def prepare(c, processes, loaded=None):
     """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out))
     full = c.lora_rank == 0
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
-    loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
+    if loaded is None or full:
+        loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded, parameters, processes)
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)

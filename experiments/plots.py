@@ -108,7 +108,7 @@ def draw_trajectory(tok, record, columns=100):
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    shown = data.cut_at_eos(record, tok.eos_id)
+    shown = data.cut_at_eos(record, tok.stop_ids)
     ids, order = shown["response_ids"], shown["order"]
     cells, x, y = [], 0, 0  # (column, line, width, text, rank)
     for text, places in tok.pieces(ids):

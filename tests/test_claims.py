@@ -1,4 +1,4 @@
-"""tabom.py demo --full: what its rows are, and one small experiment from end to end.
+"""tabom.py claims: what its rows are, and one small experiment from end to end.
 
 python -m pytest tests/test_claims.py"""
 
@@ -28,7 +28,7 @@ def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("F") / "F"
-    line = ["demo", "--full", "--quick", "--bases", "1", "--seeds", "1", "--rows", "SFT-GT; SFT-SD", "--out", out]
+    line = ["claims", "--quick", "--bases", "1", "--seeds", "1", "--rows", "SFT-GT; SFT-SD", "--out", out]
     done = shell(*line)
     assert done.returncode == 0, done.stderr
     return out, line, done
@@ -97,7 +97,7 @@ def test_a_row_that_means_something_else_now_is_refused(small, monkeypatch, caps
 
 
 def test_an_unknown_row_is_one_line(tmp_path):
-    done = shell("demo", "--full", "--rows", "TABOM;Tabom", "--out", tmp_path / "F")
+    done = shell("claims", "--rows", "TABOM;Tabom", "--out", tmp_path / "F")
     assert done.returncode == 1 and not (tmp_path / "F").exists()
     assert "error: --rows Tabom: none of SFT-GT; SFT-SD; TABOM;" in done.stderr and "Traceback" not in done.stderr
 
