@@ -64,15 +64,10 @@ class Tokenizer:
         ends = [self.ids.get(token) for token in END_OF_TURN]
         self.stop_ids = {eos_id, self.eos_id, self.pad_id, *ends} - {None, mask_id, self.mask_id}
 
-        # The library spells a special token as text only where it knows the token to be special, and
-        # the files do not always say so of tokens that end a response.
         named = {*special.values(), *END_OF_TURN} & self.ids.keys()
-        added = backend.get_added_tokens_decoder()  # id -> AddedToken
-        for i, token in added.items():
-            if token.content and (token.special or i in (eos_id, mask_id)):
-                named.add(token.content)
-        backend.add_special_tokens(sorted(named))
-        self.special_tokens = {self.ids[token]: token for token in named}
+        self.special_tokens = {}  # id -> token
+        for token in make_special(backend, named, (eos_id, mask_id)):
+            self.special_tokens[self.ids[token]] = token
         longest_first = sorted(self.special_tokens.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or NOTHING)
 
@@ -207,6 +202,22 @@ class Tokenizer:
                 quoted.append((len(text), len(text) + len(piece)))
             text += piece
         return text, quoted
+
+
+def make_special(backend, names, ids):
+    """Tell the library that the tokens of these names and ids are special -> all special tokens.
+
+    It spells a special token as text only where it knows the token to be special, and the files do
+    not always say so of those that end a response."""
+    special = set(names)
+    for i, token in backend.get_added_tokens_decoder().items():
+        if token.content and (token.special or token.content in names or i in ids):
+            token.special = True
+            backend.add_special_tokens([token])  # with the other flags that it was added with
+            special.add(token.content)
+            names = names - {token.content}
+    backend.add_special_tokens(sorted(names))  # these were plain words of the vocabulary
+    return special
 
 
 def message(role, content):

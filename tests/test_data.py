@@ -223,6 +223,15 @@ def test_every_token_that_ends_a_response_is_in_one_set(tmp_path):
     assert data.encode_answer(tok, HI, "4")[-2:] == [258, 256]
 
 
+def test_a_token_stays_as_it_was_added_when_it_is_known_to_be_special(letters):
+    backend = letters.backend
+    backend.add_tokens([tokenizers.AddedToken("<|eot_id|>", lstrip=True), tokenizers.AddedToken("<think>")])
+    tok = data.Tokenizer(backend, letters.special, CHATML, eos_id=262)
+    assert tok.encode("a  <|eot_id|>") == [*tok.encode("a"), 261]  # it takes the space before it
+    assert tok.stop_ids == {256, 258, 261, 262}
+    assert max(tok.encode_text("<|eot_id|><think>")) < 256
+
+
 def test_disagreements_of_config_and_tokenizer_are_told(letters):
     config = SimpleNamespace(eos_id=258, pad_id=256, mask_id=7)
     eos, mask = data.disagreements(letters, config)
