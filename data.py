@@ -51,8 +51,8 @@ class Tokenizer:
     size: one more than the largest id. Networks have more rows than that (Dream 152,064 for
     151,667); those ids have no text: decode() refuses them, and generation must not choose them
     (`unused_ids`). stop_ids: every id that ends a response: the EOS of the config and of the
-    tokenizer, the end-of-turn tokens, and the tokenizer's padding, which models of more than one
-    end token write behind their answer."""
+    tokenizer, the end-of-turn tokens, and the tokenizer's padding, which some models write behind
+    their answer and never their EOS (DiffuCoder)."""
 
     def __init__(self, backend, special, template, eos_id=None, mask_id=None):
         self.backend, self.special, self.template, self.compiled = backend, special, template, None
@@ -64,22 +64,17 @@ class Tokenizer:
         ends = [self.ids.get(token) for token in END_OF_TURN]
         self.stop_ids = {eos_id, self.eos_id, self.pad_id, *ends} - {None, mask_id, self.mask_id}
 
-        # The library spells a special token as text only where it knows the token to be special, and
-        # the files do not always say so of tokens that end a response.
         named = {*special.values(), *END_OF_TURN} & self.ids.keys()
-        added = backend.get_added_tokens_decoder()  # id -> AddedToken
-        for i, token in added.items():
-            if token.content and (token.special or i in (eos_id, mask_id)):
-                named.add(token.content)
-        backend.add_special_tokens(sorted(named))
-        self.special_tokens = {self.ids[token]: token for token in named}
+        self.special_tokens = {}  # id -> token
+        for token in make_special(backend, named, (eos_id, mask_id)):
+            self.special_tokens[self.ids[token]] = token
         longest_first = sorted(self.special_tokens.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or NOTHING)
 
     def encode(self, text, quoted=()):
         """Token ids of a text; special tokens written in it become their ids, and none are added.
 
-        quoted: (start, end) places of special tokens that somebody only writes about. They are
+        quoted: (start, end) places of special tokens that the text only speaks about. They are
         spelled as text. Raises ValueError for a text that the vocabulary cannot spell."""
         found = self._encode(text)
         if not quoted:
@@ -92,8 +87,7 @@ class Tokenizer:
         return ids + self.encode_text(text[start:])
 
     def encode_text(self, text):
-        """Token ids of a text that somebody wrote: special tokens in it are spelled like any other
-        text.
+        """Token ids of a text in which special tokens are spelled like any other text.
 
         Raises ValueError for a text that the vocabulary cannot spell."""
         if not self.pattern.search(text):
@@ -106,7 +100,7 @@ class Tokenizer:
         for i in ids:
             if i in self.special_tokens and self.special_tokens[i] != self.special.get("unk_token"):
                 token = self.special_tokens[i]
-                raise ValueError(f"the vocabulary has no letters for the quoted {token} in {text!r:.80}")
+                raise ValueError(f"the vocabulary cannot spell the quoted {token} as text: {text!r:.80}")
         return ids
 
     def _encode(self, text):
@@ -207,6 +201,22 @@ class Tokenizer:
                 quoted.append((len(text), len(text) + len(piece)))
             text += piece
         return text, quoted
+
+
+def make_special(backend, names, ids):
+    """Tell the library that the tokens of these names and ids are special -> all special tokens.
+
+    It spells a special token as text only where it knows the token to be special, and the files do
+    not always say so of those that end a response."""
+    special = set(names)
+    for i, token in backend.get_added_tokens_decoder().items():
+        if token.content and (token.special or token.content in names or i in ids):
+            token.special = True
+            backend.add_special_tokens([token])  # with the other flags that it was added with
+            special.add(token.content)
+            names = names - {token.content}
+    backend.add_special_tokens(sorted(names))  # these were plain words of the vocabulary
+    return special
 
 
 def message(role, content):
@@ -963,10 +973,11 @@ def read_trajectories(
     files = trajectory_files(path)
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or a file of it")
-    records, released, own, first = [], [], [], {}
+    records, released, own, first, theirs = [], [], [], {}, False
     for file in files:
         for where, row in read_rows(file):
-            if is_release(row) or (released and not is_ours(row)):
+            theirs = theirs or is_release(row)  # their rows need not all look like theirs
+            if theirs and not is_ours(row):
                 record = read_release(row, where, tok, methods, max_prompt_tokens, warn)
                 if record is None:
                     continue
@@ -977,7 +988,7 @@ def read_trajectories(
                 records.append(check_record(row, where, vocab_size, mask_id))
                 key = row["id"]
                 if key in first:
-                    raise ValueError(f"{where}: id {key!r} is here twice, first at {first[key]}")
+                    raise ValueError(f"{where}: id {key!r} appears twice, first at {first[key]}")
                 first[key] = where
     number_or_own(released, own)
     return sorted(records + released, key=by_id)
@@ -1105,10 +1116,10 @@ def non_ltr_positions(order):
 
 def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=warnings.warn):
     """A row of the authors' trajectory files as a record without id, or None where it is not used:
-    of another method, or without a prompt or a response, of which warn(line) is told.
+    it is of another method, or warn(line) says what it lacks.
 
-    A row without response_token_ids has its text as the model would write it; without a
-    decoding_order for every token it counts as decoded from left to right."""
+    A row without response_token_ids gets those of its text, as the model would write it. A row
+    without a decoding_order for every token counts as decoded from left to right."""
     if tok is None:
         raise ValueError(f"{where}: the authors' files need the model's tokenizer for their prompts")
     if not isinstance(row, dict):
@@ -1133,6 +1144,9 @@ def read_release(row, where, tok, methods=None, max_prompt_tokens=None, warn=war
     order = row.get("decoding_order")
     if not isinstance(order, list) or len(order) < len(response):
         order = list(range(len(response)))
+    if all(step == -1 for step in order[: len(response)]):
+        warn(f"{where}: not used, none of its tokens was ever decoded")
+        return None
     source = row.get("data_source")
     if not has_text(source):
         source = ""

@@ -223,6 +223,15 @@ def test_every_token_that_ends_a_response_is_in_one_set(tmp_path):
     assert data.encode_answer(tok, HI, "4")[-2:] == [258, 256]
 
 
+def test_a_token_stays_as_it_was_added_when_it_is_known_to_be_special(letters):
+    backend = letters.backend
+    backend.add_tokens([tokenizers.AddedToken("<|eot_id|>", lstrip=True), tokenizers.AddedToken("<think>")])
+    tok = data.Tokenizer(backend, letters.special, CHATML, eos_id=262)
+    assert tok.encode("a  <|eot_id|>") == [*tok.encode("a"), 261]  # it takes the space before it
+    assert tok.stop_ids == {256, 258, 261, 262}
+    assert max(tok.encode_text("<|eot_id|><think>")) < 256
+
+
 def test_disagreements_of_config_and_tokenizer_are_told(letters):
     config = SimpleNamespace(eos_id=258, pad_id=256, mask_id=7)
     eos, mask = data.disagreements(letters, config)
@@ -654,7 +663,7 @@ def test_what_holds_trajectories(tmp_path):
         (dict(finished=1), "finished must be true, false or null, found 1"),
         (dict(non_ltr=[4]), "non-left-to-right positions must be among 0 to 3"),
         (dict(response_ids=[7, 9, 1, 1]), "response token 1 is the mask token 9"),
-        (dict(id=0), "id 0 is here twice, first at .*trajectories.jsonl:1"),
+        (dict(id=0), "id 0 appears twice, first at .*trajectories.jsonl:1"),
     ],
 )
 def test_bad_trajectories_are_named_by_line(tmp_path, change, message):
@@ -743,11 +752,14 @@ def test_the_authors_rows_are_read_as_records(letters, tmp_path):
 def test_the_authors_rows_without_ids_or_with_a_short_order(letters, tmp_path):
     text = dict(question="What is 2 + 2?", answer="4", gen_text="Four.")
     file = write(tmp_path / "d.jsonl", text, {**AUTHORS, "decoding_order": [1, 0]}, {**AUTHORS, "decoding_order": None})
-    said, first, *others = [], *data.read_trajectories(file, tok=letters)
+    first, *others = data.read_trajectories(file, tok=letters)
     assert letters.decode(first["response_ids"]) == "Four.<|im_end|><|endoftext|>"  # and not the answer "4"
     assert first["order"] == list(range(7)) and first["non_ltr"] is None
     assert column(others, "order") == [[0, 1, 2, 3]] * 2  # counts as decoded from left to right
-    none = dict(method="entropy", question="What?")
+
+
+def test_the_authors_rows_that_cannot_be_used_say_why(letters, tmp_path):
+    said, none = [], dict(method="entropy", question="What?")
     file = write(tmp_path / "e.jsonl", AUTHORS, none, {"method": "credit"}, {**AUTHORS, "method": "credit"})
     assert len(data.read_trajectories(file, tok=letters, methods={"entropy"}, warn=said.append)) == 1
     assert len(data.read_trajectories(file, tok=letters, warn=said.append)) == 2
@@ -756,6 +768,12 @@ def test_the_authors_rows_without_ids_or_with_a_short_order(letters, tmp_path):
         f"{file}:2: not used, it has no response; the row has method, question",
         f"{file}:3: not used, it has no prompt; the row has method",
     ]
+    said.clear()
+    bare, never = dict(question="q", answer="a"), dict(AUTHORS, decoding_order=[-1] * 4)
+    file = write(tmp_path / "f.jsonl", AUTHORS, bare, never)
+    assert data.read_trajectories(file, tok=letters, methods={"credit"}) == []
+    assert len(data.read_trajectories(file, tok=letters, warn=said.append)) == 2
+    assert said == [f"{file}:3: not used, none of its tokens was ever decoded"]
 
 
 @pytest.mark.parametrize(
