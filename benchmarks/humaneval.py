@@ -1,15 +1,15 @@
 """HumanEval: 164 Python functions to complete, judged by running their checks (pass@1).
 
-    text, start = humaneval.ask(record, "dream")      # the user's turn; what the assistant's turn already holds
-    humaneval.settings("llada")                       # arguments of the decoder: Table 8 of the TABOM paper
+    text, start = humaneval.ask(record, "dream")    # the user's turn; what the assistant's starts with
+    humaneval.settings("llada")                     # arguments of the decoder: Table 8 of the paper
     program, tests, names = humaneval.program(record, humaneval.trim(response))
-    execute.run(program, tests, names)                # or anything that runs a program against its checks
+    execute.run(program, tests, names)              # or whatever runs a program against its checks
 
 record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
 
-Sources: Dream's fork of lm-evaluation-harness (its sanitize, which is EvalPlus's); OpenCompass, which evaluated LLaDA
-(humaneval_postprocess_v2). Protocols: "paper" and "release" ask both families as the fork does, zero-shot; "official"
-is each model's own evaluation.
+Sources: Dream's fork of lm-evaluation-harness (its sanitize, which is EvalPlus's); OpenCompass,
+which evaluated LLaDA (humaneval_postprocess_v2). Protocols: "paper" and "release" ask both families
+as the fork does, zero-shot; "official" is each model's own evaluation.
 """
 
 import ast
@@ -27,7 +27,8 @@ PROTOCOLS = ("paper", "release", "official")
 
 
 def ask(record, family, protocol="paper"):
-    """(user's turn, start of the answer) of a problem. LLaDA's chat template trims the start at its end."""
+    """(user's turn, start of the answer) of a problem. LLaDA's chat template trims the start at its
+    end."""
     prompt = record["prompt"]
     if family == "llada" and protocol == "official":
         return f"Complete the following python code:\n{prompt}", ""
@@ -36,7 +37,8 @@ def ask(record, family, protocol="paper"):
 
 
 def settings(family, protocol="paper"):
-    """Arguments of decode.generate; and suppress_eos: whether EOS is never chosen, as LLaDA's evaluation has it.
+    """Arguments of decode.generate; and suppress_eos: whether EOS is never chosen, as LLaDA's
+    evaluation has it.
 
     Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
@@ -63,16 +65,17 @@ def trim(response, family="dream", protocol="paper"):
     return response
 
 
-# --------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------- the program
 
 MAX_LINES = 100  # of a program that sanitize() looks at, as in the official code
 
 
 def program(record, response, family="dream", protocol="paper"):
-    """(program, tests, names): a program, the checks that it must pass, and the names that these take from it.
+    """(program, tests, names): a program, the checks that it must pass, and the names that these
+    take from it.
 
-    The checks start with what the prompt defines besides the asked function: three records' checks call such a helper,
-    which a program could otherwise define anew as it likes."""
+    The checks start with what the prompt defines besides the asked function: three records' checks
+    call such a helper, which a program could otherwise define anew as it likes."""
     prompt, entry = record["prompt"], record["entry_point"]
     tests = f"{helpers(prompt, entry, record['test'])}{record['test']}\ncheck({entry})\n"
     if family == "llada" and protocol == "official":
@@ -81,7 +84,8 @@ def program(record, response, family="dream", protocol="paper"):
 
 
 def helpers(prompt, entry, test):
-    """The source of a prompt without the function that is asked for, where the test calls another of it; else ""."""
+    """The source of a prompt without the function that is asked for, where the test calls another
+    of it; else ""."""
     tree = parsed(prompt) or parsed(prompt + "\n    pass\n") or ast.Module([])
     kept, called = [], False
     for node in tree.body:
@@ -89,15 +93,18 @@ def helpers(prompt, entry, test):
         if name != entry:
             kept.append(ast.unparse(node))
             called = called or name is not None and f"{name}(" in test
-    return "\n".join(kept) + "\n\n" if called else ""
+    return "\n".join([*kept, ""]) if called else ""
 
 
 def prompt_and_block(prompt, response):
     """The prompt and the first fenced block, or all where none is fenced."""
     blocks = re.findall(r"```\w*\n(.*?)```", response, re.DOTALL)
-    code = blocks[0] if blocks else response
-    # A released version keeps the indentation of the first line, a later one does not: what parses is taken.
-    return prompt + code if parsed(prompt + code) else prompt + code.lstrip()
+    code = (blocks or [response])[0]
+    # A released version keeps the indentation of the first line, a later one does not: what parses
+    # is taken.
+    if parsed(prompt + code) is None:
+        code = code.lstrip()
+    return prompt + code
 
 
 def python_block(text):
@@ -116,10 +123,11 @@ def parsed(code):
 
 
 def sanitize(text, entry):
-    """The longest span of lines that parses, reduced to its imports and to what the entry point needs.
+    """The longest span of lines that parses, reduced to its imports and to what the entry point
+    needs.
 
-    As the official code: a function without a return statement is dropped, of a.b only b counts as needed, and of two
-    definitions of a name the later one is kept, at the place of the first."""
+    As the official code: a function without a return statement is dropped, of a.b only b counts as
+    needed, and of two definitions of a name the later one is kept, at the place of the first."""
     lines = text.replace("\t", "    ").replace("\r\n", "\n").replace("\r", "\n").strip().splitlines()[:MAX_LINES]
     code = longest_parsable(lines)
     imports, definitions = [], {}
@@ -142,7 +150,8 @@ def sanitize(text, entry):
 
 
 def source(code, node):
-    """The text of a node, decorators included. Not ast.unparse: 330 terms of a sum are too deep for it."""
+    """The text of a node, decorators included. Not ast.unparse: 330 terms of a sum are too deep for
+    it."""
     text = ast.get_source_segment(code, node)
     for decorator in reversed(getattr(node, "decorator_list", [])):
         text = "@" + ast.get_source_segment(code, decorator) + "\n" + text
@@ -150,7 +159,8 @@ def source(code, node):
 
 
 def longest_parsable(lines):
-    """The span with the most lines that are not blank, among those that parse; of equals the first that starts."""
+    """The span with the most lines that are not blank, among those that parse; of equals the first
+    that starts."""
     filled = [0]
     for line in lines:
         filled.append(filled[-1] + bool(line.strip()))

@@ -1,4 +1,5 @@
-"""What the tests of benchmarks/ share: the rows, the prompts of the harness, programs right or wrong by making."""
+"""What the tests of benchmarks/ share: the benchmarks' rows, the harness's prompts, programs right
+or wrong by making."""
 
 import ast
 import gzip
@@ -31,7 +32,8 @@ def dream_chat(text, start):
 
 
 def llada_chat(text, start):
-    """A prompt as LLaDA's chat template renders it: it trims every message, the assistant's start too."""
+    """A prompt as LLaDA's chat template renders it: it trims every message, the assistant's start
+    too."""
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     user, assistant = header.format("user"), header.format("assistant")
     return f"<|startoftext|>{user}{text.strip()}<|eot_id|>{assistant}{start.strip()}"

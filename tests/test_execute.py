@@ -36,7 +36,8 @@ def passes(program, tests=CHECK, names=(), **options):
 
 
 def strays():
-    """Processes that a run left behind: of a user that was made for it, while its supervisor is gone; and sleepers."""
+    """Processes that a run left behind: of a user that was made for it, while its supervisor is
+    gone; and sleepers."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -63,7 +64,7 @@ def own_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-# ----------------------------------------------------------------------------------------------------------- attacks
+# ----------------------------------------------------------------------------------------- attacks
 
 FORGE = "class Any{base}:\n    __eq__ = __ne__ = __lt__ = __gt__ = __sub__ = __rsub__ = __abs__ = __bool__ = {method}\n"
 ATTACKS = {  # name: (program, what the reason says)
@@ -280,7 +281,7 @@ def effective():
     assert passes(program, "assert effective() == 0, effective()")
 
 
-# --------------------------------------------------------------------------------------------------- honest programs
+# --------------------------------------------------------------------------------- honest programs
 
 HONEST = {  # name: (program, tests)
     "numbers": ("def f(): return 0.1, 2**70, 1j, True, None, float('inf')",
@@ -401,7 +402,7 @@ def test_many_keep_their_order():
     assert not left_behind()
 
 
-# ----------------------------------------------------------------------------------------------------------- the wire
+# ---------------------------------------------------------------------------------------- the wire
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()

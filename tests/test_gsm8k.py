@@ -1,6 +1,7 @@
 """GSM8K: prompts, settings and the grader: python -m pytest tests/test_gsm8k.py
 
-Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped without it.
+Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped
+without it.
 """
 
 import pytest

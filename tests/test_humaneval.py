@@ -1,4 +1,5 @@
-"""HumanEval: prompts, settings and the programs made of responses: python -m pytest tests/test_humaneval.py
+"""HumanEval: prompts, settings and the programs made of responses: python -m pytest
+tests/test_humaneval.py
 
 The benchmark is read from the folder that TABOM_DATA names, and skipped without it.
 """
@@ -13,7 +14,7 @@ from programs import check_lengths, check_prompts, emptied, fenced, golden, judg
 from benchmarks import execute, humaneval
 
 LLADA = dict(family="llada", protocol="official")
-SAMPLE = 20  # records in the quick test
+SAMPLE = 10  # records in the quick test
 
 
 def cases(data, **how):

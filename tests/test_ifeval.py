@@ -1,7 +1,7 @@
 """The 25 instructions of IFEval: python -m pytest tests/test_ifeval.py
 
-The benchmark and 180 responses with their official verdicts are read from the folder that TABOM_DATA names, and skipped
-without it.
+The benchmark and 180 responses with their official verdicts are read from the folder that
+TABOM_DATA names, and skipped without it.
 """
 
 import gzip
@@ -33,7 +33,7 @@ def grade(name, response, **kwargs):
     return verdict["strict"][0], verdict["loose"][0]
 
 
-# ----------------------------------------------------------------------------------------------- prompts and settings
+# ---------------------------------------------------------------------------- prompts and settings
 
 
 @needs_data
@@ -52,7 +52,7 @@ def test_settings():
     assert ifeval.trim("all of it") == "all of it"
 
 
-# -------------------------------------------------------------------------------------------- the official verdicts
+# --------------------------------------------------------------------------- the official verdicts
 
 
 @needs_data
@@ -86,7 +86,7 @@ def test_every_record_of_the_benchmark_can_be_graded(response):
             assert not any(verdict["loose"])
 
 
-# --------------------------------------------------------------------------------------------- each instruction alone
+# -------------------------------------------------------------------------- each instruction alone
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and then it goes home"
 CASES = [  # instruction, arguments, responses that follow it strictly, responses that do not
@@ -198,7 +198,7 @@ def test_without_langdetect(monkeypatch):
     assert grade("punctuation:no_comma", "Hello") == (True, True)
 
 
-# -------------------------------------------------------------------------------------------------- strict and loose
+# -------------------------------------------------------------------------------- strict and loose
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_loose_is_never_stricter(response):
             assert loose >= strict
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------- what is refused
 
 
 def test_an_unknown_instruction():
@@ -272,7 +272,7 @@ def test_arguments():
     assert found["correct"] and found["strict"] == found["loose"] == [True]
 
 
-# ----------------------------------------------------------------------------------------------- sentences and words
+# ----------------------------------------------------------------------------- sentences and words
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_sentences_lose_no_words(text):
     assert "".join("".join(ifeval.sentences(text)).split()) == "".join(text.split())
 
 
-# ---------------------------------------------------------------------------------------------------- hostile records
+# --------------------------------------------------------------------------------- hostile records
 
 
 def test_an_expression_that_never_ends_is_not_followed(monkeypatch):

@@ -1,6 +1,7 @@
 """MATH500: prompts, settings and the grader: python -m pytest tests/test_math500.py
 
-Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped without it.
+Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped
+without it.
 """
 
 import re
@@ -39,8 +40,8 @@ def test_responses_end_at_the_first_stop():
 @pytest.mark.slow
 @pytest.mark.parametrize("gold, key", [("latex", "harness"), ("raw", "fork")])
 def test_verdicts_are_the_harnesss(gold, key):
-    """But for what we mean to do otherwise, the last of several boxes; and for "%", "$" and commas, which differ from
-    version to version of what math-verify stands on."""
+    """But for what we mean to do otherwise, the last of several boxes; and for "%", "$" and commas,
+    which differ from version to version of what math-verify stands on."""
     pytest.importorskip("math_verify")
     compared = 0
     for row in golden("math500"):

@@ -14,7 +14,7 @@ from programs import check_lengths, check_prompts, emptied, fenced, golden, judg
 from benchmarks import execute, mbpp
 
 LLADA = dict(family="llada", protocol="official")
-SAMPLE = 20  # records in the quick test
+SAMPLE = 10  # records in the quick test
 
 
 def cases(data, **how):
