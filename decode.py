@@ -1,5 +1,4 @@
-"""Decoders of masked diffusion language models, with a log of when and how surely each token was
-decoded.
+"""Decoders of masked diffusion language models. They log when and how surely each token was decoded.
 
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256)  # Dream
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="llada",
@@ -50,8 +49,9 @@ class Settings:
 
     A threshold takes the place of the schedule. "dream" compares the largest probability of each
     position with it, whatever the strategy, temperature, top_p and top_k are; "llada" the strategy's
-    score (the probability, the margin, or minus the entropy, which never reaches it).
-    tokens_per_step takes the place of steps, which is then N at most.
+    score (the probability, the margin, or minus the entropy, which can only reach 0). If none
+    reaches it, the best one is decoded. steps are then the most that are taken: N where not given,
+    as with tokens_per_step.
 
     Raises ValueError, which names what is wrong, for settings that do not fit together.
     """
@@ -244,9 +244,14 @@ class Run:
 
         count [B]: how many positions are masked."""
         s = self.settings
-        rows = count.nonzero()[:, 0].to(masked.device)  # [R]: rows that are done cost nothing
+        # Rows that are done cost nothing, nor do rows that wait, unless a cache must keep them.
+        active = best
+        if s.approximate_cache is not None:
+            active = count
+        rows = active.nonzero()[:, 0]  # [R]
+        K, rows = int(count[rows].max()), rows.to(masked.device)
         masked, best = masked[rows], best.to(masked.device)[rows]
-        place, number = numbered(masked, int(count.max()))  # [R, K], [R, N]
+        place, number = numbered(masked, K)  # [R, K], [R, N]
         more = reuse.arguments(rows)
         more["attention_mask"] = None
         if self.attention_mask is not None:
