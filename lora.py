@@ -1,19 +1,20 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), written out by hand and stored as PEFT stores them.
 
-    lora.inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"))   # freezes m; only lora_A and lora_B train
-    lora.save(m, "out/adapter")                                      # adapter_config.json, adapter_model.safetensors
-    lora.load(m, "out/adapter")                                      # ours or PEFT's, a folder or a Hub repo id
-    lora.settings("out/adapter")                                     # its rank, alpha, dropout, targets, ...
-    with lora.disabled(m): ...                                       # the base model
-    reference = lora.Reference(m); reference.update()                # the model as it was
-    lora.merge(m); lora.unmerge(m)                                   # fold into the weights, and take out again
+    lora.inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"))  # only lora_A and lora_B train
+    lora.save(m, "out/adapter")                         # a PEFT folder: config and safetensors
+    lora.load(m, "out/adapter")                         # ours or PEFT's, a folder or a Hub repo id
+    lora.settings("out/adapter")                        # its rank, alpha, dropout, targets, ...
+    with lora.disabled(m): ...                          # the base model
+    reference = lora.Reference(m); reference.update()   # the model as it was
+    lora.merge(m); lora.unmerge(m)                      # fold into the weights, and take out again
 
     y = W x + b + scaling * B A dropout(x)         A [rank, in], B [out, rank], B = 0 at the start
     scaling = alpha / rank, or alpha / sqrt(rank) with rslora (Kalajdzievski 2023, arXiv 2312.03732)
 
-A and B are float32 whatever the dtype of W, and the sum is formed in float32, as PEFT does. Each layer has its own rank
-and alpha, as PEFT's rank_pattern and alpha_pattern give them. Works on any nn.Module; a module with a method
-`checkpoint_name` is saved under the names that it gives (those of the official model class).
+A and B are float32 whatever the dtype of W, and the sum is formed in float32, as PEFT does. Each layer
+has its own rank and alpha, as PEFT's rank_pattern and alpha_pattern give them. Works on any nn.Module; a
+module with a method `checkpoint_name` is saved under the names that it gives (those of the official
+model class).
 """
 
 import contextlib
@@ -36,12 +37,13 @@ PREFIX = "base_model.model."  # PEFT wraps the official model class twice
 
 @dataclass
 class Settings:
-    """What an adapter is, in PEFT's terms. A pattern maps a layer's name, or a regular expression for the end of one,
-    to the number that this layer has instead."""
+    """What an adapter is, in PEFT's terms. A pattern maps a layer's name, or a regular expression
+    for the end of one, to the number that this layer has instead."""
 
     rank: int = 16
     alpha: float = 16
-    targets: tuple | list | str = ("q_proj", "v_proj")  # last parts of names or whole ones; a string is an expression
+    # last parts of names or whole ones; a string is an expression
+    targets: tuple | list | str = ("q_proj", "v_proj")
     dropout: float = 0.0
     rslora: bool = False  # scale by alpha / sqrt(rank)
     rank_pattern: dict = field(default_factory=dict)
@@ -53,7 +55,8 @@ class Settings:
 
 
 def by_pattern(pattern, name, default):
-    """The number of the first key that is the layer's name or the end of it, as in PEFT's get_pattern_key."""
+    """The number of the first key that is the layer's name or the end of it, as in PEFT's
+    get_pattern_key."""
     for key, number in pattern.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return number
@@ -81,7 +84,9 @@ class LoRALinear(nn.Linear):
 
     @property
     def scaling(self):
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        if self.rslora:
+            return self.alpha / math.sqrt(self.rank)
+        return self.alpha / self.rank
 
     def forward(self, x):
         if self.unmerged is not None:
@@ -115,8 +120,9 @@ def layers(m):
 
 
 def find(m, targets):
-    """Name -> linear layer, for the layers whose official name is a target or ends in .target; a string is a pattern
-    for the whole name, as in PEFT. Raises ValueError for a target that matches nothing."""
+    """Name -> linear layer, for the layers whose official name is a target or ends in .target; a
+    string is a pattern for the whole name, as in PEFT. Raises ValueError for a target that matches
+    nothing."""
     found, nothing = matching(m, targets)
     if nothing or not found:
         known = set()
@@ -129,18 +135,28 @@ def find(m, targets):
 
 def matching(m, targets):
     """(name -> linear layer of the targets, the targets that match none)"""
-    pattern, wanted, used = isinstance(targets, str), {}, set()
+    found, used = {}, set()
+    pattern = isinstance(targets, str)
+    if pattern:
+        targets = [targets]
     for name, layer in linears(m).items():
         whole = official(m, name)
-        for target in [targets] if pattern else targets:
-            try:
-                hit = re.fullmatch(target, whole) if pattern else whole == target or whole.endswith("." + target)
-            except re.error as e:
-                raise ValueError(f"the pattern {target!r} of layers is not one: {e}") from e
-            if hit:
-                wanted[name] = layer
+        for target in targets:
+            if is_target(whole, target, pattern):
+                found[name] = layer
                 used.add(target)
-    return wanted, [t for t in ([targets] if pattern else targets) if t not in used]
+    return found, [target for target in targets if target not in used]
+
+
+def is_target(name, target, pattern):
+    """Whether a layer's official name is the target or ends in it, or fits it as a regular
+    expression."""
+    if not pattern:
+        return name == target or name.endswith("." + target)
+    try:
+        return bool(re.fullmatch(target, name))
+    except re.error as e:
+        raise ValueError(f"the pattern {target!r} of layers is not one: {e}") from e
 
 
 def linears(m):
@@ -150,9 +166,9 @@ def linears(m):
 def inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"), dropout=0.0, generator=None, **more):
     """Freeze m and put an adapter on every target layer, in place. Returns m.
 
-    generator (a CPU torch.Generator) draws lora_A. more: rslora, rank_pattern and alpha_pattern of `Settings`. Raises
-    ValueError for an unknown target, a rank below 1, an alpha that is not above 0, a dropout outside [0, 1), or a model
-    that has adapters already.
+    generator (a CPU torch.Generator) draws lora_A. more: rslora, rank_pattern and alpha_pattern of
+    `Settings`. Raises ValueError for an unknown target, a rank below 1, an alpha that is not above
+    0, a dropout outside [0, 1), or a model that has adapters already.
     """
     if layers(m):
         raise ValueError("the model has adapters already, or had some that were merged: load the base model again")
@@ -180,12 +196,14 @@ def wrap(m, found, s, generator=None):
     for name, linear in found.items():
         parent, _, leaf = name.rpartition(".")
         rank, alpha = s.of(official(m, name))
-        setattr(m.get_submodule(parent), leaf, LoRALinear(linear, rank, alpha, s.dropout, generator, s.rslora))
+        adapted = LoRALinear(linear, rank, alpha, s.dropout, generator, s.rslora)
+        setattr(m.get_submodule(parent), leaf, adapted)
 
 
 @contextlib.contextmanager
 def disabled(m):
-    """Inside, m computes what its base model computes. Nests, and restores the state before it on any exit."""
+    """Inside, m computes what its base model computes. Nests, and restores the state before it on
+    any exit."""
     before = {layer: layer.enabled for layer in layers(m).values()}
     for layer in before:
         layer.enabled = False
@@ -197,8 +215,9 @@ def disabled(m):
 
 
 class Reference:
-    """The model as it was: called like m, it computes what m computed at the last `update`, and before the first one
-    what the base model does. Without gradient and dropout. Holds one copy of the adapter, never one of the base."""
+    """The model as it was: called like m, it computes what m computed at the last `update`, and
+    before the first one what the base model does. Without gradient and dropout. Holds one copy of
+    the adapter, never one of the base."""
 
     def __init__(self, m):
         if not layers(m):
@@ -224,8 +243,9 @@ class Reference:
 
 
 def merge(m):
-    """W <- W + scaling * B A, in place; the sum in float32, rounded once to W's dtype. Twice is as good as once.
-    Afterwards the model's parameters are those of the base class, and it can be saved. Returns m."""
+    """W <- W + scaling * B A, in place; the sum in float32, rounded once to W's dtype. Twice is as
+    good as once. Afterwards the model's parameters are those of the base class, and it can be
+    saved. Returns m."""
     for layer in layers(m).values():
         layer.merge()
     return m
@@ -248,11 +268,12 @@ def tensors(m):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- save and load
+# ----------------------------------------------------------------------------------- save and load
 
 
 def save(m, folder, base=None):
-    """Write the adapter as a PEFT folder. base: the name or path of the base model, for PEFT's AutoPeftModel.
+    """Write the adapter as a PEFT folder. base: the name or path of the base model, for PEFT's
+    AutoPeftModel.
 
     Raises ValueError for a model without adapters."""
     found = layers(m)
@@ -290,25 +311,31 @@ def save(m, folder, base=None):
 
 
 def common(numbers):
-    """(the most frequent number, PEFT's pattern for the layers that have another), from official name -> number"""
+    """(the most frequent number, PEFT's pattern for the layers that have another), from official
+    name -> number"""
     usual, pattern = Counter(numbers.values()).most_common(1)[0][0], {}
     for name, number in numbers.items():
         if number != usual:
-            # A key fits every name that ends in it: one that is the end of another's name is tied to the beginning.
+            # A key fits every name that ends in it: one that is the end of another's name is tied
+            # to the beginning.
             ends_another = any(other.endswith("." + name) for other in numbers)
             pattern["^" * ends_another + name] = number
     return usual, pattern
 
 
 def short_names(m, found):
-    """The last parts of the adapted layers' names, as PEFT writes them; the whole names where those fit others too."""
+    """The last parts of the adapted layers' names, as PEFT writes them; the whole names where
+    those fit others too."""
     whole = sorted(official(m, name) for name in found)
     short = sorted({name.rsplit(".", 1)[-1] for name in whole})
-    return short if find(m, short).keys() == found.keys() else whole
+    if find(m, short).keys() == found.keys():
+        return short
+    return whole
 
 
 def save_tensors(weights, file):
-    """A safetensors file that others can read: the library makes it private (mode 600), whatever the umask."""
+    """A safetensors file that others can read: the library makes it private (mode 600), whatever
+    the umask."""
     file.unlink(missing_ok=True)
     file.touch()  # made the usual way, it has the mode that the umask gives
     mode = file.stat().st_mode
@@ -316,8 +343,9 @@ def save_tensors(weights, file):
     file.chmod(mode)
 
 
-# Of PEFT's settings: those that change nothing here or that settings() reads, and the values of others that are
-# computed here. Anything else that is set asks for a variant of LoRA that this module is not.
+# Of PEFT's settings: those that change nothing here or that settings() reads, and the values of
+# others that are computed here. Anything else that is set asks for a variant of LoRA that this
+# module is not.
 HARMLESS = set(
     """
     r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern base_model_name_or_path revision
@@ -331,7 +359,8 @@ PLAIN = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, 
 def adapter_folder(path):
     """A local folder for an adapter's folder or Hub repo id (owner/name, downloaded if need be).
 
-    Raises FileNotFoundError where it is neither, naming the newest checkpoint of a folder that holds a run's."""
+    Raises FileNotFoundError where it is neither, naming the newest checkpoint of a folder that
+    holds a run's."""
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         return folder
@@ -345,7 +374,8 @@ def adapter_folder(path):
         raise FileNotFoundError(f"no adapter_config.json in {folder}: not a PEFT adapter folder")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
         raise FileNotFoundError(f"no adapter {path}: give a PEFT folder, or a Hub repo id (owner/name)")
-    from huggingface_hub import snapshot_download  # only for a Hub id: everything else works without the package
+    # only for a Hub id: everything else works without the package
+    from huggingface_hub import snapshot_download
 
     wanted = ["adapter_config.json", "adapter_model.safetensors"]  # no pickles
     try:
@@ -363,7 +393,9 @@ def training_step(checkpoint):
     step = -1
     with contextlib.suppress(ValueError, OSError):
         step = read_json(checkpoint / "trainer.json").get("step", -1)
-    return (step if type(step) is int else -1, checkpoint.stat().st_mtime)
+    if type(step) is not int:
+        step = -1
+    return step, checkpoint.stat().st_mtime
 
 
 def read_json(file):
@@ -379,7 +411,8 @@ def read_json(file):
 def settings(path):
     """The Settings of a PEFT adapter: a folder, or a Hub repo id.
 
-    Raises FileNotFoundError, or ValueError for another method than LoRA and for each setting that is not computed here.
+    Raises FileNotFoundError, or ValueError for another method than LoRA and for each setting that
+    is not computed here.
     """
     file = adapter_folder(path) / "adapter_config.json"
     config = read_json(file)
@@ -387,7 +420,8 @@ def settings(path):
         raise ValueError(f"{file}: peft_type is {config['peft_type']!r}, and only LoRA adapters are supported")
     odd = []
     for key, value in config.items():
-        if key not in HARMLESS and (value not in PLAIN[key] if key in PLAIN else value):
+        unset = PLAIN.get(key, (value,) if not value else ())
+        if key not in HARMLESS and value not in unset:
             odd.append(f"{key} = {value!r}")
     if odd:
         raise ValueError(f"{file}: unsupported adapter settings {', '.join(odd)}")
@@ -395,7 +429,8 @@ def settings(path):
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing: not a readable LoRA adapter")
     targets = config["target_modules"]
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+    listed = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+    if not listed and not isinstance(targets, str):
         raise ValueError(f"{file}: target_modules is {targets!r}, not a list of names or a pattern")
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     for pattern in patterns:
@@ -419,12 +454,13 @@ def settings(path):
 
 
 def load(m, path):
-    """Inject and fill the adapter of a PEFT folder or Hub repo id; into the adapter that m has already, if its shapes
-    fit. The layers are those that have tensors: some tools name targets that a model does not have. Returns m.
+    """Inject and fill the adapter of a PEFT folder or Hub repo id; into the adapter that m has
+    already, if its shapes fit. The layers are those that have tensors: some tools name targets
+    that a model does not have. Returns m.
 
-    Raises FileNotFoundError, or ValueError with every unsupported setting or every missing, unexpected or misshapen
-    tensor, for values that are not finite, and for files with another hash than a manifest.json says; m is unchanged
-    then."""
+    Raises FileNotFoundError, or ValueError with every unsupported setting or every missing,
+    unexpected or misshapen tensor, for values that are not finite, and for files with another hash
+    than a manifest.json says; m is unchanged then."""
     folder = adapter_folder(path)
     s = settings(folder)
     stored = read_tensors(folder)
@@ -440,7 +476,7 @@ def load(m, path):
         shapes[f"{PREFIX}{whole}.lora_A.weight"] = [rank, linear.in_features]
         shapes[f"{PREFIX}{whole}.lora_B.weight"] = [linear.out_features, rank]
         if mine and linear.rank != rank:
-            wrong.append(f"rank {rank} of {whole}, but the model's adapter has rank {linear.rank} there")
+            wrong.append(f"rank {rank} of {whole}, but the model's adapter has rank {linear.rank}")
     wrong += [f"missing {name}" for name in shapes if name not in stored]
     for name, tensor in stored.items():
         if name not in shapes:
@@ -483,10 +519,11 @@ def read_tensors(folder):
 
 
 def check_manifest(folder, files):
-    """Raises ValueError for a file whose SHA-256 is not the one in manifest.json, where there is one that has it: a
-    checkpoint of training has."""
+    """Raises ValueError for a file whose SHA-256 is not the one in manifest.json, where there is
+    one that has it: a checkpoint of training has."""
     manifest = folder / "manifest.json"
     hashes = read_json(manifest) if manifest.is_file() else {}
     for file in files:
-        if file in hashes and hashlib.sha256((folder / file).read_bytes()).hexdigest() != hashes[file]:
+        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        if hashes.get(file, digest) != digest:
             raise ValueError(f"{folder / file} was damaged or changed: its SHA-256 is not that of {manifest.name}")

@@ -1,29 +1,30 @@
-"""One bidirectional transformer for the masked diffusion language models LLaDA, Dream, SDAR and A2D.
+"""One bidirectional transformer for masked diffusion language models: LLaDA, Dream, SDAR and A2D.
 
-    m = model.load("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16, device="cuda")  # a folder or a Hub repo id
-    logits = m(ids, attention_mask=None, positions=None)                               # [B, L] -> [B, L or P, V]
-    model.save(m, "out/model")                                                         # the layout it was loaded from
+    # a folder or a Hub repo id
+    m = model.load("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16, device="cuda")
+    logits = m(ids, attention_mask=None, positions=None)         # [B, L] -> [B, L or P, V]
+    model.save(m, "out/model")                                   # the layout it was loaded from
 
-logits[b, i] always predicts token i. Checkpoints are Hugging Face folders (config.json, *.safetensors) and are read
-without the transformers library; nothing in a checkpoint is executed.
+logits[b, i] always predicts token i. Checkpoints are Hugging Face folders (config.json, *.safetensors)
+and are read without the transformers library; nothing in a checkpoint is executed.
 
 Sources: ML-GSAI/LLaDA (modeling_llada.py: an OLMo / Llama block without a causal mask), DreamLM/Dream
-(modeling_dream.py: Qwen2 without a causal mask), JetAstra/SDAR (modeling_sdar.py: Qwen3, causal from block to block)
-and ZHZisZZ/dllm (A2D, modeling_qwen3.py: Qwen3 without a causal mask). The families differ in these points, each a
-field of `Config`:
+(modeling_dream.py: Qwen2 without one), JetAstra/SDAR (modeling_sdar.py: Qwen3, causal from block to
+block) and ZHZisZZ/dllm (A2D, modeling_qwen3.py: Qwen3 without a causal mask). The families differ in
+these points, each a field of `Config`:
 
-                      LLaDA-8B       Dream-7B                SDAR                    A2D
-    biases            none           on q, k and v           none                    none
-    norms of q and k  none           none                    per head                per head
-    RMSNorm           cast, weight   cast, weight            weight, cast            cast, weight
-    key-value heads   all            4 for 28 query heads    8 for 16 or 32          8 for 16
-    RoPE rotates in   float32        the model's dtype       the model's dtype       the model's dtype
-    padding           is counted     positions skip it       positions skip it       positions skip it
-    attention         everything     everything              block-causal            everything, or block-causal
-    output at i       token i        token i + 1             token i                 token i
+                      LLaDA-8B       Dream-7B             SDAR                 A2D
+    biases            none           on q, k and v        none                 none
+    norms of q and k  none           none                 per head             per head
+    RMSNorm           cast, weight   cast, weight         weight, cast         cast, weight
+    key-value heads   all            4 for 28 of q        8 for 16 or 32       8 for 16
+    RoPE rotates in   float32        the model's dtype    the model's dtype    the model's dtype
+    padding           is counted     positions skip it    positions skip it    positions skip it
+    attention         everything     everything           block-causal         either of the two
+    output at i       token i        token i + 1          token i              token i
 
-Dimensions: B batch, L length, P positions asked for, V vocabulary, D width, H query heads, K key-value heads,
-E width of a head.
+Dimensions: B batch, L length, P positions asked for, V vocabulary, D width, H query heads,
+K key-value heads, E width of a head.
 """
 
 import contextlib
@@ -68,16 +69,20 @@ class Config:
     weight_first: bool = False  # RMSNorm multiplies by its weight before the cast to the model's dtype
     skip_padding: bool = False  # positions count real tokens only
     shifted: bool = False  # position i of the network predicts token i + 1
-    block_length: int | None = None  # attention is causal from block to block; None = everything sees everything
-    max_length: int | None = None  # the context that the model was trained for, in tokens; callers warn beyond it
-    raw: dict = dataclasses.field(default_factory=dict, repr=False)  # config.json as read, and as save() writes it
+    # attention is causal from block to block; None = everything sees everything
+    block_length: int | None = None
+    # the context that the model was trained for, in tokens; callers warn beyond it
+    max_length: int | None = None
+    # config.json as read, and as save() writes it
+    raw: dict = dataclasses.field(default_factory=dict, repr=False)
 
 
-# ------------------------------------------------------------------------------------------------------ transformer
+# ------------------------------------------------------------------------------------- transformer
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32. Whether the weight comes before or after the cast is as much as bfloat16's own error."""
+    """Normalised in float32. Whether the weight comes before or after the cast is as much as
+    bfloat16's own error."""
 
     def __init__(self, width, eps, weight_first):
         super().__init__()
@@ -93,7 +98,8 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x [B, H, L, E], halves (not pairs) rotated, in the dtype of cos and sin."""
+    """Rotary position embedding of x [B, H, L, E], halves (not pairs) rotated, in the dtype of cos
+    and sin."""
     dtype, x = x.dtype, x.to(cos.dtype)
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(dtype)
@@ -110,9 +116,11 @@ def pick_rows(x, at):
 
 
 def attend(q, k, v, mask):
-    """Attention of q [B, H, P, E] over k and v [B, K, L, E] where mask is True (None = everywhere) -> [B, H, P, E]."""
+    """Attention of q [B, H, P, E] over k and v [B, K, L, E] where mask is True (None = everywhere)
+    -> [B, H, P, E]."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and mask is not None:  # no fused CUDA kernel takes both a mask and fewer keys than queries
+    # no fused CUDA kernel takes both a mask and fewer keys than queries
+    if groups > 1 and mask is not None:
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
 
@@ -129,25 +137,31 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_width, c.norm_eps, c.weight_first)
             self.k_norm = RMSNorm(c.head_width, c.norm_eps, c.weight_first)
         self.qk_norm = c.qk_norm
-        self.attend = attend  # what measures or replaces the kernel sets another function here, on one instance
+        # what measures or replaces the kernel sets another function here, on one instance
+        self.attend = attend
 
     def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
-        """x [B, L, D] -> [B, L, D], or [B, P, D] where `at` [B, P] names the places whose queries are wanted."""
+        """x [B, L, D] -> [B, L, D], or [B, P, D] where `at` [B, P] names the places whose queries
+        are wanted."""
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))  # [B, K, L, E]
-        k = rotate(self.k_norm(k) if self.qk_norm else k, cos, sin)
+        if self.qk_norm:
+            k = self.k_norm(k)
+        k = rotate(k, cos, sin)
         if at is not None:
             x, cos, sin = pick(x, at), pick_rows(cos, at), pick_rows(sin, at)
             if mask is not None and mask.shape[2] > 1:  # it has a row for each query
                 mask = pick_rows(mask, at)
         q = self.split(self.q_proj(x))  # [B, H, P, E]
-        q = rotate(self.q_norm(q) if self.qk_norm else q, cos, sin)
+        if self.qk_norm:
+            q = self.q_norm(q)
+        q = rotate(q, cos, sin)
         if cache is not None:
             k, v = cache.put(self, k, v, start)
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def split(self, x):
         """[B, L, heads * E] -> [B, heads, L, E]"""
-        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
+        return x.view(*x.shape[:2], x.shape[2] // self.head_width, self.head_width).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -179,21 +193,26 @@ class Block(nn.Module):
     down_proj = property(lambda block: block.mlp.down_proj)
 
     def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
-        """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block has to compute."""
+        """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block
+        has to compute."""
         y = self.attn(self.attn_norm(x), cos, sin, mask, cache, start, at)
-        x = y + (x if at is None else pick(x, at))
+        if at is not None:
+            x = pick(x, at)
+        x = x + y
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Cache:
-    """Keys and values of every block for the tokens of one batch, [B, K, L, E] each, as they were when computed."""
+    """Keys and values of every block for the tokens of one batch, [B, K, L, E] each, as they were
+    when computed."""
 
     def __init__(self):
         self.kept = {}  # attention module -> (keys, values)
 
     @torch.compiler.disable  # it would be compiled anew for every block
     def put(self, owner, k, v, start):
-        """Store what was computed anew for the tokens from `start` on -> keys and values of all tokens."""
+        """Store what was computed anew for the tokens from `start` on -> keys and values of all
+        tokens."""
         if owner in self.kept:
             for old, new in zip(self.kept[owner], (k, v)):
                 old[:, :, start : start + new.shape[2]] = new
@@ -208,8 +227,9 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """The network. Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
-    keeping its activations, and `config.block_length` to make attention block-causal."""
+    """The network. Set `gradient_checkpointing = True` to recompute each block in the backward
+    pass instead of keeping its activations, and `config.block_length` to make attention
+    block-causal."""
 
     def __init__(self, config):
         super().__init__()
@@ -225,36 +245,43 @@ class Transformer(nn.Module):
     def forward(self, ids, attention_mask=None, positions=None, cache=None, span=None):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
-        attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no meaning, nor has
-        Dream's first real token after left padding (its logits come from the padding before it).
+        attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
+        meaning, nor has Dream's first real token after left padding (its logits come from the
+        padding before it).
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
-        cache, span: approximate inference (see decode.py). A first call with an empty Cache() fills it; a call with
-            span = (start, end) computes only those tokens anew, and takes the keys and values of the others from there.
-            positions are needed then, and count from the start of ids as ever.
+        cache, span: approximate inference (see decode.py). A first call with an empty Cache()
+            fills it; a call with span = (start, end) computes only those tokens anew, and takes
+            the keys and values of the others from there. positions are needed then, and count from
+            the start of ids as ever.
         """
         c, first, length = self.config, 0, ids.shape[1]
         index = self.index(ids, attention_mask)  # [1 or B, L]
         mask = self.visible(index, attention_mask)
         cos, sin = self.rope(index, self.embed.weight.dtype)  # [1 or B, 1, L, E]
         if span is not None:
-            first, end = span[0] - (c.shifted and span[0] > 0), span[1]  # Dream predicts a token one place before it
+            # Dream predicts a token one place before it
+            first, end = span[0] - (c.shifted and span[0] > 0), span[1]
             ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
             if c.block_length is not None:
                 mask = mask[:, :, first:end]
         x = self.embed(ids)  # [B, L, D]
-        if c.shifted:  # Dream was adapted from an autoregressive model: token i is predicted at position i - 1
+        # Dream was adapted from an autoregressive model: token i is predicted at position i - 1
+        if c.shifted:
             if positions is None:
                 positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
         at = None if positions is None else positions - first
         for block in self.layers:
-            last = at if block is self.layers[-1] else None  # the last block only where the head runs
+            # the last block only where the head runs
+            last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, cache, first, last, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache, first, last)
         x = self.norm(x)
-        return F.linear(x, self.embed.weight) if c.tied else self.head(x)
+        if c.tied:
+            return F.linear(x, self.embed.weight)
+        return self.head(x)
 
     def new_cache(self):
         return Cache()
@@ -266,34 +293,41 @@ class Transformer(nn.Module):
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def visible(self, index, attention_mask):
-        """Which keys a query sees: None for all, [B, 1, 1, L] the real ones, [1 or B, 1, L, L] where blocks count."""
-        # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an empty row is NaN.
+        """Which keys a query sees: None for all, [B, 1, 1, L] the real ones, [1 or B, 1, L, L]
+        where blocks count."""
+        # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
+        # empty row is NaN.
         real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         if self.config.block_length is None:
             return real
         block = index // self.config.block_length
-        past = block[:, None, None, :] <= block[:, None, :, None]  # its own block and those before it
+        # its own block and those before it
+        past = block[:, None, None, :] <= block[:, None, :, None]
         return past if real is None else past & real
 
     def rope(self, index, dtype):
-        """cos and sin [1 or B, 1, L, E] for the places index [1 or B, L], in the dtype that the family rotates in."""
+        """cos and sin [1 or B, 1, L, E] for the places index [1 or B, L], in the dtype that the
+        family rotates in."""
         c = self.config
         even = torch.arange(0, c.head_width, 2, device=index.device, dtype=torch.float32)
         frequency = 1.0 / c.rope_theta ** (even / c.head_width)
         # Angles are float32 even for a bfloat16 model: bfloat16 cannot tell place 257 from 256.
         angle = index[..., None].float() * frequency  # [1 or B, L, E / 2]
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # [1 or B, 1, L, E]
-        dtype = torch.float32 if c.rope_float32 else dtype
+        if c.rope_float32:
+            dtype = torch.float32
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def checkpoint_name(self, name):
         """The official name of a parameter or module of ours: layers.0.attn.o_proj of a LLaDA ->
-        model.transformer.blocks.0.attn_out. The groups attn and mlp may be left out: layers.0.o_proj."""
+        model.transformer.blocks.0.attn_out. The groups attn and mlp may be left out:
+        layers.0.o_proj."""
         names = NAMES[self.config.family]
         first, *rest = name.split(".")
         official = [names[first]]
         for part in rest:
-            if part not in ("attn", "mlp"):  # our groups: where a family has groups of its own, NAMES has them
+            # our groups: where a family has groups of its own, NAMES has them
+            if part not in ("attn", "mlp"):
                 official.append(names.get(part, part))
         return ".".join(official)
 
@@ -315,11 +349,12 @@ QWEN_NAMES = dict(
 # fmt: on
 NAMES = dict(llada=LLADA_NAMES, dream=QWEN_NAMES, sdar=QWEN_NAMES, a2d=QWEN_NAMES)
 
-# ----------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------ config
 
-# What a config.json may say, per family. READ: our field -> their key. START: what every model of the family does, and
-# what holds where a published file leaves a key out. REQUIRED: the values that this code computes; anything else is a
-# different network. IGNORED: keys that do not change what the network computes.
+# What a config.json may say, per family. READ: our field -> their key. START: what every model of
+# the family does, and what holds where a published file leaves a key out. REQUIRED: the values
+# that this code computes; anything else is a different network. IGNORED: keys that do not change
+# what the network computes.
 IDS = dict(mask_id="mask_token_id", eos_id="eos_token_id", pad_id="pad_token_id")
 # fmt: off
 LLADA = IDS | dict(
@@ -366,51 +401,58 @@ REQUIRED = {
     "sdar": QWEN3_REQUIRED,
     "a2d": QWEN3_REQUIRED,
 }
-# Of LLaDA's, Dream's and SDAR's own keys: initialisation, kernels, and how they were trained. Whether LLaDA's and
-# Dream's q, k and v have biases is not read from attention_bias by their code either.
+# Of LLaDA's, Dream's and SDAR's own keys: initialisation, kernels, and how they were trained.
+# Whether LLaDA's and Dream's q, k and v have biases is not read from attention_bias by their code
+# either.
 IGNORED = set(
     """
-    alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor init_device init_fn init_std
-    initializer_range max_position_embeddings max_sequence_length max_window_layers precision sliding_window
-    train_max_sequence_length attention_bias block_size debug ep_size fuse_cross_entropy micro_forward
-    skip_checkpoint use_deepep tie_word_embeddings
+    alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor
+    init_device init_fn init_std initializer_range max_position_embeddings max_sequence_length
+    max_window_layers precision sliding_window train_max_sequence_length attention_bias
+    block_size debug ep_size fuse_cross_entropy micro_forward skip_checkpoint use_deepep
+    tie_word_embeddings
     """.split()
 )
-# What transformers writes for every model: its class, labels, dtype, outputs, and settings of generation.
+# What transformers writes for every model: its class, labels, dtype, outputs, and settings of
+# generation.
 IGNORED |= set(
     """
-    architectures auto_map model_type dtype torch_dtype tokenizer_class attn_implementation use_cache return_dict
-    output_attentions output_hidden_states output_scores torchscript use_bfloat16 tf_legacy_loss
-    chunk_size_feed_forward gradient_checkpointing finetuning_task task_specific_params problem_type prefix id2label
-    label2id num_labels max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
-    num_return_sequences diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens
-    return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
+    architectures auto_map model_type dtype torch_dtype tokenizer_class attn_implementation
+    use_cache return_dict output_attentions output_hidden_states output_scores torchscript
+    use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing finetuning_task
+    task_specific_params problem_type prefix id2label label2id num_labels max_length min_length
+    max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences
+    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens
+    begin_suppress_tokens return_dict_in_generate remove_invalid_values
+    exponential_decay_length_penalty
     """.split()
 )
-IGNORED_KINDS = re.compile(r"_.*|.*_token_id|.*_version")  # private to transformers, further tokens, who wrote the file
+# private to transformers, further tokens, who wrote the file
+IGNORED_KINDS = re.compile(r"_.*|.*_token_id|.*_version")
 CHECKED = set(  # by functions of their own
     """
-    rope_parameters rope_scaling layer_types head_dim vocab_size embedding_size n_kv_heads mlp_hidden_size mlp_ratio
-    include_qkv_bias
+    rope_parameters rope_scaling layer_types head_dim vocab_size embedding_size n_kv_heads
+    mlp_hidden_size mlp_ratio include_qkv_bias
     """.split()
 )
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-LARGEST = 2**31  # of any number in a config: one that asks for more is an accident or an attack; so are 1025 layers
+LARGEST = dict(layers=1024)  # and 2**31 of anything: more is an accident or an attack
 
 
 def parse_config(raw, where="config.json"):
     """Config from the content of a config.json.
 
-    Raises ValueError: one line with every missing, unsupported and unknown key, that begins with `where`."""
+    Raises ValueError: one line with every missing, unsupported and unknown key, that begins with
+    `where`."""
     for key in EXPERTS:
         if raw.get(key):
             raise ValueError(f"{where}: {key}: a mixture of experts is not supported")
     kind = str(raw.get("model_type")).lower()
     if kind.endswith("_moe"):
         raise ValueError(f"{where}: model_type {kind}: a mixture of experts is not supported")
-    family = "a2d" if kind == "a2d-qwen3" else kind
-    if family not in READ or kind == "a2d":
+    family = {"a2d-qwen3": "a2d", "a2d": None}.get(kind, kind)
+    if family not in READ:
         known = "'llada', 'Dream', 'sdar' and 'a2d-qwen3'"
         raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; this code knows {known}")
     values = read_values(raw, family)
@@ -438,18 +480,21 @@ def read_values(raw, family):
             values["mlp_width"] = values["width"] * ratio
     if family == "sdar" and values["pad_id"] is None:
         values["pad_id"] = values["eos_id"]  # as Qwen3's base models, which SDAR is trained from
-    if "head_width" not in values and type(values["width"]) is type(values["heads"]) is int and values["heads"] > 0:
-        values["head_width"] = values["width"] // values["heads"]
+    width, heads = values["width"], values["heads"]
+    if "head_width" not in values and type(width) is type(heads) is int and heads > 0:
+        values["head_width"] = width // heads
     return values
 
 
 def read_rope(raw):
-    """rope_theta, and what is wrong with it: since transformers 5 it stands in rope_parameters, beside a type of which
-    only the plain one is computed here. rope_scaling is the older name of the same."""
+    """rope_theta, and what is wrong with it: since transformers 5 it stands in rope_parameters,
+    beside a type of which only the plain one is computed here. rope_scaling is the older name of
+    the same."""
     theta, wrong = raw.get("rope_theta"), []
     for key in ("rope_parameters", "rope_scaling"):
         settings = raw.get(key) or {}
-        if isinstance(settings, dict) and settings.keys() == {"full_attention"}:  # one entry per type of layer
+        # one entry per type of layer
+        if isinstance(settings, dict) and settings.keys() == {"full_attention"}:
             settings = settings["full_attention"]
         if not isinstance(settings, dict):
             wrong.append(f"{key} is {raw[key]!r}, not an object")
@@ -463,7 +508,8 @@ def read_rope(raw):
         here = settings.get("rope_theta")
         if theta is not None and here is not None and here != theta:
             wrong.append(f"rope_theta is {theta!r}, and {here!r} in {key}")
-        theta = here if theta is None else theta
+        if theta is None:
+            theta = here
     return theta, wrong
 
 
@@ -481,7 +527,7 @@ def check_values(values, family):
             least = int(f.type is not int)  # a length of 0 has no meaning, an id of 0 has
             if type(value) is not int or value < least:
                 wrong.append(f"{key} is {value!r}, not a whole number{' above 0' * least}")
-            elif value > (1024 if f.name == "layers" else LARGEST):
+            elif value > LARGEST.get(f.name, 2**31):
                 wrong.append(f"{key} is {value!r}, more than any model has")
         elif f.type is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
             wrong.append(f"{key} is {value!r}, not a positive number")
@@ -491,8 +537,8 @@ def check_values(values, family):
 
 
 def check_keys(raw, family):
-    """What is wrong with the keys that are no fields of Config: values that this code does not compute, and keys that
-    nobody here has heard of, which may ask for anything."""
+    """What is wrong with the keys that are no fields of Config: values that this code does not
+    compute, and keys that nobody here has heard of, which may ask for anything."""
     wrong = []
     for key, allowed in REQUIRED[family].items():
         if key in raw and raw[key] not in allowed:
@@ -528,12 +574,13 @@ def check_together(values, raw, family):
     return wrong
 
 
-# --------------------------------------------------------------------------------------------------- load and save
+# ----------------------------------------------------------------------------------- load and save
 
 
 def create(raw, generator=None, dtype=torch.float32, device="cpu"):
-    """A model with random weights from the content of a config.json: normal, with the config's own standard deviation
-    (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers) where a block adds to its input."""
+    """A model with random weights from the content of a config.json: normal, with the config's own
+    standard deviation (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers)
+    where a block adds to its input."""
     m = empty(parse_config(raw)).to_empty(device=device).to(dtype)
     std = raw.get("init_std") or raw.get("initializer_range") or 0.02
     for name, p in m.named_parameters():
@@ -546,13 +593,15 @@ def create(raw, generator=None, dtype=torch.float32, device="cpu"):
 
 
 def empty(config):
-    """The modules without storage: no time and no memory is spent on weights that are about to be replaced."""
+    """The modules without storage: no time and no memory is spent on weights that are about to be
+    replaced."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def resolve(path):
-    """A local folder for a folder or a Hub repo id ("GSAI-ML/LLaDA-8B-Instruct", downloaded if need be).
+    """A local folder for a folder or a Hub repo id ("GSAI-ML/LLaDA-8B-Instruct", downloaded if
+    need be).
 
     Raises FileNotFoundError when it is neither, or a folder without a config.json."""
     folder = Path(path)
@@ -568,9 +617,11 @@ def resolve(path):
         raise FileNotFoundError(
             f"no model folder {path}: give a folder with config.json, or a Hub repo id (owner/name)"
         )
-    from huggingface_hub import snapshot_download  # only for a Hub id: everything else works without the package
+    # only for a Hub id: everything else works without the package
+    from huggingface_hub import snapshot_download
 
-    # No pickles. Code is never run here; a merged model is written with it, for those who load it with transformers.
+    # No pickles. Code is never run here; a merged model is written with it, for those who load it
+    # with transformers.
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
@@ -583,10 +634,11 @@ def load(path, dtype=torch.float32, device="cpu"):
     """Transformer in eval mode from a Hugging Face folder or Hub repo id, one tensor at a time;
     dtype None keeps the dtype of each stored tensor.
 
-    Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and each tensor is read
-    through a mapping of its own that is given back at once. Nothing refers to the files afterwards.
-    Raises FileNotFoundError or ValueError; one error lists every missing, unexpected or misshapen tensor. Values that
-    are not finite, and files that a manifest.json knows with another hash, are errors too.
+    Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and
+    each tensor is read through a mapping of its own that is given back at once. Nothing refers to
+    the files afterwards. Raises FileNotFoundError or ValueError; one error lists every missing,
+    unexpected or misshapen tensor. Values that are not finite, and files that a manifest.json
+    knows with another hash, are errors too.
     """
     folder = resolve(path)
     config_file = folder / "config.json"
@@ -601,7 +653,8 @@ def load(path, dtype=torch.float32, device="cpu"):
         names[copy] = None
     wrong = [f"missing {name}" for name in names if name not in m.files]
     wrong += [f"unexpected {name}" for name in m.files if name not in names]
-    for official in sorted(m.files.keys() & names.keys(), key=lambda name: names[name] is None):  # a copy comes last
+    # a copy comes last
+    for official in sorted(m.files.keys() & names.keys(), key=lambda name: names[name] is None):
         wrong += read_tensor(m, folder, official, names[official], dtype, device, check_only=bool(wrong))
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
@@ -610,7 +663,8 @@ def load(path, dtype=torch.float32, device="cpu"):
 
 
 def read_tensor(m, folder, official, name, dtype, device, check_only):
-    """Fill the parameter `name` of m, or compare the embedding with a stored copy (name None) -> a list of errors.
+    """Fill the parameter `name` of m, or compare the embedding with a stored copy (name None) -> a
+    list of errors.
     check_only: look at the header only, because the model is not going to be used."""
     file, target = folder / m.files[official], m.get_parameter(name or "embed.weight")
     try:
@@ -619,16 +673,19 @@ def read_tensor(m, folder, official, name, dtype, device, check_only):
             if header.get_shape() != list(target.shape):
                 return [f"{official} is {header.get_shape()}, the config wants {list(target.shape)}"]
             if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                return [f"{official} in {file.name} is {header.get_dtype()}: quantized weights are not supported"]
+                dtype = header.get_dtype()
+                return [f"{official} in {file.name} is {dtype}: quantized weights are not supported"]
             if check_only:
                 return []
             tensor = f.get_tensor(official).to(device=device, dtype=dtype, copy=True)
     except SafetensorError as e:
         return [f"{official} cannot be read from {file.name} ({e})"]
     if name is None:
-        same = torch.equal(tensor.to(target.dtype), target)
-        return [] if same else [f"{official} differs from the embedding, but the config says that they are tied"]
-    # The extremes are NaN or infinite if any value is, and take no memory: isfinite() would double the largest tensor.
+        if torch.equal(tensor.to(target.dtype), target):
+            return []
+        return [f"{official} differs from the embedding, but the config says that they are tied"]
+    # The extremes are NaN or infinite if any value is, and take no memory: isfinite() would double
+    # the largest tensor.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         return [f"{official} in {file.name} has values that are not finite: the file is damaged"]
     parent, _, leaf = name.rpartition(".")
@@ -637,12 +694,14 @@ def read_tensor(m, folder, official, name, dtype, device, check_only):
 
 
 def find_tensors(folder):
-    """Official tensor name -> file name, from the headers of model.safetensors or of the shards in the index."""
+    """Official tensor name -> file name, from the headers of model.safetensors or of the shards in
+    the index."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) and Path(v).name == v for v in listed.values()):
-            raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
+        for file in listed.values() if isinstance(listed, dict) else [None]:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
         files = sorted(set(listed.values()))
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
@@ -664,8 +723,8 @@ def find_tensors(folder):
 
 
 def check_manifest(folder, files):
-    """Raises ValueError for a file whose SHA-256 is not the one in manifest.json, where there is one that has it: a
-    checkpoint of training has."""
+    """Raises ValueError for a file whose SHA-256 is not the one in manifest.json, where there is
+    one that has it: a checkpoint of training has."""
     manifest = folder / "manifest.json"
     hashes = read_json(manifest) if manifest.is_file() else {}
     for file in files:
@@ -689,10 +748,11 @@ def read_json(file):
 
 
 def save(m, path):
-    """Write config.json and the safetensors files in the layout, names and shards that m was loaded from. Weights and
-    an index that were in the folder before are removed.
+    """Write config.json and the safetensors files in the layout, names and shards that m was
+    loaded from. Weights and an index that were in the folder before are removed.
 
-    Raises ValueError while an adapter is attached: lora.merge(m) first, or save the adapter alone with lora.save."""
+    Raises ValueError while an adapter is attached: lora.merge(m) first, or save the adapter alone
+    with lora.save."""
     known = {name for name, _ in empty(m.config).named_parameters()}
     extra = [name for name, _ in m.named_parameters() if name not in known]
     if extra:
@@ -711,8 +771,8 @@ def save(m, path):
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
         texts = {"model.safetensors.index.json": index, **texts}
 
-    # All is written beside its place before anything old goes. Killed in between, the folder is without a config.json:
-    # it cannot be loaded, and never are old and new weights mixed.
+    # All is written beside its place before anything old goes. Killed in between, the folder is
+    # without a config.json: it cannot be loaded, and never are old and new weights mixed.
     for file, tensors in files.items():
         save_tensors(tensors, path / f"{file}.tmp")
     for file, content in texts.items():
@@ -724,16 +784,19 @@ def save(m, path):
 
 
 def old_weights(folder):
-    """The names of the files that hold a model's weights in a folder: the usual names, and those in its index."""
+    """The names of the files that hold a model's weights in a folder: the usual names, and those
+    in its index."""
     found = {"model.safetensors", "model.safetensors.index.json"}
     found.update(file.name for file in folder.glob("model-*-of-*.safetensors"))
-    with contextlib.suppress(ValueError, OSError):  # an index that cannot be read is removed all the same
+    # an index that cannot be read is removed all the same
+    with contextlib.suppress(ValueError, OSError):
         found.update(file for file in find_tensors(folder).values() if file.endswith(".safetensors"))
     return found
 
 
 def save_tensors(tensors, file):
-    """A safetensors file that others can read: the library makes it private (mode 600), whatever the umask."""
+    """A safetensors file that others can read: the library makes it private (mode 600), whatever
+    the umask."""
     file.unlink(missing_ok=True)
     file.touch()  # made the usual way, it has the mode that the umask gives
     mode = file.stat().st_mode
