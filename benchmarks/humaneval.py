@@ -86,12 +86,12 @@ def program(record, response, family="dream", protocol="paper"):
 def helpers(prompt, entry, test):
     """The source of a prompt without the function that is asked for, where the test calls another
     of it; else ""."""
-    tree = parsed(prompt) or parsed(prompt + "\n    pass\n") or ast.Module([])
-    kept, called = [], False
+    code = prompt if parsed(prompt) else prompt + "\n    pass\n"
+    tree, kept, called = parsed(code) or ast.Module([]), [], False
     for node in tree.body:
         name = getattr(node, "name", None)
         if name != entry:
-            kept.append(ast.unparse(node))
+            kept.append(source(code, node))
             called = called or name is not None and f"{name}(" in test
     return "\n".join([*kept, ""]) if called else ""
 

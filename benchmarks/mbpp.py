@@ -82,11 +82,11 @@ def program(record, response, family="dream", protocol="paper"):
     if protocol == "release":
         tests = tests[:3]
     else:
-        tests = [*record.get("test_imports", []), record.get("test_setup_code") or "", *tests]
+        tests = [*(record.get("test_imports") or []), record.get("test_setup_code") or "", *tests]
     code = python_block(response)
     if family == "llada" and protocol == "official":
         code = marked_code(response)
-    names = sorted(defined_names(record.get("code", "")))
+    names = sorted(defined_names(record.get("code") or ""))
     return code, "\n".join(tests).replace("\r\n", "\n"), names
 
 

@@ -61,7 +61,7 @@ def test_verdicts_are_the_harnesss():
     for row in data:
         jobs.append(humaneval.program(records[row["task_id"]], humaneval.trim(row["response"])))
     differ = 0
-    for row, result in zip(data, execute.run_many(jobs, workers=2)):
+    for row, result in zip(data, execute.run_many(jobs, workers=2, timeout=4)):
         if result["passed"] != row["fork"]:
             differ += 1
             assert row["kind"] in MEANT or row["task_id"] in MEANT, (row, result)

@@ -67,7 +67,7 @@ def test_verdicts_are_the_harnesss(protocol):
     for row in data:
         jobs.append(mbpp.program(records[row["task_id"]], mbpp.trim(row["response"]), protocol=protocol))
     differ = 0
-    for row, result in zip(data, execute.run_many(jobs, workers=2)):
+    for row, result in zip(data, execute.run_many(jobs, workers=2, timeout=4)):
         if result["passed"] != row["fork"]:
             differ += 1
             needs_setup = row["task_id"] == 367 and protocol == "paper"  # the harness leaves its set-up code out
