@@ -42,7 +42,7 @@ class Settings:
 
     rank: int = 16
     alpha: float = 16
-    # last parts of names or whole ones; a string is an expression
+    # The last parts of names, or whole ones; a string is a regular expression.
     targets: tuple | list | str = ("q_proj", "v_proj")
     dropout: float = 0.0
     rslora: bool = False  # scale by alpha / sqrt(rank)
@@ -178,16 +178,16 @@ def inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"), dropout=0.0, gene
     return m
 
 
-def check_settings(s):
-    """Raises ValueError for numbers that make no adapter."""
+def check_settings(s, where=""):
+    """Raises ValueError for numbers that make no adapter; `where` begins the message."""
     for rank in (s.rank, *s.rank_pattern.values()):
         if type(rank) is not int or rank < 1:
-            raise ValueError(f"LoRA rank {rank!r} must be a whole number of at least 1")
+            raise ValueError(f"{where}LoRA rank {rank!r} must be a whole number of at least 1")
     for alpha in (s.alpha, *s.alpha_pattern.values()):
         if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise ValueError(f"LoRA alpha {alpha!r} must be a number above 0")
+            raise ValueError(f"{where}LoRA alpha {alpha!r} must be a number above 0")
     if type(s.dropout) not in (int, float) or not 0 <= s.dropout < 1:
-        raise ValueError(f"LoRA dropout {s.dropout!r} must be a number in [0, 1)")
+        raise ValueError(f"{where}LoRA dropout {s.dropout!r} must be a number in [0, 1)")
 
 
 def wrap(m, found, s, generator=None):
@@ -348,12 +348,17 @@ def save_tensors(weights, file):
 # module is not.
 HARMLESS = set(
     """
-    r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern base_model_name_or_path revision
-    task_type auto_mapping inference_mode peft_version layers_pattern loftq_config megatron_config megatron_core
-    qalora_group_size ensure_weight_tying
+    r lora_alpha lora_dropout target_modules rank_pattern alpha_pattern revision
+    base_model_name_or_path task_type auto_mapping inference_mode peft_version layers_pattern
+    loftq_config megatron_config megatron_core qalora_group_size ensure_weight_tying
     """.split()
 )
-PLAIN = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, False, None, "gaussian"))
+PLAIN = dict(
+    peft_type=("LORA",),
+    bias=("none", None),
+    init_lora_weights=(True, False, None, "gaussian"),
+    use_rslora=(True, False, None),
+)
 
 
 def adapter_folder(path):
@@ -367,14 +372,13 @@ def adapter_folder(path):
     if folder.is_dir():
         if (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is a model, not an adapter (no adapter_config.json)")
-        checkpoints = [file.parent for file in folder.glob("*/adapter_config.json")]
-        if checkpoints:
-            newest = max(checkpoints, key=training_step)
-            raise FileNotFoundError(f"{folder} is a run, not an adapter: take one of its checkpoints, such as {newest}")
+        newest = max(folder.glob("*/adapter_config.json"), key=training_step, default=None)
+        if newest:
+            raise FileNotFoundError(f"{folder} is a run: take one of its checkpoints, such as {newest.parent}")
         raise FileNotFoundError(f"no adapter_config.json in {folder}: not a PEFT adapter folder")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
         raise FileNotFoundError(f"no adapter {path}: give a PEFT folder, or a Hub repo id (owner/name)")
-    # only for a Hub id: everything else works without the package
+    # Imported for a Hub id only: everything else works without the package.
     from huggingface_hub import snapshot_download
 
     wanted = ["adapter_config.json", "adapter_model.safetensors"]  # no pickles
@@ -388,14 +392,14 @@ def adapter_folder(path):
     return found
 
 
-def training_step(checkpoint):
-    """Optimizer steps done before a checkpoint, and when it was written."""
+def training_step(file):
+    """(optimizer steps done before a checkpoint that holds this file, when the file was written)"""
     step = -1
     with contextlib.suppress(ValueError, OSError):
-        step = read_json(checkpoint / "trainer.json").get("step", -1)
+        step = read_json(file.with_name("trainer.json")).get("step", -1)
     if type(step) is not int:
         step = -1
-    return step, checkpoint.stat().st_mtime
+    return step, file.stat().st_mtime
 
 
 def read_json(file):
@@ -438,18 +442,9 @@ def settings(path):
             by_pattern(pattern, "", None)
         except (re.error, AttributeError) as e:
             raise ValueError(f"{file}: {pattern!r} does not map names of layers to numbers ({e})") from e
-    s = Settings(
-        config["r"],
-        config["lora_alpha"],
-        targets,
-        config.get("lora_dropout") or 0.0,
-        bool(config.get("use_rslora")),
-        *patterns,
-    )
-    try:
-        check_settings(s)
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from e
+    s = Settings(config["r"], config["lora_alpha"], targets, config.get("lora_dropout") or 0.0)
+    s.rslora, (s.rank_pattern, s.alpha_pattern) = bool(config.get("use_rslora")), patterns
+    check_settings(s, f"{file}: ")
     return s
 
 
@@ -462,9 +457,9 @@ def load(m, path):
     unexpected or misshapen tensor, for values that are not finite, and for files with another hash
     than a manifest.json says; m is unchanged then."""
     folder = adapter_folder(path)
+    check_manifest(folder, ["adapter_config.json", "adapter_model.safetensors"])
     s = settings(folder)
     stored = read_tensors(folder)
-    check_manifest(folder, ["adapter_config.json", "adapter_model.safetensors"])
     mine = layers(m)
     targeted = mine or matching(m, s.targets)[0]
     if not targeted:
@@ -524,6 +519,7 @@ def check_manifest(folder, files):
     manifest = folder / "manifest.json"
     hashes = read_json(manifest) if manifest.is_file() else {}
     for file in files:
-        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        if hashes.get(file, digest) != digest:
-            raise ValueError(f"{folder / file} was damaged or changed: its SHA-256 is not that of {manifest.name}")
+        if file in hashes and (folder / file).is_file():
+            digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            if digest != hashes[file]:
+                raise ValueError(f"{folder / file} was damaged or changed: not the SHA-256 of {manifest.name}")

@@ -69,10 +69,8 @@ class Config:
     weight_first: bool = False  # RMSNorm multiplies by its weight before the cast to the model's dtype
     skip_padding: bool = False  # positions count real tokens only
     shifted: bool = False  # position i of the network predicts token i + 1
-    # attention is causal from block to block; None = everything sees everything
-    block_length: int | None = None
-    # the context that the model was trained for, in tokens; callers warn beyond it
-    max_length: int | None = None
+    block_length: int | None = None  # attention is causal from block to block; None = not at all
+    max_length: int | None = None  # the longest context in tokens; callers warn beyond it
     # config.json as read, and as save() writes it
     raw: dict = dataclasses.field(default_factory=dict, repr=False)
 
@@ -81,8 +79,8 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32. Whether the weight comes before or after the cast is as much as
-    bfloat16's own error."""
+    """Normalised in float32, then scaled by the weight and cast, in the family's order: the wrong
+    one costs as much as bfloat16's own error."""
 
     def __init__(self, width, eps, weight_first):
         super().__init__()
@@ -119,7 +117,7 @@ def attend(q, k, v, mask):
     """Attention of q [B, H, P, E] over k and v [B, K, L, E] where mask is True (None = everywhere)
     -> [B, H, P, E]."""
     groups = q.shape[1] // k.shape[1]
-    # no fused CUDA kernel takes both a mask and fewer keys than queries
+    # No fused CUDA kernel takes both a mask and fewer keys than queries
     if groups > 1 and mask is not None:
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
@@ -137,7 +135,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_width, c.norm_eps, c.weight_first)
             self.k_norm = RMSNorm(c.head_width, c.norm_eps, c.weight_first)
         self.qk_norm = c.qk_norm
-        # what measures or replaces the kernel sets another function here, on one instance
+        # What measures or replaces the kernel sets another function here, on one instance
         self.attend = attend
 
     def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
@@ -259,20 +257,20 @@ class Transformer(nn.Module):
         mask = self.visible(index, attention_mask)
         cos, sin = self.rope(index, self.embed.weight.dtype)  # [1 or B, 1, L, E]
         if span is not None:
-            # Dream predicts a token one place before it
+            # Dream predicts a token one place before it.
             first, end = span[0] - (c.shifted and span[0] > 0), span[1]
             ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
             if c.block_length is not None:
                 mask = mask[:, :, first:end]
         x = self.embed(ids)  # [B, L, D]
-        # Dream was adapted from an autoregressive model: token i is predicted at position i - 1
         if c.shifted:
+            # Dream was adapted from an autoregressive model: token i is predicted at i - 1.
             if positions is None:
                 positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
         at = None if positions is None else positions - first
         for block in self.layers:
-            # the last block only where the head runs
+            # The last block computes only the places where the head runs.
             last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, cache, first, last, use_reentrant=False)
@@ -301,7 +299,7 @@ class Transformer(nn.Module):
         if self.config.block_length is None:
             return real
         block = index // self.config.block_length
-        # its own block and those before it
+        # A query sees its own block and those before it.
         past = block[:, None, None, :] <= block[:, None, :, None]
         return past if real is None else past & real
 
@@ -326,7 +324,7 @@ class Transformer(nn.Module):
         first, *rest = name.split(".")
         official = [names[first]]
         for part in rest:
-            # our groups: where a family has groups of its own, NAMES has them
+            # Our two groups go: where a family has groups of its own, NAMES has them.
             if part not in ("attn", "mlp"):
                 official.append(names.get(part, part))
         return ".".join(official)
@@ -428,7 +426,7 @@ IGNORED |= set(
     exponential_decay_length_penalty
     """.split()
 )
-# private to transformers, further tokens, who wrote the file
+# Private to transformers; further tokens; who wrote the file.
 IGNORED_KINDS = re.compile(r"_.*|.*_token_id|.*_version")
 CHECKED = set(  # by functions of their own
     """
@@ -471,6 +469,8 @@ def read_values(raw, family):
     for ours, key in READ[family].items():
         if raw.get(key) is not None or ours not in values:
             values[ours] = raw.get(key)
+    if isinstance(values["eos_id"], list) and values["eos_id"]:
+        values["eos_id"] = values["eos_id"][0]  # of several ends; `raw` keeps the others
     if family == "llada":
         values["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size")
         values["kv_heads"] = raw.get("n_kv_heads") or values["heads"]
@@ -493,19 +493,17 @@ def read_rope(raw):
     theta, wrong = raw.get("rope_theta"), []
     for key in ("rope_parameters", "rope_scaling"):
         settings = raw.get(key) or {}
-        # one entry per type of layer
+        # Newer files have one entry per type of layer.
         if isinstance(settings, dict) and settings.keys() == {"full_attention"}:
             settings = settings["full_attention"]
         if not isinstance(settings, dict):
             wrong.append(f"{key} is {raw[key]!r}, not an object")
             continue
-        plain = dict(
-            rope_type="default", type="default", partial_rotary_factor=1, rope_theta=settings.get("rope_theta")
-        )
+        here = settings.get("rope_theta")
+        plain = dict(rope_type="default", type="default", partial_rotary_factor=1, rope_theta=here)
         for name, value in settings.items():
             if value is not None and value != plain.get(name):
-                wrong.append(f"{key} has {name} = {value!r}: only plain rotary embeddings are supported")
-        here = settings.get("rope_theta")
+                wrong.append(f"{key} has {name} = {value!r}: only plain rotary embeddings are computed")
         if theta is not None and here is not None and here != theta:
             wrong.append(f"rope_theta is {theta!r}, and {here!r} in {key}")
         if theta is None:
@@ -587,8 +585,10 @@ def create(raw, generator=None, dtype=torch.float32, device="cpu"):
         if p.ndim == 1:
             nn.init.constant_(p, float(not name.endswith("bias")))
         else:
-            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, std=std / (2 * m.config.layers) ** 0.5 if adds else std, generator=generator)
+            width = std
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                width = std / (2 * m.config.layers) ** 0.5
+            nn.init.normal_(p, std=width, generator=generator)
     return m.eval()
 
 
@@ -617,7 +617,7 @@ def resolve(path):
         raise FileNotFoundError(
             f"no model folder {path}: give a folder with config.json, or a Hub repo id (owner/name)"
         )
-    # only for a Hub id: everything else works without the package
+    # Imported for a Hub id only: everything else works without the package.
     from huggingface_hub import snapshot_download
 
     # No pickles. Code is never run here; a merged model is written with it, for those who load it
@@ -653,7 +653,7 @@ def load(path, dtype=torch.float32, device="cpu"):
         names[copy] = None
     wrong = [f"missing {name}" for name in names if name not in m.files]
     wrong += [f"unexpected {name}" for name in m.files if name not in names]
-    # a copy comes last
+    # A stored copy comes last: it is compared with the embedding.
     for official in sorted(m.files.keys() & names.keys(), key=lambda name: names[name] is None):
         wrong += read_tensor(m, folder, official, names[official], dtype, device, check_only=bool(wrong))
     if wrong:
@@ -673,8 +673,8 @@ def read_tensor(m, folder, official, name, dtype, device, check_only):
             if header.get_shape() != list(target.shape):
                 return [f"{official} is {header.get_shape()}, the config wants {list(target.shape)}"]
             if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                dtype = header.get_dtype()
-                return [f"{official} in {file.name} is {dtype}: quantized weights are not supported"]
+                kind = header.get_dtype()
+                return [f"{official} in {file.name} is {kind}: quantized weights are not supported"]
             if check_only:
                 return []
             tensor = f.get_tensor(official).to(device=device, dtype=dtype, copy=True)
@@ -728,13 +728,13 @@ def check_manifest(folder, files):
     manifest = folder / "manifest.json"
     hashes = read_json(manifest) if manifest.is_file() else {}
     for file in files:
-        if file in hashes:
+        if file in hashes and (folder / file).is_file():
             digest = hashlib.sha256()
             with open(folder / file, "rb") as f:
                 while piece := f.read(2**20):
                     digest.update(piece)
             if digest.hexdigest() != hashes[file]:
-                raise ValueError(f"{folder / file} was damaged or changed: its SHA-256 is not that of {manifest.name}")
+                raise ValueError(f"{folder / file} was damaged or changed: not the SHA-256 of {manifest.name}")
 
 
 def read_json(file):
@@ -788,7 +788,7 @@ def old_weights(folder):
     in its index."""
     found = {"model.safetensors", "model.safetensors.index.json"}
     found.update(file.name for file in folder.glob("model-*-of-*.safetensors"))
-    # an index that cannot be read is removed all the same
+    # An index that cannot be read is removed all the same.
     with contextlib.suppress(ValueError, OSError):
         found.update(file for file in find_tensors(folder).values() if file.endswith(".safetensors"))
     return found

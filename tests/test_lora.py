@@ -524,7 +524,7 @@ def test_a_run_names_its_newest_checkpoint(golden, adapter, tmp_path):
     for name, step in (("epoch-1", 9), ("step-12", 12), ("epoch-2", 18), ("step-11", 11)):
         shutil.copytree(adapter, tmp_path / "run" / name)
         (tmp_path / "run" / name / "trainer.json").write_text(json.dumps(dict(step=step)))
-    refused(golden, tmp_path / "run", "is a run, not an adapter.*epoch-2$", FileNotFoundError)
+    refused(golden, tmp_path / "run", "is a run: take one.*epoch-2$", FileNotFoundError)
 
 
 def test_no_folder_and_a_model_folder(golden, tmp_path):

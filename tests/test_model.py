@@ -643,6 +643,11 @@ def test_the_context_length_is_known(golden):
     assert model.parse_config(config_of(golden.folder, **{key: 64})).max_length == 64
 
 
+def test_of_several_ends_the_first_counts(golden):
+    config = model.parse_config({**config_of(golden.folder), "eos_token_id": [7, 301]})
+    assert (config.eos_id, config.raw["eos_token_id"]) == (7, [7, 301])
+
+
 def test_ids_that_qwen3_files_leave_out():
     keys = dict(mask_token_id=None, pad_token_id=None, vocab_size=151936)
     sdar = model.parse_config(config_of(GOLDEN / "sdar-tiny", block_size=None, head_dim=None, **keys))
