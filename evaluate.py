@@ -11,6 +11,7 @@ lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the
 "official" is each model's own evaluation, with the earlier turns that --shots takes from a file.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -47,12 +48,14 @@ def answer(m, tok, prompts, settings, seed=0):
     return [r["text"] for r in records], records
 
 
-def answer_batch(loaded, examples, settings, seed, device):
-    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) -> their trajectory records."""
+def answer_batch(loaded, examples, settings, seed, device, on_step=None):
+    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) -> their trajectory records.
+
+    on_step: called after each decoding step, see decode.generate."""
     m, tok, _ = loaded
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
     generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
-    t = decode.generate(m, ids, mask, generator=generators, **with_eos_rules(settings, loaded))
+    t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
     if not t.entropy.isfinite().all():
         raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
     records = []
@@ -102,7 +105,8 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
         begun = time.time()
         for i in starts:
             batch = todo[i : i + c.batch_size]
-            records = answer_batch(loaded, batch, settings, c.seed, processes.device)
+            on_step = functools.partial(show_share, bar, seen, len(batch), settings["steps"])
+            records = answer_batch(loaded, batch, settings, c.seed, processes.device, on_step)
             for record, verdict in zip(records, judge(batch, records)):
                 record.update(verdict)
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -110,10 +114,15 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
                 tokens += len(record["response_ids"])
             f.flush()
             seen += len(batch)
-            bar.update(len(batch))
+            bar.update(seen - bar.n)
             bar.set_postfix_str(f"{tokens / (time.time() - begun):.0f} tokens/s, kept {kept / seen:.0%}")
     processes.barrier()
     return len(todo)
+
+
+def show_share(bar, seen, count, steps, step, *_):
+    """Move a bar to `seen` prompts and the share of the next `count` that their decoding has made after a step."""
+    bar.update(seen + count * min(step + 1, steps) // steps - bar.n)
 
 
 # ------------------------------------------------------------------------------------------------ answers in general

@@ -13,7 +13,7 @@ loads the base model once and puts the adapters of its checkpoints on it.
     S/table.md              the table that is printed
 
 In a result.json, "tests" has one entry for each test set and number of tokens per step. The entry of the first one also
-says how the model orders its own answers (diagnose.order_of), with one window and one margin for all runs of a sweep.
+says how the model orders its own answers (diagnose.own_order), with one window and one margin for all runs of a sweep.
 """
 
 import dataclasses
@@ -453,11 +453,11 @@ def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
 
 
 def order_of_answers(bench, checkpoint, source, folder):
-    """How a checkpoint orders the answers that it wrote into a folder: see diagnose.order_of."""
+    """How a checkpoint orders the answers that it wrote into a folder: see diagnose.own_order."""
     if source in evaluate.TASKS:
         folder = folder / source
-    at = dict(window=bench.window, margin=bench.margin, loaded=bench.at(checkpoint))
-    return diagnose.order_of(bench.c, bench.processes, checkpoint, folder, TRAJECTORIES, **at)
+    loaded, at = bench.at(checkpoint), dict(window=bench.window, margin=bench.margin)
+    return diagnose.own_order(loaded, bench.processes, folder, TRAJECTORIES, **at)
 
 
 def model_of(c, checkpoint):
