@@ -1,17 +1,20 @@
-"""The paper's claims on a small model: its tables and figures, with seeds, intervals and paired differences.
+"""The paper's claims on a small model: its tables and figures, with intervals and differences.
 
     torchrun --nproc_per_node 2 tabom.py claims                      # hours, and the same command
     python tabom.py claims --rows "SFT-SD;TABOM" --seeds 1           # continues; only these rows
 
-tiny.retrain makes every base model from random weights, with a seed of its own, and each has its own puzzles. Its hard
-in-domain puzzles are distilled once. Every row of the tables trains on the right ones of these trajectories, or on the
-same puzzles' answers in the foreign style (SFT-GT), with the same adapter, number of steps and batches. The last
-checkpoint counts in every row. results/registered.md says what was tried before: on validation puzzles of the first
-base model alone.
+tiny.retrain makes every base model from random weights, with a seed of its own, and each has its
+own puzzles. Its hard in-domain puzzles are distilled once. Every row of the tables trains on the
+right ones of these trajectories, or on the same puzzles' answers in the foreign style (SFT-GT),
+with the same adapter, number of steps and batches. The last checkpoint counts in every row.
+results/registered.md says what was tried before: on validation puzzles of the first base model
+alone.
 
-    O/base-N/tiny               a base model; beside it: data (its puzzles), T (trajectories), kept.jsonl (those that
-                                are right), truth.jsonl (SFT-GT on the same puzzles), D (diagnose)
-    O/base-N/runs/ROW/seed-S    a run as in sweep.py; O/base-N/runs/base is the model before training
+    O/base-N/tiny               a base model; beside it: data (its puzzles), T (trajectories),
+                                kept.jsonl (those that are right), truth.jsonl (SFT-GT on the same
+                                puzzles), D (diagnose)
+    O/base-N/runs/ROW/seed-S    a run as in sweep.py
+    O/base-N/runs/base          the same for the model before training
     O/commands.jsonl            when it was started and continued, and with which options
     O/results                   results.json, tables and pictures: see report.py
 """
@@ -27,6 +30,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import data
 import distill
@@ -34,7 +38,8 @@ import runs
 from experiments import diagnose, puzzles, report, stats, sweep, tiny
 from options import opt, row_list
 
-# TABOM's own settings, with which the order of answers is measured too, and what every row trains with.
+# TABOM's own settings, with which the order of answers is measured too; and what every row trains
+# with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
 TRAINING = dict(epochs=3, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
 ROWS = {
@@ -82,13 +87,15 @@ class ClaimsOptions:
 
 
 def claims(c):
-    """The paper's claims with intervals: several base models, all objectives; hours -> where the tables are."""
+    """The paper's claims with intervals: several base models, all objectives; hours -> where the
+    tables are."""
     rows = list(c.rows or ROWS)
     for name in rows:
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
     processes, alone = runs.Processes("cpu"), runs.Processes("cpu", alone=True)
-    out = runs.open_run(c.out or "out/experiment", identity(c), processes, free=("command",))  # it was demo --full
+    out = Path(c.out or "out/experiment")
+    out = runs.open_run(out, identity(c), processes, free=("command",))  # it was demo --full
     if processes.first:
         log_command(c, out)
 
@@ -163,11 +170,12 @@ def check_settings(folder, settings):
         raise ValueError(f"{folder} was made with {before['settings']}, now it is {settings}: remove it")
 
 
-# --------------------------------------------------------------------------------------------------------------- jobs
+# -------------------------------------------------------------------------------------------- jobs
 
 
 def make_base(c, alone, seed, base):
-    """A base model, its puzzles, its trajectories and the answers in foreign style -> what there is of each."""
+    """A base model, its puzzles, its trajectories and the answers in foreign style -> what there is
+    of each."""
     if c.quick:
         shutil.copytree(tiny.TINY, base / "tiny", dirs_exist_ok=True)
     elif not (base / "tiny").is_dir():
@@ -201,6 +209,7 @@ def measure_base(base, alone):
         ground_truth=str(base / "truth.jsonl"),
         out=str(base / "D"),
         window=SETTING["window"],
+        margin=SETTING["margin"],
         limit=128,
         device="cpu",
     )
@@ -229,7 +238,8 @@ def of_base(c, base):
 
 
 def bench_of(c, alone, base):
-    """What the runs on a base model work with. Their order is measured with TABOM's window and margin in every row."""
+    """What the runs on a base model work with. Their order is measured with TABOM's window and
+    margin in every row."""
     return sweep.Workbench(of_base(c, base), alone, SETTING["window"], SETTING["margin"])
 
 
@@ -251,11 +261,12 @@ def run_of_row(c, alone, base, settings, folder):
     return dict(result, versions=runs.versions(), compile=c.compile)
 
 
-# ------------------------------------------------------------------------------------------------------- what is there
+# ----------------------------------------------------------------------------------- what is there
 
 
 def collect(out):
-    """(row, base, seed) -> the result of a run, the base models first; paths relative to the experiment's folder."""
+    """(row, base, seed) -> the result of a run, the base models first; paths relative to the
+    experiment's folder."""
     found = {}
     for base in sorted(out.glob("base-*")):
         result = finished_run(base / "runs" / "base", out)
@@ -271,17 +282,20 @@ def collect(out):
 
 
 def finished_run(folder, out):
-    """The result of a run with the styles of its answers; None before it has one. Paths are relative to out."""
+    """The result of a run with the styles of its answers; None before it has one. Paths are
+    relative to out."""
     result = sweep.result_of(folder)
     if result is None:
         return None
-    text = json.dumps(sweep.upgraded(result)).replace(f"{out.resolve()}/", "").replace(f"{out}/", "")
+    text = json.dumps(sweep.upgraded(result))
+    for prefix in (f"{out.resolve()}/", f"{out}/"):
+        text = text.replace(prefix, "")
     return dict(json.loads(text), styles=styles(folder))
 
 
 def styles(folder):
-    """In which style a run answers each test set: the share of answers in foreign style, and the share that is right of
-    the others (None without any)."""
+    """In which style a run answers each test set: the share of answers in foreign style, and the
+    share that is right of the others (None without any)."""
     shares = {}
     for stem, name in (("test_in", puzzles.IN_DOMAIN), ("test_out", puzzles.OUT_OF_DOMAIN)):
         foreign, own, answers = set(puzzles.TASKS[name].foreign), [], 0
@@ -298,7 +312,8 @@ def styles(folder):
 
 
 def loss_curves(out):
-    """Cross-entropy over the mask ratio, the mean over the base models, for trajectories and the foreign style."""
+    """Cross-entropy over the mask ratio, the mean over the base models, for trajectories and the
+    foreign style."""
     cells = {}  # (source, mask ratio) -> the loss of each base model
     for file in sorted(out.glob("base-*/D/loss.jsonl")):
         for _, row in data.read_rows(file):

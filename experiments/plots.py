@@ -1,10 +1,10 @@
-"""The pictures of the experiments, with matplotlib: the paper's Figures 2 and 3, training curves, one trajectory.
+"""The pictures of the experiments: the paper's Figures 2 and 3, training curves, one trajectory.
 
     plots.save(plots.draw_tds(rows), "tds.png")      # writes tds.png and tds.pdf
 
-rows: dicts, as in the JSON Lines that diagnose.py writes. Colour is the model, dash is the dataset. Where rows have a
-standard error it is drawn as a band, and the title says over how many values (n). No window is opened, and no setting
-of matplotlib is changed for others.
+rows: dicts, as in the JSON Lines that diagnose.py writes. Colour is the model, dash is the dataset.
+Where rows have a standard error it is drawn as a band, and the title says over how many values (n).
+matplotlib is imported where it is used; no window is opened, and none of its settings changed.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import data
 
-CONTEXTS = ("step", "window")  # of the entropies compared: each token's own step, or one window's start for all
+# Of the entropies that are compared: each token's own step, or one window's start for all.
+CONTEXTS = ("step", "window")
 METRICS = {  # of metrics.jsonl, with their units; those that a run has are drawn
     "loss": "nats",
     "ce": "nats",
@@ -25,7 +26,7 @@ METRICS = {  # of metrics.jsonl, with their units; those that a run has are draw
     "grad_norm": "norm",
 }
 OLD_METRICS = {"ranking": "rank"}  # names in the metrics of old runs
-COUNTS = ("base_models", "trajectories", "responses")  # keys that say how many values a row is the mean of
+COUNTS = ("base_models", "trajectories", "responses")  # keys: a row is the mean of so many values
 DASHES = ("-", "--", ":", "-.")
 SMOOTH_FROM = 60  # a training curve of so many steps is smoothed
 BESIDE = 6  # with more curves the legend stands beside the picture
@@ -42,7 +43,8 @@ def figure(columns=1, rows=1, width=6.0, height=4.0):
 
 
 def save(drawing, file):
-    """Write a picture as the PNG file named, and as a PDF of the same name: fonts embedded, and no date in it."""
+    """Write a picture as the PNG file named, and as a PDF of the same name: fonts embedded, and no
+    date in it."""
     import matplotlib
 
     file = Path(file)
@@ -52,7 +54,7 @@ def save(drawing, file):
         drawing.savefig(file.with_suffix(".pdf"), metadata=dict(CreationDate=None))
 
 
-# ------------------------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------ curves
 
 
 def labels(names):
@@ -83,8 +85,9 @@ def colours(names):
 
 
 def curves(axes, rows, keys, x, y, error=None, models=None):
-    """One line for each value of the rows' keys: the first key has the colour, a second one the dash. error: the key of
-    a standard error, drawn as a band. models: the names that have colours, in their order; None = those of the rows."""
+    """One line for each value of the rows' keys: the first key has the colour, a second one the
+    dash. error: the key of a standard error, drawn as a band. models: the names that have colours,
+    in their order; None = those of the rows."""
     lines = {}  # (model, or model and dataset) -> rows
     for row in rows:
         line = lines.setdefault(tuple(map(row.get, keys)), [])
@@ -141,7 +144,8 @@ def caption(rows, what):
 
 
 def draw_tds(rows, models=None):
-    """Figure 2 of the paper: the Trajectory Discrimination Score (TDS) over decoding steps. models: see curves."""
+    """Figure 2 of the paper: the Trajectory Discrimination Score (TDS) over decoding steps. models:
+    see curves."""
     drawing, (axes,) = figure(width=7.0)
     curves(axes, rows, ["model"], "step", "tds", "tds_se", models)
     axes.set(xlabel="decoding step", ylabel="TDS (variance of entropies, nats²)")
@@ -159,7 +163,8 @@ def draw_loss(rows):
 
 
 def draw_inversions(rows):
-    """The share of pairs that were decoded hard before easy, over their distance: a panel for each context."""
+    """The share of pairs that were decoded hard before easy, over their distance: a panel for each
+    context."""
     drawing, panels = figure(columns=2)
     for axes, context in zip(panels, CONTEXTS):
         curves(axes, [r for r in rows if r["context"] == context], ["model"], "distance", "rate")
@@ -184,15 +189,17 @@ def draw_gain(rows, models=None):
     return drawing
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 def draw_training(metrics):
-    """Training curves: one panel for each metric, one line for each run. metrics: run -> rows of its metrics.jsonl."""
+    """Training curves: one panel for each metric, one line for each run. metrics: run -> rows of
+    its metrics.jsonl."""
     shown = []
     for name in METRICS:
-        if any(points(rows, name) for rows in metrics.values()):
-            shown.append(name)
+        for rows in metrics.values():
+            if points(rows, name) and name not in shown:
+                shown.append(name)
     columns = min(3, len(shown))
     drawing, panels = figure(columns, math.ceil(len(shown) / columns), width=4.5, height=3.0)
     colour_of, short = colours(metrics), labels(metrics)
@@ -220,7 +227,8 @@ def points(rows, name):
 
 
 def training_curve(axes, xs, ys, colour, label):
-    """One metric of one run; a long one as its running mean, over a pale line of the values themselves."""
+    """One metric of one run; a long one as its running mean, over a pale line of the values
+    themselves."""
     if len(ys) >= SMOOTH_FROM:
         axes.plot(xs, ys, color=colour, alpha=0.2, linewidth=0.8)
         width = len(ys) // 20
@@ -238,11 +246,12 @@ def running_mean(values, half):
     return means
 
 
-# --------------------------------------------------------------------------------------------------- one trajectory
+# ---------------------------------------------------------------------------------- one trajectory
 
 
 def draw_trajectory(tok, record, columns=100):
-    """A response up to its first EOS: every token in its place, coloured by the rank at which it was decoded."""
+    """A response up to its first EOS: every token in its place, coloured by the rank at which it
+    was decoded."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -268,7 +277,8 @@ def draw_trajectory(tok, record, columns=100):
 
 
 def token_cells(tok, record, columns):
-    """Where each token of a response is drawn: (column, line, width, text, decode rank), in the order of the text."""
+    """Where each token of a response is drawn: (column, line, width, text, decode rank), in the
+    order of the text."""
     cells, x, y = [], 0, 0
     order = record["order"]
     for text, places in tok.pieces(record["response_ids"]):

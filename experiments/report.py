@@ -1,14 +1,15 @@
-"""Tables, intervals and pictures of the runs of claims.py. Only the runs are stored; the rest is computed from them.
+"""Tables, intervals and pictures of the runs of claims.py, all computed from the stored runs.
 
-    report.write(folder, found, losses, grid, about)    # found: (row, base model, seed) -> the result of a run
-    python -m experiments.report experiments/results    # makes the tables and pictures of a folder again
+    report.write(folder, found, losses, grid, about)    # found: (row, base model, seed) -> result
+    python -m experiments.report experiments/results    # tables and pictures of a folder, again
 
     results.json     how the experiment was run, and every run with its scores
     tables.md        the tables, in the shape of the paper's
-    *.png, *.pdf     TDS over steps (Figure 2), loss over mask ratio (Figure 3), accuracy over training
+    *.png, *.pdf     TDS over steps (Figure 2), loss over mask ratio (Figure 3), accuracy over
+                     training
 
-The unit of the statistics is the base model: the runs on one of them share its weights, trajectories and test puzzles,
-so their mean is one value.
+The unit of the statistics is the base model: the runs on one of them share its weights,
+trajectories and test puzzles, so their mean is one value.
 """
 
 import argparse
@@ -35,12 +36,12 @@ DIGITS = 8  # significant ones of a stored number: enough for every p of the tab
 class Results(NamedTuple):
     """An experiment, as results.json holds it."""
 
-    found: dict  # (row, base model, seed) -> the result of a run; the seed of the model before training is None
+    found: dict  # (row, base model, seed) -> the result of a run; seed is None before training
     losses: list  # rows of the cross-entropy over the mask ratio
     grid: list  # the names of the rows of Table 9
 
 
-# ----------------------------------------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------------------------------- measures
 
 SOLVED = ("in-domain %", "out-of-domain %")
 SOLVED_TWO = (
@@ -55,15 +56,17 @@ STYLES = (
     "out-of-domain, right of those in own style %",
 )
 NATS = ("TDS", "ranking loss", "ranking loss above its least")
-ORDER = (*NATS, "inversions, own step %", "inversions, window %")  # None where nothing is said before the EOS
+# Of the order; None for a model that says nothing before its EOS.
+ORDER = (*NATS, "inversions, own step %", "inversions, window %")
 
 
 def measures(result):
     """Every measure of a run -> {label: value}; a value may be None.
 
-    The ranking loss above its least is the part that the order decides: the entropies alone leave the rest."""
-    inside, outside = sweep.scores_of(result, "test_in"), sweep.scores_of(result, "test_out")
-    inside_two, outside_two = sweep.scores_of(result, "test_in", 2), sweep.scores_of(result, "test_out", 2)
+    The ranking loss above its least is the part that the order decides: the entropies alone leave
+    the rest."""
+    inside, outside = scores_of(result, "test_in"), scores_of(result, "test_out")
+    inside_two, outside_two = scores_of(result, "test_in", 2), scores_of(result, "test_out", 2)
     styles = result["styles"]
     ranking, least = inside["ranking"], inside.get("ranking_least")
     above = None
@@ -86,6 +89,14 @@ def measures(result):
         "inversions, own step %": percent(inside["inversions_step"]),
         "inversions, window %": percent(inside["inversions_window"]),
     }
+
+
+def scores_of(result, name, tokens_per_step=1):
+    """The scores of a run on the test set of that stem. Raises KeyError if it was not tested so."""
+    for one in result["tests"]:
+        if sweep.stem(one["source"]) == name and one["tokens_per_step"] == tokens_per_step:
+            return one["scores"]
+    raise KeyError(f"{name} with {tokens_per_step} tokens per step")
 
 
 def percent(share):
@@ -116,12 +127,12 @@ def names_of(keys, without=()):
     return names
 
 
-# ------------------------------------------------------------------------------------------------- rows and relations
+# ------------------------------------------------------------------------------ rows and relations
 
 
 def summarise(values):
-    """Row -> its number of runs, its measures with intervals over the base models, and its differences to the rows in
-    COMPARED, by their names. values: of measured()."""
+    """Row -> its number of runs, its measures with intervals over the base models, and its
+    differences to the rows in COMPARED, by their names. values: of measured()."""
     rows = {}
     for name in names_of(values):
         row = dict(measures={}, differences={})
@@ -153,9 +164,10 @@ def primary(values):
 
 
 def relation(values, label):
-    """How a measure goes with in-domain accuracy over the rows that train on trajectories and that every base model
-    has: Pearson's correlation for each base model, over the means of the seeds -> their interval. Base models with
-    fewer than three rows, or where nothing differs, are left out."""
+    """How a measure goes with in-domain accuracy over the rows that train on trajectories and that
+    every base model has: Pearson's correlation for each base model, over the means of the seeds ->
+    their interval. Base models with fewer than three rows, or where nothing differs, are left
+    out."""
     points = {}
     for row in names_of(values, without=("base", "SFT-GT")):
         if bases_of(values, row) != bases_of(values):
@@ -175,12 +187,13 @@ def differ(values):
     return max(values) - min(values) > 1e-9
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------ tables
 
 
 def markdown(found, losses=(), grid=()):
-    """All tables. An interval is 95 %, Student's t over the base models, p that of the paired test. A difference is
-    over the runs that both rows have; the differences on each base model stand behind it."""
+    """All tables. An interval is 95 %, Student's t over the base models, p that of the paired test.
+    A difference is over the runs that both rows have; the differences on each base model stand
+    behind it."""
     values = measured(found)
     rows, bases = summarise(values), bases_of(values)
     main, parts = [], []
@@ -218,8 +231,8 @@ def setup_table(found, values):
             cells = [base, result["seed"], *right, result["puzzles"], result["kept"]]
             cells.append(", ".join(map(str, sorted(steps.get(base, "-")))))
             lines.append(list(map(str, cells)))
-    columns = ["model", "seed", *SOLVED, "puzzles distilled", "trajectories kept", "optimizer steps of a run"]
-    return markdown_table(columns, lines)
+    columns = ["model", "seed", *SOLVED, "puzzles distilled", "trajectories kept"]
+    return markdown_table([*columns, "optimizer steps of a run"], lines)
 
 
 def primary_table(values):
@@ -238,7 +251,8 @@ def comparisons(title, rows, names, labels, bases):
 
 
 def grid_comparisons(title, values, grid):
-    """The sections of the rows of a grid, on the base models that have all of them; none without a grid."""
+    """The sections of the rows of a grid, on the base models that have all of them; none without a
+    grid."""
     names, bases = [], set(bases_of(values))
     for name in names_of(values):
         if name in grid:
@@ -254,8 +268,8 @@ def grid_comparisons(title, values, grid):
 
 
 def comparison(rows, names, label, bases):
-    """One measure of some rows, by base model too, and its differences to the rows in COMPARED. Empty for fewer than
-    two rows."""
+    """One measure of some rows, by base model too, and its differences to the rows in COMPARED.
+    Empty for fewer than two rows."""
     names = [name for name in names if name in rows]
     if len(names) < 2:
         return ""
@@ -270,12 +284,15 @@ def comparison(rows, names, label, bases):
         for other in COMPARED:
             cells.append(shown(row["differences"].get(other, {}).get(label), digits, "+"))
         lines.append(cells)
-    return markdown_table(["row", "runs", label, "by base model", *map("- ".__add__, COMPARED)], lines)
+    columns = ["row", "runs", label, "by base model"]
+    for other in COMPARED:
+        columns.append(f"- {other}")
+    return markdown_table(columns, lines)
 
 
 def shown(value, digits=1, sign=""):
-    """A mean with its interval. A difference (it has a p) also shows its p, and the difference on each base model. The
-    text for None is "-"."""
+    """A mean with its interval. A difference (it has a p) also shows its p, and the difference on
+    each base model. The text for None is "-"."""
     if value is None:
         return "-"
     text = f"{value['mean']:{sign}.{digits}f}"
@@ -311,17 +328,18 @@ def relation_table(values):
     return markdown_table(["measure", "r", "by base model"], lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------ curves
 
 
 def tds_curves(found, names):
-    """TDS at each step: the mean of the base models, each the mean of its runs, and its standard error."""
+    """TDS at each step: the mean of the base models, each the mean of its runs, and its standard
+    error."""
     rows = []
     for name in names:
         curves = {}
         for key, result in found.items():
             if key[0] == name:
-                curves[key[1:]] = sweep.scores_of(result, "test_in")["per_step"]
+                curves[key[1:]] = scores_of(result, "test_in")["per_step"]
         for t in range(max(map(len, curves.values()))):
             at_step = {}
             for key, curve in curves.items():
@@ -333,8 +351,8 @@ def tds_curves(found, names):
 
 
 def accuracy_curves(found, names):
-    """What accuracy on the validation puzzles gains over the base model with each epoch, in points, with the first
-    seed: the mean over the base models that every row has."""
+    """What accuracy on the validation puzzles gains over the base model with each epoch, in points,
+    with the first seed: the mean over the base models that every row has."""
     shared = set(bases_of(found))
     for name in names:
         shared &= set(bases_of(found, name))
@@ -350,12 +368,13 @@ def accuracy_curves(found, names):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ a folder
+# ---------------------------------------------------------------------------------------- a folder
 
 
 def write(folder, found, losses, grid, about):
-    """Write results.json, the tables and the pictures, and print the tables. losses: rows of the cross-entropy over the
-    mask ratio. grid: the names of the rows of Table 9. about: what else results.json says of the experiment."""
+    """Write results.json, the tables and the pictures, and print the tables. losses: rows of the
+    cross-entropy over the mask ratio. grid: the names of the rows of Table 9. about: what else
+    results.json says of the experiment."""
     folder.mkdir(exist_ok=True)
     head = dict(**about, versions=runs.versions(), grid=list(grid), losses=losses)
     lines = []
@@ -385,7 +404,8 @@ def remake(folder):
 
 
 def read(folder):
-    """The Results of a folder. Raises FileNotFoundError, or ValueError for a file that is something else."""
+    """The Results of a folder. Raises FileNotFoundError, or ValueError for a file that is something
+    else."""
     file = Path(folder) / "results.json"
     if not file.is_file():
         raise FileNotFoundError(f"no results.json in {folder}: give the results folder of an experiment of claims")

@@ -68,8 +68,8 @@ def test_a_finished_experiment_of_an_old_version_is_read(tmp_path):
     assert list(found) == [("base", "base-0", None), ("SFT-SD", "base-0", 0)]
     run = found["SFT-SD", "base-0", 0]
     assert run["training"] == dict(loss=1.0, ce=1.0, ranking=0.5)
-    assert sweep.scores_of(run, "test_in")["ranking_least"] == 0.05
-    assert sweep.scores_of(run, "test_out", 2) == dict(accuracy=0.25, questions=2)
+    assert report.scores_of(run, "test_in")["ranking_least"] == 0.05
+    assert report.scores_of(run, "test_out", 2) == dict(accuracy=0.25, questions=2)
     assert run["styles"]["test_in"] == dict(foreign=0.5, own_right=1.0)
     assert run["styles"]["test_out"] == dict(foreign=0.5, own_right=0.0)
     text = report.markdown(found, claims.loss_curves(tmp_path), list(claims.GRID))
@@ -119,7 +119,7 @@ def test_the_tables_hold_what_the_trajectories_say(small):
         for stem, at_once in (("test_in", 1), ("test_in", 2), ("test_out", 1), ("test_out", 2)):
             records = data.read_trajectories(folder / f"test-{stem}{'' if at_once == 1 else '-2'}")
             right = sum(x["correct"] for x in records)
-            assert sweep.scores_of(r, stem, at_once)["accuracy"] == pytest.approx(right / 6)
+            assert report.scores_of(r, stem, at_once)["accuracy"] == pytest.approx(right / 6)
             assert len(records) == 6
             assert max(max(x["step"]) for x in records) == (36 if at_once == 1 else 18)
             styles = [set(x["text"]) <= set("abcdef" if stem == "test_in" else "123456") for x in records]
@@ -129,7 +129,7 @@ def test_the_tables_hold_what_the_trajectories_say(small):
     assert len(steps) == 1
     commands = [entry["options"]["rows"] for entry in saved["commands"]]
     assert commands[0] == ["SFT-GT", "SFT-SD"] and saved["runs"][-1]["versions"] == saved["versions"]
-    right = 100 * sweep.scores_of(saved["runs"][-1], "test_in")["accuracy"]
+    right = 100 * report.scores_of(saved["runs"][-1], "test_in")["accuracy"]
     tables = (out / "results" / "tables.md").read_text()
     assert f"| SFT-SD | 1 | {right:.1f} | {right:.1f} |" in tables
     assert tables in done.stdout
