@@ -22,6 +22,11 @@ class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions)
     out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
     adapter: str | None = opt(None, "adapter folder: distill from the adapted model")
     batch_size: int = opt(16, "prompts decoded together on each process", low=1)
+    format: str = opt(
+        "ours",
+        "release: also write out/release.jsonl, the kept trajectories as the authors' trainer reads them",
+        choices=("ours", "release"),
+    )
     check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
 
@@ -51,6 +56,10 @@ def distill(c, processes=None, loaded=None):
     unchecked = sum(r["correct"] is None and data.usable(r) for r in records)
     if unchecked and c.check != "none":
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
+    if c.format == "release" and processes.first:
+        with runs.atomic_file(out / "release.jsonl") as f:
+            for record in filter(data.usable, records):
+                f.write(runs.json_line(data.to_release_format(record, loaded.m.config.pad_id, settings["strategy"])))
     return dict(
         out=str(out),
         trajectories=len(records),

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -234,6 +234,7 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
     m = model.load(weights or folder, dtype=dtype, device=processes.device)
+    one_thread_if_small(m)
     tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
     for line in data.disagreements(tok, m.config):
         warner(processes)(f"{folder}: {line}")
@@ -247,6 +248,17 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
         for block in m.layers:
             block.compile(dynamic=True)
     return Loaded(m, tok, folder)
+
+
+SMALL = 50_000_000  # parameters
+
+
+def one_thread_if_small(m):
+    """Let torch use one thread for a small model, where OMP_NUM_THREADS does not say otherwise.
+
+    Threads of a small model mostly wait for each other, and each wait is long where other programs use the cores."""
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in m.parameters()) < SMALL:
+        torch.set_num_threads(1)
 
 
 def load_checkpoint(c, processes, checkpoint):
@@ -424,7 +436,8 @@ def fingerprint(path):
 
 def identity(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
-    return dict(model_sha256=fingerprint(folder), adapter_sha256=None if adapter is None else fingerprint(adapter))
+    adapter_sha256 = None if adapter is None else fingerprint(lora.adapter_folder(adapter))
+    return dict(model_sha256=fingerprint(folder), adapter_sha256=adapter_sha256)
 
 
 def drop_torn_line(file):
@@ -471,9 +484,10 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
     for name, p in weights.items():
         for key, value in optimizer.state[p].items():
             state[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    save_file(state, folder / "optimizer.safetensors")
+    model.save_tensors(state, folder / "optimizer.safetensors")
     if reference is not None and reference.adapter:
-        save_file({k: v.cpu() for k, v in reference.adapter.items()}, folder / "reference.safetensors")
+        stored = {name: tensor.cpu() for name, tensor in reference.adapter.items()}
+        model.save_tensors(stored, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
     hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")

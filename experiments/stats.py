@@ -1,12 +1,13 @@
-"""Statistics of the experiments: means with their errors, intervals over base models, paired differences.
+"""Statistics of the experiments: means with errors, intervals over base models, paired differences.
 
-    stats.interval({("base-0", 0): 52.1, ("base-1", 0): 50.9})      # mean, low, high and the value of each base model
-    stats.paired(ours, theirs)                                      # the same of differences, and p
-    stats.mean_and_error("tds", [0.1, 0.2])                         # tds and tds_se, its standard error
-    stats.mean_and_spread([50.0, 52.0])                             # mean, sd and the values
+    stats.interval({("base-0", 0): 52.1, ("base-1", 0): 50.9})    # mean, low, high, bases
+    stats.paired(ours, theirs)                                    # the same of differences, and p
+    stats.mean_and_error("tds", [0.1, 0.2])                       # tds, and its standard error
+    stats.mean_and_spread([50.0, 52.0])                           # mean, sd and the values
 
-The unit of interval() and paired() is the base model: the runs on one of them share its weights, trajectories and test
-puzzles, so their mean is one value. Student's t, from scipy. A value that is None is left out everywhere.
+The unit of interval() and paired() is the base model: the runs on one of them share its weights,
+trajectories and test puzzles, so their mean is one value. Student's t, from scipy. A value that is
+None is left out everywhere.
 """
 
 import math
@@ -21,8 +22,8 @@ def present(values):
 
 
 def mean_and_error(name, values):
-    """The mean of some values under name, and its standard error under name_se. The mean of no value is None, and so is
-    the error of a single one."""
+    """The mean of some values under name, and its standard error under name_se. The mean of no
+    value is None, and so is the error of a single one."""
     values = present(values)
     mean, error = None, None
     if values:
@@ -34,7 +35,8 @@ def mean_and_error(name, values):
 
 
 def mean_and_spread(values):
-    """dict(mean, sd, values). The mean of no value is None, and so is the standard deviation of a single one."""
+    """dict(mean, sd, values). The mean of no value is None, and so is the standard deviation of a
+    single one."""
     there = present(values)
     mean, sd = None, None
     if there:
@@ -45,7 +47,8 @@ def mean_and_spread(values):
 
 
 def by_base(values):
-    """{(base, seed): value} -> {base: mean over its runs}, for the base models that have a value."""
+    """{(base, seed): value} -> {base: mean over its runs}, for the base models that have a
+    value."""
     bases = {}
     for (base, _), value in values.items():
         if value is not None:
@@ -56,10 +59,11 @@ def by_base(values):
 
 
 def interval(values, level=0.95):
-    """The mean over base models of {(base, seed): value}, with its Student t interval -> dict(mean, low, high, bases).
+    """The mean over base models of {(base, seed): value}, with its Student t interval -> dict(mean,
+    low, high, bases).
 
-    bases: the value of each base model. low and high are None for a single base model, and where all have the same
-    value. Without any value the result is None."""
+    bases: the value of each base model. low and high are None for a single base model, and where
+    all have the same value. Without any value the result is None."""
     bases = by_base(values)
     if not bases:
         return None
@@ -72,8 +76,9 @@ def interval(values, level=0.95):
 
 
 def paired(ours, theirs):
-    """interval() of the differences of two rows over the runs that both have, and p of Student's paired two-sided test
-    over the base models. A run without a seed (the model before training) goes with every run of its base model."""
+    """interval() of the differences of two rows over the runs that both have, and p of Student's
+    paired two-sided test over the base models. A run without a seed (the model before training)
+    goes with every run of its base model."""
     differences = {}
     for (base, seed), our in ours.items():
         for (other, another), their in theirs.items():

@@ -1,19 +1,23 @@
-"""A grid of training runs over one model and one dataset, and one table of what each of them reached.
+"""A grid of training runs over one model and one dataset, and a table of what each reached.
 
-    python tabom.py sweep --model tiny --data train.jsonl --check exact --lr 3e-3 --validation validation.jsonl \
-        --test test_in.jsonl,test_out.jsonl --over objective=tabom,nelbo seed=0,1,2 --out out/S      # run() below
+    python tabom.py sweep --model tiny --data train.jsonl --check exact --lr 3e-3 \
+        --validation validation.jsonl --test test_in.jsonl,test_out.jsonl \
+        --over objective=tabom,nelbo seed=0,1,2 --out out/S
 
-Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers the validation
-questions, the best one of a run the test questions. Under torchrun a process that is free takes the next run. A run
-loads the base model once and puts the adapters of its checkpoints on it.
+Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers
+the validation questions, and the best one of a run answers the test questions. Under torchrun a
+process that is free takes the next run. A run loads the base model once, and puts the adapters of
+its checkpoints on it.
 
-    S/T                     the trajectories, if --data has prompts
-    S/runs/NAME             a run: R-1 (training; with --rounds also R-2, T-2, ...), its answers, and result.json
-    S/results.json          every run with its settings and scores, and the mean and spread over seeds
-    S/table.md              the table that is printed
+    S/T               the trajectories, if --data has prompts
+    S/runs/NAME       a run: R-1 (training; with --rounds also R-2, T-2, ...), its answers, and
+                      result.json
+    S/results.json    every run with its settings and scores, and the mean and spread over seeds
+    S/table.md        the table that is printed
 
-In a result.json, "tests" has one entry for each test set and number of tokens per step. The entry of the first one also
-says how the model orders its own answers (diagnose.order_of), with one window and one margin for all runs of a sweep.
+In a result.json, "tests" has one entry for each test set and number of tokens per step. The entry
+of the first one also says how the model orders its own answers (diagnose.own_order), with one
+window and one margin for all runs of a sweep.
 """
 
 import dataclasses
@@ -39,8 +43,8 @@ import train
 from experiments import diagnose, stats
 from options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
 
-GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data instead of the trajectories
-TRAJECTORIES = 64  # the first so many answers of the first test set are replayed to measure their order
+GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data
+TRAJECTORIES = 64  # so many answers to the first test set are replayed to measure their order
 
 
 @dataclass
@@ -98,7 +102,8 @@ def sweep(c):
 
 
 def check_sweep(c, grid):
-    """Whether --data has prompts, and not trajectories. Raises ValueError for options that do not fit together."""
+    """Whether --data has prompts, and not trajectories. Raises ValueError for options that do not
+    fit together."""
     if not c.test and c.validation is None:
         raise ValueError("--validation or --test: nothing to compare the runs by")
     if c.metric != "last" and c.validation is None:
@@ -122,7 +127,8 @@ FREE = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing",
 
 
 def identity(c):
-    """What a sweep is, for its meta.json: its options but for FREE, and what it reads by its content."""
+    """What a sweep is, for its meta.json: its options but for FREE, and what it reads by its
+    content."""
     settings = {name: getattr(c, name) for name in field_names(SweepOptions) if name not in FREE}
     contents = {}
     for source in (c.data, c.ground_truth, c.validation, *c.test):
@@ -137,26 +143,28 @@ def stem(source):
     return Path(source).name.split(".")[0]
 
 
-# ------------------------------------------------------------------------------------------------- jobs and results
+# -------------------------------------------------------------------------------- jobs and results
 
 
 def share(jobs, processes, alone, after=()):
-    """Do the jobs that have no result yet; a process that is free takes the next -> all results, on the first process.
+    """Do the jobs that have no result yet; a process that is free takes the next -> all results, on
+    the first process.
 
-    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's result.json.
-    after: folder -> the folder whose result it needs first. alone: the Processes that the jobs work with, which also
-    holds the lock of a job's folder; where the file system has no locks, each process keeps to every count-th job."""
+    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's
+    result.json. after: folder -> the folder whose result it needs first. alone: the Processes that
+    the jobs work with, which also holds the lock of a job's folder; where the file system has no
+    locks, each process keeps to every count-th job."""
     own = list(jobs)[processes.index :: processes.count]
     while True:
         missing = [folder for folder in jobs if not result_of(folder)]
         if not missing:
             break
-        busy = False
+        worked = False
         for folder in missing:
             if folder not in after or result_of(after[folder]):
-                busy |= attempt(folder, jobs[folder], folder in own, alone)
-        if not busy:
-            time.sleep(0.5)  # other processes are at what is missing; torchrun ends all of them if one fails
+                worked |= attempt(folder, jobs[folder], folder in own, alone)
+        if not worked:  # other processes are at what is missing; torchrun ends all if one fails
+            time.sleep(0.5)
     if not processes.first:
         return None
     return list(map(result_of, jobs))
@@ -181,7 +189,8 @@ def attempt(folder, work, own, alone):
 
 
 def result_of(folder):
-    """What a finished job wrote into its folder; None before that. Results of old versions: see upgraded."""
+    """What a finished job wrote into its folder, or None. An old version may have written it: see
+    upgraded."""
     file = folder / "result.json"
     if not file.is_file():
         return None
@@ -194,8 +203,8 @@ OLD_NAMES = {"rank": "ranking", "rank_least": "ranking_least"}  # of scores
 def upgraded(result, tokens_per_step=1):
     """The result of a run in today's form, whichever version wrote it.
 
-    Old results named a test "SOURCE", or "SOURCE, K a step" for K tokens per step, and the ranking loss "rank".
-    tokens_per_step: of a test whose name does not say it."""
+    Old results named a test "SOURCE", or "SOURCE, K a step" for K tokens per step, and the ranking
+    loss "rank". tokens_per_step: of a test whose name does not say it."""
     result = dict(result)
     if "training" in result:
         result["training"] = renamed(result["training"])
@@ -215,22 +224,14 @@ def renamed(scores):
     return {OLD_NAMES.get(name, name): value for name, value in scores.items()}
 
 
-def scores_of(result, name, tokens_per_step=1):
-    """The scores of a run on the test set of that stem. Raises KeyError if it was not tested so."""
-    for one in result["tests"]:
-        if stem(one["source"]) == name and one["tokens_per_step"] == tokens_per_step:
-            return one["scores"]
-    raise KeyError(f"{name} with {tokens_per_step} tokens per step")
-
-
-# ------------------------------------------------------------------------------------------------------------- grid
+# -------------------------------------------------------------------------------------------- grid
 
 
 def expand(c):
-    """The runs of a grid: name -> the options of train that it changes, in order. Runs that would differ only in an
-    option that their objective does not use are one.
+    """The runs of a grid: name -> the options of train that it changes, in order. Runs that would
+    differ only in an option that their objective does not use are one.
 
-    Raises ValueError for an option that a grid does not take, or a value that the option does not take."""
+    Raises ValueError for an option that a grid does not take, or for a bad value."""
     axes, known, given = dict(objective=[c.objective]), grid_options(), set()
     for text in c.over:
         word, equals, values = text.partition("=")
@@ -255,24 +256,27 @@ def expand(c):
 
 
 def grid_options():
-    """Name -> field of the options of train that a grid may vary: neither switches nor lists, and not what is the same
-    in all runs."""
-    same = {"out", "adapter", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)} - {"seed"}
+    """Name -> field of the options of train that a grid may vary: neither switches nor lists, and
+    not what is the same in all runs."""
+    same = {"out", "adapter", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
     found = {}
     for f in dataclasses.fields(train.TrainOptions):
-        if f.name not in same and kind(f) not in (bool, tuple):
+        varies = f.name == "seed" or f.name not in same
+        if varies and kind(f) not in (bool, tuple):
             found[f.name] = f
     return found
 
 
 def why_not(name, known):
-    """Why a grid does not take an option."""
+    """Why a grid does not take an option. known: the names of those that it takes."""
+    hint = f"a grid takes {', '.join(known)}"
     if name in field_names(train.TrainOptions):
-        return f"{flag(name)} is the same in all runs of a sweep; a grid takes {', '.join(known)}"
+        return f"{flag(name)} is the same in all runs of a sweep; {hint}"
     if name in field_names(SweepOptions):
-        return f"{flag(name)} is an option of the sweep, not of its runs; a grid takes {', '.join(known)}"
+        return f"{flag(name)} is an option of the sweep, not of its runs; {hint}"
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"a grid takes {', '.join(known)}"
+    if close:
+        hint = f"did you mean {close[0]}?"
     return f"train has no option {flag(name)}; {hint}"
 
 
@@ -299,47 +303,49 @@ def training(c, settings, **more):
     return made
 
 
-# ------------------------------------------------------------------------------------------------------- one run
+# ----------------------------------------------------------------------------------------- one run
 
 
 class Workbench:
-    """What runs work with: the options of the sweep, the processes, and the base model, which is loaded once a run.
+    """What runs work with: the options of the sweep, the processes, and the base model, which is
+    loaded once a run.
 
-    window and margin: with which the order of answers is measured, alike for all runs, whatever they train on; None =
-    those of the sweep, or TABOM's own."""
+    window, margin: the W and gamma (nats) with which the order of answers is measured. They are the
+    same for all runs, so that these compare. None takes those of the sweep, or TABOM's defaults."""
 
     def __init__(self, c, processes, window=None, margin=None):
         self.c, self.processes = c, processes
         own = inspect.signature(objectives.tabom).parameters
         self.window, self.margin = window or c.window, margin
-        if self.window in (None, "global"):  # a ranking loss over all pairs of an answer has no window
+        if self.window in (None, "global"):  # the measure has windows of one size
             self.window = own["window"].default
         if self.margin is None:
             self.margin = own["margin"].default if c.margin is None else c.margin
         self.clear()
 
     def clear(self):
-        """Forget the models, before the next run: an adapter does not come off again."""
+        """Forget the models before the next run, because an adapter cannot be taken off again."""
         self.loaded = None  # the base model, with or without an adapter on it
-        self.full = None, None  # the last checkpoint of all weights that was asked for, and its model
+        self.full = None, None  # the last checkpoint that is no adapter, and its model
 
     def base(self):
-        """The base model, as the last use left it: with an adapter, or in training mode."""
+        """The base model. It may have an adapter on it, or be in training mode."""
         if self.loaded is None:
             self.loaded = runs.load_model(self.c, self.processes)
         return self.loaded
 
     def train(self, made):
-        """train.train with the base model at hand; a training of all weights loads its own."""
+        """train.train on the loaded base model; where all weights are trained it loads its own."""
         self.full = None, None
         if made.lora_rank == 0:
             return train.train(made, self.processes)
         return train.train(made, self.processes, self.base())
 
     def at(self, checkpoint):
-        """The model of a checkpoint, ready to decode: the base model with its adapter, or a model of its own where all
-        weights were trained. None is the base model, which is only to be had before anything else."""
-        if model_of(self.c, checkpoint)["model"] != self.c.model:
+        """The model of a checkpoint, ready to decode: the base model with the checkpoint's adapter,
+        or another model where all weights were trained. None is the bare base model. Raises
+        ValueError for it once an adapter is on it."""
+        if not is_adapter(self.c, checkpoint):
             if self.full[0] != checkpoint:
                 self.full = None, None  # never two of them in memory
                 options = runs.ModelOptions(model=checkpoint, **machine_of(self.c))
@@ -349,7 +355,7 @@ class Workbench:
         if checkpoint is not None:
             lora.load(loaded.m, checkpoint)
         elif lora.layers(loaded.m):
-            raise ValueError(f"{self.c.model} has an adapter on it: load it anew for the base model")
+            raise ValueError(f"{self.c.model} has an adapter on it: clear() for the bare model")
         loaded.m.eval()
         return loaded
 
@@ -367,17 +373,17 @@ def one_run(bench, settings, trajectories, folder):
             source = folder / f"T-{number}"
             decode_prompts = decoding(c, adapter, c.data, source, seed, limit=c.limit)
             distill.distill(decode_prompts, bench.processes, bench.at(adapter))
-        made = training(c, settings, data=str(source), out=str(folder / f"R-{number}"), adapter=adapter)
+        out = str(folder / f"R-{number}")
+        made = training(c, settings, data=str(source), out=out, adapter=adapter)
         last = bench.train(made)
         of_round = validate_epochs(bench, made, number, folder)
         candidates += of_round
         adapter = best(c, of_round)["checkpoint"]
     chosen = best(c, candidates)
     final = {name: last[name] for name in ("loss", "ce", "ranking", "in_order") if name in last}
-    tests = test_checkpoint(bench, chosen["checkpoint"], folder, seed)
-    return dict(
-        settings=settings, chosen=chosen, checkpoints=candidates, tests=tests, steps=last["steps"], training=final
-    )
+    tests = answer_tests(bench, chosen["checkpoint"], folder, seed)
+    result = dict(settings=settings, chosen=chosen, checkpoints=candidates, tests=tests)
+    return dict(**result, steps=last["steps"], training=final)
 
 
 def base_run(bench, folder):
@@ -385,12 +391,13 @@ def base_run(bench, folder):
     bench.clear()
     c = bench.c
     score = validate(bench, c.adapter, folder / "validation", c.seed)
-    tests = test_checkpoint(bench, c.adapter, folder, c.seed)
+    tests = answer_tests(bench, c.adapter, folder, c.seed)
     return dict(settings=dict(objective="base"), chosen=score, tests=tests)
 
 
 def validate_epochs(bench, made, number, folder):
-    """The candidates of one round: its checkpoints with their scores on the validation set. made: its TrainOptions."""
+    """The candidates of one round: its checkpoints with their scores on the validation set. made:
+    its TrainOptions."""
     first, last = 1, min(made.epochs, made.stop_after or made.epochs)
     if bench.c.metric == "last":
         first = last
@@ -403,8 +410,8 @@ def validate_epochs(bench, made, number, folder):
 
 
 def best(c, candidates):
-    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last". TDS may be None: a
-    model may have nothing to say before its EOS."""
+    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last".
+    TDS may be None: a model may have nothing to say before its EOS."""
     if c.metric == "last":
         return candidates[-1]
     return max(candidates, key=lambda one: -math.inf if one[c.metric] is None else one[c.metric])
@@ -421,9 +428,9 @@ def validate(bench, checkpoint, folder, seed):
     return score
 
 
-def test_checkpoint(bench, checkpoint, folder, seed):
-    """The scores on every test set, with every number of tokens per step; the first also has the order of its
-    answers."""
+def answer_tests(bench, checkpoint, folder, seed):
+    """Answer every test set with every number of tokens per step -> a list of dicts of source,
+    tokens_per_step and scores. The first scores also say how the answers are ordered."""
     found = []
     for source, at_once in itertools.product(bench.c.test, bench.c.tokens_per_step):
         where = folder / f"test-{stem(source)}"
@@ -440,8 +447,8 @@ def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
     """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions)."""
     c, loaded = bench.c, bench.at(checkpoint)
     if source in evaluate.TASKS:
-        at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit, batch_size=c.decode_batch)
-        at.update(tokens_per_step=at_once, seed=seed)
+        at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit)
+        at.update(batch_size=c.decode_batch, tokens_per_step=at_once, seed=seed)
         c_task = evaluate.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), **at)
         (score,) = evaluate.evaluate(c_task, bench.processes, loaded)["scores"]
         return dict(accuracy=score["correct"] / score["n"], questions=score["n"])
@@ -453,16 +460,22 @@ def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
 
 
 def order_of_answers(bench, checkpoint, source, folder):
-    """How a checkpoint orders the answers that it wrote into a folder: see diagnose.order_of."""
+    """How a checkpoint orders the answers that it wrote into a folder: see diagnose.own_order."""
     if source in evaluate.TASKS:
         folder = folder / source
-    at = dict(window=bench.window, margin=bench.margin, loaded=bench.at(checkpoint))
-    return diagnose.order_of(bench.c, bench.processes, checkpoint, folder, TRAJECTORIES, **at)
+    loaded, at = bench.at(checkpoint), dict(window=bench.window, margin=bench.margin)
+    return diagnose.own_order(loaded, bench.processes, folder, TRAJECTORIES, **at)
+
+
+def is_adapter(c, checkpoint):
+    """Whether a checkpoint belongs on the base model; None (nothing on it) does too. Otherwise it
+    is a model of its own, all of whose weights were trained."""
+    return checkpoint in (None, c.adapter) or (Path(checkpoint) / "adapter_config.json").is_file()
 
 
 def model_of(c, checkpoint):
-    """The base model with an adapter, or the folder of one that was trained in full."""
-    if checkpoint in (None, c.adapter) or (Path(checkpoint) / "adapter_config.json").is_file():
+    """The options of distill and evaluate that name the model of a checkpoint."""
+    if is_adapter(c, checkpoint):
         return dict(model=c.model, adapter=checkpoint)
     return dict(model=checkpoint, adapter=None)
 
@@ -479,12 +492,12 @@ def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):
     return distill.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **at)
 
 
-# ------------------------------------------------------------------------------------------------------------ table
+# ------------------------------------------------------------------------------------------- table
 
 
 def over_seeds(found):
-    """Mean and standard deviation over the seeds of each configuration: a row for each, with its settings, the number
-    of runs, and a list of scores (see score_list)."""
+    """Mean and standard deviation over the seeds of each configuration: a row for each, with its
+    settings, the number of runs, and a list of scores (see score_list)."""
     groups = {}
     for result in found:
         settings = dict(result["settings"])
@@ -501,8 +514,8 @@ def over_seeds(found):
 
 
 def score_list(result):
-    """What the table shows of one run, in order: dicts of measure, value and, of a test, source and tokens_per_step.
-    Accuracies are in percent, TDS in nats squared."""
+    """What the table shows of one run, in order: dicts of measure, value and, of a test, source and
+    tokens_per_step. Accuracies are in percent, TDS in nats squared."""
     found = []
     if "accuracy" in result["chosen"]:
         found.append(dict(measure="validation %", value=100 * result["chosen"]["accuracy"]))
@@ -515,7 +528,8 @@ def score_list(result):
 
 
 def sweep_table(rows):
-    """A line for each configuration: what it changes, the number of runs, mean ± standard deviation over them."""
+    """A line for each configuration: what it changes, the number of runs, mean ± standard deviation
+    over them."""
     axes = []
     for row in rows:
         axes += [name for name in row if name not in (*axes, "runs", "scores")]
@@ -536,9 +550,7 @@ def score_title(score):
 
 
 def score_cell(score):
+    """mean ± standard deviation; what there is not is left out."""
     digits = 3 if score["measure"] == "TDS" else 1
-    if score["mean"] is None:
-        return "-"
-    if score["sd"] is None:
-        return f"{score['mean']:.{digits}f}"
-    return f"{score['mean']:.{digits}f} ± {score['sd']:.{digits}f}"
+    shown = [f"{x:.{digits}f}" for x in stats.present([score["mean"], score["sd"]])]
+    return " ± ".join(shown) or "-"
