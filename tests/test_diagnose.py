@@ -225,7 +225,7 @@ def test_training_curves_need_no_model(run_folder, tmp_path, capsys):
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     drawing = plots.draw_training({"R": [json.loads(line) for line in lines]})
     titles = [axes.get_title() for axes in drawing.axes if axes.get_lines()]
-    assert titles == ["loss", "ce", "rank", "in_order", "entropy", "grad_norm"]
+    assert titles == ["loss", "ce", "ranking", "in_order", "entropy", "grad_norm"]
 
 
 @pytest.mark.parametrize(
