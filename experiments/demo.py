@@ -21,18 +21,14 @@ is claims.py. The last lines on stdout are a table and its numbers as JSON:
                     steps; high where easy and hard cells are far apart
 """
 
-import contextlib
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import distill
-import model
 import runs
 import train
 from experiments import diagnose, puzzles
@@ -54,7 +50,6 @@ TRAINING = dict(window=8, margin=0.2, weight=1.0, epochs=4, lr=3e-3, global_batc
 SIZES = {False: dict(train=800, validation=200, test=500), True: dict(train=64, validation=8, test=32)}  # by --quick
 BATCH = 64  # puzzles decoded together
 MEASURED = 128  # in-domain answers whose TDS is taken
-SMALL = 50_000_000  # parameters: below, one thread does as well as several, and far better beside other work
 # Seconds of each stage on one idle core of 2.5 GHz: what the time that is left is reckoned from.
 SECONDS = {"puzzles": 8, "distill": 16, "train": 24, "answers before": 20, "answers after": 20, "TDS": 10}
 QUICK_SHARE = 0.07  # of those seconds that --quick needs
@@ -71,8 +66,7 @@ def demo(c):
         return dict(datasets=list(map(str, puzzles.write_datasets(c.data_only, c.seed))))
     name = "quick" if c.quick else "whole"
     processes = runs.Processes("cpu")
-    with one_thread_if_small(model.load(TINY)):
-        return whole_method(c, processes, Path(c.out or "out/demo") / f"{name}-{c.seed}")
+    return whole_method(c, processes, Path(c.out or "out/demo") / f"{name}-{c.seed}")
 
 
 def whole_method(c, processes, out):
@@ -135,22 +129,7 @@ def before_and_after(rows, count):
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------- threads and time that is left
-
-
-@contextlib.contextmanager
-def one_thread_if_small(m):
-    """Inside, torch uses one thread if the model is small and OMP_NUM_THREADS does not say otherwise.
-
-    Threads of a small model mostly wait for each other, and each wait is long where other programs use the cores."""
-    before = torch.get_num_threads()
-    small = sum(p.numel() for p in m.parameters()) < SMALL
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# ------------------------------------------------------------------------------------------------ the time that is left
 
 
 class Stages:

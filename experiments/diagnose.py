@@ -22,14 +22,16 @@ Dimensions: B batch, N response, W window, V vocabulary.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import data
 import evaluate
 import objectives
 import runs
-import train
 from experiments import plots, stats
 from options import field_names, flag, name_list, opt
 
@@ -52,6 +54,12 @@ class DiagnoseOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions
     limit: int | None = opt(64, "only the first so many trajectories and answers", low=1)
     batch_size: int = opt(16, "trajectories replayed together on each process", low=1)
     window: int = opt(32, "W: compare entropies inside windows of so many tokens", low=2)
+    tds_eos: str = opt(
+        "so-far",
+        "TDS counts positions left of the EOS that stands so far, or of the final one",
+        choices=("so-far", "final"),
+    )
+    methods: tuple | None = opt(None, "of the authors' files: rows of these decoding methods", parse=name_list)
     margin: float = opt(0.2, "gamma of the ranking loss that trajectories.jsonl reports, nats", low=0)
 
 
@@ -114,10 +122,11 @@ def measure_model(c, processes, checkpoint):
     records = records_of(c, processes, loaded)
     replayed = []
     for i in range(0, len(records), c.batch_size):
-        replayed += replay_rows(loaded, processes, records[i : i + c.batch_size], c.window, c.margin)
-    sources = {f"{c.data} (decoded)": [data.cut_at_eos(r, loaded.m.config.eos_id) for r in records]}
+        replayed += replay_rows(loaded, processes, records[i : i + c.batch_size], c.window, c.margin, c.tds_eos)
+    sources = {f"{c.data} (decoded)": [data.cut_at_eos(r, loaded.tok.stop_ids) for r in records]}
     if c.ground_truth is not None:
-        answers = train.reference_answers(c, c.ground_truth, loaded.tok)
+        answers = data.read_examples(c.ground_truth, c.prompt_field, c.answer_field, c.limit)
+        data.encode_examples(loaded.tok, answers, c.raw, answers=True)
         sources[str(c.ground_truth)] = answers[processes.index :: processes.count]
     losses = []
     for source, rows in sources.items():
@@ -140,9 +149,12 @@ def measure_model(c, processes, checkpoint):
     return result
 
 
-def order_of(c, processes, checkpoint, trajectories, limit, window, margin):
-    """own_order() of a checkpoint that is loaded first; None is the base model. c: options with a model, or more."""
-    return own_order(runs.load_checkpoint(c, processes, checkpoint), processes, trajectories, limit, window, margin)
+def order_of(c, processes, checkpoint, trajectories, limit, window, margin, loaded=None):
+    """own_order() of a checkpoint; None is the base model. c: options with a model, or more. loaded: the checkpoint, if
+    it is loaded already."""
+    if loaded is None:
+        loaded = runs.load_checkpoint(c, processes, checkpoint)
+    return own_order(loaded, processes, trajectories, limit, window, margin)
 
 
 def own_order(loaded, processes, trajectories, limit, window, margin):
@@ -174,12 +186,12 @@ def records_of(c, processes, loaded):
     stored = data.holds_trajectories(c.data)
     given = []
     for name in field_names(runs.DecodeOptions):
-        if getattr(c, name) is not None:
+        if getattr(c, name) not in (None, False):
             given.append(flag(name))
     if stored and not c.fresh and given:
         raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")
     if stored:
-        records = data.read_trajectories(c.data, loaded.m.config.vocab_size)[: c.limit]
+        records = data.read_trajectories(c.data, loaded.m.config.vocab_size, loaded.tok, c.methods)[: c.limit]
     else:
         records = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
         for e in records:
@@ -198,7 +210,7 @@ def records_of(c, processes, loaded):
 # ---------------------------------------------------------------------- measurements: all calls into objectives.py
 
 
-def replay_rows(loaded, processes, records, window, margin):
+def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     """How the model sees a few trajectories, step by step -> a dict for each:
 
     id, tds, per_step            TDS of the trajectory and its value at each step; tds is None without any
@@ -206,16 +218,20 @@ def replay_rows(loaded, processes, records, window, margin):
     ranking, ranking_least       mean ranking loss of its windows, as decoded, and sorted; None without a window
     inversions                   {context: [(inverted, pairs) at distance 1, 2, ...]}
     """
-    batch = runs.batch_of(records, loaded, processes)
-    h = objectives.replay(loaded.m, batch, objectives.before_eos(batch, loaded.m.config.eos_id)).cpu()  # [B, N, N]
-    variance = objectives.separability(h)  # [B, N]
-    own_step = h.diagonal(dim1=1, dim2=2)  # [B, N], in decode order
-    windows = objectives.by_window(h, window, batch["length"].cpu())  # [B, N, W], a window for each start
+    batch, eos_id = runs.batch_of(records, loaded, processes), loaded.m.config.eos_id
+    before_eos = objectives.counted_until(batch, eos_id, "final")  # [B, N], -1 behind the response's first EOS
+    looked_at = torch.maximum(before_eos, objectives.counted_until(batch, eos_id, "so-far"))
+    h = objectives.replay(loaded.m, batch, looked_at)  # [B, S, N]
+    tds = objectives.tds(loaded.m, batch, eos_id, tds_eos, h=h)
+    said = objectives.in_decode_order(before_eos, batch) >= 0  # [B, N]; what follows the answer is not ranked
+    h = h.masked_fill(~said[:, None], torch.nan)
+    own_step = objectives.entropies_when_decoded(h, batch).cpu()  # [B, N], in decode order
+    windows = objectives.windows_of_replay(h, batch, window).cpu()  # [B, S, W], a window for each start
     rows = []
     for b, record in enumerate(records):
-        row = dict(id=record["id"], tds=None, per_step=numbers(variance[b]), entropy=numbers(own_step[b]))
-        if row["per_step"]:
-            row["tds"] = sum(row["per_step"]) / len(row["per_step"])
+        row = dict(id=record["id"], tds=None, per_step=tds["curves"][b], entropy=numbers(own_step[b]))
+        if not math.isnan(tds["rows"][b]):
+            row["tds"] = tds["rows"][b]
         row.update(ranking=None, ranking_least=None)
         whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; empty if the response is shorter, or all EOS
         if whole.numel():
@@ -235,7 +251,7 @@ def loss_rows(loaded, processes, records, seed):
     rows = []
     for ratio in RATIOS:
         generators = [data.generator(seed, "mask", ratio, r["id"]) for r in records]
-        for loss in objectives.loss_at(loaded.m, batch, ratio, generators).tolist():
+        for loss in objectives.masked_loss(loaded.m, batch, ratio, generators).tolist():
             rows.append(dict(mask_ratio=ratio, loss=loss))
     return rows
 

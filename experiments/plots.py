@@ -259,7 +259,7 @@ def draw_trajectory(tok, record, columns=100):
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    shown = data.cut_at_eos(record, tok.eos_id)
+    shown = data.cut_at_eos(record, tok.stop_ids)
     count = len(shown["response_ids"])
     cells = token_cells(tok, shown, columns)
     wide = max(x + width for x, _, width, _, _ in cells)

@@ -65,7 +65,7 @@ class SweepOptions(train.TrainOptions):
     ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
     metric: str = opt("accuracy", "of the validation; last = no choice", choices=("accuracy", "tds", "last"))
     rounds: int = opt(1, "distill again with the chosen checkpoint and train on, so many times in all (ReDi)", low=1)
-    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
     decode_batch: int = opt(16, "prompts decoded together", low=1)
     test_limit: int | None = opt(None, "only the first so many questions of each validation and test set", low=1)
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import runs
 import tabom
 from experiments import demo
 
@@ -52,20 +53,17 @@ def test_durations(seconds, text):
 
 
 def test_a_small_model_uses_one_thread_unless_told_otherwise(monkeypatch):
-    torch.set_num_threads(2)
     small, large = torch.nn.Linear(10, 10), torch.nn.Linear(10_000, 10_000, device="meta")
-    try:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        with demo.one_thread_if_small(small):
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2  # as before
-        with demo.one_thread_if_small(large):
-            assert torch.get_num_threads() == 2
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        with demo.one_thread_if_small(small):
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    runs.one_thread_if_small(large)
+    assert threads == []
+    runs.one_thread_if_small(small)
+    assert threads == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    runs.one_thread_if_small(small)
+    assert threads == [1]
 
 
 def test_only_the_datasets(tmp_path, capsys, monkeypatch):

@@ -62,9 +62,9 @@ def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
         by_step = [r["tds"] for r in rows(out, "tds") if r["model"] == name]
         assert by_step == pytest.approx(tds["per_step"], rel=1e-4, abs=1e-6)
 
-        h = objectives.replay(m, batch, objectives.before_eos(batch, m.config.eos_id))
-        own = objectives.inversions(h.diagonal(dim1=1, dim2=2))
-        windows = objectives.inversions(objectives.by_window(h, 5, batch["length"]))
+        h = objectives.replay(m, batch, objectives.counted_until(batch, m.config.eos_id, "final"))
+        own = objectives.inversions(objectives.entropies_when_decoded(h, batch))
+        windows = objectives.inversions(objectives.windows_of_replay(h, batch, 5))
         for context, count in (("step", own), ("window", windows)):
             table = [r for r in rows(out, "inversions") if (r["model"], r["context"]) == (name, context)]
             assert [r["pairs"] for r in table] == [x for x in count["pairs"].tolist() if x]
@@ -81,9 +81,9 @@ def test_loss_over_the_mask_ratio(tiny, trajectories, puzzles, found):
     assert {r["data"] for r in table} == {f"{trajectories} (decoded)", str(puzzles)}
     assert [r["mask_ratio"] for r in table] == [*diagnose.RATIOS, *diagnose.RATIOS]
     m = model.load(tiny)
-    records = [data.cut_at_eos(r, m.config.eos_id) for r in data.read_trajectories(trajectories)]
+    records = [data.cut_at_eos(r, {m.config.eos_id}) for r in data.read_trajectories(trajectories)]
     batch = data.collate(records, m.config.pad_id)
-    losses = objectives.loss_at(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
+    losses = objectives.masked_loss(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
     assert table[9]["responses"] == len(records) == 12
     assert table[9]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert table[9]["loss_se"] == pytest.approx(losses.std().item() / 12**0.5, rel=1e-3)
@@ -133,7 +133,7 @@ def test_own_order_has_the_window_and_margin_it_is_given(tiny, trajectories):
         losses, least, pairs, inverted = [], [], 0, 0
         for record in records:
             batch = data.collate([record], m.config.pad_id)
-            h = objectives.replay(m, batch, objectives.before_eos(batch, m.config.eos_id))[0]
+            h = objectives.replay(m, batch, objectives.counted_until(batch, m.config.eos_id, "final"))[0]
             of_row, least_of_row = [], []
             for t in range(len(h) - window + 1):
                 inside = h[t, t : t + window]
@@ -164,7 +164,8 @@ def test_responses_of_eos_alone_have_no_order(tiny, trajectories, tmp_path):
             f.write(json.dumps(record) + "\n")
     options = runs.ModelOptions(model=str(tiny), device="cpu")
     found = diagnose.order_of(options, runs.Processes("cpu"), None, tmp_path / "T.jsonl", 3, 8, 0.2)
-    assert found.pop("per_step") == []
+    assert found.pop("tds") > 0  # of the steps before that EOS was decoded
+    assert found.pop("per_step")
     assert set(found.values()) == {None}
 
 
