@@ -1,5 +1,4 @@
-"""What the paper's experiment costs on a model: forward passes, FLOPs, hours and memory, derived
-from its config.
+"""What the paper's experiment costs on a model: passes, FLOPs, hours and memory, from its config.
 
     python -m experiments.cost llada-8b                    # or dream-7b, a model folder, a Hub repo id
     python -m experiments.cost dream-7b --gpus 4 --tflops 300 --epochs 3 --batch 8
@@ -8,8 +7,8 @@ Nothing is run: parameters and activations are counted on torch's meta device, w
 no storage. --tflops is an assumption about the GPU and not a measurement; so are the hours that
 follow from it.
 
-Dimensions: B batch, L length (prompt and response), W window, H heads, E width of a head, V
-vocabulary."""
+Dimensions: B batch, L length (prompt and response), W window, H heads, E their width, V vocabulary.
+"""
 
 import argparse
 import functools
@@ -70,8 +69,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def kept_bytes(call, parameters=()):
-    """Bytes that call() keeps for its backward pass, each storage once, those of the parameters
-    left out."""
+    """Bytes that call() keeps for its backward pass: each storage once, and no parameters."""
     known = set()
     for p in parameters:
         known.add(p.untyped_storage()._cdata)
@@ -109,8 +107,7 @@ def activations(raw, batch, length, window, rank=RANK, checkpointing=False):
 
 
 def count_parameters(config):
-    """Numbers of parameters: dict(all, body, head, adapter). body: the blocks; adapter: on q_proj
-    and v_proj."""
+    """Parameters: dict(all, body: in the blocks, head, adapter: on q_proj and v_proj)."""
     m = model.empty(config)
     body = everything = 0
     for name, p in m.named_parameters():
@@ -122,8 +119,7 @@ def count_parameters(config):
 
 
 def count_work(c, config, parameters):
-    """Forward passes of the distillation and FLOPs of both steps: dict(passes, per_pass, distill,
-    train)."""
+    """Passes of the distillation, and FLOPs: dict(passes, per_pass, distill, train)."""
     L = c.prompt_tokens + c.new_tokens
     # Of each token and layer: q k^T and weights v, 2 FLOPs for each of H E numbers of L tokens.
     all_heads = model.empty(config).layers[0].q_proj.out_features  # H E
@@ -157,8 +153,7 @@ def plan(c):
     """What the paper's experiment costs on a model: prints a table -> the same figures. c: see
     command_line.
 
-    Raises ValueError for a config that model.py does not read, and FileNotFoundError for an unknown
-    model."""
+    Raises ValueError for a config that model.py does not read, FileNotFoundError for no model."""
     raw = FULL.get(c.model)
     if raw is None:
         raw = data.read_json(model.resolve(c.model) / "config.json")

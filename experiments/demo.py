@@ -58,8 +58,8 @@ BATCH = 64  # puzzles decoded together
 MEASURED = 128  # in-domain answers whose TDS is taken
 SMALL = 50_000_000  # parameters: below, one thread is as good as several, and better beside other work
 # Seconds of each stage on one idle core: what the time that is left is reckoned from.
-SECONDS = {"puzzles": 4, "distill": 26, "train": 4}
-SECONDS.update({"answers before": 32, "answers after": 32, "TDS": 11})
+SECONDS = {"puzzles": 5, "distill": 33, "train": 5}
+SECONDS.update({"answers before": 30, "answers after": 30, "TDS": 8})
 QUICK_SHARE = 0.07  # of those seconds that --quick needs
 
 
@@ -124,8 +124,7 @@ def whole_method(c, processes):
 
 
 def decode_and_check(base, dataset, out, adapter=None):
-    """Decode every puzzle of a dataset and compare with its answers -> the counts that distill
-    gives."""
+    """Decode the puzzles of a dataset and compare with the answers -> the counts of distill."""
     options = dict(base, data=dataset, out=str(out), adapter=adapter, check="exact", batch_size=BATCH)
     return distill.distill(distill.DistillOptions(**options))
 
@@ -169,8 +168,7 @@ class Stages:
     """Says on stderr which stage begins and how long is left of all.
 
     seconds: {stage: what it takes on a reference machine}, times `share`. How fast this machine is
-    follows from the stages that are over; one that an earlier run had finished says nothing about
-    that."""
+    follows from the stages that are over; one that an earlier run had finished does not count."""
 
     def __init__(self, seconds, share=1.0, shows=True, clock=time.perf_counter):
         self.names, self.shows, self.clock = list(seconds), shows, clock

@@ -1,5 +1,4 @@
-"""How a model decodes, in numbers and pictures: the paper's Figures 2 and 3, and what else explains
-a result.
+"""How a model decodes, in numbers and pictures: the paper's Figures 2 and 3, TDS, training curves.
 
     python tabom.py diagnose --model tiny --checkpoints out/R/epoch-2 --data out/T --out out/D \
         --ground-truth train.jsonl --runs out/R
@@ -296,8 +295,7 @@ def inversions_by_distance(counts):
 
 
 def inversion_rates(rows):
-    """The share of all pairs that were decoded hard before easy, for each context; None without
-    pairs."""
+    """The share of pairs that were decoded hard before easy, for each context; None without any."""
     rates = {}
     for context in plots.CONTEXTS:
         inverted = pairs = 0
@@ -343,8 +341,7 @@ def read_metrics(folder):
 
 
 def summary_table(summary, window):
-    """TDS of each model with its standard error over the trajectories, and its inversions in both
-    contexts."""
+    """TDS of each model, its standard error over the trajectories, and inversions in both contexts."""
     columns = f"hard before easy, own step % | within windows of {window} %"
     lines = [f"| model | trajectories | TDS | {columns} |", "| --- | --- | --- | --- | --- |"]
     for s in summary:

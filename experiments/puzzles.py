@@ -1,14 +1,14 @@
-"""The tasks of the experiments: 6x6 squares of six symbols with blank cells, where the order of
-decoding decides.
+"""The tasks of the experiments: puzzles in which the order of decoding decides.
 
     python -m experiments.puzzles out/puzzles [--seed 0]      # train, validation, test_in, test_out
     prompt, answer = puzzles.make(puzzles.TASKS["latin"], random.Random(0), hard=True)
 
-A cell is easy where its row and column leave one symbol, and hard where other cells have to be
-filled in first.
+A puzzle is a 6x6 square of six symbols with blank cells. A cell is easy where its row and column
+leave one symbol, and hard where other cells have to be filled in first.
 
     latin (in-domain)      digits; every row and every column holds each of the six symbols once
-    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square, row r turned by r cells
+    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square with row
+                           r turned by r cells
 
 The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An
 answer in foreign style has the alphabet of the other task. Another task is a line in TASKS, and a
@@ -17,7 +17,8 @@ function if it needs one.
 An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square
 that it was made from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells
 that have a single candidate, over and over, gets stuck. The base model in tiny/ has seen easy
-puzzles of both kinds; the experiments are about hard ones."""
+puzzles of both kinds; the experiments are about hard ones.
+"""
 
 import argparse
 import json

@@ -1,6 +1,6 @@
 """Speed and memory, ours against the plain way, in one run.
 
-    python -m experiments.speed                              # decoding and a training step; a last line of JSON
+    python -m experiments.speed                                   # a table, and a last line of JSON
     python -m experiments.speed --device cuda --dtype bfloat16
 
 The plain way is what a straightforward script does: the logits of every position at every step,
@@ -8,7 +8,7 @@ softmax in float64 (LLaDA's decoder), a sort of the vocabulary at every masked p
 and training losses from the logits of the whole sequence. Both ways decode with the same model, the
 same prompts and the same number of steps.
 
-    a   a small model whose output head costs the share of a forward pass that it costs in LLaDA-8B (7 %)
+    a   a small model whose head costs the share of a forward pass that it costs in LLaDA-8B (7 %)
     b   the same body with the real vocabularies: 126,464 (LLaDA) and 152,064 (Dream)
 
 Each measurement runs in a process of its own; its memory is the peak above what it held with the
@@ -133,8 +133,7 @@ def plain_dream(m, prompt, new, steps, temperature, top_p):
 
 
 def plain_tabom(m, batch, start, window=32, margin=0.2):
-    """Eq. 9 from the logits of the whole sequence. start [B]: the first step of each window ->
-    scalar."""
+    """Eq. 9 from the logits of the whole sequence -> scalar. start [B]: where the windows begin."""
     P = batch["prompt_ids"].shape[1]
     since = batch["order"] - start[:, None]  # [B, N], steps since the start of the window
     seen = batch["response_ids"].masked_fill(since >= 0, m.config.mask_id)
@@ -162,8 +161,7 @@ def sync(device):
 
 
 def resident():
-    """Bytes that this process holds now; from here on the peak counts anew where the kernel allows
-    it (Linux)."""
+    """Bytes that this process holds now. From here on the peak counts anew, on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -172,8 +170,7 @@ def resident():
 
 
 def peak_resident():
-    """The most bytes that this process has held, since resident() was called last where the kernel
-    allows that."""
+    """The most bytes that this process has held; on Linux, since resident() was called last."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -185,8 +182,7 @@ def peak_resident():
 
 
 class Memory:
-    """The peak of this process, or of its GPU, above what it holds when this is made: peak() in
-    bytes."""
+    """peak() is the most that this process, or its GPU, has held above what it holds now, in bytes."""
 
     def __init__(self, device):
         self.cuda = device.startswith("cuda")
@@ -219,8 +215,9 @@ class Body:
 
 
 def measure(kind, family, size, way, device, dtype, steps, batch_size, repeat):
-    """One way of decoding or training on one model, the fastest of `repeat` times -> dict(seconds:
-    of a step, outside: share of it outside the body, tokens_per_second, memory: bytes, response).
+    """Measure one way of decoding or training on one model `repeat` times -> a dict of the fastest:
+    seconds of a step, outside (the share of it outside the body), tokens_per_second, memory (the
+    peak in bytes) and response.
 
     kind: decode or train. way: plain, ours, or a cache of decode.CACHES. outside and response are
     None in training."""
@@ -240,8 +237,8 @@ def measure(kind, family, size, way, device, dtype, steps, batch_size, repeat):
 
 
 def fastest(m, device, repeat, call, calls=1):
-    """Make some calls `repeat` times -> dict(seconds of a call, outside, response: of the last
-    call) of the fastest time, and memory: the peak of all, in bytes."""
+    """Make some calls, `repeat` times -> a dict of the fastest time: seconds of a call, outside and
+    response as in measure(), and memory, the peak of all times."""
     sync(device)
     memory, body, best = Memory(device), Body(m, device), dict(seconds=math.inf)
     for _ in range(repeat):
@@ -367,8 +364,7 @@ def caches(c):
 
 
 def worker(c, kind, family, size, way, **changes):
-    """measure() in a process of its own. Raises RuntimeError with the last line that it said, if it
-    fails."""
+    """measure() in a process of its own. Raises RuntimeError with its last words if it fails."""
     case = dict(kind=kind, family=family, size=size, way=way)
     settings = dict(device=c.device, dtype=c.dtype, steps=c.steps, batch_size=c.batch_size)
     settings = json.dumps({**case, **settings, "repeat": c.repeat, **changes})

@@ -73,8 +73,7 @@ def config():
 def write_start(folder, seed):
     """The tiny model before training: random weights, and a tokenizer of one token a character.
 
-    A folder that holds the same files stays as it is. Raises FileExistsError for one that holds
-    others."""
+    A folder that holds the same files stays as it is. Raises FileExistsError for other files."""
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         with runs.atomic_folder(folder) as beside:
@@ -112,8 +111,7 @@ def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, pro
 
     foreign: the share of answers in foreign style. count: puzzles. taken: the epoch after which
     training stops, with the learning rate still on its way down; None = the last. Continues where
-    it was stopped. Raises FileExistsError for a folder that holds anything but a beginning of the
-    same."""
+    it was stopped. Raises FileExistsError for a folder with anything else in it."""
     folder = Path(folder)
     runs.must_be_free(folder / "tiny")
     write_start(folder / "start", seed)
@@ -153,6 +151,9 @@ def main(argv=None):
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
     print(json.dumps(result))
     return 0
 
