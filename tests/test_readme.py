@@ -3,8 +3,8 @@
     python -m pytest tests/test_readme.py                    # commands are parsed, python code is run
     python -m pytest -m slow tests/test_readme.py            # the blocks marked "bash run" are run as they stand
 
-A page is a Markdown file. A block is fenced: ```bash (commands, parsed), ```bash run (commands on tiny/, run in their order
-in a folder that looks like a clone), ```python (run), ```text (what the block before it prints)."""
+A page is a Markdown file. A block is fenced: ```bash (commands, parsed), ```bash run (commands on tiny/, run in their
+order in a folder that looks like a clone), ```python (run), ```text (what the block before it prints)."""
 
 import contextlib
 import functools
@@ -73,7 +73,7 @@ def flags_of_commands():
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------------------ commands
 
 
 def test_the_readme_is_short():
@@ -112,7 +112,7 @@ def test_a_flag_that_no_command_has_is_noticed():
     assert not {"--seeed", "--recipes"} & flags_of_commands()
 
 
-# -------------------------------------------------------------------------------------------------------- code and names
+# ------------------------------------------------------------------------------------------------------- code and names
 
 
 def folder_like_a_clone(here):
@@ -204,7 +204,7 @@ def test_a_named_file_exists(path):
     assert (ROOT / path).is_file() or list(ROOT.glob(f"*/{path}"))
 
 
-# ----------------------------------------------------------------------------------------------------------------- links
+# ---------------------------------------------------------------------------------------------------------------- links
 
 
 def anchors(page):
