@@ -1,342 +1,515 @@
-"""Decoders of masked diffusion language models, with a log of when and how surely each token was decoded.
+"""Decoders of masked diffusion language models. They log when and how surely each token was decoded.
 
-    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, steps=256)                       # Dream
-    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, steps=256, strategy="confidence",
-                        schedule="llada", block_length=32)                                              # LLaDA
-    t.response, t.step, t.order, t.entropy, t.confidence                                                # each [B, N]
+    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256)  # Dream
+    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="llada",
+                        strategy="confidence", block_length=32)  # LLaDA
+    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, tokens_per_step=2)  # faster
+    t.response, t.step, t.order, t.entropy, t.confidence  # each [B, N]
 
-The response starts as N mask tokens. Each step runs the model once, gives every masked position a token and a score,
-and keeps the tokens of the best scores (Eq. 2 of the TABOM paper, with the entropy as score).
+The response starts as N mask tokens. Each step runs the model once, gives every masked position a
+token and a score, and keeps the tokens of the best scores (Eq. 2 of the TABOM paper, with the
+entropy as the score).
 
-Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`), ML-GSAI/LLaDA generate.py, Fast-dLLM
-(arXiv 2505.22618) for the threshold. Reproduced token for token and step for step at temperature 0. `m` is any callable
-m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L or P, V] where logits[:, i] predicts token i.
+Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
+tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`), but for its credit
+fusion, which is left out; Fast-dLLM (arXiv 2505.22618) for thresholds and approximate caches. Their
+tokens and steps are reproduced exactly at temperature 0, and with greedy at any temperature.
 
-Dimensions: B batch, P prompt, N response, K candidates of a step, V vocabulary.
+`m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L or P, V] in
+which logits[:, i] predicts token i.
+
+Dimensions: B batch, P prompt, N response, V vocabulary; in one step R rows that are not done,
+K masked positions of the row that has most of them, Q tokens decoded.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 
-STRATEGIES = ("entropy", "confidence", "margin", "random")
+STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
 SCHEDULES = ("dream", "llada")
 CACHES = ("prefix", "dual")
+SLAB = 2**23  # logits that are copied at once: bounds the memory that a step needs beside them
 
 
 class Trajectory(NamedTuple):
     """What was decoded, and how. Every field is a tensor [B, N]."""
 
-    response: torch.Tensor  # token ids
-    step: torch.Tensor  # the step that decoded the token, from 0; where none did, `steps`, or N with a threshold
-    order: torch.Tensor  # rank in the decode order, 0 = first; ties inside a step broken by entropy, then position
+    response: torch.Tensor  # token ids; the mask token where nothing was decoded
+    step: torch.Tensor  # the step that decoded the token, from 0; Settings.limit where none did
+    order: torch.Tensor  # decode rank, 0 = first; ties inside a step by entropy, then by position
     entropy: torch.Tensor  # nats, of the model's whole distribution at temperature 1, at that step
     confidence: torch.Tensor  # probability that the same distribution gave to the token
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to decode: the keyword arguments of generate().
+
+    A threshold takes the place of the schedule. "dream" compares the largest probability of each
+    position with it, whatever the strategy, temperature, top_p and top_k are; "llada" the strategy's
+    score (the probability, the margin, or minus the entropy, which can only reach 0). If none
+    reaches it, the best one is decoded. steps are then the most that are taken: N where not given,
+    as with tokens_per_step.
+
+    Raises ValueError, which names what is wrong, for settings that do not fit together.
+    """
+
+    max_new_tokens: int  # N, the length of every response
+    steps: int | None = None  # for the whole response, the same number for each block; None = N
+    strategy: str = "entropy"  # first: low entropy, high confidence, large margin, random, or left
+    schedule: str = "dream"  # tokens of each step: see quota(). "dream" scores after temperature etc.
+    block_length: int | None = None  # decode blocks of so many tokens in turn; None = one block
+    tokens_per_step: int | None = None  # exactly so many each step, from the first step on
+    temperature: float = 0.0  # of drawing a token; 0 = the most probable one
+    top_p: float | None = None  # draw from the most probable tokens whose sum just exceeds this
+    top_k: int | None = None  # draw from so many of the most probable tokens
+    greedy: bool = False  # the most probable token at any temperature; the scores do not change
+    threshold: float | None = None  # all tokens with at least this probability, or else the best one
+    suppress: tuple | None = None  # ids that are never chosen, such as those of no real token
+    last: tuple | None = None  # ids whose positions come last, scored as if the ids did not exist
+    stop: tuple | None = None  # ids that end a row after the block that holds one
+    approximate_cache: str | None = None  # "prefix" or "dual": see Reuse
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "steps", "block_length", "tokens_per_step", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        for name, known in (("strategy", STRATEGIES), ("schedule", SCHEDULES), ("approximate_cache", (None, *CACHES))):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(filter(None, known))}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be a number of at least 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} must be a probability between 0 and 1")
+        for other in ("steps", "threshold"):
+            if self.tokens_per_step is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"tokens_per_step {self.tokens_per_step} and {other} {getattr(self, other)}: give one of them"
+                )
+        for name in ("suppress", "last", "stop"):
+            if getattr(self, name) is not None:  # any collection of ids; a tuple can be compared
+                ids = tuple(map(int, getattr(self, name)))
+                if ids and min(ids) < 0:
+                    raise ValueError(f"{name} holds {min(ids)}: token ids begin at 0")
+                object.__setattr__(self, name, ids)
+        self.check_blocks()
+
+    def check_blocks(self):
+        """Raises ValueError for blocks that do not divide the response, or the steps."""
+        N, L = self.max_new_tokens, self.length
+        if N % L:
+            raise ValueError(
+                f"block_length {L} does not divide max_new_tokens {N}; nearest below: {divisor_below(N, L)}"
+            )
+        if self.limit < self.blocks or (self.fixed and self.limit % self.blocks):
+            raise ValueError(f"steps {self.limit} do not divide by the {self.blocks} blocks of {L}")
+
+    @property
+    def length(self):
+        """Tokens of a block."""
+        return self.block_length or self.max_new_tokens
+
+    @property
+    def blocks(self):
+        """Number of blocks."""
+        return self.max_new_tokens // self.length
+
+    @property
+    def limit(self):
+        """The most steps that decoding can take."""
+        return self.steps or self.max_new_tokens
+
+    @property
+    def fixed(self):
+        """Whether each block begins at a fixed step, rather than as soon as the one before is done."""
+        return self.threshold is None and self.tokens_per_step is None
+
+    @property
+    def draws(self):
+        """Whether tokens are drawn by chance."""
+        return self.temperature > 0 and not self.greedy
+
+    @property
+    def score(self):
+        """What positions are compared by: the strategy, or "largest", the largest probability."""
+        if self.threshold is None:
+            return self.strategy
+        if self.schedule == "llada" and self.strategy in ("entropy", "confidence", "margin"):
+            return self.strategy
+        return "largest"
+
+
 @torch.no_grad()
-def generate(
-    m,
-    prompt_ids,
-    prompt_mask=None,
-    *,
-    mask_id=None,
-    max_new_tokens,
-    steps,
-    strategy="entropy",
-    schedule="dream",
-    block_length=None,
-    temperature=0.0,
-    top_p=None,
-    top_k=None,
-    threshold=None,
-    approximate_cache=None,
-    generator=None,
-    suppress=None,
-    on_step=None,
-):
+def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, on_step=None, **settings):
     """Decode a response of N = max_new_tokens to every prompt -> Trajectory.
 
     prompt_ids [B, P], left-padded where prompt_mask [B, P] is 0.
-    strategy: what makes a token one of the next to be decoded: low entropy, a high probability of the token, a large
-        margin between the two most probable tokens, or chance.
-    schedule: "dream" unmasks int(n (1 - s/t)) of the n masked tokens, t and s neighbours in linspace(1, 1e-3,
-        steps + 1), and all at the last step; its scores see temperature, top_p and top_k. "llada" unmasks N // steps
-        a step, one more in the first N % steps; its scores are untempered.
-    block_length: decode blocks of this many tokens from left to right, steps / blocks steps each; None = one block.
-    temperature, top_p, top_k: how the token itself is chosen; 0 = the most probable one.
-    threshold: instead of the schedule, every token more probable than this, and at least one, each step ("dynamic").
-    approximate_cache: with blocks, reuse keys and values that the first step of a block computed: "prefix" those of
-        everything before the block, "dual" also those of everything after it. Faster, and not the same result: the
-        model no longer sees there what the block has become. Needs a model that takes cache and span, as model.py's.
-    generator: a torch.Generator, or a list of one for each row, which makes each row independent of its batch.
-    suppress: token ids that are never chosen, such as ids that the tokenizer does not have. Without it the official
-        behaviour holds for the mask token too: a position that is given the mask token stays masked.
+    mask_id: the mask token; None = m.config.mask_id.
+    generator: a torch.Generator, or a list of one for each row, which makes each row independent of
+        its batch.
     on_step: called after each step as on_step(step, response [B, N], entropy [B, N]).
+    settings: the fields of Settings.
 
-    Raises ValueError for settings that do not fit together.
+    A position that is given the mask token stays masked, as in the official decoders; suppress the
+    token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with a
+    threshold or an approximate cache.
+    Raises ValueError for settings, prompts or generators that do not fit together, TypeError for
+    settings that do not exist.
     """
-    B, P = prompt_ids.shape
-    N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
-    mask_id = m.config.mask_id if mask_id is None else mask_id
-    check(N, steps, block_length, strategy, schedule, temperature, top_p, top_k, threshold, approximate_cache)
-    if prompt_mask is not None:
-        check_padding(prompt_ids, prompt_mask)
-    if suppress is not None:
-        suppress = torch.as_tensor(suppress, dtype=torch.int64, device=prompt_ids.device)
-    generators = generator if isinstance(generator, (list, tuple)) else [generator] * B
-    if len(generators) != B:
-        raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
-
-    device = prompt_ids.device
-    ids = torch.cat((prompt_ids, prompt_ids.new_full((B, N), mask_id)), dim=1)  # [B, P + N]
-    response = ids[:, P:]  # a view: decoding writes into ids
-    attention_mask = None
-    if prompt_mask is not None and not prompt_mask.bool().all():
-        attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, N)), dim=1)
-    never = steps if threshold is None else N  # dynamic decoding takes N steps at most
-    decoded_at = torch.full((B, N), never, device=device)
-    entropy = torch.full((B, N), float("nan"), device=device)
-    confidence = entropy.clone()
-
-    steps_per_block = L if threshold is not None else steps // (N // L)
-    step = [0] * B
-    for end in range(L, N + 1, L):  # one block after the other; an earlier block's leftovers stay candidates
-        cached = None  # the rows that the cache holds
-        for i in range(steps_per_block):
-            masked = response == mask_id
-            masked[:, end:] = False
-            if approximate_cache is not None:
-                masked[:, : end - L] = False
-            count = masked.sum(1).tolist()  # [B]: what the host must know of each step
-            rows = [b for b, n in enumerate(count) if n]
-            quota = step_quota(schedule, i, steps_per_block, count, L) if threshold is None else count
-            if not rows:
-                step = [s + (steps_per_block - i if threshold is None else 0) for s in step]
+    s = Settings(**settings)
+    generators = check_inputs(prompt_ids, prompt_mask, generator)
+    if mask_id is None:
+        mask_id = m.config.mask_id
+    run = Run(m, prompt_ids, prompt_mask, mask_id, generators, s)
+    steps = s.limit // s.blocks  # of each block
+    for block in range(s.blocks):
+        start, end = block * s.length, (block + 1) * s.length
+        reuse = Reuse(run, start, end)
+        for i in range(steps):
+            masked = run.candidates(start, end)  # [B, N]
+            count = masked.sum(1).cpu()  # [B], all that the host has to know of a step
+            if not count.any():
                 break
-            if not any(quota):
-                step = [s + 1 for s in step]
-                continue
-
-            # 1. the logits of the candidates: in rows that have any, the masked positions from left to right
-            every = len(rows) == B
-            row, n = torch.tensor(rows, device=device), [count[b] for b in rows]  # [R]
-            index = masked[row].int().argsort(dim=1, descending=True, stable=True)[:, : max(n)]  # [R, K]
-            filler = torch.arange(max(n), device=device) >= torch.tensor(n, device=device)[:, None]
-            asked = P + torch.where(filler, index[:, :1], index)  # rows with fewer candidates ask for one again
-            mask = attention_mask if every or attention_mask is None else attention_mask[row]
-            more = {}
-            if approximate_cache is not None:
-                if cached is None:  # the first step of a block computes everything, later ones only a span
-                    cache, span = m.new_cache(), None
-                else:
-                    if cached != rows:
-                        cache.keep([cached.index(b) for b in rows])
-                    span = (P + end - L, P + (end if approximate_cache == "dual" else N))
-                cached, more = rows, dict(cache=cache, span=span)
-            logits = m(ids if every else ids[row], attention_mask=mask, positions=asked, **more)  # [R, K, V]
-
-            # 2. a token and a score for each, and the best of them
-            own = [generators[b] for b in rows]
-            token, probability, score = choose(logits, n, strategy, schedule, temperature, top_p, top_k, own, suppress)
-            best, taken = pick(score, probability, n, [quota[b] for b in rows], threshold)  # [R, Q]
-
-            # 3. write them down, with what the whole untempered distribution said
-            at = (row[:, None], index.gather(1, best))
-            token = token.gather(1, best)
-            logp = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])).float().log_softmax(-1)
-            logp.clamp_(min=torch.finfo(logp.dtype).min)  # -inf times p = 0 is no number
-            now = torch.tensor([step[b] for b in rows], device=device)[:, None]
-            response[at] = torch.where(taken, token, response[at])
-            decoded_at[at] = torch.where(taken, now, decoded_at[at])
-            entropy[at] = torch.where(taken, -(logp.exp() * logp).sum(-1), entropy[at])
-            confidence[at] = torch.where(taken, logp.gather(-1, token[..., None])[..., 0].exp(), confidence[at])
-            if on_step is not None:
-                on_step(max(step), response, entropy)
-            step = [s + (1 if threshold is None or count[b] else 0) for b, s in enumerate(step)]
-    decoded_at[response == mask_id] = never
-    return Trajectory(response.clone(), decoded_at, decode_order(decoded_at, entropy), entropy, confidence)
+            if s.fixed:
+                run.now.fill_(block * steps + i)
+            best = quota(s, i, steps, count)  # [B]
+            if best.any():  # Dream's first step often decodes nothing, and then needs no model
+                run.step(masked, count, best, reuse)
+                if on_step is not None:
+                    on_step(int(run.now.max()), run.response, run.entropy)
+            run.now += count.gt(0).to(run.now.device)
+        if s.stop is not None:
+            run.stopped |= member(run.response[:, :end], s.stop).any(1)
+    return run.trajectory()
 
 
-def step_quota(schedule, i, steps, count, block):
-    """Tokens that step i of `steps` unmasks in each row, a list; count are masked now, `block` were at the start."""
-    if schedule == "llada":
-        return [block // steps + (i < block % steps)] * len(count)
+def quota(s, i, steps, count):
+    """How many tokens step i of a block's `steps` decodes in rows of `count` [B] masked: int64 [B].
+
+    "dream": int(n (1 - later/now)) of n, with now and later neighbours in linspace(1, 1e-3,
+    steps + 1), and all of them at the last step. "llada": L // steps of a block of L, and one more in
+    the first L % steps. With a threshold, those that do not reach it: one."""
+    if s.threshold is not None:
+        return count.clamp(max=1)
+    if s.tokens_per_step is not None:
+        return count.clamp(max=s.tokens_per_step)
+    if s.schedule == "llada":
+        return count.clamp(max=s.length // steps + (i < s.length % steps))
     if i == steps - 1:
         return count
-    t, s = torch.linspace(1, 1e-3, steps + 1)[i : i + 2]  # float32, as the official code; int() cuts off its rounding
-    return (torch.tensor(count, dtype=torch.float32) * (1 - s / t)).long().tolist()
+    # In float32, as the official code: the rounding decides what int() cuts off.
+    now, later = torch.linspace(1, 1e-3, steps + 1)[i : i + 2]
+    return (count.float() * (1 - later / now)).long()
 
 
-def pick(score, probability, count, quota, threshold):
-    """Which of the K candidates of each row are unmasked: places [R, Q] among them, best first, and which of these are
-    no filler, bool [R, Q].
-
-    score, probability [R, K]; the first count[r] of a row are real. quota: how many in each row; or, with a threshold,
-    all that are more probable, and at least the best one."""
-    n = torch.tensor(count, device=score.device)[:, None]  # [R, 1]
-    place = torch.arange(score.shape[1], device=score.device)
-    best = score.masked_fill(place >= n, -torch.inf).sort(dim=1, descending=True, stable=True).indices  # leftmost first
-    if threshold is None:
-        Q, taken = max(quota), place < torch.tensor(quota, device=score.device)[:, None]
-        taken &= best < n
-    else:
-        taken = (probability.gather(1, best) > threshold) | (place == 0)
-        taken &= best < n
-        taken, first = taken.sort(dim=1, descending=True, stable=True)
-        best, Q = best.gather(1, first), int(taken.sum(1).max())
-    return best[:, :Q], taken[:, :Q]
+# ---------------------------------------------------------------------------------------- one step
 
 
-SLAB = 2**23  # logits that are looked at together, which bounds the memory for temporary copies of them
+class Run:
+    """One call of generate(): the tokens, the log, and the step that decodes some more of them.
+
+    All tensors are written in place."""
+
+    def __init__(self, m, prompt_ids, prompt_mask, mask_id, generators, settings):
+        (B, P), N, device = prompt_ids.shape, settings.max_new_tokens, prompt_ids.device
+        self.m, self.mask_id, self.generators = m, mask_id, generators
+        self.settings, self.P, self.N = settings, P, N
+        self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, N), mask_id)), dim=1)  # [B, P + N]
+        self.response = self.ids[:, P:]  # a view: decoding writes into ids
+        self.attention_mask = None  # models are faster without one
+        if prompt_mask is not None and not prompt_mask.bool().all():
+            self.attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, N)), dim=1)
+        self.decoded_at = torch.full((B, N), settings.limit, device=device)
+        self.entropy = torch.full((B, N), float("nan"), device=device)
+        self.confidence = self.entropy.clone()
+        self.now = torch.zeros(B, dtype=torch.long, device=device)  # the step that each row is at
+        self.stopped = torch.zeros(B, dtype=torch.bool, device=device)  # rows with a stop token
+
+    def candidates(self, start, end):
+        """Which positions may be decoded now, in the block from start to end: bool [B, N]."""
+        masked = (self.response == self.mask_id) & ~self.stopped[:, None]
+        masked[:, end:] = False
+        if self.settings.threshold is not None or self.settings.approximate_cache is not None:
+            masked[:, :start] = False
+        return masked
+
+    def step(self, masked, count, best, reuse):
+        """Run the model once, and decode the best [B] so many of the masked positions [B, N].
+
+        count [B]: how many positions are masked."""
+        s = self.settings
+        # Rows that are done cost nothing, nor do rows that wait, unless a cache must keep them.
+        active = best
+        if s.approximate_cache is not None:
+            active = count
+        rows = active.nonzero()[:, 0]  # [R]
+        K, rows = int(count[rows].max()), rows.to(masked.device)
+        masked, best = masked[rows], best.to(masked.device)[rows]
+        place, number = numbered(masked, K)  # [R, K], [R, N]
+        more = reuse.arguments(rows)
+        more["attention_mask"] = None
+        if self.attention_mask is not None:
+            more["attention_mask"] = self.attention_mask[rows]
+        logits = self.m(self.ids[rows], positions=self.P + place, **more)  # [R, K, V]
+
+        # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
+        #    everything is [R, N], and means nothing where it is not masked.
+        noise = torch.zeros_like(place, dtype=torch.float32)
+        if s.draws:
+            noise = self.noise(rows).gather(1, place)
+        token, score = choose(logits, noise, s)  # [R, K]
+        token, score = token.gather(1, number), score.gather(1, number)  # [R, N]
+        if s.score == "random":
+            score = self.noise(rows)
+        elif s.score == "left":
+            score = -torch.arange(float(self.N), device=score.device).expand(len(rows), -1)
+
+        # 2. Pick the best ones. The sort is stable: of equal scores the leftmost comes first.
+        score = score.masked_fill(~masked, -torch.inf)
+        nth = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = the best
+        picked = nth < best[:, None]
+        if s.threshold is not None:
+            picked |= score >= s.threshold
+        r, n = (picked & masked).nonzero(as_tuple=True)  # [Q]
+
+        # 3. Write them down, with what the model's whole untempered distribution said.
+        at = (rows[r], n)
+        self.response[at] = token[r, n]
+        self.decoded_at[at] = self.now[rows[r]]
+        self.entropy[at], self.confidence[at] = describe(logits, r, number[r, n], token[r, n])
+
+    def noise(self, rows):
+        """Noise in [0, 1) for the response of each row, from the row's own generator: [R, N]."""
+        noise = torch.empty(len(rows), self.N, device=rows.device)
+        for row, b in zip(noise, rows.tolist()):
+            g = self.generators[b]
+            if g is None:
+                row.uniform_()
+            else:  # it may be on another device
+                row.copy_(torch.rand(self.N, generator=g, device=g.device))
+        return noise
+
+    def trajectory(self):
+        """The finished Trajectory."""
+        self.decoded_at[self.response == self.mask_id] = self.settings.limit
+        order = decode_order(self.decoded_at, self.entropy)
+        response = self.response.clone()
+        return Trajectory(response, self.decoded_at, order, self.entropy, self.confidence)
 
 
-def choose(logits, count, strategy, schedule, temperature, top_p, top_k, generators, suppress):
-    """A token, its probability and its score (higher = decoded sooner) for each of K positions in R rows: three tensors
-    [R, K].
+def numbered(masked, K):
+    """Number the masked positions [R, N] of each row from left to right, at most K of them.
 
-    logits [R, K, V], of which the first count[r] positions of a row are real. generators: one for each row."""
+    -> the position of each number, [R, K], a row's first one again where it has fewer than K; and the
+    number of each position, [R, N], which means nothing where it is not masked."""
+    number = (masked.cumsum(1) - 1).clamp(min=0)
+    place = masked.int().argsort(dim=1, descending=True, stable=True)[:, :K]
+    return torch.where(masked.gather(1, place), place, place[:, :1]), number
+
+
+def describe(logits, row, number, token):
+    """Entropy in nats, and probability of the token, of Q positions of logits [R, K, V]: two [Q].
+
+    row, number, token [Q]: where in R and K, and what was decoded there."""
+    entropy, confidence = [], []
+    size = max(1, SLAB // logits.shape[-1])
+    for r, k, chosen in zip(row.split(size), number.split(size), token.split(size)):
+        logp = logits[r, k].float().log_softmax(-1)  # [q, V]
+        logp.clamp_(min=torch.finfo(logp.dtype).min)  # -inf times p = 0 is no number
+        entropy.append(-(logp.exp() * logp).sum(-1))
+        confidence.append(logp.gather(-1, chosen[:, None])[:, 0].exp())
+    return torch.cat(entropy), torch.cat(confidence)
+
+
+class Reuse:
+    """Arguments for the model in the steps of one block: none, or those of an approximate cache.
+
+    With a cache, the first step of the block computes all keys and values. The later ones compute
+    them anew for the block and what follows ("prefix"), or for the block alone ("dual"). That is
+    faster, and not the same result: outside of it the model does not see what the block has become.
+    It needs a model that takes cache and span, as model.py's does."""
+
+    def __init__(self, run, start, end):
+        self.m, self.kind = run.m, run.settings.approximate_cache
+        self.cache, self.rows = None, None  # the rows that the cache holds
+        self.span = (run.P + start, run.P + run.N)
+        if self.kind == "dual":
+            self.span = (run.P + start, run.P + end)
+
+    def arguments(self, rows):
+        """Keyword arguments for a step in which rows [R] are not done: never more than in the last."""
+        if self.kind is None:
+            return {}
+        rows, before = rows.tolist(), self.rows
+        self.rows = rows
+        if self.cache is None:
+            self.cache = self.m.new_cache()
+            return dict(cache=self.cache, span=None)
+        if rows != before:
+            self.cache.keep(list(map(before.index, rows)))
+        return dict(cache=self.cache, span=self.span)
+
+
+# ---------------------------------------------------------------------------------------- choosing
+
+
+def choose(logits, noise, s):
+    """A token and a score for each position of logits [R, K, V] by noise [R, K]: two [R, K].
+
+    Slab by slab: the memory for copies of the logits is bounded, however many are masked."""
     R, K, V = logits.shape
-    few = (
-        top_p is not None and top_p < 1
-    ) or top_k is not None  # tokens to draw from: those that top_p and top_k leave
-    draw = uniform(R, K, count, generators, logits.device) if few and temperature > 0 else None
-    chance = uniform(R, K, count, generators, logits.device) if strategy == "random" else None
-    flat, found = logits.flatten(0, 1), []
-    slab = K if temperature > 0 and not few else max(1, SLAB // V)  # a row's noise over the vocabulary is its own
-    for a in range(0, R * K, slab):
-        part, r = slice(a, a + slab), a // K
-        x = flat[part]
-        if suppress is not None:
-            x = x.index_fill(-1, suppress, torch.finfo(x.dtype).min)
-        if few:
-            p, index = nucleus(x, temperature or 1.0, top_p, top_k)
-        else:
-            tempered = x if temperature == 0 else (x if schedule == "dream" else wide(x)) / temperature
-            p, index = tempered.softmax(-1), None  # in the model's dtype, as the official code
-        if temperature == 0:
-            token = at = x.argmax(-1)
-            at = at if index is None else torch.zeros_like(at)
-        elif index is None:
-            token = at = gumbel_max(tempered, count[r], generators[r])
-        else:  # invert the cumulated probabilities of the few tokens left
-            u = draw[part, None] * p.sum(-1, keepdim=True)
-            at = (p.cumsum(-1) <= u).sum(-1).clamp(max=p.shape[-1] - 1)
-            token = index.gather(-1, at[:, None])[:, 0]
-        if schedule == "llada" and (temperature > 0 or index is not None):  # the model's own distribution is scored
-            p, at = x.softmax(-1), token
-        probability = p.gather(-1, at[:, None])[:, 0]
-        found.append((token, probability, chance[part] if strategy == "random" else rate(strategy, p, probability)))
-    return tuple(torch.cat(x).view(R, K) for x in zip(*found))
+    tokens, scores = [], []
+    size = max(1, SLAB // V)
+    for x, u in zip(logits.flatten(0, 1).split(size), noise.flatten().split(size)):
+        token, score = choose_slab(x, u, s)
+        tokens.append(token)
+        scores.append(score)
+    return torch.cat(tokens).view(R, K), torch.cat(scores).view(R, K)
 
 
-def rate(strategy, p, probability):
-    """The score of K positions with the distributions p [K, V] and the probabilities [K] of their tokens: [K]."""
-    if strategy == "entropy":
+def choose_slab(logits, noise, s):
+    """choose() for logits [K, V] and noise [K]: two [K]."""
+    logits = without(logits, s.suppress)
+    if s.draws:
+        p, ids = filtered(logits, s)  # [K, n]
+        token = draw(p, ids, noise)
+    else:
+        token = logits.argmax(-1)
+    if s.score in ("random", "left"):
+        return token, noise  # the distribution does not matter
+
+    # "dream" scores the distribution that tokens are drawn from, "llada" the model's own.
+    if s.schedule == "llada" or s.score == "largest":
+        p, ids = without(logits, s.last).softmax(-1), None  # in the model's dtype, as officially
+    elif s.last is not None or not s.draws:
+        p, ids = filtered(without(logits, s.last), s)
+    score = rate(s.score, p, ids, token)
+    if s.last is not None:
+        worst = 0.0
+        if s.score == "entropy":  # for which 0 would be the best
+            worst = torch.finfo(score.dtype).min
+        score = score.masked_fill(member(token, s.last), worst)
+    return token, score
+
+
+def rate(score, p, ids, token):
+    """The score of K positions, [K].
+
+    p, ids [K, n]: the distribution; ids None = over the whole vocabulary. token [K]: those chosen."""
+    if score == "entropy":
         return (p * torch.log(p + 1e-10)).sum(-1)  # minus the entropy; the constant is Dream's
-    if strategy == "confidence":
-        return probability
+    if score == "largest":
+        return p.amax(-1)
+    if score == "confidence" and ids is None:
+        return p.gather(-1, token[:, None])[:, 0]
+    if score == "confidence":
+        return (p * (ids == token[:, None])).sum(-1)
     best = p.topk(min(2, p.shape[-1]), dim=-1).values
-    return best[:, 0] - (best[:, 1] if best.shape[-1] > 1 else 0)
+    return best[:, 0] - best[:, 1:].sum(-1)  # top_k = 1 leaves a single one
+
+
+def filtered(logits, s):
+    """What temperature, top_p and top_k leave of logits [K, V]: p and ids, [K, n] each.
+
+    ids is None where p is over the whole vocabulary."""
+    temperature = s.temperature or 1.0  # 0 is for the token only
+    if s.top_k is not None or (s.top_p is not None and s.top_p < 1):
+        return nucleus(logits, temperature, s.top_p, s.top_k)
+    if s.schedule == "llada":
+        logits = logits.float()  # Dream draws in the model's dtype, LLaDA in a wider one
+    return (logits / temperature).softmax(-1), None
 
 
 def nucleus(logits, temperature, top_p, top_k):
-    """The tokens that top_p and top_k leave of softmax(logits / temperature), best first: probabilities (0 where
-    removed) and ids, two [K, n].
+    """The tokens that top_p and top_k leave of softmax(logits / temperature), best first.
 
-    top_p removes what lies beyond the best tokens whose sum exceeds it; the token that crosses it stays. The vocabulary
-    is not sorted: the best 64 are enough as a rule, and more are taken until every position has crossed."""
-    logits, V = logits.float(), logits.shape[-1]
-    limit = V if top_k is None else min(top_k, V)
+    -> probabilities (0 where removed) and ids, [K, n] each. top_p removes what lies beyond the best
+    tokens whose sum exceeds it; the token that crosses it stays. The vocabulary is not sorted: the
+    best 64 are enough as a rule, and more are taken until every position has crossed."""
+    logits = logits.float()
+    limit = logits.shape[-1]
+    if top_k is not None:
+        limit = min(top_k, limit)
+    if top_p is None:
+        top_p = 1
     most = logits.amax(-1, keepdim=True)
-    z = (logits - most).div_(temperature).clamp_(min=-80)  # exp(-80) adds nothing, and what underflows is slow on CPUs
-    total = z.exp_().sum(-1, keepdim=True)
+    # Less than exp(-80) adds nothing to the total, and numbers that underflow are slow on CPUs.
+    total = (logits - most).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
     n = min(64, limit)
     while True:
-        best, index = logits.topk(n, dim=-1)  # [K, n]
+        best, ids = logits.topk(n, dim=-1)  # [K, n]
         p = ((best - most) / temperature).exp() / total
-        keep = p.cumsum(-1) - p <= (1 if top_p is None else top_p)  # the sum before the token
+        keep = p.cumsum(-1) - p <= top_p  # the sum before the token
         keep[:, 0] = True
         if n == limit or not keep[:, -1].any():
             p = p.masked_fill(~keep, 0.0)
-            return p / p.sum(-1, keepdim=True), index
+            return p / p.sum(-1, keepdim=True), ids
         n = min(32 * n, limit)
 
 
-def gumbel_max(logits, count, generator):
-    """A sample of softmax(logits) at each of K positions: the argmax of logits - log(exponential noise). int64 [K].
+def draw(p, ids, noise):
+    """A token of each of K distributions p, ids [K, n], by noise [K] in [0, 1): [K].
 
-    In float64, as LLaDA's, in one buffer of [count, V]; the positions from count on are filler."""
-    device = logits.device if generator is None else generator.device
-    noise = wide(torch.empty(0, device=device)).new_empty((count, logits.shape[-1])).exponential_(generator=generator)
-    noise = noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().neg_().to(logits.device)
-    token = noise.add_(logits[:count]).argmax(-1)
-    return torch.cat((token, token.new_zeros(len(logits) - count)))
+    The first one at which the cumulated sum exceeds the noise."""
+    wide = torch.float64
+    if p.device.type == "mps":  # Apple's GPUs have nothing wider than float32
+        wide = torch.float32
+    total = p.cumsum(-1, dtype=wide)
+    at = torch.searchsorted(total, noise[:, None].to(wide) * total[:, -1:], right=True)  # [K, 1]
+    at = at.clamp(max=p.shape[-1] - 1)
+    if ids is not None:
+        at = ids.gather(-1, at)
+    return at[:, 0]
 
 
-def wide(x):
-    """In float64, or float32 on Apple's GPUs, which have nothing wider."""
-    return x.float() if x.device.type == "mps" else x.double()
+def without(logits, ids):
+    """logits [K, V] in which the tokens of these ids (None: of none) have no probability."""
+    if not ids:
+        return logits
+    if max(ids) >= logits.shape[-1]:
+        raise ValueError(f"suppress or last holds {max(ids)}; the model has {logits.shape[-1]} tokens")
+    index = torch.tensor(ids, device=logits.device)
+    return logits.index_fill(-1, index, torch.finfo(logits.dtype).min)
 
 
-def uniform(R, K, count, generators, device):
-    """Uniform noise in [0, 1) for K positions of R rows, [R * K]; the first count[r] of a row are generators[r]'s."""
-    noise = torch.zeros(R, K, device=device)
-    for row, n, g in zip(noise, count, generators):
-        row[:n] = torch.rand(n, generator=g, device=device if g is None else g.device)
-    return noise.flatten()
+def member(tokens, ids):
+    """Which of the tokens are among the ids: bool, in the shape of tokens."""
+    return torch.isin(tokens, torch.tensor(ids, dtype=torch.long, device=tokens.device))
+
+
+# ---------------------------------------------------------------------------------------- the rest
 
 
 def decode_order(step, entropy):
-    """Rank of every position by (step, entropy, position): int64 [B, N], 0 = decoded first."""
+    """The decode rank of every position, by (step, entropy, position): int64 [B, N], from 0."""
     by_entropy = entropy.nan_to_num(torch.inf).argsort(dim=1, stable=True)
     by_both = by_entropy.gather(1, step.gather(1, by_entropy).argsort(dim=1, stable=True))
     return by_both.argsort(dim=1)
 
 
-def check(
-    max_new_tokens,
-    steps,
-    block_length=None,
-    strategy="entropy",
-    schedule="dream",
-    temperature=0.0,
-    top_p=None,
-    top_k=None,
-    threshold=None,
-    approximate_cache=None,
-):
-    """Raises ValueError for settings of generate() that do not fit together."""
-    N, L = max_new_tokens, max_new_tokens if block_length is None else block_length
-    if N < 1 or steps < 1 or L < 1:
-        raise ValueError(f"max_new_tokens {N}, steps {steps} and block_length {L} must be at least 1")
-    if N % L:
-        raise ValueError(f"block_length {L} does not divide max_new_tokens {N}; nearest below: {divisor_below(N, L)}")
-    if threshold is None and steps % (N // L):
-        raise ValueError(f"steps {steps} do not divide by the {N // L} blocks of {L} tokens; give a multiple")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
-    if (
-        not 0 <= temperature < float("inf")
-        or (top_p is not None and not 0 < top_p <= 1)
-        or (top_k is not None and top_k < 1)
-    ):
-        raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1")
-    if approximate_cache not in (None, *CACHES):
-        raise ValueError(f"approximate_cache {approximate_cache!r} is none of {', '.join(CACHES)}")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} must be a probability between 0 and 1")
+def check_inputs(prompt_ids, prompt_mask, generator):
+    """The generators, one for each row.
 
-
-def check_padding(prompt_ids, prompt_mask):
-    """Raises ValueError for a mask of another shape, or one that pads on the right."""
-    if prompt_mask.shape != prompt_ids.shape:
-        raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
-    if (prompt_mask.int().diff(dim=1) < 0).any():
-        raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
+    Raises ValueError for another number of them, and for a mask that is not one of left padding."""
+    if prompt_mask is not None:
+        if prompt_mask.shape != prompt_ids.shape:
+            raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
+        if (prompt_mask.int().diff(dim=1) < 0).any():
+            raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
+    B, generators = len(prompt_ids), generator
+    if not isinstance(generator, (list, tuple)):
+        generators = [generator] * B
+    if len(generators) != B:
+        raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
+    return generators
 
 
 def divisor_below(n, k):
+    """The largest divisor of n that is at most k."""
     return next(d for d in range(min(n, k), 0, -1) if n % d == 0)

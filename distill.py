@@ -22,28 +22,44 @@ class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions)
     out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
     adapter: str | None = opt(None, "adapter folder: distill from the adapted model")
     batch_size: int = opt(16, "prompts decoded together on each process", low=1)
-    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    format: str = opt(
+        "ours",
+        "release: also write out/release.jsonl, the kept trajectories as the authors' trainer reads them",
+        choices=("ours", "release"),
+    )
+    check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
 
 
-def distill(c, processes=None):
+def distill(c, processes=None, loaded=None):
     """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
 
     Each finished batch is written at once; the same command continues where an earlier one was stopped. c:
-    DistillOptions. Raises ValueError or FileNotFoundError before anything is decoded."""
+    DistillOptions. loaded: a runs.Loaded that decodes, instead of loading c.model and c.adapter; it must be what they
+    name. Raises ValueError or FileNotFoundError before anything is decoded."""
     processes = processes or runs.Processes(c.device)
-    examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
-    loaded = runs.load_model(c, processes, c.adapter)
+    say = runs.warner(processes)
+    examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit, say)
+    if loaded is None:
+        loaded = runs.load_model(c, processes, c.adapter)
     settings = runs.decoder_settings(c, loaded)
-    for e in examples:
-        e["prompt_ids"] = data.encode_prompt(loaded.tok, e["messages"], c.raw)
+    data.encode_examples(loaded.tok, examples, c.raw)
+    evaluate.check_context(examples, settings, loaded.m.config, say)
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
-    out = runs.open_run(c.out, identity(c, processes, loaded, settings), processes, free=("limit", *by_content))
+    meta = dict(identity(c, processes, loaded, settings), prompts=len(examples))
+    out = runs.open_run(c.out, meta, processes, free=("limit", "prompts", *by_content))
 
     def judge(batch, records):
         return [dict(correct=evaluate.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
 
     new = evaluate.answer_all(c, processes, loaded, examples, settings, out, judge)
     records = data.read_trajectories(out)
+    unchecked = sum(r["correct"] is None and data.usable(r) for r in records)
+    if unchecked and c.check != "none":
+        say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
+    if c.format == "release" and processes.first:
+        with runs.atomic_file(out / "release.jsonl") as f:
+            for record in filter(data.usable, records):
+                f.write(runs.json_line(data.to_release_format(record, loaded.m.config.pad_id, settings["strategy"])))
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -52,6 +68,7 @@ def distill(c, processes=None):
         checked=sum(r["correct"] is not None for r in records),
         correct=sum(r["correct"] is True for r in records),
         kept=sum(map(data.usable, records)),
+        unchecked=unchecked,
     )
 
 

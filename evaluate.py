@@ -11,12 +11,16 @@ lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the
 "official" is each model's own evaluation, with the earlier turns that --shots takes from a file.
 """
 
+import ast
+import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import json
 import re
 import time
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 from tqdm import tqdm
@@ -47,12 +51,14 @@ def answer(m, tok, prompts, settings, seed=0):
     return [r["text"] for r in records], records
 
 
-def answer_batch(loaded, examples, settings, seed, device):
-    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) -> their trajectory records."""
+def answer_batch(loaded, examples, settings, seed, device, on_step=None):
+    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) -> their trajectory records.
+
+    on_step: called after each decoding step, see decode.generate."""
     m, tok, _ = loaded
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
     generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
-    t = decode.generate(m, ids, mask, generator=generators, **with_eos_rules(settings, loaded))
+    t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
     if not t.entropy.isfinite().all():
         raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
     records = []
@@ -60,7 +66,8 @@ def answer_batch(loaded, examples, settings, seed, device):
         record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
         record.update(response_ids=response, order=order, step=step)
         record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
-        record.update(text=tok.response_text(response), finished=m.config.eos_id in response)
+        record["text"] = tok.response_text(response)
+        record["finished"] = data.first_end(response, tok.stop_ids) < len(response)
         records.append(record)
     return records
 
@@ -74,6 +81,15 @@ def with_eos_rules(settings, loaded):
     if settings.pop("eos_last", False):
         settings["last"] = [eos]
     return settings
+
+
+def check_context(examples, settings, config, warn):
+    """Warn of prompts that, with their response, are longer than what the model was trained for."""
+    if config.max_length is None:
+        return
+    longest = max(len(e["prompt_ids"]) for e in examples) + settings["max_new_tokens"]
+    if longest > config.max_length:
+        warn(f"prompt and response have up to {longest} tokens, the model's context has {config.max_length}")
 
 
 def answer_all(c, processes, loaded, examples, settings, out, judge):
@@ -94,6 +110,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
     todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
     starts = range(0, len(todo), c.batch_size)[processes.index :: processes.count]
     mine = sum(len(todo[i : i + c.batch_size]) for i in starts)
+    steps = settings.get("steps") or -(-settings["max_new_tokens"] // settings["tokens_per_step"])
     with (
         open(out / f"trajectories-{processes.index:05d}.jsonl", "a", encoding="utf-8") as f,
         tqdm(total=mine, desc=out.name, unit="prompt", disable=not processes.shows) as bar,
@@ -102,60 +119,123 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
         begun = time.time()
         for i in starts:
             batch = todo[i : i + c.batch_size]
-            records = answer_batch(loaded, batch, settings, c.seed, processes.device)
+            on_step = functools.partial(show_share, bar, seen, len(batch), steps)
+            records = answer_batch(loaded, batch, settings, c.seed, processes.device, on_step)
             for record, verdict in zip(records, judge(batch, records)):
                 record.update(verdict)
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                f.write(runs.json_line(record))
                 kept += data.usable(record)
                 tokens += len(record["response_ids"])
             f.flush()
             seen += len(batch)
-            bar.update(len(batch))
+            bar.update(seen - bar.n)
             bar.set_postfix_str(f"{tokens / (time.time() - begun):.0f} tokens/s, kept {kept / seen:.0%}")
     processes.barrier()
     return len(todo)
 
 
-# ------------------------------------------------------------------------------------------------ answers in general
+def show_share(bar, seen, count, steps, step, *_):
+    """Move a bar to `seen` prompts and the share of the next `count` that their decoding has made after a step."""
+    bar.update(seen + count * min(step + 1, steps) // steps - bar.n)
 
-CHECKS = ("none", "number", "exact")
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+
+# ---------------------------------------------------------------------------------------------- is an answer right?
+
+CHECKS = ("auto", "number", "math", "exact", "none")
 
 
 def check(kind, response, answer):
     """Whether a response agrees with the reference answer, or with one of a list of them: True, False, or None where
     that cannot be told.
 
-    "number": the final number of the response against that of the answer (see final_number); None for an answer that
-    ends in anything but one number. "exact": the same text, but for space around it. "none": None.
-    Raises ValueError for another kind."""
+    "number": the final number of the response against the answer; None for an answer that is not one plain number.
+    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, math for other mathematics, None
+    for prose. "exact": the same text, but for space around it. "none": None. Raises ValueError for another kind."""
     if kind not in CHECKS:
         raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:
         return None
     if isinstance(answer, list):
         verdicts = [check(kind, response, one) for one in answer]
-        return any(verdicts) if any(verdicts) or None not in verdicts else None
+        if None in verdicts and True not in verdicts:
+            return None
+        return True in verdicts
     if kind == "exact":
         return response.strip() == answer.strip()
-    gold = final_number(answer, only=True)
-    return None if gold is None else final_number(response) == gold
+    marked = marked_answer(answer)
+    gold = plain_number(answer if marked is None else marked)
+    if gold is not None and kind != "math":
+        found = final_number(response)
+        if found is not None or kind == "number":
+            return found == gold
+    if kind == "number" or (kind == "auto" and gold is None and not is_mathematics(answer)):
+        return None
+    return math500.grade(dict(answer=(answer if marked is None else marked).strip()), response)["correct"]
 
 
-def final_number(text, only=False):
-    """The number after the last ####, else in the last \\boxed{}, else the last number of the text: Decimal or None.
-    only: the text, or what is marked, must be the number and nothing else (72 apples, 3/4 and 2x are none)."""
+def marked_answer(text):
+    """What stands after the last ####, else in the last \\boxed{} whose braces close; None without either."""
     if "####" in text:
-        text = text.rsplit("####", 1)[1]
-    elif "\\boxed{" in text:
-        text = text.rsplit("\\boxed{", 1)[1].split("}")[0]
-    found = NUMBER.findall(text)
-    if not found or (only and found[-1] != text.strip().removesuffix(".")):
+        return text.rsplit("####", 1)[1]
+    start = text.rfind("\\boxed{")
+    if start < 0:
         return None
-    try:
-        return Decimal(found[-1].replace(",", "").replace("$", ""))
-    except InvalidOperation:
+    depth = 0
+    for place in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : place]
+    return None
+
+
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+PLAIN = re.compile(rf"-?\$?-?(?:{DIGITS})")
+# What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
+PART = re.compile(r"\s*/|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|[:,]\d|[A-Za-z](?![A-Za-z])|\(")
+
+
+def spelled_plainly(text):
+    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus sign U+2212."""
+    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\\$", "$")):
+        text = text.replace(written, plain)
+    return text
+
+
+def plain_number(text):
+    """The number that a text consists of, but for space, a dollar sign and a last point: Decimal, or None.
+
+    72 apples, 3/4 and 2x are no plain numbers."""
+    text = spelled_plainly(text).strip().strip("$").strip()
+    text = text.removeprefix("\\(").removesuffix("\\)").strip().removesuffix(".")
+    if not PLAIN.fullmatch(text):
         return None
+    return Decimal(text.replace(",", "").replace("$", ""))
+
+
+def final_number(text):
+    """The marked answer of a response if it has one, else its last number: Decimal, or None where that is none, or is
+    part of a fraction, a power or a product."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return plain_number(marked)
+    text = spelled_plainly(text)
+    found = list(re.finditer(DIGITS, text))
+    if not found:
+        return None
+    last = found[-1]
+    before, after = text[: last.start()].removesuffix("$"), text[last.end() :]
+    if re.search(r"[/^_{\\:]\s*$|\d,\s*$|[A-Za-z]$", before) or PART.match(after):
+        return None
+    number = Decimal(last[0].replace(",", ""))
+    negative = re.search(r"(?<![\w)])-$", before)  # the minus of 5-3 subtracts
+    return number.copy_negate() if negative else number
+
+
+def is_mathematics(answer):
+    """Whether math-verify can make sense of a reference answer: marked, or short and without words."""
+    if marked_answer(answer) is not None or "\\" in answer:
+        return True
+    return len(answer) <= 100 and not re.search(r"[A-Za-z]{3,}", answer)
 
 
 # ------------------------------------------------------------------------------------------------------- benchmarks
@@ -180,17 +260,19 @@ class EvaluateOptions(runs.ModelOptions, runs.DecodeOptions):
     batch_size: int = opt(16, "questions decoded together on each process", low=1)
 
 
-def evaluate(c, processes=None):
+def evaluate(c, processes=None, loaded=None):
     """Answer the questions of benchmarks and grade the answers -> a score with its interval for each.
 
-    out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings."""
+    out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings.
+    loaded: a runs.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name."""
     unknown = [task for task in c.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(TASKS)}")
     processes = processes or runs.Processes(c.device)
     questions = {task: read_questions(task, c.data) for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
-    loaded = runs.load_model(c, processes, c.adapter)
+    if loaded is None:
+        loaded = runs.load_model(c, processes, c.adapter)
     identity = runs.identity(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded
@@ -199,11 +281,12 @@ def evaluate(c, processes=None):
         about = dict(identity, decoder=settings[task])
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
-        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=scores, versions=runs.versions())
+        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=scores, versions=grader_versions())
         with runs.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         if processes.shows:
             print(score_table(scores))
+            print(", ".join(f"{name} {version}" for name, version in shown["versions"].items()))
     return dict(out=str(out), scores=scores)
 
 
@@ -218,9 +301,8 @@ def task_settings(c, task, loaded):
 
 def run_task(c, processes, loaded, task, questions, shots, about, out):
     """Answer and grade the questions of one benchmark -> its score. about: model, adapter and decoder settings."""
-    family, questions = loaded.m.config.family, questions[: c.limit]
-    examples = []
-    for i, record in enumerate(questions):
+    family, examples = loaded.m.config.family, []
+    for i, record in enumerate(questions[: c.limit]):
         text, ids = prompt_of(c, loaded, task, record, shots)
         examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
     meta = dict(
@@ -236,7 +318,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         shots_sha256=digest(shots),
         versions=runs.versions(),
     )
-    out = runs.open_run(out, meta, processes, free=("limit", "questions_sha256"))
+    out = runs.open_run(out, meta, processes, free=("limit",))
 
     def judge(batch, records):
         texts = [TASKS[task].trim(graded_text(c, loaded, r), family, c.protocol) for r in records]
@@ -244,7 +326,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         return [dict(v, response=text) for v, text in zip(found, texts)]
 
     answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
-    found = data.read_trajectories(out)[: len(questions)]
+    found = data.read_trajectories(out)[: len(examples)]
     finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
     more = dict(finished=finished, shots=len(shots), protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
     return dict(score(task, found), **more)
@@ -254,7 +336,7 @@ def prompt_of(c, loaded, task, record, shots):
     """(user's turn, token ids of the prompt) of a question, cut on the left to the benchmark's length."""
     family = loaded.m.config.family
     text, start = TASKS[task].ask(record, family, c.protocol)
-    ids = loaded.tok.encode(loaded.tok.chat([*shots, {"role": "user", "content": text}]) + start)
+    ids = data.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
     whole = family == "llada" and c.protocol == "official"  # OpenCompass does not cut
     return text, ids if whole else ids[-TASKS[task].PROMPT_TOKENS :]
 
@@ -321,6 +403,15 @@ def read_shots(path, task):
     return turns
 
 
+def grader_versions():
+    """Versions that can change a score: of Python, torch, and the libraries that read mathematics and languages."""
+    found = runs.versions()
+    for name in ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "langdetect"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def digest(rows):
     return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
@@ -337,43 +428,91 @@ class GradeOptions:
     out: str = opt(None, "file for the same lines with their verdicts", required=True)
     family: str = opt("dream", "whose prompt the code answers", choices=tuple(runs.DECODERS))
     protocol: str = opt("paper", "whose grader: see evaluate --protocol", choices=PROTOCOLS)
+    as_is: bool = opt(False, "grade the whole response; without it, up to the stops of the protocol, as evaluate does")
+    math_gold: str | None = opt(
+        None, "MATH500's gold answer between dollar signs, or raw as in the release", choices=("latex", "raw")
+    )
 
 
 def grade(c):
-    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict."""
-    rows = []
-    for where, row in data.read_rows(c.responses):
-        rows.append(checked_row(row, where, c.task, dict(TASKS[c.task].FIELDS, response=str)))
+    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict.
+
+    A line has the benchmark's fields and "response", or is of lm-evaluation-harness's --log_samples files ("doc" and
+    "resps"). Raises ValueError for a line that is neither, FileExistsError for an --out that is the input."""
+    out, source = Path(c.out), Path(c.responses)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise FileExistsError(f"--out {out} is the file with the responses: choose another")
+    benchmark, rows, records = TASKS[c.task], [], []
+    for where, row in data.read_rows(source):
+        records.append(checked_row(from_harness(row), where, c.task, dict(benchmark.FIELDS, response=str)))
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{c.responses}: no responses to grade")
-    found = verdicts(c.task, rows, [row["response"] for row in rows], c.family, c.protocol)
-    out = Path(c.out)
+        raise ValueError(f"{source}: no responses to grade")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with runs.atomic_file(out) as f:
-        f.writelines(json.dumps({**row, **v}, ensure_ascii=False) + "\n" for row, v in zip(rows, found))
-    return dict(score(c.task, found), out=str(out))
+    with runs.atomic_file(out) as f:  # opened before the work: a place that cannot be written to costs nothing
+        texts = [r["response"] if c.as_is else benchmark.trim(r["response"], c.family, c.protocol) for r in records]
+        found = verdicts(c.task, records, texts, c.family, c.protocol, c.math_gold)
+        for row, verdict in zip(rows, found):
+            f.write(runs.json_line({**row, **verdict}))
+    return dict(score(c.task, found), protocol=c.protocol, out=str(out))
 
 
-def verdicts(task, records, responses, family="dream", protocol="paper"):
-    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response."""
+def from_harness(row):
+    """A row of a --log_samples file as the benchmark's fields and a response; any other row as it is."""
+    if not isinstance(row, dict) or "response" in row or not isinstance(row.get("doc"), dict):
+        return row
+    response = row.get("resps")
+    while (
+        isinstance(response, list) and response
+    ):  # [["text"]]: one list for the repeats, one for the request's answers
+        response = response[0]
+    return dict(row["doc"], response=response)
+
+
+# What a record that makes no sense, or a response made to break its grader, may raise.
+FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
+
+
+def verdicts(task, records, responses, family="dream", protocol="paper", math_gold=None):
+    """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response.
+
+    A record that cannot be graded is wrong, with the fault as its reason: it takes no other with it."""
     benchmark = TASKS[task]
-    work = benchmark.program if hasattr(benchmark, "program") else benchmark.grade
-    found = []
+    more = dict(gold=math_gold) if task == "math500" else {}
+    runs_programs = hasattr(benchmark, "program")
+    work = benchmark.program if runs_programs else benchmark.grade
+    found, jobs = [], []
     for record, response in zip(records, responses):
         try:
-            found.append(work(record, response, family, protocol))
-        except (TypeError, AttributeError, KeyError, SyntaxError) as e:
-            raise ValueError(f"{task}: no sense in a record ({type(e).__name__}: {e}): {record!r:.200}") from e
-    if not hasattr(benchmark, "program"):
-        return found
-    results = execute.run_many(found)  # all at once: on as many processes as there are cores
-    return [dict(correct=r["passed"], reason=r["reason"]) for r in results]
+            result = work(record, response, family, protocol, **more)
+            if runs_programs:
+                ast.parse(result[1])  # tests that are no Python are the record's fault
+                jobs.append((len(found), result))
+            found.append(result)
+        except FAULTS as e:
+            found.append(not_graded(record, e))
+    results = execute.run_many([job for _, job in jobs])  # all at once: on as many processes as there are cores
+    for (place, _), result in zip(jobs, results):
+        found[place] = dict(correct=result["passed"], reason=result["reason"])
+    return found
+
+
+def not_graded(record, fault):
+    """The verdict on a record whose grading failed."""
+    verdict = dict(correct=False, reason=f"not graded ({type(fault).__name__}: {fault})"[:300])
+    if isinstance(record.get("instruction_id_list"), list):  # IFEval's score counts instructions
+        verdict.update(strict=[False] * len(record["instruction_id_list"]))
+        verdict.update(loose=verdict["strict"])
+    return verdict
 
 
 def score(task, found):
     """Accuracy in percent with its 95 % Wilson interval; for IFEval (prompt level, strict) also its other three."""
     right, n = sum(v["correct"] is True for v in found), len(found)
     result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=wilson(right, n))
+    not_judged = sum(str(v.get("reason", "")).startswith("not graded") for v in found)
+    if not_judged:
+        result["not_graded"] = not_judged
     if task == "ifeval":
         strict, loose = [], []
         for v in found:
@@ -395,12 +534,14 @@ def wilson(right, n, z=1.96):
 
 
 def score_table(scores):
-    lines = ["| task | n | score % | 95 % interval | finished % | tokens, steps, block | protocol | shots |"]
-    lines.append("| --- " * 8 + "|")
+    lines = ["| task | n | score % | 95 % interval | finished % | tokens, steps, block | protocol | shots | seed |"]
+    lines.append("| --- " * 9 + "|")
     for r in scores:
         low, high = (f"{100 * x:.1f}" for x in r["interval"])
         d = r["decoder"]
-        decoding = f"{d['max_new_tokens']}, {d['steps']}, {d['block_length'] or '-'}"
+        pace = d.get("steps") or f"{d['tokens_per_step']} a step"
+        decoding = f"{d['max_new_tokens']}, {pace}, {d['block_length'] or '-'}"
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", r["finished"], decoding, r["protocol"], r["shots"]]
+        cells.append(r["seed"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

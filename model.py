@@ -1,30 +1,38 @@
-"""One bidirectional transformer for both families of masked diffusion language models: LLaDA-8B and Dream-7B.
+"""One bidirectional transformer for masked diffusion language models: LLaDA, Dream, SDAR and A2D.
 
-    m = model.load("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16, device="cuda")  # a folder or a Hub repo id
-    logits = m(ids, attention_mask=None, positions=None)                               # [B, L] -> [B, L or P, V]
-    model.save(m, "out/model")                                                         # the layout it was loaded from
+    # a folder or a Hub repo id
+    m = model.load("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16, device="cuda")
+    logits = m(ids, attention_mask=None, positions=None)         # [B, L] -> [B, L or P, V]
+    model.save(m, "out/model")                                   # the layout it was loaded from
 
-logits[b, i] always predicts token i. Checkpoints are Hugging Face folders (config.json, *.safetensors) and are read
-without the transformers library; nothing in a checkpoint is executed.
+logits[b, i] always predicts token i. Checkpoints are Hugging Face folders (config.json, *.safetensors)
+and are read without the transformers library; nothing in a checkpoint is executed.
 
-Sources: ML-GSAI/LLaDA (modeling_llada.py: an OLMo / Llama block without a causal mask) and DreamLM/Dream
-(modeling_dream.py: Qwen2 without a causal mask). What differs between the two is in `Config`, in `NAMES`, and where a
-line of code says so:
+Sources: ML-GSAI/LLaDA (modeling_llada.py: an OLMo / Llama block without a causal mask), DreamLM/Dream
+(modeling_dream.py: Qwen2 without one), JetAstra/SDAR (modeling_sdar.py: Qwen3, causal from block to
+block) and ZHZisZZ/dllm (A2D, modeling_qwen3.py: Qwen3 without a causal mask). The families differ in
+these points, each a field of `Config`:
 
-                      LLaDA-8B                        Dream-7B
-    biases            none                            on q, k and v
-    key-value heads   as many as query heads          4 for 28 query heads
-    RoPE              rotates in float32              rotates in the model's dtype
-    padding           positions not shifted           positions count real tokens only
-    output            logits[i] predicts token i      logits[i] predicts token i + 1 (shifted here)
+                      LLaDA-8B       Dream-7B             SDAR                 A2D
+    biases            none           on q, k and v        none                 none
+    norms of q and k  none           none                 per head             per head
+    RMSNorm           cast, weight   cast, weight         weight, cast         cast, weight
+    key-value heads   all            4 for 28 of q        8 for 16 or 32       8 for 16
+    RoPE rotates in   float32        the model's dtype    the model's dtype    the model's dtype
+    padding           is counted     positions skip it    positions skip it    positions skip it
+    attention         everything     everything           block-causal         either of the two
+    output at i       token i        token i + 1          token i              token i
 
-Dimensions: B batch, L length, P positions asked for, V vocabulary, D width, H query heads, K key-value heads,
-E width of a head.
+Dimensions: B batch, L length, P positions asked for, V vocabulary, D width, H query heads,
+K key-value heads, E width of a head.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,12 +44,12 @@ from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# ----------------------------------------------------------------------------------------------------------- config
-
 
 @dataclass
 class Config:
-    family: str  # "llada" or "dream"
+    """What the network computes. `parse_config` makes one from a config.json."""
+
+    family: str  # "llada", "dream", "sdar" or "a2d"
     vocab_size: int  # rows of the embedding and of the output head; may exceed the tokenizer's ids
     mask_id: int  # the mask token
     eos_id: int  # ends a response
@@ -50,229 +58,183 @@ class Config:
     layers: int
     heads: int  # query heads
     kv_heads: int  # key-value heads, a divisor of heads
+    head_width: int  # an even number; heads * head_width may differ from width
     mlp_width: int
     rope_theta: float
     norm_eps: float
     qkv_bias: bool
     tied: bool  # the output head is the embedding
-    rope_float32: bool  # rotate q and k in float32, then cast back; otherwise in the model's dtype
-    shifted: bool  # position i of the network predicts token i + 1
-    raw: dict = field(default_factory=dict, repr=False)  # config.json as read, and as save() writes it
+    rope_float32: bool = False  # rotate q and k in float32, then cast back; otherwise in the model's dtype
+    qk_norm: bool = False  # normalise each head of q and k before it is rotated
+    weight_first: bool = False  # RMSNorm multiplies by its weight before the cast to the model's dtype
+    skip_padding: bool = False  # positions count real tokens only
+    shifted: bool = False  # position i of the network predicts token i + 1
+    block_length: int | None = None  # attention is causal from block to block; None = not at all
+    max_length: int | None = None  # the longest context in tokens; callers warn beyond it
+    # config.json as read, and as save() writes it
+    raw: dict = dataclasses.field(default_factory=dict, repr=False)
 
 
-# What a config.json may say, per family. READ: our field -> their key. REQUIRED: the values that this code computes;
-# anything else is a different network. IGNORED: keys that do not change what the network computes.
-READ = {
-    "llada": dict(
-        mask_id="mask_token_id",
-        eos_id="eos_token_id",
-        pad_id="pad_token_id",
-        width="d_model",
-        layers="n_layers",
-        heads="n_heads",
-        rope_theta="rope_theta",
-        norm_eps="rms_norm_eps",
-        tied="weight_tying",
-        rope_float32="rope_full_precision",
-    ),
-    "dream": dict(
-        mask_id="mask_token_id",
-        eos_id="eos_token_id",
-        pad_id="pad_token_id",
-        width="hidden_size",
-        layers="num_hidden_layers",
-        heads="num_attention_heads",
-        kv_heads="num_key_value_heads",
-        mlp_width="intermediate_size",
-        vocab_size="vocab_size",
-        rope_theta="rope_theta",
-        norm_eps="rms_norm_eps",
-        tied="tie_word_embeddings",
-    ),
-}
-REQUIRED = {
-    "llada": dict(
-        activation_type=("silu",),
-        alibi=(False,),
-        attention_dropout=(0, None),
-        attention_layer_norm=(False,),
-        bias_for_layer_norm=(False, None),
-        block_group_size=(1,),
-        block_type=("llama",),
-        embedding_dropout=(0, None),
-        include_bias=(False,),
-        input_emb_norm=(False,),
-        layer_norm_type=("rms",),
-        layer_norm_with_affine=(True,),
-        multi_query_attention=(None, False),
-        residual_dropout=(0, None),
-        rope=(True,),
-        scale_logits=(False,),
-    ),
-    "dream": dict(
-        attention_dropout=(0, None),
-        hidden_act=("silu",),
-        rope_scaling=(None,),
-        use_mrope=(False, None),
-        use_sliding_window=(False, None),
-    ),
-}
-LAYERS = 1024  # a config that asks for more is an accident or an attack
-DERIVED = {"llada": {"vocab_size", "embedding_size", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "include_qkv_bias"}}
-IGNORED = set(
-    """
-    _name_or_path architectures auto_map bos_token_id dtype model_type return_dict tie_word_embeddings torch_dtype
-    transformers_version use_cache alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor
-    init_device init_fn init_std initializer_range max_position_embeddings max_sequence_length max_window_layers
-    precision sliding_window tokenizer_class
-    """.split()
-)
-
-
-def parse_config(raw, where="config.json"):
-    """Config from the content of a config.json. Raises ValueError with every missing, unsupported and unknown key."""
-    family = str(raw.get("model_type")).lower()
-    if family not in READ:
-        raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; this code knows 'llada' and 'Dream'")
-    values = {ours: raw[key] for ours, key in READ[family].items() if key in raw}
-    if family == "llada":
-        values.setdefault("rope_float32", True)
-        values["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size")
-        values["kv_heads"] = raw.get("n_kv_heads") or values.get("heads")
-        width, ratio = values.get("width"), raw.get("mlp_ratio", 4)
-        values["mlp_width"] = raw.get("mlp_hidden_size") or (
-            width * ratio if type(width) is type(ratio) is int else None
-        )
-        values["qkv_bias"], values["shifted"] = bool(raw.get("include_qkv_bias")), False
-    else:
-        values.update(qkv_bias=True, shifted=True, rope_float32=False)
-
-    wrong = [f"{key} is missing" for ours, key in READ[family].items() if values.get(ours) is None]
-    wrong += [f"{k} is missing" for k in ("vocab_size", "mlp_width") if values.get(k) is None]
-    for ours, kind in Config.__annotations__.items():
-        value = values.get(ours)
-        if kind is int and value is not None and (type(value) is not int or value < 0):
-            wrong.append(f"{READ[family].get(ours, ours)} is {value!r}, not a whole number")
-        elif kind is int and value is not None and value > (LAYERS if ours == "layers" else 2**31):
-            wrong.append(f"{READ[family].get(ours, ours)} is {value!r}, more than any model has")
-        if kind is float and value is not None and not (isinstance(value, (int, float)) and value > 0):
-            wrong.append(f"{READ[family].get(ours, ours)} is {value!r}, not a positive number")
-    for key, allowed in REQUIRED[family].items():
-        if key in raw and raw[key] not in allowed:
-            wrong.append(f"{key} is {raw[key]!r}, supported is {allowed[0]!r}")
-    known = set(READ[family].values()) | set(REQUIRED[family]) | DERIVED.get(family, set()) | IGNORED
-    wrong += [f"unknown key {k} = {v!r}" for k, v in raw.items() if k not in known and v not in (None, False)]
-    if not wrong:
-        width, heads, kv_heads, vocab = (values[k] for k in ("width", "heads", "kv_heads", "vocab_size"))
-        if not heads or width % heads or (width // heads) % 2:
-            wrong.append(f"width {width} is not an even multiple of {heads} heads")
-        if not kv_heads or heads % kv_heads:
-            wrong.append(f"{heads} heads are not a multiple of {kv_heads} key-value heads")
-        for key in ("mask_id", "eos_id", "pad_id"):
-            if values[key] >= vocab:
-                wrong.append(f"{READ[family][key]} {values[key]} is outside the vocabulary of {vocab}")
-    if wrong:
-        raise ValueError(f"{where}: {'; '.join(wrong)}. Correct the file, or remove a key that changes no computation")
-    return Config(family=family, raw=dict(raw), **values)
-
-
-# ------------------------------------------------------------------------------------------------------ transformer
+# ------------------------------------------------------------------------------------- transformer
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32, cast back, then scaled: the rounding of both official implementations."""
+    """Normalised in float32, then scaled by the weight and cast, in the family's order: the wrong
+    one costs as much as bfloat16's own error."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width, eps, weight_first):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.weight_first = eps, weight_first
 
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.weight_first:
+            return (self.weight * y).to(x.dtype)
         return self.weight * y.to(x.dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x [B, H, L, E], halves (not pairs) rotated, in the dtype of cos and sin."""
+    """Rotary position embedding of x [B, H, L, E], halves (not pairs) rotated, in the dtype of cos
+    and sin."""
     dtype, x = x.dtype, x.to(cos.dtype)
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(dtype)
 
 
-class Block(nn.Module):
+def pick(x, at):
+    """x [B, L, D] at the places at [B, P] -> [B, P, D]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def pick_rows(x, at):
+    """x [1 or B, 1, L, E], the same for all heads, at the places at [B, P] -> [B, 1, P, E]."""
+    return pick(x[:, 0].expand(len(at), -1, -1), at)[:, None]
+
+
+def attend(q, k, v, mask):
+    """Attention of q [B, H, P, E] over k and v [B, K, L, E] where mask is True (None = everywhere)
+    -> [B, H, P, E]."""
+    groups = q.shape[1] // k.shape[1]
+    # No fused CUDA kernel takes both a mask and fewer keys than queries
+    if groups > 1 and mask is not None:
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_width = c.width // c.heads
-        kv_width = c.kv_heads * self.head_width
-        self.attn_norm = RMSNorm(c.width, c.norm_eps)
-        self.q_proj = nn.Linear(c.width, c.width, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, kv_width, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, kv_width, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.width, c.width, bias=False)
-        self.mlp_norm = RMSNorm(c.width, c.norm_eps)
+        self.head_width = c.head_width
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_width, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=False)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_width, c.norm_eps, c.weight_first)
+            self.k_norm = RMSNorm(c.head_width, c.norm_eps, c.weight_first)
+        self.qk_norm = c.qk_norm
+        # What measures or replaces the kernel sets another function here, on one instance
+        self.attend = attend
+
+    def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
+        """x [B, L, D] -> [B, L, D], or [B, P, D] where `at` [B, P] names the places whose queries
+        are wanted."""
+        k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))  # [B, K, L, E]
+        if self.qk_norm:
+            k = self.k_norm(k)
+        k = rotate(k, cos, sin)
+        if at is not None:
+            x, cos, sin = pick(x, at), pick_rows(cos, at), pick_rows(sin, at)
+            if mask is not None and mask.shape[2] > 1:  # it has a row for each query
+                mask = pick_rows(mask, at)
+        q = self.split(self.q_proj(x))  # [B, H, P, E]
+        if self.qk_norm:
+            q = self.q_norm(q)
+        q = rotate(q, cos, sin)
+        if cache is not None:
+            k, v = cache.put(self, k, v, start)
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def split(self, x):
+        """[B, L, heads * E] -> [B, heads, L, E]"""
+        return x.view(*x.shape[:2], x.shape[2] // self.head_width, self.head_width).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
         self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=False)
         self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
         self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
 
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.width, c.norm_eps, c.weight_first)
+        self.attn = Attention(c)
+        self.mlp_norm = RMSNorm(c.width, c.norm_eps, c.weight_first)
+        self.mlp = MLP(c)
+
+    # block.q_proj and so on: the names that checkpoints and adapters know, without our two groups
+    q_proj = property(lambda block: block.attn.q_proj)
+    k_proj = property(lambda block: block.attn.k_proj)
+    v_proj = property(lambda block: block.attn.v_proj)
+    o_proj = property(lambda block: block.attn.o_proj)
+    gate_proj = property(lambda block: block.mlp.gate_proj)
+    up_proj = property(lambda block: block.mlp.up_proj)
+    down_proj = property(lambda block: block.mlp.down_proj)
+
     def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
-        """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block has to compute."""
-        B, L, D = x.shape
-        y = self.attn_norm(x)
-        E = self.head_width
-        k = self.k_proj(y).view(B, L, -1, E).transpose(1, 2)  # [B, K, L, E]
-        v = self.v_proj(y).view(B, L, -1, E).transpose(1, 2)  # [B, K, L, E]
-        k = rotate(k, cos, sin)
+        """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block
+        has to compute."""
+        y = self.attn(self.attn_norm(x), cos, sin, mask, cache, start, at)
         if at is not None:
-            x, y = (z.gather(1, at[..., None].expand(-1, -1, D)) for z in (x, y))  # [B, P, D]
-            cos, sin = (
-                z[:, 0].expand(B, -1, -1).gather(1, at[..., None].expand(-1, -1, z.shape[-1])) for z in (cos, sin)
-            )
-            cos, sin = cos[:, None], sin[:, None]  # [B, 1, P, E]
-        P = x.shape[1]
-        q = rotate(self.q_proj(y).view(B, P, D // E, E).transpose(1, 2), cos, sin)  # [B, H, P, E]
-        if cache is not None:
-            k, v = cache.put(self, k, v, start)
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1 and mask is not None:  # no fused CUDA kernel takes both a mask and fewer keys than queries
-            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
-        x = x + self.o_proj(y.transpose(1, 2).reshape(B, P, D))
-        y = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+            x = pick(x, at)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Cache:
-    """Keys and values of every block for the tokens of one batch, [B, K, L, E] each, as they were when computed."""
+    """Keys and values of every block for the tokens of one batch, [B, K, L, E] each, as they were
+    when computed."""
 
     def __init__(self):
-        self.kept = {}  # block -> (keys, values)
+        self.kept = {}  # attention module -> (keys, values)
 
     @torch.compiler.disable  # it would be compiled anew for every block
-    def put(self, block, k, v, start):
-        """Store what was computed anew for the tokens from `start` on -> keys and values of all tokens."""
-        if block in self.kept:
-            for old, new in zip(self.kept[block], (k, v)):
+    def put(self, owner, k, v, start):
+        """Store what was computed anew for the tokens from `start` on -> keys and values of all
+        tokens."""
+        if owner in self.kept:
+            for old, new in zip(self.kept[owner], (k, v)):
                 old[:, :, start : start + new.shape[2]] = new
         else:
-            self.kept[block] = (k.contiguous(), v.contiguous())
-        return self.kept[block]
+            self.kept[owner] = (k.contiguous(), v.contiguous())
+        return self.kept[owner]
 
     def keep(self, rows):
         """Forget the rows of the batch that are not among these."""
-        self.kept = {block: (k[rows], v[rows]) for block, (k, v) in self.kept.items()}
+        for owner, (k, v) in self.kept.items():
+            self.kept[owner] = (k[rows], v[rows])
 
 
 class Transformer(nn.Module):
-    """The network. Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
-    keeping its activations."""
+    """The network. Set `gradient_checkpointing = True` to recompute each block in the backward
+    pass instead of keeping its activations, and `config.block_length` to make attention
+    block-causal."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config.width, config.norm_eps, config.weight_first)
         if not config.tied:
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
@@ -281,127 +243,386 @@ class Transformer(nn.Module):
     def forward(self, ids, attention_mask=None, positions=None, cache=None, span=None):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
-        attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no meaning, nor has
-        Dream's first real token after left padding (its logits come from the padding before it).
+        attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
+        meaning, nor has Dream's first real token after left padding (its logits come from the
+        padding before it).
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
-        cache, span: approximate inference (see decode.py). A first call with an empty Cache() fills it; a call with
-            span = (start, end) computes only those tokens anew, and takes the keys and values of the others from there.
-            positions are needed then, and count from the start of ids as ever.
+        cache, span: approximate inference (see decode.py). A first call with an empty Cache()
+            fills it; a call with span = (start, end) computes only those tokens anew, and takes
+            the keys and values of the others from there. positions are needed then, and count from
+            the start of ids as ever.
         """
         c, first, length = self.config, 0, ids.shape[1]
-        cos, sin = self.rope(ids, attention_mask, self.embed.weight.dtype)
+        index = self.index(ids, attention_mask)  # [1 or B, L]
+        mask = self.visible(index, attention_mask)
+        cos, sin = self.rope(index, self.embed.weight.dtype)  # [1 or B, 1, L, E]
         if span is not None:
-            first, end = span[0] - (c.shifted and span[0] > 0), span[1]  # Dream predicts a token one place before it
+            # Dream predicts a token one place before it.
+            first, end = span[0] - (c.shifted and span[0] > 0), span[1]
             ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
+            if c.block_length is not None:
+                mask = mask[:, :, first:end]
         x = self.embed(ids)  # [B, L, D]
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # keys only: no empty rows
-        if c.shifted:  # Dream was adapted from an autoregressive model: token i is predicted at position i - 1
-            positions = torch.arange(length, device=ids.device).expand(len(ids), -1) if positions is None else positions
+        if c.shifted:
+            # Dream was adapted from an autoregressive model: token i is predicted at i - 1.
+            if positions is None:
+                positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
         at = None if positions is None else positions - first
         for block in self.layers:
-            last = at if block is self.layers[-1] else None  # the last block only where the head runs
+            # The last block computes only the places where the head runs.
+            last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, cache, first, last, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache, first, last)
         x = self.norm(x)
-        return F.linear(x, self.embed.weight) if c.tied else self.head(x)
+        if c.tied:
+            return F.linear(x, self.embed.weight)
+        return self.head(x)
 
     def new_cache(self):
         return Cache()
 
-    def rope(self, ids, attention_mask, dtype):
-        """cos and sin, [1 or B, 1, L, E], in the dtype that the family rotates in."""
-        c, L = self.config, ids.shape[1]
-        if c.family == "dream" and attention_mask is not None:  # Dream counts real tokens only
-            index = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # [B, L]
-        else:
-            index = torch.arange(L, device=ids.device)[None]  # [1, L]
-        E = c.width // c.heads
-        frequency = 1.0 / c.rope_theta ** (torch.arange(0, E, 2, device=ids.device, dtype=torch.float32) / E)
+    def index(self, ids, attention_mask):
+        """The place of each token in its row, [1 or B, L]."""
+        if attention_mask is None or not self.config.skip_padding:
+            return torch.arange(ids.shape[1], device=ids.device)[None]
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def visible(self, index, attention_mask):
+        """Which keys a query sees: None for all, [B, 1, 1, L] the real ones, [1 or B, 1, L, L]
+        where blocks count."""
+        # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
+        # empty row is NaN.
+        real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        if self.config.block_length is None:
+            return real
+        block = index // self.config.block_length
+        # A query sees its own block and those before it.
+        past = block[:, None, None, :] <= block[:, None, :, None]
+        return past if real is None else past & real
+
+    def rope(self, index, dtype):
+        """cos and sin [1 or B, 1, L, E] for the places index [1 or B, L], in the dtype that the
+        family rotates in."""
+        c = self.config
+        even = torch.arange(0, c.head_width, 2, device=index.device, dtype=torch.float32)
+        frequency = 1.0 / c.rope_theta ** (even / c.head_width)
+        # Angles are float32 even for a bfloat16 model: bfloat16 cannot tell place 257 from 256.
         angle = index[..., None].float() * frequency  # [1 or B, L, E / 2]
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # [1 or B, 1, L, E]
-        dtype = torch.float32 if c.rope_float32 else dtype
+        if c.rope_float32:
+            dtype = torch.float32
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def checkpoint_name(self, name):
-        """The official name of a parameter or module of ours: layers.0.o_proj -> model.transformer.blocks.0.attn_out"""
+        """The official name of a parameter or module of ours: layers.0.attn.o_proj of a LLaDA ->
+        model.transformer.blocks.0.attn_out. The groups attn and mlp may be left out:
+        layers.0.o_proj."""
         names = NAMES[self.config.family]
-        if not name.startswith("layers."):
-            part, _, rest = name.partition(".")
-            return names[part] + ("." + rest if rest else "")
-        _, i, part, *rest = name.split(".")
-        return ".".join([names["layers"], i, names.get(part, part), *rest])
+        first, *rest = name.split(".")
+        official = [names[first]]
+        for part in rest:
+            # Our two groups go: where a family has groups of its own, NAMES has them.
+            if part not in ("attn", "mlp"):
+                official.append(names.get(part, part))
+        return ".".join(official)
 
 
-NAMES = {
-    "llada": dict(
-        embed="model.transformer.wte",
-        norm="model.transformer.ln_f",
-        head="model.transformer.ff_out",
-        layers="model.transformer.blocks",
-        o_proj="attn_out",
-        mlp_norm="ff_norm",
-        gate_proj="ff_proj",
-        down_proj="ff_out",  # the same last name as the output head
-    ),
-    "dream": dict(
-        embed="model.embed_tokens",
-        norm="model.norm",
-        head="lm_head",
-        layers="model.layers",
-        attn_norm="input_layernorm",
-        q_proj="self_attn.q_proj",
-        k_proj="self_attn.k_proj",
-        v_proj="self_attn.v_proj",
-        o_proj="self_attn.o_proj",
-        mlp_norm="post_attention_layernorm",
-        gate_proj="mlp.gate_proj",
-        up_proj="mlp.up_proj",
-        down_proj="mlp.down_proj",
-    ),
+# Our names -> those of the official classes, where they differ.
+# fmt: off
+LLADA_NAMES = dict(
+    embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
+    layers="model.transformer.blocks", o_proj="attn_out", mlp_norm="ff_norm", gate_proj="ff_proj",
+    down_proj="ff_out",  # the same last name as the output head
+)
+QWEN_NAMES = dict(
+    embed="model.embed_tokens", norm="model.norm", head="lm_head", layers="model.layers",
+    attn_norm="input_layernorm", mlp_norm="post_attention_layernorm",
+    q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj",
+    q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
+    gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj",
+)
+# fmt: on
+NAMES = dict(llada=LLADA_NAMES, dream=QWEN_NAMES, sdar=QWEN_NAMES, a2d=QWEN_NAMES)
+
+# ------------------------------------------------------------------------------------------ config
+
+# What a config.json may say, per family. READ: our field -> their key. START: what every model of
+# the family does, and what holds where a published file leaves a key out. REQUIRED: the values
+# that this code computes; anything else is a different network. IGNORED: keys that do not change
+# what the network computes.
+IDS = dict(mask_id="mask_token_id", eos_id="eos_token_id", pad_id="pad_token_id")
+# fmt: off
+LLADA = IDS | dict(
+    width="d_model", layers="n_layers", heads="n_heads", rope_theta="rope_theta", rope_float32="rope_full_precision",
+    norm_eps="rms_norm_eps", tied="weight_tying", max_length="max_sequence_length",
+)
+QWEN = IDS | dict(
+    vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+    kv_heads="num_key_value_heads", mlp_width="intermediate_size", rope_theta="rope_theta", norm_eps="rms_norm_eps",
+    tied="tie_word_embeddings", max_length="max_position_embeddings",
+)
+READ = {
+    "llada": LLADA,
+    "dream": QWEN,
+    "sdar": QWEN | dict(head_width="head_dim", block_length="block_size"),
+    "a2d": QWEN | dict(head_width="head_dim"),
 }
+START = {
+    "llada": dict(rope_float32=True),
+    "dream": dict(qkv_bias=True, shifted=True, skip_padding=True),
+    "sdar": dict(
+        qkv_bias=False, skip_padding=True, qk_norm=True, weight_first=True,
+        mask_id=151669, head_width=128, block_length=4,
+    ),
+    "a2d": dict(qkv_bias=False, skip_padding=True, qk_norm=True, mask_id=151669, pad_id=151643, head_width=128),
+}
+# fmt: on
+OFF, ZERO = (False, None), (0, None)
+QWEN_REQUIRED = dict(hidden_act=("silu",), attention_dropout=ZERO, use_mrope=OFF, use_sliding_window=OFF)
+QWEN3_REQUIRED = QWEN_REQUIRED | dict(attention_bias=OFF)
+REQUIRED = {
+    "llada": dict(
+        activation_type=("silu",),
+        block_type=("llama",),
+        block_group_size=(1,),
+        layer_norm_type=("rms",),
+        layer_norm_with_affine=(True,),
+        rope=(True,),
+        **dict.fromkeys("attention_dropout embedding_dropout residual_dropout".split(), ZERO),
+        **dict.fromkeys("alibi attention_layer_norm bias_for_layer_norm include_bias input_emb_norm".split(), OFF),
+        **dict.fromkeys("multi_query_attention scale_logits".split(), OFF),
+    ),
+    "dream": QWEN_REQUIRED,
+    "sdar": QWEN3_REQUIRED,
+    "a2d": QWEN3_REQUIRED,
+}
+# Of LLaDA's, Dream's and SDAR's own keys: initialisation, kernels, and how they were trained.
+# Whether LLaDA's and Dream's q, k and v have biases is not read from attention_bias by their code
+# either.
+IGNORED = set(
+    """
+    alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor
+    init_device init_fn init_std initializer_range max_position_embeddings max_sequence_length
+    max_window_layers precision sliding_window train_max_sequence_length attention_bias
+    block_size debug ep_size fuse_cross_entropy micro_forward skip_checkpoint use_deepep
+    tie_word_embeddings
+    """.split()
+)
+# What transformers writes for every model: its class, labels, dtype, outputs, and settings of
+# generation.
+IGNORED |= set(
+    """
+    architectures auto_map model_type dtype torch_dtype tokenizer_class attn_implementation
+    use_cache return_dict output_attentions output_hidden_states output_scores torchscript
+    use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing finetuning_task
+    task_specific_params problem_type prefix id2label label2id num_labels max_length min_length
+    max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences
+    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens
+    begin_suppress_tokens return_dict_in_generate remove_invalid_values
+    exponential_decay_length_penalty
+    """.split()
+)
+# Private to transformers; further tokens; who wrote the file.
+IGNORED_KINDS = re.compile(r"_.*|.*_token_id|.*_version")
+CHECKED = set(  # by functions of their own
+    """
+    rope_parameters rope_scaling layer_types head_dim vocab_size embedding_size n_kv_heads
+    mlp_hidden_size mlp_ratio include_qkv_bias
+    """.split()
+)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+LARGEST = dict(layers=1024)  # and 2**31 of anything: more is an accident or an attack
 
-# --------------------------------------------------------------------------------------------------- load and save
+
+def parse_config(raw, where="config.json"):
+    """Config from the content of a config.json.
+
+    Raises ValueError: one line with every missing, unsupported and unknown key, that begins with
+    `where`."""
+    for key in EXPERTS:
+        if raw.get(key):
+            raise ValueError(f"{where}: {key}: a mixture of experts is not supported")
+    kind = str(raw.get("model_type")).lower()
+    if kind.endswith("_moe"):
+        raise ValueError(f"{where}: model_type {kind}: a mixture of experts is not supported")
+    family = {"a2d-qwen3": "a2d", "a2d": None}.get(kind, kind)
+    if family not in READ:
+        known = "'llada', 'Dream', 'sdar' and 'a2d-qwen3'"
+        raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; this code knows {known}")
+    values = read_values(raw, family)
+    values["rope_theta"], wrong = read_rope(raw)
+    wrong += check_values(values, family) + check_keys(raw, family)
+    if not wrong:
+        wrong = check_together(values, raw, family)
+    if wrong:
+        raise ValueError(f"{where}: {'; '.join(wrong)}. Correct the file, or remove a key that changes no computation")
+    return Config(family=family, raw=dict(raw), **values)
+
+
+def read_values(raw, family):
+    """The fields of Config, unchecked; those that the file does not give are missing or None."""
+    values = dict(START[family])
+    for ours, key in READ[family].items():
+        if raw.get(key) is not None or ours not in values:
+            values[ours] = raw.get(key)
+    if isinstance(values["eos_id"], list) and values["eos_id"]:
+        values["eos_id"] = values["eos_id"][0]  # of several ends; `raw` keeps the others
+    if family == "llada":
+        values["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size")
+        values["kv_heads"] = raw.get("n_kv_heads") or values["heads"]
+        values["qkv_bias"] = bool(raw.get("include_qkv_bias"))
+        values["mlp_width"], ratio = raw.get("mlp_hidden_size"), raw.get("mlp_ratio", 4)
+        if not values["mlp_width"] and type(values["width"]) is type(ratio) is int:
+            values["mlp_width"] = values["width"] * ratio
+    if family == "sdar" and values["pad_id"] is None:
+        values["pad_id"] = values["eos_id"]  # as Qwen3's base models, which SDAR is trained from
+    width, heads = values["width"], values["heads"]
+    if "head_width" not in values and type(width) is type(heads) is int and heads > 0:
+        values["head_width"] = width // heads
+    return values
+
+
+def read_rope(raw):
+    """rope_theta, and what is wrong with it: since transformers 5 it stands in rope_parameters,
+    beside a type of which only the plain one is computed here. rope_scaling is the older name of
+    the same."""
+    theta, wrong = raw.get("rope_theta"), []
+    for key in ("rope_parameters", "rope_scaling"):
+        settings = raw.get(key) or {}
+        # Newer files have one entry per type of layer.
+        if isinstance(settings, dict) and settings.keys() == {"full_attention"}:
+            settings = settings["full_attention"]
+        if not isinstance(settings, dict):
+            wrong.append(f"{key} is {raw[key]!r}, not an object")
+            continue
+        here = settings.get("rope_theta")
+        plain = dict(rope_type="default", type="default", partial_rotary_factor=1, rope_theta=here)
+        for name, value in settings.items():
+            if value is not None and value != plain.get(name):
+                wrong.append(f"{key} has {name} = {value!r}: only plain rotary embeddings are computed")
+        if theta is not None and here is not None and here != theta:
+            wrong.append(f"rope_theta is {theta!r}, and {here!r} in {key}")
+        if theta is None:
+            theta = here
+    return theta, wrong
+
+
+def check_values(values, family):
+    """What is wrong with the single fields: missing, of another type, or of no sensible size."""
+    wrong = []
+    for f in dataclasses.fields(Config):
+        value, key = values.get(f.name), READ[family].get(f.name, f.name)
+        if f.name in ("family", "raw"):
+            continue
+        if value is None:
+            if f.default is dataclasses.MISSING:
+                wrong.append(f"{key} is missing")
+        elif f.type in (int, int | None):
+            least = int(f.type is not int)  # a length of 0 has no meaning, an id of 0 has
+            if type(value) is not int or value < least:
+                wrong.append(f"{key} is {value!r}, not a whole number{' above 0' * least}")
+            elif value > LARGEST.get(f.name, 2**31):
+                wrong.append(f"{key} is {value!r}, more than any model has")
+        elif f.type is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            wrong.append(f"{key} is {value!r}, not a positive number")
+        elif f.type is bool and type(value) is not bool:
+            wrong.append(f"{key} is {value!r}, not true or false")
+    return wrong
+
+
+def check_keys(raw, family):
+    """What is wrong with the keys that are no fields of Config: values that this code does not
+    compute, and keys that nobody here has heard of, which may ask for anything."""
+    wrong = []
+    for key, allowed in REQUIRED[family].items():
+        if key in raw and raw[key] not in allowed:
+            wrong.append(f"{key} is {raw[key]!r}, supported is {allowed[0]!r}")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or kinds.count("full_attention") < len(kinds):
+        wrong.append(f"layer_types is {kinds!r}, supported is 'full_attention' for every layer")
+    known = {*READ[family].values(), *REQUIRED[family], *IGNORED, *CHECKED}
+    for key, value in raw.items():
+        if key in known or IGNORED_KINDS.fullmatch(key):
+            continue
+        if value not in (None, False, "", [], {}):  # a key that is not set asks for nothing
+            wrong.append(f"unknown key {key} = {value!r}")
+    return wrong
+
+
+def check_together(values, raw, family):
+    """What is wrong between fields that are right in themselves."""
+    wrong, width, heads, kv_heads = [], values["width"], values["heads"], values["kv_heads"]
+    E = values.get("head_width", 0)
+    if "head_width" not in READ[family] and (heads < 1 or width % heads):
+        wrong.append(f"width {width} is not a multiple of {heads} heads")
+    elif E < 2 or E % 2:
+        wrong.append(f"heads of width {E} ({heads} heads in {width}) cannot be rotated: it must be an even number")
+    elif raw.get("head_dim") not in (None, E):
+        wrong.append(f"head_dim is {raw['head_dim']!r}, but a {family} model has {width} / {heads} = {E}")
+    if not kv_heads or heads % kv_heads:
+        wrong.append(f"{heads} heads are not a multiple of {kv_heads} key-value heads")
+    for key in ("mask_id", "eos_id", "pad_id"):
+        if values[key] >= values["vocab_size"]:
+            name = READ[family][key]
+            wrong.append(f"{name} {values[key]} is outside the vocabulary of {values['vocab_size']}")
+    return wrong
+
+
+# ----------------------------------------------------------------------------------- load and save
 
 
 def create(raw, generator=None, dtype=torch.float32, device="cpu"):
-    """A model with random weights from the content of a config.json: normal, with the config's own standard deviation
-    (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers) where a block adds to its input."""
+    """A model with random weights from the content of a config.json: normal, with the config's own
+    standard deviation (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers)
+    where a block adds to its input."""
     m = empty(parse_config(raw)).to_empty(device=device).to(dtype)
     std = raw.get("init_std") or raw.get("initializer_range") or 0.02
     for name, p in m.named_parameters():
         if p.ndim == 1:
-            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            nn.init.constant_(p, float(not name.endswith("bias")))
         else:
-            adds = name.split(".")[-2] in ("o_proj", "down_proj")
-            nn.init.normal_(p, std=std / (2 * m.config.layers) ** 0.5 if adds else std, generator=generator)
+            width = std
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                width = std / (2 * m.config.layers) ** 0.5
+            nn.init.normal_(p, std=width, generator=generator)
     return m.eval()
 
 
 def empty(config):
-    """The modules without storage: no time and no memory is spent on weights that are about to be replaced."""
+    """The modules without storage: no time and no memory is spent on weights that are about to be
+    replaced."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def resolve(path):
-    """A local folder for a folder or a Hub repo id ("GSAI-ML/LLaDA-8B-Instruct", downloaded if need be).
+    """A local folder for a folder or a Hub repo id ("GSAI-ML/LLaDA-8B-Instruct", downloaded if
+    need be).
 
     Raises FileNotFoundError when it is neither, or a folder without a config.json."""
     folder = Path(path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
-        return folder
+        if (folder / "config.json").is_file():
+            return folder
+        if (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} is an adapter, not a model: load the model that it was made for, then it"
+            )
+        raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
         raise FileNotFoundError(
             f"no model folder {path}: give a folder with config.json, or a Hub repo id (owner/name)"
         )
+    # Imported for a Hub id only: everything else works without the package.
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no pickles and no code
+    # No pickles. Code is never run here; a merged model is written with it, for those who load it
+    # with transformers.
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as e:  # the hub library raises its own, requests' and httpx's errors
@@ -413,67 +634,112 @@ def load(path, dtype=torch.float32, device="cpu"):
     """Transformer in eval mode from a Hugging Face folder or Hub repo id, one tensor at a time;
     dtype None keeps the dtype of each stored tensor.
 
-    Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and each tensor is read
-    through a mapping of its own that is given back at once. Nothing refers to the files afterwards.
-    Raises FileNotFoundError or ValueError; one error lists every missing, unexpected or misshapen tensor.
+    Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and
+    each tensor is read through a mapping of its own that is given back at once. Nothing refers to
+    the files afterwards. Raises FileNotFoundError or ValueError; one error lists every missing,
+    unexpected or misshapen tensor. Values that are not finite, and files that a manifest.json
+    knows with another hash, are errors too.
     """
     folder = resolve(path)
     config_file = folder / "config.json"
     m = empty(parse_config(read_json(config_file), config_file))
     m.files = find_tensors(folder)
-    wanted = {m.checkpoint_name(name): name for name, _ in m.named_parameters()}
-    shapes = {name: p.shape for name, p in m.named_parameters()}
-    wrong = [f"missing {name}" for name in wanted if name not in m.files]
-    wrong += [f"unexpected {name}" for name in m.files if name not in wanted]
-    for name, file in m.files.items():
-        if name not in wanted:
-            continue
-        try:
-            with safe_open(folder / file, framework="pt") as f:
-                shape = tuple(f.get_slice(name).get_shape())
-                if shape != tuple(shapes[wanted[name]]):
-                    wrong.append(f"{name} is {list(shape)}, the config wants {list(shapes[wanted[name]])}")
-                elif not wrong:
-                    parent, _, leaf = wanted[name].rpartition(".")
-                    tensor = f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-                    setattr(m.get_submodule(parent), leaf, nn.Parameter(tensor))
-        except SafetensorError as e:
-            wrong.append(f"{name} cannot be read from {file} ({e})")
+    check_manifest(folder, ["config.json", *sorted(set(m.files.values()))])
+    names = {}  # official name -> ours
+    for name, _ in m.named_parameters():
+        names[m.checkpoint_name(name)] = name
+    copy = m.checkpoint_name("head.weight")
+    if m.config.tied and copy in m.files:  # some tools write a tied head as well
+        names[copy] = None
+    wrong = [f"missing {name}" for name in names if name not in m.files]
+    wrong += [f"unexpected {name}" for name in m.files if name not in names]
+    # A stored copy comes last: it is compared with the embedding.
+    for official in sorted(m.files.keys() & names.keys(), key=lambda name: names[name] is None):
+        wrong += read_tensor(m, folder, official, names[official], dtype, device, check_only=bool(wrong))
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{folder}: {'; '.join(wrong[:20])}{more}")
     return m.eval()
 
 
+def read_tensor(m, folder, official, name, dtype, device, check_only):
+    """Fill the parameter `name` of m, or compare the embedding with a stored copy (name None) -> a
+    list of errors.
+    check_only: look at the header only, because the model is not going to be used."""
+    file, target = folder / m.files[official], m.get_parameter(name or "embed.weight")
+    try:
+        with safe_open(file, framework="pt") as f:
+            header = f.get_slice(official)
+            if header.get_shape() != list(target.shape):
+                return [f"{official} is {header.get_shape()}, the config wants {list(target.shape)}"]
+            if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                kind = header.get_dtype()
+                return [f"{official} in {file.name} is {kind}: quantized weights are not supported"]
+            if check_only:
+                return []
+            tensor = f.get_tensor(official).to(device=device, dtype=dtype, copy=True)
+    except SafetensorError as e:
+        return [f"{official} cannot be read from {file.name} ({e})"]
+    if name is None:
+        if torch.equal(tensor.to(target.dtype), target):
+            return []
+        return [f"{official} differs from the embedding, but the config says that they are tied"]
+    # The extremes are NaN or infinite if any value is, and take no memory: isfinite() would double
+    # the largest tensor.
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        return [f"{official} in {file.name} has values that are not finite: the file is damaged"]
+    parent, _, leaf = name.rpartition(".")
+    setattr(m.get_submodule(parent), leaf, nn.Parameter(tensor))
+    return []
+
+
 def find_tensors(folder):
-    """Official tensor name -> file name, from the headers of model.safetensors or of the shards in the index."""
+    """Official tensor name -> file name, from the headers of model.safetensors or of the shards in
+    the index."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) and Path(v).name == v for v in listed.values()):
-            raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
+        for file in listed.values() if isinstance(listed, dict) else [None]:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
         files = sorted(set(listed.values()))
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder}: missing {', '.join(missing)}, named in {index.name}; download again")
     elif single.is_file():
-        files, listed = [single.name], None
+        files, listed = [single.name], {}
     else:
         raise FileNotFoundError(f"no model.safetensors and no model.safetensors.index.json in {folder}")
     found = {}
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as f:
-                stored = f.keys()
-            found.update({name: file for name in stored if listed is None or listed.get(name, file) == file})
+                for name in f.keys():  # noqa: SIM118 - not a dict
+                    if listed.get(name, file) == file:
+                        found[name] = file
         except SafetensorError as e:
             raise ValueError(f"{folder / file}: truncated or not a safetensors file ({e}); download it again") from e
     return found
 
 
+def check_manifest(folder, files):
+    """Raises ValueError for a file whose SHA-256 is not the one in manifest.json, where there is
+    one that has it: a checkpoint of training has."""
+    manifest = folder / "manifest.json"
+    hashes = read_json(manifest) if manifest.is_file() else {}
+    for file in files:
+        if file in hashes and (folder / file).is_file():
+            digest = hashlib.sha256()
+            with open(folder / file, "rb") as f:
+                while piece := f.read(2**20):
+                    digest.update(piece)
+            if digest.hexdigest() != hashes[file]:
+                raise ValueError(f"{folder / file} was damaged or changed: not the SHA-256 of {manifest.name}")
+
+
 def read_json(file):
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{file}: not valid JSON ({e})") from e
     if not isinstance(content, dict):
@@ -482,26 +748,57 @@ def read_json(file):
 
 
 def save(m, path):
-    """Write config.json and the safetensors files in the layout, names and shards that m was loaded from.
+    """Write config.json and the safetensors files in the layout, names and shards that m was
+    loaded from. Weights and an index that were in the folder before are removed.
 
-    Raises ValueError while an adapter is attached: lora.merge(m) first, or save the adapter alone with lora.save."""
+    Raises ValueError while an adapter is attached: lora.merge(m) first, or save the adapter alone
+    with lora.save."""
     known = {name for name, _ in empty(m.config).named_parameters()}
     extra = [name for name, _ in m.named_parameters() if name not in known]
     if extra:
-        raise ValueError(
-            f"not part of a {m.config.family} checkpoint: {', '.join(extra[:4])}, ...; merge the adapter first"
-        )
+        names = ", ".join(extra[:4])
+        raise ValueError(f"not part of a {m.config.family} checkpoint: {names}, ...; merge the adapter first")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    files = {}  # file name -> {official name: tensor}
+    files, where, size = {}, {}, 0  # file -> {official name: tensor}; official name -> file; bytes
     for name, p in m.named_parameters():
         official = m.checkpoint_name(name)
-        files.setdefault(m.files.get(official, "model.safetensors"), {})[official] = p.detach().contiguous()
-    for file, tensors in files.items():
-        save_file(tensors, path / file, metadata={"format": "pt"})
+        where[official] = m.files.get(official, "model.safetensors")
+        files.setdefault(where[official], {})[official] = p.detach().contiguous()
+        size += p.numel() * p.element_size()
+    texts = {"config.json": m.config.raw}
     if set(files) != {"model.safetensors"}:
-        size = sum(p.numel() * p.element_size() for p in m.parameters())
-        where = {name: file for file, tensors in files.items() for name in tensors}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (path / "config.json").write_text(json.dumps(m.config.raw, indent=2) + "\n")
+        texts = {"model.safetensors.index.json": index, **texts}
+
+    # All is written beside its place before anything old goes. Killed in between, the folder is
+    # without a config.json: it cannot be loaded, and never are old and new weights mixed.
+    for file, tensors in files.items():
+        save_tensors(tensors, path / f"{file}.tmp")
+    for file, content in texts.items():
+        (path / f"{file}.tmp").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in ("config.json", *old_weights(path)):
+        (path / file).unlink(missing_ok=True)
+    for file in (*files, *texts):
+        (path / f"{file}.tmp").replace(path / file)
+
+
+def old_weights(folder):
+    """The names of the files that hold a model's weights in a folder: the usual names, and those
+    in its index."""
+    found = {"model.safetensors", "model.safetensors.index.json"}
+    found.update(file.name for file in folder.glob("model-*-of-*.safetensors"))
+    # An index that cannot be read is removed all the same.
+    with contextlib.suppress(ValueError, OSError):
+        found.update(file for file in find_tensors(folder).values() if file.endswith(".safetensors"))
+    return found
+
+
+def save_tensors(tensors, file):
+    """A safetensors file that others can read: the library makes it private (mode 600), whatever
+    the umask."""
+    file.unlink(missing_ok=True)
+    file.touch()  # made the usual way, it has the mode that the umask gives
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)

@@ -1,185 +1,39 @@
-"""The training objectives of the TABOM paper, side by side, on one batch format and one primitive.
+"""The training objectives of the TABOM paper, and its measures of how a model decodes.
 
     out = objectives.tabom(m, batch, window=32, margin=0.2, weight=1.0)
-    out["loss"].backward()                                     # and out["ce"], out["rank"], ... for the log
+    out["loss"].backward()                             # out["ce"], out["ranking"], ... for the log
+    objectives.tds(m, batch, eos_id)["tds"]            # Trajectory Discrimination Score
+    h = objectives.replay(m, batch)                    # entropies at every step of trajectories
 
 batch: a dict of tensors
-    prompt_ids, prompt_mask [B, P]    left-padded prompts, mask 1 = real token
-    response_ids, order [B, N]        right-padded; order[r] = rank of position r in the decode order, 0 = first
-    length [B]                        real tokens of each response
-`m` is any callable m(ids, attention_mask=None, positions=None) -> logits [B, K, V] at those positions, where the logits
-at a position predict the token at that position.
+    prompt_ids, prompt_mask [B, P]   left-padded prompts, mask 1 = real token
+    response_ids, order [B, N]       right-padded; order[r] = the decode step of position r, from 0:
+                                     the decode rank, where each step decoded one token; equal
+                                     numbers: decoded together; -1: never, so masked and no target
+    length [B]                       real tokens of each response
+    entropy, non_ltr [B, N]          only for ranking="kl" and starts="non-ltr", see `tabom`
+`m` is any callable m(ids, attention_mask=None, positions=None) -> logits [B, K, V] at those
+positions, where the logits at a position predict the token at that position.
 
-Every objective asks the same thing, "the logits at these positions, given that these tokens are visible", and differs
-only in which. All return a dict whose "loss" is the mean over the rows of the batch of a row's own loss, so the loss of
-a larger batch is the weighted mean of its parts. Losses are float32 whatever the model's dtype.
+Every objective asks the same thing, "the logits at these positions, given that these tokens are
+visible", and differs only in which. All return a dict whose "loss", float32 whatever the model's
+dtype, is the mean over the rows of the batch: the loss of a larger batch is the weighted mean of
+its parts (of tabom with `share_with_pairs`). Random draws come from `generator`: one
+torch.Generator, or a list of one for each row, whose draws then do not depend on other rows.
 
-Dimensions: B batch, P prompt, N response, W window, K positions asked for, V vocabulary.
+Sources: the TABOM paper (Eq. 1 to 11); dInfer, T3D and dParallel; the authors' release for steps,
+starts and the TDS.
+
+Dimensions: B batch, P prompt, N response, S decode steps, W steps of a window, K positions asked
+for, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------- the primitive
+NEVER = torch.iinfo(torch.int64).max  # a step that is not reached
 
-
-def log_probs(m, batch, visible, positions, mask_id=None, noise=None):
-    """log p(. | U) at some response positions: [B, K, V], float32.
-
-    visible [B, N]: U, the response tokens that the model sees; every other one is masked, and so is nothing of the
-    prompt. positions [B, K]: where to predict, counted from the start of the response. noise [B, N]: ids to show
-    instead of the mask (see `disturb`)."""
-    mask_id = m.config.mask_id if mask_id is None else mask_id
-    P, real = batch["prompt_ids"].shape[1], valid(batch)  # [B, N]
-    hidden = torch.full_like(batch["response_ids"], mask_id) if noise is None else noise
-    ids = torch.cat((batch["prompt_ids"], torch.where(visible, batch["response_ids"], hidden)), dim=1)
-    attention_mask = torch.cat((batch["prompt_mask"].bool(), real), dim=1)  # [B, P + N]
-    logits = m(ids, attention_mask=attention_mask, positions=P + positions)
-    return logits.float().log_softmax(-1)
-
-
-def valid(batch):
-    """True at the real tokens of each response, False at its padding: bool [B, N]."""
-    N = batch["response_ids"].shape[1]
-    return torch.arange(N, device=batch["length"].device) < batch["length"][:, None]
-
-
-def select(chosen, key):
-    """Positions [B, K] of the True entries of chosen [B, N], by rising key, and which are real: bool [B, K]."""
-    count = chosen.sum(1)
-    K = int(count.max())
-    index = torch.where(chosen, key, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)[:, :K]
-    return index, torch.arange(K, device=chosen.device) < count[:, None]
-
-
-def row_mean(x, real):
-    """Mean of x over the real entries of each row, [B]; 0 for a row without any."""
-    return torch.where(real, x, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
-
-
-def entropy(logp):
-    """h = -sum p log p in nats over the whole vocabulary: [..., V] -> [...]."""
-    return Entropy.apply(logp)
-
-
-class Entropy(torch.autograd.Function):
-    """-(logp.exp() * logp).sum(-1), with less memory: p is computed again for the gradient, -p (1 + log p), instead of
-    being kept, and for a few positions at a time."""
-
-    FEW = 32
-
-    @staticmethod
-    def forward(ctx, logp):
-        ctx.save_for_backward(logp)
-        parts = logp.reshape(-1, logp.shape[-1]).split(Entropy.FEW)
-        lowest = torch.finfo(logp.dtype).min  # for -inf, which times p = 0 is no number
-        return torch.cat([-x.exp().mul_(x.clamp(min=lowest)).sum(-1) for x in parts]).view(logp.shape[:-1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        (logp,) = ctx.saved_tensors
-        found = torch.empty_like(logp, memory_format=torch.contiguous_format)
-        flat = (
-            x.split(Entropy.FEW)
-            for x in (found.view(-1, logp.shape[-1]), logp.reshape(-1, logp.shape[-1]), grad.reshape(-1, 1))
-        )
-        for out, x, g in zip(*flat):
-            torch.mul(x.exp(), x.clamp(min=torch.finfo(x.dtype).min).add_(1), out=out).mul_(-g)
-        return found
-
-
-def at(logp, token):
-    """log p of the tokens [B, K]: [B, K, V] -> [B, K]."""
-    return logp.gather(-1, token[..., None])[..., 0]
-
-
-def nll(logp, batch, positions):
-    """-log p(x0) at the positions: [B, K]."""
-    return -at(logp, batch["response_ids"].gather(1, positions))
-
-
-def per_row(generator, B):
-    """A generator for every row: the list given, or one shared by all."""
-    found = list(generator) if isinstance(generator, (list, tuple)) else [generator] * B
-    if len(found) != B:
-        raise ValueError(f"{len(found)} generators for {B} rows: give one, or one for each")
-    return found
-
-
-def randint(low, high, generator):
-    """One whole number, uniform in low..high, both included."""
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(low, high + 1, (), generator=generator, device=device))
-
-
-def coins(n, share, generator):
-    """True with probability share, n times: bool [n]. (Not more than n are drawn: a row's randomness is its own.)"""
-    return torch.rand(n, generator=generator, device="cpu" if generator is None else generator.device) < share
-
-
-# ------------------------------------------------------------------------------------------------------------ TABOM
-
-
-def ranking_loss(entropy, margin, real=None):
-    """Eq. 8: mean over the W(W-1)/2 pairs, r decoded before s, of max(0, h(r) - h(s) + margin) -> scalar.
-
-    entropy [..., W] in decode order, in nats; leading dimensions are averaged. real [..., W]: False entries take no
-    part. One token has no pair, and no loss."""
-    if real is None:
-        real = torch.ones_like(entropy, dtype=torch.bool)
-    return rank_rows(entropy, margin, real)[0].mean()
-
-
-def rank_rows(entropy, margin, real):
-    """The ranking loss of each row, and the share of its pairs that are in order (h(r) < h(s)): two tensors [...]."""
-    W = entropy.shape[-1]
-    earlier_first = torch.ones(W, W, dtype=torch.bool, device=entropy.device).triu(1)
-    pair = earlier_first & real[..., :, None] & real[..., None, :]  # [..., W, W]; r is the row, s the column
-    gap = entropy[..., :, None] - entropy[..., None, :]  # h(r) - h(s)
-    count = pair.sum((-2, -1)).clamp(min=1)
-    loss = torch.where(pair, (gap + margin).clamp(min=0), 0.0).sum((-2, -1)) / count
-    return loss, (pair & (gap < 0)).sum((-2, -1)) / count
-
-
-def windows(length, window, start=None, generator=None):
-    """The first rank and the size of a window in the decode order of each row: two int64 tensors [B].
-
-    window W: min(W, length) consecutive ranks from a start uniform in 0..length - W. window "global": between two
-    random timesteps, uniform over all pairs of different ones (dInfer; Table 5 of the paper).
-    start, if given: the start [B] for W, start and end [B, 2] for "global".
-    Raises ValueError for a window below 2 and for a start outside the response."""
-    lengths = length.tolist()
-    generators = per_row(generator, len(lengths))
-    if window == "global":
-        if start is None:
-            ends = []
-            for n, g in zip(lengths, generators):
-                a = randint(0, n, g)
-                b = randint(0, n - 1, g)
-                b += b >= a  # two different timesteps of 0..n
-                ends.append((min(a, b), max(a, b)))
-            start = ends
-        start = torch.as_tensor(start)
-        first, size = start[:, 0], start[:, 1] - start[:, 0]
-    else:
-        if not isinstance(window, int) or window < 2:
-            raise ValueError(f"window {window!r}: needs at least 2 tokens (one has no pair to rank), or 'global'")
-        size = torch.tensor([min(window, n) for n in lengths])
-        if start is None:
-            start = torch.tensor([randint(0, n - int(w), g) for n, w, g in zip(lengths, size, generators)])
-        first = torch.as_tensor(start)
-    first, size = first.to(length.device), size.to(length.device)
-    if (first < 0).any() or (size < 1).any() or (first + size > length).any():
-        raise ValueError(f"windows from {first.tolist()} of {size.tolist()} tokens leave responses of {lengths} tokens")
-    return first, size
-
-
-def decoded(batch, first, size):
-    """What a decoder saw and what it decoded next: the tokens of rank below first [B] (bool [B, N]), and the positions
-    of the `size` [B] tokens from there on in decode order, [B, K], with which of them are real."""
-    rank = batch["order"] - first[:, None]  # [B, N] rank after the state
-    following = (rank >= 0) & (rank < size[:, None]) & valid(batch)
-    return (rank < 0) & valid(batch), *select(following, batch["order"])
+# ------------------------------------------------------------------------------------------ TABOM
 
 
 def tabom(
@@ -190,329 +44,699 @@ def tabom(
     weight=1.0,
     start=None,
     generator=None,
-    entropy_context="window",
+    entropy_context=None,
     ce_weight=1.0,
     mask_id=None,
+    starts="uniform",
+    ranking="margin",
+    beta=1.0,
+    pair_share=None,
 ):
-    """Eq. 9: reconstruct a window of W consecutively decoded tokens from the context that decoding had, and rank their
-    entropies -> dict(loss, ce, rank, in_order, entropy); loss = ce_weight * ce + weight * rank.
+    """Eq. 9: reconstruct a window of W consecutive decode steps from the context that decoding had,
+    and rank its entropies -> dict(loss, ce, ranking, in_order, entropy);
+    loss = ce_weight * ce + weight * ranking.
 
-    window: W, or "global" (see `windows`, also for start [B]). margin: gamma of Eq. 8, nats. weight: lambda; 0 leaves
-    the masking along the trajectory alone. ce_weight: 1 in the paper; 0 leaves the ranking alone.
-    generator: a torch.Generator, or a list of one for each row.
-    entropy_context: where the entropies of Eq. 8 come from. "window": all from the window's start U_t, in the same
-        forward pass as the cross-entropy. "step": each from the context of its own step (Eq. 5): W forward passes,
-        and the activations of W passes at once.
-    in_order (share of the window's pairs with h(r) < h(s)) and entropy (mean, nats) are for the log.
+    window, start, starts: see `draw_windows`. margin: gamma of Eq. 8, nats. weight: lambda.
+    ranking: "margin", Eq. 8; "listwise", see `listwise_loss`; "kl", Eq. 6 (`boltzmann_kl`), against
+        batch["entropy"], the base model's at each token's own step. beta: of these two.
+    entropy_context: "window": all h from the window's start U_t, in the pass of the cross-entropy.
+        "step": each from the context of its own step (Eq. 5), W passes. None: "step" for "kl",
+        which has no other, and "window" for the rest.
+    pair_share: see `share_with_pairs`. ranking and in_order (share of pairs with h(r) < h(s)) are
+    means over the rows that have a pair; ce and entropy (nats) over all rows.
+    Raises ValueError for an impossible window, start or choice, and "kl" without entropies."""
+    context = entropy_context or {"kl": "step"}.get(ranking, "window")
+    check_ranking(ranking, context, batch)
 
-    Sources: section 4 of the paper; a response shorter than W is a window as a whole (our reading)."""
-    # 1. the window in the decode order, and what was decoded before it
-    first, size = windows(batch["length"], window, start, generator)
-    visible, positions, real = decoded(batch, first, size)  # U_t [B, N]; the window [B, W] in decode order
+    # 1. the window [B, K] in decode order, and what was decoded before it, U_t [B, N]
+    first, size = draw_windows(batch, window, start, starts, generator)
+    visible, positions, real = context_and_targets(batch, first, size)
 
     # 2. reconstruct it from U_t
-    logp = log_probs(m, batch, visible, positions, mask_id)  # [B, W, V]
-    ce = row_mean(nll(logp, batch, positions), real)  # [B]
+    logp = log_probs(m, batch, visible, positions, mask_id)  # [B, K, V]
+    ce = masked_mean(nll(logp, batch, positions), real)  # [B]
 
     # 3. its entropies
-    if entropy_context == "window":
-        h = entropy(logp)  # [B, W]
-    elif entropy_context == "step":
-        h = own_step_entropy(m, batch, first, positions, entropy(logp[:, :1]), mask_id)
-    else:
-        raise ValueError(f"entropy_context {entropy_context!r} is neither 'window' nor 'step'")
+    h = entropy(logp)  # [B, K]
+    if context == "step":
+        h = own_step_entropies(m, batch, first, size, positions, real, h, mask_id)
 
     # 4. rank them
-    rank_loss, in_order = rank_rows(h, margin, real)  # [B]
-    loss = ce_weight * ce + weight * rank_loss
-    return dict(
-        loss=loss.mean(),
-        ce=ce.mean(),
-        rank=rank_loss.mean(),
-        in_order=in_order.mean(),
-        entropy=row_mean(h.detach(), real).mean(),
-    )
+    ranked, in_order = ranking_rows(h, margin, real)  # [B]
+    if ranking == "listwise":
+        ranked = listwise_loss(h, beta, real)
+    elif ranking == "kl":
+        ranked = boltzmann_kl(h, batch["entropy"].gather(1, positions), beta, real)
+
+    # 5. the means over rows
+    ranked = mean_with_pairs(ranked, real, pair_share)
+    in_order = mean_with_pairs(in_order, real, pair_share)
+    loss, h = ce_weight * ce.mean() + weight * ranked, masked_mean(h.detach(), real)
+    return dict(loss=loss, ce=ce.mean(), ranking=ranked, in_order=in_order, entropy=h.mean())
 
 
-def own_step_entropy(m, batch, first, positions, h_first, mask_id=None):
-    """Eq. 5: h of the k-th window token given everything decoded before it, [B, W]. The first one is known already."""
-    h = [h_first]
-    for k in range(1, positions.shape[1]):
-        visible = (batch["order"] < first[:, None] + k) & valid(batch)  # U_t and the first k tokens of the window
-        h.append(entropy(log_probs(m, batch, visible, positions[:, k : k + 1], mask_id)))
-    return torch.cat(h, dim=1)
+def check_ranking(ranking, context, batch):
+    """Raises ValueError for unknown choices, and for "kl" without what it compares with."""
+    if context not in ("window", "step"):
+        raise ValueError(f"entropy_context {context!r} is neither 'window' nor 'step'")
+    if ranking not in ("margin", "listwise", "kl"):
+        raise ValueError(f"ranking {ranking!r} is not 'margin', 'listwise' or 'kl'")
+    if ranking == "kl" and context != "step":
+        raise ValueError("ranking 'kl' needs entropy_context 'step', each token's own, as was logged")
+    if ranking == "kl" and "entropy" not in batch:
+        raise ValueError("ranking 'kl' needs batch['entropy'], which the base model's decoding logged")
 
 
-# ------------------------------------------------------------------------------- other objectives along a trajectory
+def ranking_loss(entropy, margin, real=None):
+    """Eq. 8: mean over pairs, r decoded before s, of max(0, h(r) - h(s) + margin) -> scalar.
+
+    entropy [..., W] in decode order, in nats; leading dimensions are averaged, over the rows that
+    have a pair. real [..., W]: False entries take no part. Without any pair the loss is 0."""
+    if real is None:
+        real = torch.ones_like(entropy, dtype=torch.bool)
+    return mean_with_pairs(ranking_rows(entropy, margin, real)[0], real)
+
+
+def ranking_rows(entropy, margin, real):
+    """The ranking loss of each row, and its share of pairs in order (h(r) < h(s)): two [...]."""
+    W = entropy.shape[-1]
+    earlier_first = torch.ones(W, W, dtype=torch.bool, device=entropy.device).triu(1)
+    pair = earlier_first & real[..., :, None] & real[..., None, :]  # [..., W, W]; row r, column s
+    gap = entropy[..., :, None] - entropy[..., None, :]  # h(r) - h(s)
+    count = pair.sum((-2, -1)).clamp(min=1)
+    loss = torch.where(pair, (gap + margin).clamp(min=0), 0.0).sum((-2, -1)) / count
+    return loss, (pair & (gap < 0)).sum((-2, -1)) / count
+
+
+def listwise_loss(entropy, beta=1.0, real=None):
+    """-log of the probability of a decode order under Plackett and Luce, who draw each token among
+    those not yet decoded with probability softmax(-beta h) -> [...]; exp(-loss) sums to 1 over all
+    W! orders. entropy [..., W] in decode order, nats; real as in `ranking_loss`."""
+    W = entropy.shape[-1]
+    if real is None:
+        real = torch.ones_like(entropy, dtype=torch.bool)
+    itself = torch.eye(W, dtype=torch.bool, device=entropy.device)  # so that no row is empty
+    later = torch.ones_like(itself).triu(1)
+    left = itself | (later & real[..., None, :])  # [..., W, W]; row k: not yet decoded when k is
+    score = (-beta * entropy)[..., None, :].expand(left.shape)
+    logp = score.masked_fill(~left, -torch.inf).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+    return -torch.where(real, logp, 0.0).sum(-1)
+
+
+def boltzmann_kl(entropy, base_entropy, beta=1.0, real=None):
+    """Eq. 6, exactly: KL(q* || p) over the sets U of tokens decoded next (Eq. 4), where
+    p(U) = exp(-beta * sum of h over U) / Z, and q* has the base model's own entropies -> [...].
+
+    The energy is a sum over U's members: Z = prod (1 + exp(-beta h)), each token is in U on its own
+    with probability sigmoid(-beta h), and the KL is a sum of W. It is 0, with no gradient, where h
+    is the base model's. entropy, base_entropy [..., W] in nats; real as in `ranking_loss`."""
+    if real is None:
+        real = torch.ones_like(entropy, dtype=torch.bool)
+    # What takes no part may be NaN in a log, and must not reach the gradient.
+    x, x_base = -beta * entropy, -beta * torch.where(real, base_entropy, 0.0)
+    q = x_base.sigmoid()
+    inside = q * (F.logsigmoid(x_base) - F.logsigmoid(x))
+    outside = (1 - q) * (F.logsigmoid(-x_base) - F.logsigmoid(-x))  # 1 - sigmoid(x) = sigmoid(-x)
+    return torch.where(real, inside + outside, 0.0).sum(-1)
+
+
+def mean_with_pairs(x, real, pair_share=None):
+    """Mean of x [...] over the rows with at least two real tokens [..., W], which have a pair; 0
+    without such a row. pair_share: the share of such rows to count with, instead of their own."""
+    has_pair = real.sum(-1) >= 2
+    rows = has_pair.sum()
+    if pair_share is not None:
+        rows = pair_share * rows.new_tensor(has_pair.numel(), dtype=torch.float32)
+    return torch.where(has_pair, x, 0.0).sum() / rows.masked_fill(rows == 0, 1)
+
+
+def share_with_pairs(batch, window=32, start=None, starts="uniform", generator=None):
+    """The share of rows whose window has a pair to rank, in the windows that `tabom` will draw with
+    the same arguments: float. Runs no model, and leaves the generators as they are.
+
+    A batch that is trained in parts (micro-batches, processes) has one share, the mean of theirs
+    weighted with their rows. With it as the pair_share of tabom in every part, the mean of the
+    parts' losses, weighted in the same way, is the loss of the whole batch.
+    Raises ValueError without start and generator: the windows could not be drawn again."""
+    generators = per_row(generator, len(batch["length"]))
+    if start is None and None in generators:
+        raise ValueError("share_with_pairs needs the start or the generator that tabom is given")
+    before = [(g, g.get_state()) for g in generators if g is not None]
+    first, size = draw_windows(batch, window, start, starts, generator)
+    for g, state in before:
+        g.set_state(state)
+    _, _, real = context_and_targets(batch, first, size)
+    return (real.sum(1) >= 2).float().mean().item()
+
+
+def own_step_entropies(m, batch, first, size, positions, real, h, mask_id=None):
+    """Eq. 5: h of each window token given everything decoded before its own step, [B, K]. Those of
+    the first step keep h [B, K], from the window's start; one forward pass for each other step."""
+    step = batch["order"].gather(1, positions) - first[:, None]  # [B, K], from the window's start
+    for s in range(1, int(size.max())):
+        column, kept = select(real & (step == s), step)  # [B, k]: where the window has this step
+        if column.shape[1] == 0:
+            continue  # it decoded nothing, in no row
+        visible = decoded_before(batch, first + s)  # U_t and the first s steps of the window
+        logp = log_probs(m, batch, visible, positions.gather(1, column), mask_id)
+        h = h.scatter(1, column, torch.where(kept, entropy(logp), h.gather(1, column)))
+    return h
+
+
+def draw_windows(batch, window, start=None, starts="uniform", generator=None):
+    """The first step and the size, in steps, of a window in each trajectory: two int64 tensors [B].
+
+    window W: min(W, S) of a row's S steps, from a start uniform in 0..S - W. starts "non-ltr":
+    uniform among the steps of the positions batch["non_ltr"] (bool [B, N]) in 0..S - 1 - W, if any
+    are there (the release's rule); in a batch without it, of the positions that were not decoded
+    right after their left neighbour. window "global": between two random timesteps, uniform over
+    all pairs of different ones (dInfer; Table 5).
+    start, if given: the start [B] for W, start and end [B, 2] for "global".
+    Raises ValueError for a window below 2, unknown starts, a start that leaves the trajectory."""
+    if window != "global" and (not isinstance(window, int) or window < 2):
+        raise ValueError(f"window {window!r}: needs 2 steps or more (one has no pair), or 'global'")
+    if starts not in ("uniform", "non-ltr") or (starts == "non-ltr" and window == "global"):
+        raise ValueError(f"starts {starts!r}, window {window!r}: 'uniform', or 'non-ltr' and a number")
+    steps = decode_steps(batch)  # [B]
+    if start is None:
+        generators, candidates = per_row(generator, len(steps)), [()] * len(steps)
+        if starts == "non-ltr":
+            candidates = non_ltr_steps(batch)
+        rows = zip(steps.tolist(), candidates, generators)
+        start = [draw_start(S, window, marked, g) for S, marked, g in rows]
+    start = torch.as_tensor(start).to(steps.device)
+    if window == "global":
+        first, size = start[:, 0], start[:, 1] - start[:, 0]
+    else:
+        first, size = start, steps.clamp(max=window)  # a shorter trajectory is a window as a whole
+    if (first < 0).any() or (size < 1).any() or (first + size > steps).any():
+        drawn = f"windows from {first.tolist()} of {size.tolist()} steps"
+        raise ValueError(f"{drawn} leave trajectories of {steps.tolist()} steps")
+    return first, size
+
+
+def draw_start(S, window, marked, generator):
+    """The start of a window in a trajectory of S steps, or the start and end of a global one."""
+    if window == "global":
+        a = uniform_int(0, S, generator)
+        b = uniform_int(0, S - 1, generator)
+        b += b >= a  # another timestep of 0..S
+        return min(a, b), max(a, b)
+    inside = [step for step in marked if step <= S - 1 - window]
+    if inside:
+        return inside[uniform_int(0, len(inside) - 1, generator)]
+    return uniform_int(0, max(S - window, 0), generator)
+
+
+def non_ltr_steps(batch):
+    """The different steps, rising, that decoded out of left-to-right order: a list for each row."""
+    marks, order = batch.get("non_ltr"), batch["order"]
+    if marks is None:
+        # The prompt, left of the first position, is as if decoded at step -1, and what was decoded
+        # together is in order.
+        left = F.pad(order, (1, 0), value=-1)[:, :-1]  # [B, N]
+        after_left = (order - left == 1) | (order - left == 0)
+        after_left[:, 1:] &= left[:, 1:] >= 0
+        marks = ~after_left
+    marks = marks.bool() & usable(batch)
+    return [row[marked].unique().tolist() for row, marked in zip(order, marks)]
+
+
+# ----------------------------------------------------------- other objectives along a trajectory
 
 
 def transition(m, batch, start=None, generator=None, mask_id=None):
-    """dInfer: two random timesteps, cross-entropy on what was decoded between them given what was decoded before
-    -> dict(loss, ce, ...) as of tabom. start [B, 2]: the two timesteps, the lower one first.
+    """dInfer: cross-entropy on what was decoded between two random timesteps given what was decoded
+    before -> dict(loss, ce, ...) as of tabom. start [B, 2]: the two timesteps, the lower one first.
 
-    It is TABOM with the global window and without ranking, which is here measured and not trained."""
-    return tabom(m, batch, window="global", weight=0.0, start=start, generator=generator, mask_id=mask_id)
-
-
-def states(length, start=None, generator=None):
-    """How many tokens are decoded in a random state of each trajectory: uniform in 0..length - 1, int64 [B].
-
-    start [B], if given, instead. Raises ValueError for a start outside the response, or one that leaves nothing."""
-    lengths = length.tolist()
-    if start is None:
-        start = [randint(0, n - 1, g) for n, g in zip(lengths, per_row(generator, len(lengths)))]
-    start = torch.as_tensor(start).to(length.device)
-    if (start < 0).any() or (start >= length).any():
-        raise ValueError(f"states of {start.tolist()} decoded tokens leave nothing of responses of {lengths} tokens")
-    return start
+    It is TABOM with the global window; the ranking is only measured."""
+    return tabom(m, batch, "global", weight=0.0, start=start, generator=generator, mask_id=mask_id)
 
 
 def traj(m, batch, start=None, generator=None, mask_id=None):
-    """Naive trajectory distillation: cross-entropy on every token that is still masked at a random state of the
-    trajectory -> dict(loss, ce, ...) as of tabom. start [B]: tokens decoded in that state.
-
-    Source: the baseline of the T3D paper. A transition whose later timestep is the end."""
-    first = states(batch["length"], start, generator)
-    ends = torch.stack((first, batch["length"]), dim=1)
+    """Naive trajectory distillation, a baseline of the T3D paper: cross-entropy on every token that
+    is still masked at a random state -> dict(loss, ce, ...) as of tabom. start [B]: steps made
+    before that state. It is a transition whose later timestep is the end."""
+    steps = decode_steps(batch)
+    ends = torch.stack((draw_state(steps, start, generator), steps), dim=1)  # [B, 2]
     return transition(m, batch, start=ends, mask_id=mask_id)
 
 
+def draw_state(steps, start=None, generator=None):
+    """How many of a trajectory's steps [B] were made before a random state: uniform in
+    0..steps - 1, int64 [B], or the given start [B]. Raises ValueError for one outside of that."""
+    if start is None:
+        rows = zip(steps.tolist(), per_row(generator, len(steps)))
+        start = [uniform_int(0, S - 1, g) for S, g in rows]
+    start = torch.as_tensor(start).to(steps.device)
+    if (start < 0).any() or (start >= steps).any():
+        raise ValueError(f"states after {start.tolist()} of {steps.tolist()} steps leave no target")
+    return start
+
+
 def t3d(
-    m,
-    batch,
-    alpha=0.5,
-    beta=0.1,
-    path_weight=0.2,
-    random_tokens=0.1,
-    reference=None,
-    start=None,
-    generator=None,
-    mask_id=None,
-):
-    """T3D: prefer the trajectory's tokens over those that a reference model would choose, at all positions still masked
-    in a random state, and stay consistent with the path -> dict(loss, ddo, path, ce); loss = ddo + path_weight * path.
+    m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None,
+    start=None, generator=None, mask_id=None,
+):  # fmt: skip
+    """T3D: prefer the trajectory's tokens over those that a reference model would choose, at all
+    positions still masked in a random state, and stay consistent with the path
+    -> dict(loss, ddo, path, ce); loss = ddo + path_weight * path.
 
-        d    = mean over the targets of log p - log p_ref: d_real on the trajectory's tokens, d_fake on the argmaxes of
-               the reference
+        d    = mean over the targets of log p - log p_ref: d_real on the trajectory's tokens, d_fake
+               on the argmaxes of the reference
         ddo  = -log sigmoid(beta d_real) - alpha log(1 - sigmoid(beta d_fake))
-        path = mean over the targets of -w log p(x0), w = (N - order) / N: what was decoded early counts more
+        path = mean over the targets of -w log p(x0), w = (S - order) / S: early ones count more
 
-    reference: a callable like m, the student as it was some optimizer steps ago; no gradient goes through it.
-    random_tokens: share of the masked positions that show the model and the reference a random token instead of the
-        mask. Only while m.training, as dropout.  start [B]: tokens decoded in the state.
+    reference: a callable like m, the student some optimizer steps ago; it gets no gradient.
+    random_tokens: share of the masked positions that show a random token instead of the mask, to
+        both models, only while m.training. start [B]: steps made before the state.
 
-    Source: the T3D paper (traj-DDO, path consistency). Our reading: d is a mean over a row's targets before the
-    sigmoid, random tokens are uniform over the vocabulary and stay targets."""
+    Source: the T3D paper (traj-DDO, path consistency). Our reading: d is a mean over a row's
+    targets before the sigmoid; random tokens are uniform over the vocabulary and stay targets.
+    Raises ValueError without a reference."""
     if reference is None:
-        raise ValueError("t3d needs a reference: a callable like m, such as the model with its adapter disabled")
-    first = states(batch["length"], start, generator)
-    visible, positions, real = decoded(batch, first, batch["length"] - first)  # positions [B, K]
+        raise ValueError("t3d needs a reference: a callable like m, such as m without its adapter")
+    mask_id = m.config.mask_id if mask_id is None else mask_id
+    steps = decode_steps(batch)
+    first = draw_state(steps, start, generator)
+    visible, positions, real = context_and_targets(batch, first, steps - first)  # positions [B, K]
     noise = None
     if random_tokens and getattr(m, "training", False):
         noise = disturb(m, batch, random_tokens, generator, mask_id)
 
     logp = log_probs(m, batch, visible, positions, mask_id, noise)  # [B, K, V]
     with torch.no_grad():
-        logp_ref = log_probs(
-            reference, batch, visible, positions, m.config.mask_id if mask_id is None else mask_id, noise
-        )
+        logp_ref = log_probs(reference, batch, visible, positions, mask_id, noise)
         chosen = logp_ref.argmax(-1)  # [B, K]
-        ref_fake = at(logp_ref, chosen)
+        ref_fake = pick_token(logp_ref, chosen)
         ref_real = -nll(logp_ref, batch, positions)
     loss_real = nll(logp, batch, positions)  # [B, K]
-    d_real = row_mean(-loss_real - ref_real, real)  # [B]
-    d_fake = row_mean(at(logp, chosen) - ref_fake, real)
-    ddo = -F.logsigmoid(beta * d_real) - alpha * F.logsigmoid(-beta * d_fake)  # 1 - sigmoid(x) = sigmoid(-x)
+    d_real = masked_mean(-loss_real - ref_real, real)  # [B]
+    d_fake = masked_mean(pick_token(logp, chosen) - ref_fake, real)
+    ddo = -F.logsigmoid(beta * d_real) - alpha * F.logsigmoid(-beta * d_fake)
 
-    N = batch["length"][:, None]
-    w = (N - batch["order"].gather(1, positions)) / N  # [B, K]
-    path = row_mean(w * loss_real, real)
+    S = steps[:, None]
+    w = (S - batch["order"].gather(1, positions)) / S  # [B, K]
+    path = masked_mean(w * loss_real, real)
     loss = ddo + path_weight * path
-    ce = row_mean(loss_real.detach(), real)
+    ce = masked_mean(loss_real.detach(), real)
     return dict(loss=loss.mean(), ddo=ddo.mean(), path=path.mean(), ce=ce.mean())
 
 
-def disturb(m, batch, share, generator, mask_id=None):
-    """The ids that masked positions show: the mask token, and in a random share of the places a token uniform over the
-    vocabulary: int64 [B, N]."""
-    mask_id = m.config.mask_id if mask_id is None else mask_id
+def disturb(m, batch, share, generator, mask_id):
+    """The ids that masked positions show: the mask, and in a random share of the places a token
+    uniform over the vocabulary: int64 [B, N]."""
     noise = torch.full_like(batch["response_ids"], mask_id)
     for row, n, g in zip(noise, batch["length"].tolist(), per_row(generator, len(noise))):
-        place = coins(n, share, g)
+        place = bernoulli(n, share, g)
         token = torch.randint(0, m.config.vocab_size, (n,), generator=g, device=place.device)
         row[:n] = torch.where(place, token, mask_id).to(row.device)
     return noise
 
 
-# ----------------------------------------------------------------------------------------- without an order
+# ------------------------------------------------------------------ objectives without an order
 
 
 def nelbo(m, batch, mask=None, generator=None, mask_id=None):
-    """Eq. 1: mean over the masked positions of -log p(x0 | U), U uniform -> dict(loss, ce, masked).
+    """Eq. 1: mean over the masked positions of -log p(x0 | U), U uniform -> dict(loss, ce, masked):
+    SFT-GT on answers of a dataset, SFT-SD on the model's own.
 
-    SFT-GT on answers of a dataset, SFT-SD on the model's own. t ~ U(0, 1) and every position masked with probability t,
-    given that one is masked at least, makes the number of masked positions uniform in 1..N and their place uniform: it
-    is drawn in that way, without t. mask [B, N]: the masked positions, instead of random ones. masked: their share."""
-    real = valid(batch)
+    t ~ U(0, 1) and every position masked with probability t, given that one is masked at least,
+    makes the number of masked positions uniform in 1..N and their place uniform: so it is drawn,
+    without t. mask [B, N]: the masked positions, instead of random ones. masked: their share.
+    Raises ValueError for a row without a masked position."""
     if mask is None:
-        mask = torch.zeros_like(real)
-        for row, n, g in zip(mask, batch["length"].tolist(), per_row(generator, len(mask))):
-            count = randint(1, n, g)
-            device = "cpu" if g is None else g.device
-            row[torch.randperm(n, generator=g, device=device)[:count].to(row.device)] = True
-    mask = mask & real
+        mask = draw_mask(batch, generator)
+    mask = mask & usable(batch)
     if not mask.any(1).all():
         raise ValueError("mask: every row needs a masked position")
-    positions, asked = select(mask, torch.arange(mask.shape[1], device=mask.device).expand_as(mask))
-    logp = log_probs(m, batch, real & ~mask, positions, mask_id)  # [B, K, V]
-    loss = row_mean(nll(logp, batch, positions), asked).mean()
-    return dict(loss=loss, ce=loss.detach(), masked=(mask.sum(1) / batch["length"]).mean())
+    loss = masked_nll(m, batch, mask, mask_id).mean()
+    share = mask.sum(1) / usable(batch).sum(1)
+    return dict(loss=loss, ce=loss.detach(), masked=share.mean())
+
+
+def draw_mask(batch, generator, ratio=None):
+    """Random masked positions, bool [B, N]: ratio of the tokens of each row, rounded and at least
+    one, or a uniform number of them."""
+    mask = torch.zeros_like(usable(batch))
+    for row, can_mask, g in zip(mask, usable(batch), per_row(generator, len(mask))):
+        place = can_mask.nonzero()[:, 0]
+        n = len(place)
+        if n:
+            count = uniform_int(1, n, g) if ratio is None else max(1, round(ratio * n))
+            chosen = torch.randperm(n, generator=g, device=device_of(g))[:count]
+            row[place[chosen.to(place.device)]] = True
+    return mask
+
+
+def masked_nll(m, batch, mask, mask_id=None):
+    """Mean of -log p(x0) over the masked positions [B, N] of each row, given the others: [B]."""
+    positions, asked = select(mask, place_of(mask))  # [B, K]
+    logp = log_probs(m, batch, usable(batch) & ~mask, positions, mask_id)  # [B, K, V]
+    return masked_mean(nll(logp, batch, positions), asked)
 
 
 def dparallel(
-    m,
-    batch,
-    block_length=32,
-    weight=2.0,
-    temperature=0.5,
-    block=None,
-    mask=None,
-    generator=None,
-    mask_id=None,
-):
-    """dParallel: certainty forcing. In a random block of the response each position is masked with probability 1/2, in
-    a second pass the others; all before the block is visible, all after it masked
-    -> dict(loss, ce, certainty, right); the loss of a pass is ce + weight * certainty, of a row the mean of its passes.
+    m, batch, block_length=32, weight=2.0, temperature=0.5, block=None, mask=None,
+    generator=None, mask_id=None,
+):  # fmt: skip
+    """dParallel: certainty forcing. In a random block of the response each position is masked with
+    probability 1/2, in a second pass the others; all before the block is visible, all after it
+    masked -> dict(loss, ce, certainty, right); the loss of a pass is ce + weight * certainty, of a
+    row the mean of its passes.
 
         ce        = mean over the block's masked positions of -log p(x0)
-        certainty = mean entropy, in nats at a lower temperature, over those of them whose argmax is right
+        certainty = mean entropy, nats at this temperature, over those whose argmax is right
 
-    block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block. right: share of the
-    masked positions whose argmax is right.
+    block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block.
+    right: share of the masked positions whose argmax is right.
 
-    Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does not count."""
-    n, B = batch["length"], len(batch["length"])
-    generators = per_row(generator, B)
+    Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does
+    not count. Raises ValueError for a block behind the response."""
+    n, real = batch["length"], usable(batch)
+    generators = per_row(generator, len(n))
     if block is None:
-        block = [randint(0, (length - 1) // block_length, g) for length, g in zip(n.tolist(), generators)]
+        rows = zip(n.tolist(), generators)
+        block = [uniform_int(0, (length - 1) // block_length, g) for length, g in rows]
     begin = torch.as_tensor(block).to(n.device)[:, None] * block_length  # [B, 1]
-    place = torch.arange(batch["response_ids"].shape[1], device=n.device)
-    inside = (place >= begin) & (place < begin + block_length) & valid(batch)  # [B, N]
-    if not inside.any(1).all():
-        raise ValueError(
-            f"blocks {begin[:, 0].tolist()} of {block_length} begin behind responses of {n.tolist()} tokens"
-        )
+    if (begin[:, 0] >= n).any():
+        blocks = f"blocks {begin[:, 0].tolist()} of {block_length}"
+        raise ValueError(f"{blocks} begin behind responses of {n.tolist()} tokens")
+    place = place_of(real)  # [B, N]
+    inside = (place >= begin) & (place < begin + block_length) & real
     if mask is None:
         mask = torch.zeros_like(inside)
         for row, length, g in zip(mask, n.tolist(), generators):
-            row[:length] = coins(length, 0.5, g).to(row.device)
+            row[:length] = bernoulli(length, 0.5, g).to(row.device)
 
-    passes = []
+    passes, counts = [], []
     for masked in (inside & mask, inside & ~mask):
-        positions, asked = select(masked, place.expand_as(masked))  # [B, K]
-        visible = (place < begin) | (inside & ~masked)
-        logp = log_probs(m, batch, visible & valid(batch), positions, mask_id)
+        positions, asked = select(masked, place)  # [B, K]
+        visible = real & ((place < begin) | (inside & ~masked))
+        logp = log_probs(m, batch, visible, positions, mask_id)
         right = (logp.argmax(-1) == batch["response_ids"].gather(1, positions)) & asked
-        ce = row_mean(nll(logp, batch, positions), asked)
-        certainty = row_mean(entropy((logp / temperature).log_softmax(-1)), right)
-        passes.append((ce, certainty, row_mean(right.float(), asked), asked.any(1)))
-    ce, certainty, right, counts = (torch.stack(x, dim=-1) for x in zip(*passes))  # each [B, 2]
-    ce, certainty, right = (row_mean(x, counts) for x in (ce, certainty, right))
+        ce = masked_mean(nll(logp, batch, positions), asked)
+        certainty = masked_mean(entropy((logp / temperature).log_softmax(-1)), right)
+        passes.append(torch.stack((ce, certainty, masked_mean(right.float(), asked))))
+        counts.append(asked.any(1))
+    # [3, B, 2] and [B, 2] -> [3, B]: the mean over the passes that mask something
+    ce, certainty, right = masked_mean(torch.stack(passes, dim=-1), torch.stack(counts, dim=-1))
     loss = ce + weight * certainty
     return dict(loss=loss.mean(), ce=ce.mean(), certainty=certainty.mean(), right=right.mean())
 
 
-# -------------------------------------------------------------------------------------------- how a model decodes
+# What --objective offers, and where each comes from.
+OBJECTIVES = {f.__name__: f for f in (tabom, nelbo, transition, traj, t3d, dparallel)}
+SOURCES = dict(
+    tabom="Eq. 9",
+    nelbo="Eq. 1",
+    transition="dInfer",
+    traj="naive trajectory distillation",
+    t3d="T3D",
+    dparallel="dParallel",
+)
+
+# ---------------------------------------------------------------------------- how a model decodes
 
 
-def before_eos(batch, eos_id):
-    """True at the tokens of each response before its first EOS: bool [B, N]."""
-    return valid(batch) & ((batch["response_ids"] == eos_id).cumsum(1) == 0)
+def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
+    """Trajectory Discrimination Score (Eq. 10, 11): the variance of the entropies in nats over the
+    positions still masked at each decode step, averaged over the steps and then the trajectories
+    -> dict(tds: float, rows: one value a trajectory, per_step: one a step, curves: of each row).
+
+    eos "so-far", the release's: at each step the positions left of the leftmost EOS that stands
+    there at that moment; a step with fewer than two has no value; per_step and curves end with the
+    step that decoded the leftmost EOS of the final response (Figure 2). "final": at every step the
+    positions before the final response's first EOS; one alone has the variance 0.
+    h: a replay [B, S, N] of all positions, if made already; else one forward pass a step."""
+    if h is None:
+        h = replay(m, batch, counted_until(batch, eos_id, eos), mask_id)
+    variance = variance_by_step(h, batch, eos_id, eos)  # [B, S]
+    shown = variance
+    if eos == "so-far":
+        after = torch.arange(h.shape[1], device=h.device) > first_eos_step(batch, eos_id)[:, None]
+        shown = variance.masked_fill(after, torch.nan)
+    rows, per_step = variance.nanmean(1), shown.nanmean(0)
+    return dict(
+        tds=rows.nanmean().item(),
+        rows=rows.tolist(),
+        per_step=per_step[~per_step.isnan()].tolist(),
+        curves=[row[~row.isnan()].tolist() for row in shown],
+    )
 
 
-def leftmost(chosen):
-    """Positions [B, K] of the True entries of chosen [B, N] from left to right, and which of them are no filler."""
-    count = chosen.sum(1, keepdim=True)  # [B, 1]
-    K = int(count.max())
-    index = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    return index, torch.arange(K, device=chosen.device) < count
+def variance_by_step(h, batch, eos_id, eos="so-far"):
+    """Eq. 10 at each step of a replay [B, S, N], over what counts: [B, S]; see `tds`."""
+    until = in_decode_order(counted_until(batch, eos_id, eos), batch)  # [B, N]
+    step = torch.arange(h.shape[1], device=h.device)[:, None]  # [S, 1]
+    counted = h.masked_fill(until[:, None] < step, torch.nan)
+    return entropy_variance(counted, least={"so-far": 2, "final": 1}[eos])
+
+
+def entropy_variance(h, least=2):
+    """Population variance of the entropies [..., K] that are no NaN; NaN for fewer than `least`."""
+    variance = (h - h.nanmean(-1, keepdim=True)).square().nanmean(-1)
+    return variance.masked_fill((~h.isnan()).sum(-1) < least, torch.nan)
 
 
 @torch.no_grad()
-def replay(m, batch, asked=None, mask_id=None):
-    """The entropies that a model has at every step of a trajectory: h [B, N, N] in nats. h[b, t, k] belongs to the
-    token decoded k-th (from 0), given the t tokens decoded before step t; NaN for k < t.
+def replay(m, batch, until=None, mask_id=None):
+    """The entropies that a model has at every step of a trajectory: h [B, S, N] in nats. h[b, t, k]
+    belongs to the k-th token in decode order (equal steps by position, never decoded ones last),
+    given all tokens of the steps before t; NaN once it is decoded. Where each step decoded one
+    token, S = N and the diagonal holds each token's own step.
 
-    asked [B, N]: the positions to look at, NaN for all others; without it every real token. One forward pass a step, as
-    long as an asked token is masked. A trajectory that decoded several tokens a step is replayed one by one."""
-    order, asked = batch["order"], valid(batch) if asked is None else asked
-    B, N = order.shape
-    h = torch.full((B, N, N), float("nan"), device=order.device)
-    for t in range(N):
-        masked = asked & (order >= t)
-        if not masked.any():
+    until [B, N]: the last step at which to look at each position (see `counted_until`), instead of
+    its own. One forward pass a step, with the output head on those masked positions only."""
+    order, rank = batch["order"], decode_index(batch).argsort(1)  # [B, N]
+    until = masked_until(batch) if until is None else torch.minimum(until, masked_until(batch))
+    S = int(decode_steps(batch).max())
+    h = torch.full((len(order), S, order.shape[1]), torch.nan, device=order.device)
+    for t in range(S):
+        positions, kept = select(until >= t, place_of(order))  # [B, K]
+        if positions.shape[1] == 0:
             break
-        positions, kept = leftmost(masked)  # [B, K]
-        logp = log_probs(m, batch, valid(batch) & (order < t), positions, mask_id)
-        h_now = torch.special.entr(logp.exp()).sum(-1)  # [B, K]
-        h[:, t].scatter_(1, order.gather(1, positions), h_now.masked_fill(~kept, float("nan")))
+        logp = log_probs(m, batch, decoded_before(batch, t), positions, mask_id)
+        found = entropy(logp).masked_fill(~kept, torch.nan)  # [B, K]
+        h[:, t].scatter_(1, rank.gather(1, positions), found)
     return h
 
 
-def tds(m, batch, eos_id, mask_id=None):
-    """The Trajectory Discrimination Score (Eq. 10, 11): the variance, over the positions before the first EOS that are
-    still masked, of the entropies in nats at each decoding step; averaged over the steps, then over the trajectories.
-
-    -> dict(tds: float, rows: one value for each trajectory, per_step: one for each step, over the trajectories that
-    still have such a position). One forward pass a step: see replay."""
-    variance = separability(replay(m, batch, before_eos(batch, eos_id), mask_id))  # [B, N]
-    rows, per_step = variance.nanmean(1), variance.nanmean(0)
-    return dict(tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step[~per_step.isnan()].tolist())
+def entropies_when_decoded(h, batch):
+    """Of a replay [B, S, N], each token's entropy at its own step, in decode order: [B, N]."""
+    step = in_decode_order(masked_until(batch), batch)  # [B, N]
+    own = h.gather(1, step.clamp(min=0)[:, None])[:, 0]
+    return own.masked_fill(~in_decode_order(usable(batch), batch), torch.nan)
 
 
-def separability(h):
-    """Eq. 10: the variance of the entropies at each step of a replay [..., K] -> [...], NaN where nothing was asked."""
-    return (h - h.nanmean(-1, keepdim=True)).square().nanmean(-1)
-
-
-def by_window(h, window, length):
-    """A replay [B, N, N] as the windows that TABOM ranks: [B, N, W], [b, t, i] = h of the token decoded i-th after step
-    t given U_t. NaN where t is no start of a window (0..length - W, or 0 alone in a shorter response)."""
-    B, N, _ = h.shape
-    W = min(window, N)
-    start = torch.arange(N, device=h.device)
-    rank = start[:, None] + torch.arange(W, device=h.device)  # [N, W]
-    found = h.gather(-1, rank.clamp(max=N - 1).expand(B, N, W))
-    outside = (start > (length[:, None] - W).clamp(min=0))[..., None] | (rank >= N)  # [B, N, W]
-    return found.masked_fill(outside, float("nan"))
+def windows_of_replay(h, batch, window):
+    """A replay [B, S, N] as the windows that TABOM ranks: [B, S, K], [b, t] = h given U_t of the
+    tokens decoded in the W steps from t on, in decode order. NaN behind them, and where t is no
+    start of a window (0..S - W of the row, or 0 alone in a shorter one)."""
+    (B, S, N), steps = h.shape, decode_steps(batch)[:, None]
+    start = torch.arange(S, device=h.device).expand(B, S).contiguous()
+    step = torch.where(usable(batch), batch["order"], NEVER).sort(1).values  # [B, N]
+    begin = torch.searchsorted(step, start)  # [B, S]: tokens decoded before t
+    count = torch.searchsorted(step, start + window) - begin
+    count = torch.where(start <= (steps - window).clamp(min=0), count, 0)
+    place = torch.arange(int(count.max()), device=h.device)  # [K]
+    found = h.gather(-1, (begin[..., None] + place).clamp(max=N - 1))
+    return found.masked_fill(place >= count[..., None], torch.nan)
 
 
 def inversions(h):
-    """How often an earlier token is less certain than a later one. h [..., K]: entropies in decode order, NaN takes no
-    part, such as the diagonal of a replay (each token's own step) or its windows.
+    """How often an earlier token is less certain than a later one. h [..., K]: entropies in decode
+    order, NaN takes no part, such as `entropies_when_decoded` or `windows_of_replay`.
 
-    -> dict(inverted, pairs), int64 tensors [K - 1]: of the pairs at distance 1, 2, ... in decode order, how many have
-    h(earlier) > h(later), and how many there are."""
-    gaps = [h[..., :-d] - h[..., d:] for d in range(1, h.shape[-1])]
-    count = [((gap > 0).sum(), (~gap.isnan()).sum()) for gap in gaps]
-    inverted, pairs = torch.tensor(count, dtype=torch.int64).reshape(-1, 2).T
-    return dict(inverted=inverted, pairs=pairs)
+    -> dict(inverted, pairs), int64 [K - 1]: of the pairs at distance 1, 2, ... in decode order, how
+    many have h(earlier) > h(later), and how many there are."""
+    counts = torch.zeros(2, max(h.shape[-1] - 1, 0), dtype=torch.int64)
+    for i in range(counts.shape[1]):
+        gap = h[..., : -i - 1] - h[..., i + 1 :]  # at distance i + 1
+        counts[0, i] = (gap > 0).sum()
+        counts[1, i] = (~gap.isnan()).sum()
+    return dict(inverted=counts[0], pairs=counts[1])
 
 
 @torch.no_grad()
-def loss_at(m, batch, mask_ratio, generators, mask_id=None):
-    """Cross-entropy at a mask ratio (Figure 3): the mean of -log p(x0) in nats over a random share mask_ratio of each
-    response's tokens, rounded and at least one, given the rest: [B].
-
-    generators: one CPU torch.Generator for each row."""
-    mask = torch.zeros_like(valid(batch))
-    for row, n, g in zip(mask, batch["length"].tolist(), generators):
-        row[torch.randperm(n, generator=g)[: max(1, round(mask_ratio * n))].to(row.device)] = True
-    positions, kept = leftmost(mask)  # [B, K]
-    logp = log_probs(m, batch, valid(batch) & ~mask, positions, mask_id)
-    nll = -logp.gather(-1, batch["response_ids"].gather(1, positions)[..., None])[..., 0]
-    return torch.where(kept, nll, 0.0).sum(1) / kept.sum(1)
+def masked_loss(m, batch, mask_ratio, generators, mask_id=None):
+    """Cross-entropy at a mask ratio (Figure 3): mean of -log p(x0) in nats over a random share
+    mask_ratio of each response's tokens, rounded and at least one, given the rest: [B]."""
+    return masked_nll(m, batch, draw_mask(batch, generators, mask_ratio), mask_id)
 
 
-# What --objective offers. The first words of a docstring, up to the colon, say where an objective comes from.
-OBJECTIVES = {f.__name__: f for f in (tabom, nelbo, transition, traj, t3d, dparallel)}
+# ------------------------------------------------------------------- what the order of a batch says
+
+
+def valid(batch):
+    """True at the real tokens of each response, False at its padding: bool [B, N]."""
+    return place_of(batch["response_ids"]) < batch["length"][:, None]
+
+
+def usable(batch):
+    """True at the tokens that were decoded, which can be visible or a target: bool [B, N]."""
+    return valid(batch) & (batch["order"] >= 0)
+
+
+def decode_steps(batch):
+    """S of each trajectory, int64 [B]. Raises ValueError for one in which nothing was decoded."""
+    steps = torch.where(usable(batch), batch["order"], -1).amax(1) + 1
+    if (steps == 0).any():
+        rows = (steps == 0).nonzero()[:, 0].tolist()
+        raise ValueError(f"order: nothing was decoded (all -1) in rows {rows}: leave them out")
+    return steps
+
+
+def decoded_before(batch, step):
+    """U: the response tokens decoded before a step (one number, or [B]), bool [B, N]."""
+    step = torch.as_tensor(step, device=batch["order"].device)
+    return usable(batch) & (batch["order"] < step[..., None])
+
+
+def context_and_targets(batch, first, size):
+    """What a decoder saw before step first [B] (bool [B, N]); the positions that it decoded in the
+    `size` [B] steps from there on, in decode order, equal steps by position: [B, K]; and which of
+    them are real."""
+    since = batch["order"] - first[:, None]  # [B, N], steps since the state
+    following = (since >= 0) & (since < size[:, None]) & usable(batch)
+    return decoded_before(batch, first), *select(following, batch["order"])
+
+
+def masked_until(batch):
+    """The last step at which each position is masked: its own; the row's last if it is never
+    decoded; -1: padding."""
+    last = (decode_steps(batch) - 1)[:, None]
+    until = torch.where(batch["order"] >= 0, batch["order"], last)
+    return torch.where(valid(batch), until, -1)
+
+
+def counted_until(batch, eos_id, eos):
+    """The last step at which each position counts for the TDS, int64 [B, N], -1 = at none; see
+    `tds`. Raises ValueError for an eos other than "so-far" and "final"."""
+    until, is_eos = masked_until(batch), usable(batch) & (batch["response_ids"] == eos_id)
+    if eos == "final":
+        return torch.where(is_eos.cumsum(1) == 0, until, -1)
+    if eos != "so-far":
+        raise ValueError(f"eos {eos!r} is neither 'so-far' nor 'final'")
+    # After this step an EOS stands at the position itself or left of it.
+    standing = torch.where(is_eos, until, NEVER).cummin(1).values  # [B, N]
+    return torch.minimum(until, standing)
+
+
+def first_eos_step(batch, eos_id):
+    """The step that decoded the leftmost EOS of the final response, or NEVER: int64 [B]."""
+    is_eos = usable(batch) & (batch["response_ids"] == eos_id)
+    leftmost = is_eos.int().argmax(1, keepdim=True)  # [B, 1]
+    return torch.where(is_eos.any(1), batch["order"].gather(1, leftmost)[:, 0], NEVER)
+
+
+def decode_index(batch):
+    """The positions in decode order, equal steps by position, never decoded next, padding last."""
+    key = torch.where(batch["order"] >= 0, batch["order"], NEVER - 1)
+    return torch.where(valid(batch), key, NEVER).argsort(dim=1, stable=True)
+
+
+def in_decode_order(x, batch):
+    """x [B, N] by position -> by decode order."""
+    return x.gather(1, decode_index(batch))
+
+
+# ------------------------------------------------------------------- the model, sums, random draws
+
+
+def log_probs(m, batch, visible, positions, mask_id=None, noise=None):
+    """log p(. | U) at some response positions: [B, K, V], float32.
+
+    visible [B, N]: U, the response tokens that the model sees; every other one is masked.
+    positions [B, K]: where to predict, counted from the start of the response. noise [B, N]: ids to
+    show instead of the mask (see `disturb`)."""
+    if noise is None:
+        mask_id = m.config.mask_id if mask_id is None else mask_id
+        noise = torch.full_like(batch["response_ids"], mask_id)
+    response = torch.where(visible, batch["response_ids"], noise)
+    ids = torch.cat((batch["prompt_ids"], response), dim=1)  # [B, P + N]
+    attention_mask = torch.cat((batch["prompt_mask"].bool(), valid(batch)), dim=1)  # [B, P + N]
+    P = batch["prompt_ids"].shape[1]
+    return m(ids, attention_mask=attention_mask, positions=P + positions).float().log_softmax(-1)
+
+
+def pick_token(logp, token):
+    """log p of the tokens [B, K]: [B, K, V] -> [B, K]."""
+    return logp.gather(-1, token[..., None])[..., 0]
+
+
+def nll(logp, batch, positions):
+    """-log p(x0) at the positions: [B, K]."""
+    return -pick_token(logp, batch["response_ids"].gather(1, positions))
+
+
+class Entropy(torch.autograd.Function):
+    """-(logp.exp() * logp).sum(-1), with less memory: p is computed again for the gradient,
+    -p (1 + log p), instead of being kept, and for a few positions at a time."""
+
+    FEW = 32
+
+    @staticmethod
+    def forward(ctx, logp):
+        ctx.save_for_backward(logp)
+        flat, h = logp.reshape(-1, logp.shape[-1]), logp.new_empty(logp.shape[:-1])
+        lowest = torch.finfo(logp.dtype).min  # for -inf, which times p = 0 is no number
+        for x, out in zip(flat.split(Entropy.FEW), h.view(-1).split(Entropy.FEW)):
+            torch.sum(x.exp().mul_(x.clamp(min=lowest)), -1, out=out)
+        return h.neg_()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logp,) = ctx.saved_tensors
+        flat, found = logp.reshape(-1, logp.shape[-1]), logp.new_empty(logp.shape)
+        parts = found.view(flat.shape).split(Entropy.FEW), grad.reshape(-1, 1).split(Entropy.FEW)
+        for x, out, g in zip(flat.split(Entropy.FEW), *parts):
+            one_more = x.clamp(min=torch.finfo(x.dtype).min).add_(1)
+            torch.mul(x.exp(), one_more, out=out).mul_(-g)
+        return found
+
+
+def entropy(logp):
+    """h = -sum p log p in nats over the whole vocabulary: [..., V] -> [...]."""
+    return Entropy.apply(logp)
+
+
+def place_of(x):
+    """The number of each position from the left: x [B, N] -> int64 [B, N]."""
+    return torch.arange(x.shape[1], device=x.device).expand_as(x)
+
+
+def select(chosen, key):
+    """Positions [B, K] of the True entries of chosen [B, N], by rising key, and which are real."""
+    count = chosen.sum(1)
+    K = int(count.max())
+    index = torch.where(chosen, key, NEVER).argsort(dim=1, stable=True)[:, :K]
+    return index, torch.arange(K, device=chosen.device) < count[:, None]
+
+
+def masked_mean(x, real):
+    """Mean of x over the real entries of each row, [..., K] -> [...]; 0 for a row without any."""
+    return torch.where(real, x, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
+
+
+def per_row(generator, B):
+    """A generator for every row: the list given, or one shared by all."""
+    if not isinstance(generator, (list, tuple)):
+        return [generator] * B
+    if len(generator) != B:
+        raise ValueError(f"{len(generator)} generators for {B} rows: give one, or one for each")
+    return list(generator)
+
+
+def device_of(generator):
+    return "cpu" if generator is None else generator.device
+
+
+def uniform_int(low, high, generator):
+    """One whole number, uniform in low..high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator, device=device_of(generator)))
+
+
+def bernoulli(n, share, generator):
+    """True with probability share, n times: bool [n]. (Not more: a row's draws are its own.)"""
+    return torch.rand(n, generator=generator, device=device_of(generator)) < share

@@ -6,6 +6,7 @@
         lr: float = opt(2e-5, "peak learning rate", low=0)                  # becomes --lr
 
     parser = command_line({"train": (train, TrainOptions)}, "what this program does")
+    given = vars(parser.parse_args())                                       # the flags that are there, and no others
     c = TrainOptions(**given)
     check_values(c)                                                         # ValueError for a number out of bounds
 
@@ -149,7 +150,7 @@ def defined_in(cls, name):
 def add_flag(group, f):
     more = {k: v for k, v in f.metadata.items() if k not in OURS}
     if kind(f) is bool:
-        group.add_argument(flag(f.name), action="store_true", help=more["help"])
+        group.add_argument(flag(f.name), action="store_true", default=argparse.SUPPRESS, help=more["help"])
         return
     shown = f.default
     if isinstance(shown, tuple):
@@ -158,7 +159,7 @@ def add_flag(group, f):
         more["help"] += f" (default {shown})"
     more["help"] = more["help"].replace("%", "%%")
     parse = more.pop("parse", kind(f))
-    group.add_argument(flag(f.name), default=f.default, type=named(parse, f), **more)
+    group.add_argument(flag(f.name), default=argparse.SUPPRESS, type=named(parse, f), **more)
 
 
 def named(parse, f):

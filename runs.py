@@ -14,10 +14,10 @@ A run may be killed at any time: what it has finished stays whole, and the same 
 import contextlib
 import dataclasses
 import datetime
+import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import shutil
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -68,8 +68,12 @@ class DecodeOptions:
     temperature: float | None = opt(None, "of the token choice; 0 = the most probable one")
     top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
     top_k: int | None = opt(None, "choose among so many tokens")
-    threshold: float | None = opt(None, "decode every token more probable than this at once, instead of the schedule")
-    tokens_per_step: int | None = opt(None, "decode so many tokens a step: fewer --steps (Table 4)", low=1)
+    threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
+    tokens_per_step: int | None = opt(None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1)
+    greedy: bool = opt(False, "take the most probable token, whatever the temperature: it only shapes the scores")
+    sample: bool = opt(False, "draw tokens at the temperature, also where a benchmark's protocol is greedy")
+    suppress_eos: bool = opt(False, "never choose EOS: every response fills its budget")
+    eos_last: bool = opt(False, "decode EOS last: positions whose token it is score lowest")
     approximate_cache: str | None = opt(
         None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
     )
@@ -199,6 +203,16 @@ def sum_together(gradients):
 # -------------------------------------------------------------------------------------- the model and its decoder
 
 
+def warner(processes):
+    """A function that writes a line of warning to stderr, once for all processes."""
+
+    def warn(line):
+        if processes.first and processes.shows:
+            tqdm.write(f"warning: {line}", sys.stderr)
+
+    return warn
+
+
 class Loaded(NamedTuple):
     """A model, its tokenizer, and the folder that both came from."""
 
@@ -220,7 +234,10 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
     m = model.load(weights or folder, dtype=dtype, device=processes.device)
-    tok = data.load_tokenizer(folder)
+    one_thread_if_small(m)
+    tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
+    for line in data.disagreements(tok, m.config):
+        warner(processes)(f"{folder}: {line}")
     if tok.size > m.config.vocab_size:
         rows = m.config.vocab_size
         raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
@@ -231,6 +248,17 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
         for block in m.layers:
             block.compile(dynamic=True)
     return Loaded(m, tok, folder)
+
+
+SMALL = 50_000_000  # parameters
+
+
+def one_thread_if_small(m):
+    """Let torch use one thread for a small model, where OMP_NUM_THREADS does not say otherwise.
+
+    Threads of a small model mostly wait for each other, and each wait is long where other programs use the cores."""
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in m.parameters()) < SMALL:
+        torch.set_num_threads(1)
 
 
 def load_checkpoint(c, processes, checkpoint):
@@ -265,13 +293,13 @@ DECODERS = {
 
 def decoder_settings(c, loaded, preset=None):
     """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
-    of c (DecodeOptions).
+    of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
-    known = {f.name: f for f in dataclasses.fields(DecodeOptions)}
+    known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
     flags = {}
     for name in known:
-        if getattr(c, name) is not None:
+        if getattr(c, name) not in (None, False):
             flags[name] = getattr(c, name)
     settings = {}
     for layer in (DECODERS[loaded.m.config.family], preset or {}, own_decoder(loaded.folder, known), flags):
@@ -281,14 +309,13 @@ def decoder_settings(c, loaded, preset=None):
         if paced:
             settings.pop("tokens_per_step", None)
         settings.update(layer)
-    at_once = settings.pop("tokens_per_step", None)
-    if at_once and "steps" in settings:
-        raise ValueError(f"--tokens-per-step {at_once} and --steps {settings['steps']}: give one of them")
-    if at_once:
-        settings["steps"] = math.ceil(settings["max_new_tokens"] / at_once)
-    settings.setdefault("steps", settings["max_new_tokens"])
+    if c.sample:
+        settings["greedy"] = False
     settings["block_length"] = settings.get("block_length") or None
-    decode.check(**settings)
+    if "tokens_per_step" not in settings:
+        settings.setdefault("steps", settings["max_new_tokens"])
+    rules = ("suppress_eos", "eos_last")
+    decode.Settings(**{k: v for k, v in settings.items() if k not in rules})
     return settings
 
 
@@ -340,14 +367,26 @@ def same_run(out, meta, free=()):
         raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
 
 
+def json_line(row):
+    """A row of JSON Lines. Text is written as it is, but for lone surrogates, which no file can hold."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
+
+
 @contextlib.contextmanager
 def atomic_file(path):
-    """A text file that appears whole or not at all."""
+    """A text file that appears whole or not at all; compressed where its name ends in .gz."""
     beside = path.with_name(path.name + ".tmp")
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with open(beside, "w", encoding="utf-8") as f:
+        with opened(beside, "wt", encoding="utf-8") as f:
             yield f
             f.flush()
+        with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
     finally:
@@ -397,7 +436,8 @@ def fingerprint(path):
 
 def identity(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
-    return dict(model_sha256=fingerprint(folder), adapter_sha256=None if adapter is None else fingerprint(adapter))
+    adapter_sha256 = None if adapter is None else fingerprint(lora.adapter_folder(adapter))
+    return dict(model_sha256=fingerprint(folder), adapter_sha256=adapter_sha256)
 
 
 def drop_torn_line(file):
@@ -444,9 +484,10 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
     for name, p in weights.items():
         for key, value in optimizer.state[p].items():
             state[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    save_file(state, folder / "optimizer.safetensors")
+    model.save_tensors(state, folder / "optimizer.safetensors")
     if reference is not None and reference.adapter:
-        save_file({k: v.cpu() for k, v in reference.adapter.items()}, folder / "reference.safetensors")
+        stored = {name: tensor.cpu() for name, tensor in reference.adapter.items()}
+        model.save_tensors(stored, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
     hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")

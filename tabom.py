@@ -58,11 +58,14 @@ def answer_prompts(c):
     processes = runs.Processes(c.device, alone=True)
     loaded = runs.load_model(c, processes, c.adapter)
     settings = runs.decoder_settings(c, loaded)
+    say = runs.warner(processes)
     messages = [{"role": "system", "content": c.system}] if c.system else []
     result = {}
     for turn, prompt in enumerate([c.prompt] if c.prompt is not None else chat_turns()):
         messages.append({"role": "user", "content": prompt})
-        ids = torch.tensor([data.encode_prompt(loaded.tok, messages, c.raw)], device=processes.device)
+        ids = data.encode_prompt(loaded.tok, messages, c.raw)
+        evaluate.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, say)
+        ids = torch.tensor([ids], device=processes.device)  # [1, P]
         result = answer_turn(c, loaded, ids, settings, turn)
         messages.append({"role": "assistant", "content": result["text"]})
         print(result["text"])
@@ -73,9 +76,9 @@ def answer_prompts(c):
 def answer_turn(c, loaded, ids, settings, turn):
     """The answer to prompt ids [1, P] -> dict(text, tokens, seconds, tokens_per_second)."""
     watch = Watch(loaded.tok, loaded.m.config.mask_id) if c.watch else None
-    own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), suppress=loaded.never_chosen)
+    generator = data.generator(c.seed, "generate", turn, device=ids.device)
     start = time.time()
-    t = decode.generate(loaded.m, ids, on_step=watch, **own, **settings)
+    t = decode.generate(loaded.m, ids, on_step=watch, generator=generator, **evaluate.with_eos_rules(settings, loaded))
     seconds, tokens = time.time() - start, t.response.numel()
     text = loaded.tok.response_text(t.response[0].tolist())
     return dict(text=text, tokens=tokens, seconds=round(seconds, 2), tokens_per_second=round(tokens / seconds, 1))
@@ -162,7 +165,7 @@ def main(argv=None):
     if command in ALONE and not first:
         return 0
     try:
-        c = options_class(**given)
+        c = options_class.preset(given) if hasattr(options_class, "preset") else options_class(**given)
         check_values(c)
         result = run(c)
         if first:

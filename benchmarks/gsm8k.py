@@ -1,14 +1,15 @@
 """GSM8K: grade-school mathematics, 1,319 questions whose answer is one number.
 
-    text, start = gsm8k.ask(record, "dream")          # the user's turn; what the assistant's turn already holds
-    gsm8k.settings("llada")                           # arguments of the decoder: Table 8 of the TABOM paper
-    gsm8k.grade(record, response)                     # {"correct": True, "reason": "18 = 18", "extracted": "18"}
+    text, start = gsm8k.ask(record, "dream")    # the user's turn; what the assistant's starts with
+    gsm8k.settings("llada")                     # arguments of the decoder: Table 8 of the paper
+    gsm8k.grade(record, response)               # {"correct": True, "reason": "18 = 18", ...}
 
 record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
 
-Sources: lm-evaluation-harness (gsm8k.yaml and gsm8k-cot.yaml, both its filters), of which Dream's evaluation is a fork;
-OpenCompass, which evaluated LLaDA. Protocols: "paper" asks both families as the harness does, zero-shot; "release" has
-the lengths of the paper's published code; "official" is each model's own evaluation.
+Sources: lm-evaluation-harness (gsm8k.yaml and gsm8k-cot.yaml, both its filters), of which Dream's
+evaluation is a fork; OpenCompass, which evaluated LLaDA. Protocols: "paper" asks both families as
+the harness does, zero-shot; "release" has the lengths of the paper's published code; "official" is
+each model's own evaluation.
 """
 
 import re
@@ -56,16 +57,18 @@ def trim(response, family="dream", protocol="paper"):
     return response
 
 
-# ---------------------------------------------------------------------------------------------------------- the grader
+# -------------------------------------------------------------------------------------- the grader
 
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # the first alternative takes "." and "," and "$" too
 STRICT = (re.compile(r"#### (-?[0-9.,]+)"), re.compile(r"The answer is (-?[0-9.,]+)"))
 
 
 def grade(record, response, family="dream", protocol="paper", strict=False):
-    """dict(correct, reason, extracted): the last number of the response is its answer (the harness's flexible-extract).
+    """dict(correct, reason, extracted): the last number of the response is its answer (the
+    harness's flexible-extract).
 
-    strict: the first number after ####, else after "The answer is". Family and protocol change nothing here."""
+    strict: the first number after ####, else after "The answer is". Family and protocol change
+    nothing here."""
     found = strict_number(response) if strict else flexible_number(response)
     gold = plain_number(record["answer"].rsplit("####", 1)[-1].strip())
     if found is None:
@@ -77,8 +80,8 @@ def grade(record, response, family="dream", protocol="paper", strict=False):
 
 def flexible_number(text):
     """The last number of a text, as plain_number() writes it, or None."""
-    found = FLEXIBLE.findall(text)
-    return plain_number("".join(found[-1])) if found else None  # one of its two groups is empty
+    found = list(FLEXIBLE.finditer(text))
+    return plain_number(found[-1][0]) if found else None
 
 
 def strict_number(text):
@@ -90,5 +93,6 @@ def strict_number(text):
 
 
 def plain_number(text):
-    """Without commas, dollar signs and one last point; equality of what is left is equality of strings."""
+    """Without commas, dollar signs and one last point; equality of what is left is equality of
+    strings."""
     return text.replace(",", "").replace("$", "").removesuffix(".")

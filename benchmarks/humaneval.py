@@ -1,18 +1,19 @@
 """HumanEval: 164 Python functions to complete, judged by running their checks (pass@1).
 
-    text, start = humaneval.ask(record, "dream")      # the user's turn; what the assistant's turn already holds
-    humaneval.settings("llada")                       # arguments of the decoder: Table 8 of the TABOM paper
+    text, start = humaneval.ask(record, "dream")    # the user's turn; what the assistant's starts with
+    humaneval.settings("llada")                     # arguments of the decoder: Table 8 of the paper
     program, tests, names = humaneval.program(record, humaneval.trim(response))
-    execute.run(program, tests, names)                # or anything that runs a program against its checks
+    execute.run(program, tests, names)              # or whatever runs a program against its checks
 
 record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
 
-Sources: Dream's fork of lm-evaluation-harness (its sanitize, which is EvalPlus's); OpenCompass, which evaluated LLaDA
-(humaneval_postprocess_v2). Protocols: "paper" and "release" ask both families as the fork does, zero-shot; "official"
-is each model's own evaluation.
+Sources: Dream's fork of lm-evaluation-harness (its sanitize, which is EvalPlus's); OpenCompass,
+which evaluated LLaDA (humaneval_postprocess_v2). Protocols: "paper" and "release" ask both families
+as the fork does, zero-shot; "official" is each model's own evaluation.
 """
 
 import ast
+import itertools
 import re
 import warnings
 
@@ -26,7 +27,8 @@ PROTOCOLS = ("paper", "release", "official")
 
 
 def ask(record, family, protocol="paper"):
-    """(user's turn, start of the answer) of a problem. LLaDA's chat template trims the start at its end."""
+    """(user's turn, start of the answer) of a problem. LLaDA's chat template trims the start at its
+    end."""
     prompt = record["prompt"]
     if family == "llada" and protocol == "official":
         return f"Complete the following python code:\n{prompt}", ""
@@ -35,7 +37,8 @@ def ask(record, family, protocol="paper"):
 
 
 def settings(family, protocol="paper"):
-    """Arguments of decode.generate; and suppress_eos: whether EOS is never chosen, as LLaDA's evaluation has it.
+    """Arguments of decode.generate; and suppress_eos: whether EOS is never chosen, as LLaDA's
+    evaluation has it.
 
     Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
@@ -62,31 +65,46 @@ def trim(response, family="dream", protocol="paper"):
     return response
 
 
-# --------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------- the program
 
 MAX_LINES = 100  # of a program that sanitize() looks at, as in the official code
 
 
 def program(record, response, family="dream", protocol="paper"):
-    """(program, tests, names): a program, the checks that it must pass, and the names that these take from it.
+    """(program, tests, names): a program, the checks that it must pass, and the names that these
+    take from it.
 
-    Raises ValueError for a record whose test is not Python."""
+    The checks start with what the prompt defines besides the asked function: three records' checks
+    call such a helper, which a program could otherwise define anew as it likes."""
     prompt, entry = record["prompt"], record["entry_point"]
-    tests = f"{record['test']}\ncheck({entry})\n"
-    if parsed(tests) is None:
-        raise ValueError(f"humaneval: the test of {record.get('task_id')} is not Python")
+    tests = f"{helpers(prompt, entry, record['test'])}{record['test']}\ncheck({entry})\n"
     if family == "llada" and protocol == "official":
         return prompt_and_block(prompt, response), tests, [entry]
-    roots = {entry} | {node.id for node in ast.walk(ast.parse(record["test"])) if isinstance(node, ast.Name)}
-    return sanitize(prompt + "\n" + python_block(response), roots), tests, [entry]
+    return sanitize(prompt + "\n" + python_block(response), entry), tests, [entry]
+
+
+def helpers(prompt, entry, test):
+    """The source of a prompt without the function that is asked for, where the test calls another
+    of it; else ""."""
+    code = prompt if parsed(prompt) else prompt + "\n    pass\n"
+    tree, kept, called = parsed(code) or ast.Module([]), [], False
+    for node in tree.body:
+        name = getattr(node, "name", None)
+        if name != entry:
+            kept.append(source(code, node))
+            called = called or name is not None and f"{name}(" in test
+    return "\n".join([*kept, ""]) if called else ""
 
 
 def prompt_and_block(prompt, response):
     """The prompt and the first fenced block, or all where none is fenced."""
     blocks = re.findall(r"```\w*\n(.*?)```", response, re.DOTALL)
-    code = blocks[0] if blocks else response
-    # A released version keeps the indentation of the first line, a later one does not: what parses is taken.
-    return prompt + code if parsed(prompt + code) else prompt + code.lstrip()
+    code = (blocks or [response])[0]
+    # A released version keeps the indentation of the first line, a later one does not: what parses
+    # is taken.
+    if parsed(prompt + code) is None:
+        code = code.lstrip()
+    return prompt + code
 
 
 def python_block(text):
@@ -104,15 +122,16 @@ def parsed(code):
             return None
 
 
-def sanitize(text, roots):
-    """The longest span of lines that parses, reduced to its imports and to what the roots need, which are names.
+def sanitize(text, entry):
+    """The longest span of lines that parses, reduced to its imports and to what the entry point
+    needs.
 
-    As the official code: a function without a return statement is dropped, of a.b only b counts as needed, and of two
-    definitions of a name the later one is kept, at the place of the first. Unlike it, the roots are more than the entry
-    point: the tests of HumanEval/50 call a function of the prompt, and no answer passes where that was dropped."""
+    As the official code: a function without a return statement is dropped, of a.b only b counts as
+    needed, and of two definitions of a name the later one is kept, at the place of the first."""
     lines = text.replace("\t", "    ").replace("\r\n", "\n").replace("\r", "\n").strip().splitlines()[:MAX_LINES]
+    code = longest_parsable(lines)
     imports, definitions = [], {}
-    for node in parsed(longest_parsable(lines)).body:
+    for node in parsed(code).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports.append(node)
         elif isinstance(node, ast.ClassDef) or isinstance(node, ast.FunctionDef) and has_return(node):
@@ -120,25 +139,36 @@ def sanitize(text, roots):
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             definitions[node.targets[0].id] = node
 
-    needed, queue = set(), list(roots)
+    needed, queue = set(), [entry]
     while queue:
         name = queue.pop()
         if name not in needed:
             needed.add(name)
             queue += names_used(definitions[name]) if name in definitions else []
     kept = [node for name, node in definitions.items() if name in needed]
-    return "\n".join(ast.unparse(node) for node in imports + kept)
+    return "\n".join(source(code, node) for node in imports + kept)
+
+
+def source(code, node):
+    """The text of a node, decorators included. Not ast.unparse: 330 terms of a sum are too deep for
+    it."""
+    text = ast.get_source_segment(code, node)
+    for decorator in reversed(getattr(node, "decorator_list", [])):
+        text = "@" + ast.get_source_segment(code, decorator) + "\n" + text
+    return text
 
 
 def longest_parsable(lines):
-    """The span with the most lines that are not blank, among those that parse; of equals the first that starts."""
+    """The span with the most lines that are not blank, among those that parse; of equals the first
+    that starts."""
     filled = [0]
     for line in lines:
         filled.append(filled[-1] + bool(line.strip()))
-    places = range(len(filled))
-    spans = [(i, j) for i in places for j in places if filled[i] < filled[j]]
-    spans.sort(key=lambda s: (filled[s[0]] - filled[s[1]], s))
-    for i, j in spans:
+    spans = []
+    for i, j in itertools.combinations(range(len(filled)), 2):
+        if filled[i] < filled[j]:
+            spans.append((filled[i] - filled[j], i, j))
+    for _, i, j in sorted(spans):
         code = "\n".join(lines[i:j])
         if parsed(code) is not None:
             return code
@@ -151,10 +181,13 @@ def has_return(node):
 
 def names_used(node):
     """Names and attributes below a node; what an attribute belongs to is not looked at."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Name):
-            yield child.id
-        elif isinstance(child, ast.Attribute):
-            yield child.attr
-        else:
-            yield from names_used(child)
+    found, queue = [], [node]
+    while queue:  # no recursion: a chain of 163 calls is deep
+        for child in ast.iter_child_nodes(queue.pop()):
+            if isinstance(child, ast.Name):
+                found.append(child.id)
+            elif isinstance(child, ast.Attribute):
+                found.append(child.attr)
+            else:
+                queue.append(child)
+    return found

@@ -6,19 +6,23 @@
     verdict["strict"], verdict["loose"]           # one boolean per instruction
     verdict["correct"]                            # the prompt-level verdict: all of strict
 
-Sources: Zhou et al., Instruction-Following Evaluation for Large Language Models (arXiv 2311.07911), and the behaviour
-of the official evaluation (google-research/instruction_following_eval), each quirk named where it is. Sentences and
-words as NLTK 3.9 with its English Punkt model (Kiss and Strunk, Unsupervised Multilingual Sentence Boundary Detection,
-Computational Linguistics 32, 2006), of which `sentences` knows the rules and the common words.
+Sources: Zhou et al., Instruction-Following Evaluation for Large Language Models (arXiv 2311.07911),
+and the behaviour of the official evaluation (google-research/instruction_following_eval), each
+quirk named where it is. Sentences and words as NLTK 3.9 with its English Punkt model (Kiss and
+Strunk, Unsupervised Multilingual Sentence Boundary Detection, Computational Linguistics 32, 2006),
+of which `sentences` knows the rules and the common words.
 
-Two things are pinned that the official evaluation leaves to chance: language detection is seeded, and an instruction
-that lacks an argument is an error instead of a random choice. Three of the instructions need langdetect.
+Two things are pinned that the official evaluation leaves to chance: language detection is seeded,
+and an instruction that lacks an argument is an error instead of a random choice. Three of the
+instructions need langdetect.
 """
 
 import inspect
 import json
 import re
 import string
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
 
@@ -60,37 +64,44 @@ def trim(response, family="dream", protocol="paper"):
     return response
 
 
-# -------------------------------------------------------------------------------------------------------------- grading
+# ----------------------------------------------------------------------------------------- grading
 
 
 def grade(record, response, family="dream", protocol="paper"):
-    """dict(correct, reason, strict, loose): whether the response follows each instruction of a benchmark record, one
-    boolean for each in strict and loose; correct: all of strict. Family and protocol change nothing here.
+    """dict(correct, reason, strict, loose): whether the response follows each instruction of a
+    benchmark record, one boolean for each in strict and loose; correct: all of strict. Family and
+    protocol change nothing here.
 
-    Strict judges the response as it is. Loose is content if any of eight versions of it passes. An empty version
-    follows nothing. Raises ValueError for an unknown instruction and for arguments that do not fit it."""
+    Strict judges the response as it is. Loose is content if any of eight versions of it passes. An
+    empty version follows nothing. Raises ValueError for an unknown instruction and for arguments
+    that do not fit it."""
     names, kwargs = record["instruction_id_list"], record["kwargs"]
     if len(names) != len(kwargs):
         raise ValueError(f"record {record.get('key')} has {len(names)} instructions, but kwargs for {len(kwargs)}")
-    checks = [bind(name, k) for name, k in zip(names, kwargs)]
     versions = loosened(response)
-    strict, loose = [], []
-    for check in checks:
-        strict.append(follows(check, response))
-        loose.append(any(follows(check, version) for version in versions))
-    missed = [name for name, followed in zip(names, strict) if not followed]
+    strict, loose, missed = [], [], []
+    for name, arguments in zip(names, kwargs):
+        check = bind(name, arguments)
+        try:
+            found = follows(check, response), any(follows(check, version) for version in versions)
+        except TimeoutError:
+            found = False, False
+        strict.append(found[0])
+        loose.append(found[1])
+        if not found[0]:
+            missed.append(name)
     reason = "not followed: " + ", ".join(missed) if missed else "every instruction is followed"
     return dict(correct=all(strict), reason=reason, strict=strict, loose=loose)
 
 
 def bind(name, kwargs):
-    """The check of an instruction with its arguments filled in. Some copies of the benchmark list the arguments of
-    other instructions too, as null; they are skipped."""
+    """The check of an instruction with its arguments filled in. Some copies of the benchmark list
+    the arguments of other instructions too, as null; they are skipped."""
     if name not in INSTRUCTIONS:
         raise ValueError(f"unknown instruction {name!r}; known are {', '.join(INSTRUCTIONS)}")
     given = {k: v for k, v in (kwargs or {}).items() if v is not None}
-    needed = [p for p in inspect.signature(INSTRUCTIONS[name]).parameters if p != "response"]
-    if set(given) != set(needed):
+    needed = set(inspect.signature(INSTRUCTIONS[name]).parameters) - {"response"}
+    if set(given) != needed:
         raise ValueError(f"{name} takes the arguments {sorted(needed)}, the record gives {sorted(given)}")
     return partial(INSTRUCTIONS[name], **given)
 
@@ -100,11 +111,36 @@ def follows(check, response):
 
 
 def loosened(response):
-    """The response; without its first line, its last line, both (an introduction, a closing remark); and these four
-    without asterisks (emphasis). Each text once."""
+    """The response; without its first line, its last line, both (an introduction, a closing
+    remark); and these four without asterisks (emphasis). Each text once."""
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return list(dict.fromkeys(cut + [text.replace("*", "") for text in cut]))
+
+
+LIMIT = 5.0  # seconds for a regular expression that may take for ever
+COUNT = "import json, re, sys; print(len(re.findall(*json.load(sys.stdin))))"
+
+
+def hits(given, text, around="{}", flags=re.IGNORECASE):
+    """How often a text has what a record gives as a regular expression.
+
+    One that repeats or nests runs in a process that can be ended: (a+)+$ takes longer than the
+    universe on 40 letters. Raises ValueError for what is no expression, TimeoutError after LIMIT
+    seconds: the instruction is not followed."""
+    pattern = around.format(given)
+    try:
+        compiled = re.compile(pattern, flags)
+    except re.error as e:
+        raise ValueError(f"{given!r} is no regular expression: {e}") from e
+    if not set(given) & set("*+?{(|"):
+        return len(compiled.findall(text))
+    command = [sys.executable, "-I", "-S", "-c", COUNT]
+    try:
+        asked = json.dumps([pattern, text, int(flags)]).encode()
+        return int(subprocess.run(command, input=asked, capture_output=True, check=True, timeout=LIMIT).stdout)
+    except subprocess.TimeoutExpired as e:
+        raise TimeoutError(f"{given!r} took longer than {LIMIT} s") from e
 
 
 def compare(count, relation, threshold):
@@ -113,20 +149,20 @@ def compare(count, relation, threshold):
     return count >= threshold if relation == "at least" else count < threshold
 
 
-# ------------------------------------------------------------------------------------------------------------- keywords
+# ---------------------------------------------------------------------------------------- keywords
 
 
 def existence(response, keywords):
     """Keywords are regular expressions and match inside words too."""
-    return all(re.search(word, response, re.IGNORECASE) for word in keywords)
+    return all(hits(word, response) for word in keywords)
 
 
 def frequency(response, keyword, frequency, relation):
-    return compare(len(re.findall(keyword.strip(), response, re.IGNORECASE)), relation, frequency)
+    return compare(hits(keyword.strip(), response), relation, frequency)
 
 
 def forbidden_words(response, forbidden_words):
-    return not any(re.search(rf"\b{word}\b", response, re.IGNORECASE) for word in forbidden_words)
+    return not any(hits(word, response, r"\b{}\b") for word in forbidden_words)
 
 
 def letter_frequency(response, letter, let_frequency, let_relation):
@@ -134,7 +170,7 @@ def letter_frequency(response, letter, let_frequency, let_relation):
     return compare(response.lower().count(letter.strip().lower()), let_relation, let_frequency)
 
 
-# ---------------------------------------------------------------------------------------------------- language and case
+# ------------------------------------------------------------------------------- language and case
 
 
 def response_language(response, language):
@@ -151,11 +187,12 @@ def english_lowercase(response):
 
 def capital_word_frequency(response, capital_frequency, capital_relation):
     """The words of NLTK: WELL-KNOWN is one, DON'T and CANNOT are two."""
-    return compare(sum(word.isupper() for word in words(response)), capital_relation, capital_frequency)
+    return compare(sum(map(str.isupper, words(response))), capital_relation, capital_frequency)
 
 
 def detected(text):
-    """The ISO 639-1 code of a text's language, or None where there is nothing to tell it by: that counts as right."""
+    """The ISO 639-1 code of a text's language, or None where there is nothing to tell it by: that
+    counts as right."""
     try:
         from langdetect import DetectorFactory, LangDetectException, detect
     except ImportError as e:
@@ -167,7 +204,7 @@ def detected(text):
         return None
 
 
-# --------------------------------------------------------------------------------------------------------------- length
+# ------------------------------------------------------------------------------------------ length
 
 
 def number_words(response, num_words, relation):
@@ -180,7 +217,8 @@ def number_sentences(response, num_sentences, relation):
 
 
 def number_paragraphs(response, num_paragraphs):
-    """Exactly so many paragraphs between *** dividers. Empty ones: not counted at either end, wrong in between."""
+    """Exactly so many paragraphs between *** dividers. Empty ones: not counted at either end, wrong
+    in between."""
     parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", response)]
     return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
 
@@ -196,42 +234,52 @@ def nth_paragraph_first_word(response, num_paragraphs, nth_paragraph, first_word
     return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
-# --------------------------------------------------------------------------------------------------- content and format
+# ------------------------------------------------------------------------------ content and format
 
 
 def number_placeholders(response, num_placeholders):
-    return len(re.findall(r"\[.*?\]", response)) >= num_placeholders
+    """At least so many of [this], each on one line."""
+    count = 0
+    for line in response.split("\n"):
+        end = 0
+        while (start := line.find("[", end)) >= 0 and (end := line.find("]", start) + 1) > 0:
+            count += 1
+    return count >= num_placeholders
 
 
 def postscript(response, postscript_marker):
-    """P.P.S needs no last period, and P. S. may have spaces; they may stand anywhere. Other markers match as written,
-    but for case."""
+    """P.P.S needs no last period, and P. S. may have spaces; they may stand anywhere. Other markers
+    match as written, but for case."""
     marker = postscript_marker.strip()
-    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, marker.lower())
-    return bool(re.search(pattern, response.lower()))
+    patterns = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    if marker in patterns:
+        return bool(re.search(patterns[marker], response.lower()))
+    return hits(marker.lower(), response.lower()) > 0
 
 
 def number_bullet_lists(response, num_bullets):
     """Exactly so many lines that start with one asterisk or with a hyphen: --- is a bullet too."""
-    stars = re.findall(r"^\s*\*[^\*].*$", response, re.MULTILINE)
-    hyphens = re.findall(r"^\s*-.*$", response, re.MULTILINE)
+    stars = re.findall(r"^[^\S\n]*\*[^\*].*$", response, re.MULTILINE)
+    hyphens = re.findall(r"^[^\S\n]*-.*$", response, re.MULTILINE)
     return len(stars) + len(hyphens) == num_bullets
 
 
 def constrained_response(response):
-    return any(answer in response for answer in ("My answer is yes.", "My answer is no.", "My answer is maybe."))
+    return bool(re.search(r"My answer is (yes|no|maybe)\.", response))
 
 
 def number_highlighted_sections(response, num_highlights):
     """At least so many of *this* or **this**, each on one line."""
-    single = [text.strip("*") for text in re.findall(r"\*[^\n\*]*\*", response)]
-    double = [text[2:-2] for text in re.findall(r"\*\*[^\n\*]*\*\*", response)]
-    return sum(bool(text.strip()) for text in single + double) >= num_highlights
+    count = 0  # those of nothing but space do not count; **this** is found by the first expression as ** and **
+    for pattern in (r"\*[^\n\*]*\*", r"\*\*[^\n\*]*\*\*"):
+        for text in re.findall(pattern, response):
+            count += bool(text.strip("*").strip())
+    return count >= num_highlights
 
 
 def multiple_sections(response, section_spliter, num_sections):
     """At least so many of "Section 1". (The misspelling is the benchmark's.)"""
-    return len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", response)) - 1 >= num_sections
+    return hits(section_spliter.strip(), response, r"\s?{}\s?\d+\s?", 0) >= num_sections
 
 
 def json_format(response):
@@ -247,16 +295,22 @@ def json_format(response):
 
 
 def title(response):
-    return any(text.lstrip("<").rstrip(">").strip() for text in re.findall(r"<<[^\n]+>>", response))
+    """<<A title>> on one line, from the first << to the last >>, with something inside."""
+    for line in response.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>") + 2
+        if 0 <= start < end - 4 and line[start:end].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
-# ----------------------------------------------------------------------------------- combination, start and end, commas
+# -------------------------------------------------------------- combination, start and end, commas
 
 
 def two_responses(response):
-    """Two different texts around ******. An empty one: not counted at either end, wrong in between."""
+    """Two different texts around ******. An empty one: not counted at either end, wrong in
+    between."""
     parts = [part.strip() for part in response.split("******")]
-    texts = [part for part in parts if part]
+    texts = list(filter(None, parts))
     return all(parts[1:-1]) and len(texts) == 2 and texts[0] != texts[1]
 
 
@@ -306,50 +360,56 @@ INSTRUCTIONS = {
     "punctuation:no_comma": no_comma,
 }
 
-# -------------------------------------------------------------------------------------------------- sentences and words
+# ----------------------------------------------------------------------------- sentences and words
 
-# Punkt's English model: what its training corpus, news of the 1980s, knew about words. All without the final period.
+# Punkt's English model: what its training corpus, news of the 1980s, knew about words. All without
+# the final period.
 ABBREVIATIONS = frozenset(
-    """
-    a.a a.c a.d a.g a.h a.m a.m.e a.s a.t adm ala ariz aug ave b.f b.v bros c c.i.t c.o.m.b c.v calif chg cie co col
-    colo conn corp cos ct d d.c d.h d.w dec dr e e.f e.h e.l e.m f f.g f.j feb fla fri ft g g.d g.f g.k ga gen h h.c
-    h.f h.m i.m.s ill inc j.b j.c j.j j.k j.p j.r jan jr k kan ky l l.a l.f l.p lt ltd m m.b.a m.d.c m.j maj messrs
-    mg mich minn mr mrs ms n n.c n.d n.h n.j n.m n.v n.y nev nov oct ok okla ore p p.a.m p.m pa ph.d prof r r.a r.h
-    r.i r.j r.k r.t rep reps s s.a s.a.y s.c s.g s.p.a s.s sen sep sept sr st sw t t.j tenn tues u.k u.n u.s u.s.a
-    u.s.s.r v va vs vt w w.c w.r w.va w.w wash wed wis yr
+    """ a.a a.c a.d a.g a.h a.m a.m.e a.s a.t adm ala ariz aug ave b.f b.v bros c c.i.t c.o.m.b c.v
+    calif chg cie co col colo conn corp cos ct d d.c d.h d.w dec dr e e.f e.h e.l e.m f f.g f.j feb
+    fla fri ft g g.d g.f g.k ga gen h h.c h.f h.m i.m.s ill inc j.b j.c j.j j.k j.p j.r jan jr k kan
+    ky l l.a l.f l.p lt ltd m m.b.a m.d.c m.j maj messrs mg mich minn mr mrs ms n n.c n.d n.h n.j
+    n.m n.v n.y nev nov oct ok okla ore p p.a.m p.m pa ph.d prof r r.a r.h r.i r.j r.k r.t rep reps
+    s s.a s.a.y s.c s.g s.p.a s.s sen sep sept sr st sw t t.j tenn tues u.k u.n u.s u.s.a u.s.s.r v
+    va vs vt w w.c w.r w.va w.w wash wed wis yr
     """.split()
 )
 
-# Words that, with a capital, show that a sentence starts. The model has 39 frequent openers, and 12,348 words that it
-# saw with a small letter, and with a capital only at the start of a sentence. Here are the 39 and 283 common ones.
+# Words that, with a capital, show that a sentence starts. The model has 39 frequent openers, and
+# 12,348 words that it saw with a small letter, and with a capital only at the start of a sentence.
+# Here are the 39 and 283 common ones.
 OPENERS = frozenset(
-    """
-    above absolutely according accordingly adding afterward afterwards almost along already although always among
-    anybody anyone anything apparently apply applying approximately arrange ask assume assuming awesome begin behind
-    being believe beneath besides between beyond both boy build but calculate call carefully certainly check choose
-    combined compare compared complete concerning conclusion consider considering contact convert cool correct create
-    currently decide define describe despite determine develop different discuss dividing does doing double drink
-    earlier either else enjoy enough ensure especially essentially even eventually ever exactly example examples
-    excellent except exclude excluding explain fantastic fewer figure fill finally finish follow following forget
-    formerly frankly frequently friend furthermore girl given giving going hate he hence her here hers herself him
-    himself hold honestly however i if imagine immediately important importantly improve in include including indeed
-    initially inside instead into it language lately learn least likewise list listen living looking many maximum
-    meanwhile merely mine minimum mix moreover most mother multiply myself nature need neither nevertheless
-    nonetheless nor notably note nothing numerous occasionally okay onto originally otherwise ought ours overall
-    particularly per perfect person pick playing please plenty possibly practice precisely prepare presently
-    presumably pretty prevent previously probably provide pull put putting question quietly rarely recently regarding
-    remaining remember remove replace right roughly sadly sales same section seeing seldom select send separately
-    seriously serve silently similar similarly simple simplifying simply since single sit sitting slowly so solution
-    solve solving some someday someone sometimes soon sorry speak speaking specifically spend stand standing starting
-    step still substituting subtracting such suddenly suppose surely surprisingly taking teach teacher thank thanks
-    the them themselves there therefore these they think thinking this though through throughout thus title together
-    tomorrow towards true truly try trying turn typically ultimately under understand unfortunately unless unlike upon
-    using various versus very via wait walk walking welcome were when whenever whereas wherever whether which
-    whichever while whole whom wish within without wonderful working writing yes yesterday yet your yourself
+    """ above absolutely according accordingly adding afterward afterwards almost along already
+    although always among anybody anyone anything apparently apply applying approximately arrange
+    ask assume assuming awesome begin behind being believe beneath besides between beyond both boy
+    build but calculate call carefully certainly check choose combined compare compared complete
+    concerning conclusion consider considering contact convert cool correct create currently decide
+    define describe despite determine develop different discuss dividing does doing double drink
+    earlier either else enjoy enough ensure especially essentially even eventually ever exactly
+    example examples excellent except exclude excluding explain fantastic fewer figure fill finally
+    finish follow following forget formerly frankly frequently friend furthermore girl given giving
+    going hate he hence her here hers herself him himself hold honestly however i if imagine
+    immediately important importantly improve in include including indeed initially inside instead
+    into it language lately learn least likewise list listen living looking many maximum meanwhile
+    merely mine minimum mix moreover most mother multiply myself nature need neither nevertheless
+    nonetheless nor notably note nothing numerous occasionally okay onto originally otherwise ought
+    ours overall particularly per perfect person pick playing please plenty possibly practice
+    precisely prepare presently presumably pretty prevent previously probably provide pull put
+    putting question quietly rarely recently regarding remaining remember remove replace right
+    roughly sadly sales same section seeing seldom select send separately seriously serve silently
+    similar similarly simple simplifying simply since single sit sitting slowly so solution solve
+    solving some someday someone sometimes soon sorry speak speaking specifically spend stand
+    standing starting step still substituting subtracting such suddenly suppose surely surprisingly
+    taking teach teacher thank thanks the them themselves there therefore these they think thinking
+    this though through throughout thus title together tomorrow towards true truly try trying turn
+    typically ultimately under understand unfortunately unless unlike upon using various versus very
+    via wait walk walking welcome were when whenever whereas wherever whether which whichever while
+    whole whom wish within without wonderful working writing yes yesterday yet your yourself
     """.split()
 )
 
-# A word with a period, here a number or an initial, and words that were seen right after it in the same sentence.
+# A word with a period, here a number or an initial, and words that were seen right after it in the
+# same sentence.
 COLLOCATIONS = {
     "#": """
     abreast aes business cbot colgate commodities cooper corrections credit dividend financing genentech henley insider
@@ -383,11 +443,14 @@ CONTRACTIONS = re.compile(
 def sentences(text):
     """The sentences of a text, as Punkt finds them with NLTK's English model.
 
-    All its rules and abbreviations are here, but only the common ones of its 20,366 other words: where a rare word
-    follows an abbreviation, an ellipsis or a single letter, the count may be one off."""
+    All its rules and abbreviations are here, but only the common ones of its 20,366 other words:
+    where a rare word follows an abbreviation, an ellipsis or a single letter, the count may be one
+    off."""
     cuts, start = [], 0
     for match, context in possible_ends(text):
-        tokens = [token for line in context.split("\n") for token in TOKEN.findall(line)]
+        tokens = []
+        for line in context.split("\n"):
+            tokens += TOKEN.findall(line)
         if any(ends_sentence(token, following) for token, following in pairwise(tokens)):
             cuts.append((start, match.end()))
             start = match.start("next") if match["next"] else match.end()
@@ -405,12 +468,12 @@ def sentences(text):
 
 
 def possible_ends(text):
-    """Pairs of a match of . or ? or ! and its context: the word that it ends and what comes next. Of several in one
-    word, the last."""
+    """Pairs of a match of . or ? or ! and its context: the word that it ends and what comes next.
+    Of several in one word, the last."""
     start = stop = 0  # the word before the previous match
     previous = None
     for match in POSSIBLE_END.finditer(text):
-        space = max(text[stop : match.start()].rfind(c) for c in string.whitespace)
+        space = max(map(text[stop : match.start()].rfind, string.whitespace))
         new_start = stop + space + 1 if space > 0 else start
         if previous and stop <= new_start:
             yield previous, text[start:stop] + previous.group() + previous["after"]
@@ -457,7 +520,8 @@ def stem(token, drop_period):
 
 
 def words(text):
-    """The words of a text as NLTK's word_tokenize cuts them, without the punctuation that it makes tokens of."""
+    """The words of a text as NLTK's word_tokenize cuts them, without the punctuation that it makes
+    tokens of."""
     found = []
     for sentence in sentences(text):
         sentence = re.sub(r"(?i)(')(?!re|ve|ll|m|t|s|d|n)(\w)\b", r"\1 \2", sentence)

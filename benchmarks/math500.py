@@ -1,14 +1,16 @@
-r"""MATH500: 500 problems of mathematics competitions whose answer is a LaTeX expression. Needs math-verify.
+r"""MATH500: 500 problems of mathematics competitions whose answer is a LaTeX expression. Needs
+math-verify.
 
-    text, start = math500.ask(record, "dream")        # the user's turn; what the assistant's turn already holds
-    math500.settings("llada")                         # arguments of the decoder: Table 8 of the TABOM paper
-    math500.grade(record, r"so \boxed{\frac12}")      # {"correct": True, "reason": "1/2 = \\frac{1}{2}", ...}
+    text, start = math500.ask(record, "dream")      # the user's turn; what the assistant's starts with
+    math500.settings("llada")                       # arguments of the decoder: Table 8 of the paper
+    math500.grade(record, r"so \boxed{\frac12}")    # {"correct": True, "reason": "1/2 = ...", ...}
 
 record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
 
-Sources: lm-evaluation-harness and Dream's fork of it; OpenCompass, which evaluated LLaDA; math-verify for the verdict.
-Protocols: "paper" asks both families as the harness does, zero-shot; "release" hands math-verify the gold answer
-without "$", as the paper's published code does; "official" is each model's own evaluation.
+Sources: lm-evaluation-harness and Dream's fork of it; OpenCompass, which evaluated LLaDA;
+math-verify for the verdict. Protocols: "paper" asks both families as the harness does, zero-shot;
+"release" hands math-verify the gold answer without "$", as the paper's published code does;
+"official" is each model's own evaluation.
 """
 
 import functools
@@ -63,55 +65,73 @@ def trim(response, family="dream", protocol="paper"):
     return response
 
 
-# ---------------------------------------------------------------------------------------------------------- the grader
+# -------------------------------------------------------------------------------------- the grader
 
 
 def grade(record, response, family="dream", protocol="paper", gold=None, timeout=20.0):
-    """dict(correct, reason, extracted): math-verify's verdict on the last boxed answer, or on the whole response where
-    none is boxed or it is empty.
+    """dict(correct, reason, extracted): math-verify's verdict on the last boxed answer, or on the
+    whole response where none is boxed or it is empty.
 
-    gold: "latex" hands math-verify the gold answer between "$", "raw" as it is; None takes the protocol's way.
-    math-verify's own limits, 5 s for each parse and comparison, count as no answer; so does `timeout` in seconds, which
-    nothing escapes. Raises ImportError without math-verify, ValueError for another gold."""
+    gold: "latex" hands math-verify the gold answer between "$", "raw" as it is; None takes the
+    protocol's way. math-verify's own limits, 5 s for each parse and comparison, count as no answer;
+    so does `timeout` in seconds, which nothing escapes. Raises ImportError without math-verify,
+    ValueError for another gold."""
     gold = gold or ("raw" if protocol == "release" else "latex")
     if gold not in ("latex", "raw"):
         raise ValueError(f"gold {gold!r} is neither 'latex' nor 'raw'")
-    boxed = last_boxed(response)
-    texts = [boxed, response] if boxed else [response]
-    answer = "$" + record["answer"] + "$" if gold == "latex" else record["answer"]
+    answer, boxed, texts = record["answer"], last_boxed(response), [response]
+    if gold == "latex":
+        answer = "$" + answer + "$"
+    if boxed:
+        texts.insert(0, boxed)
     try:
         correct, extracted = math_judge(os.getpid())(answer, texts, timeout)
     except (TimeoutError, ChildProcessError, BrokenPipeError) as e:
-        return dict(correct=False, reason=str(e), extracted=boxed)
+        return dict(correct=False, reason=str(e), extracted=printable(boxed or ""))
     if extracted is None:
         return dict(correct=False, reason="no answer in the response", extracted=None)
-    reason = f"{extracted:.100} {'=' if correct else 'is not'} {record['answer']}"
+    extracted, relation = printable(extracted), "=" if correct else "is not"
+    reason = f"{extracted:.100} {relation} {record['answer']}"
     return dict(correct=correct, reason=reason, extracted=extracted)
 
 
+BRACES = re.compile(r"(?P<boxed>\\boxed\s*)?(?<!\\)[{}]")
+JOINT = 60  # characters between two boxed parts of one answer, at most
+
+
 def last_boxed(text):
-    r"""The last \boxed{...} whose braces close, with any that it is joined to by a comma, "and" or "or"; or None."""
-    spans = []
-    for start in re.finditer(r"\\boxed\s*\{", text):
-        depth = 0
-        for brace in re.finditer(r"(?<!\\)[{}]", text[start.start() :]):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                spans.append((start.start(), start.start() + brace.end()))
-                break
+    r"""The last \boxed{...} whose braces close, with any that it is joined to by a comma, "and" or
+    "or"; or None."""
+    spans, opened = [], []  # opened: of each brace that is open, where its \boxed starts, or None
+    for brace in BRACES.finditer(text):
+        if brace[0].endswith("{"):
+            opened.append(brace.start() if brace["boxed"] else None)
+        elif opened:
+            start = opened.pop()
+            if start is not None:
+                spans.append((start, brace.end()))
     if not spans:
         return None
+    spans.sort()
     first, end = spans[-1]
-    for before in reversed(spans[:-1]):
-        if re.fullmatch(r"[\s$]*(,|,?\s*and|,?\s*or)[\s$]*", text[before[1] : first]):
-            first = before[0]
+    for start, stop in reversed(spans[:-1]):
+        if first - stop <= JOINT:  # negative, and the text between empty, where one box is inside the other
+            between = text[stop:first].strip("$ \t\n")
+            if re.fullmatch(r",|,?\s*(and|or)", between):
+                first = start
     return text[first:end]
 
 
-# ------------------------------------------------------------------------------------------ math-verify in its process
+def printable(text):
+    r"""The text without lone surrogates, which no file takes: \ud800 is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
-# math-verify stops itself by SIGALRM, which only a process's main thread may use and which big integers do not heed.
-# So it runs in a process of its own: one that is killed works in any thread, and on any answer.
+
+# ---------------------------------------------------------------------- math-verify in its process
+
+# math-verify stops itself by SIGALRM, which only a process's main thread may use and which big
+# integers do not heed. So it runs in a process of its own: one that is killed works in any thread,
+# and on any answer.
 WORKER = """
 import json, logging, resource, sys
 from math_verify import parse, verify
@@ -122,12 +142,14 @@ print("ready", file=out, flush=True)
 for line in sys.stdin:
     gold, *texts = json.loads(line)
     answer = next(filter(None, map(parse, texts)), [])
-    print(json.dumps([bool(verify(parse(gold), answer)), str(answer[0]) if answer else None]), file=out, flush=True)
+    shown = str(answer[0]) if answer else None
+    print(json.dumps([bool(verify(parse(gold), answer)), shown]), file=out, flush=True)
 """
 
 
 class MathJudge:
-    """math-verify in a process of its own, which starts with the first question and again after a time limit."""
+    """math-verify in a process of its own, which starts with the first question and again after a
+    time limit."""
 
     def __init__(self):
         self.process, self.lock = None, threading.Lock()
@@ -135,7 +157,8 @@ class MathJudge:
     def __call__(self, gold, texts, timeout):
         """Whether the first of the texts that holds an answer holds gold -> (verdict, the answer).
 
-        Raises TimeoutError after `timeout` seconds, ChildProcessError where math-verify ended (out of memory)."""
+        Raises TimeoutError after `timeout` seconds, ChildProcessError where math-verify ended (out
+        of memory)."""
         with self.lock:
             try:
                 if self.process is None:

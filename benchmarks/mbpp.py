@@ -1,15 +1,16 @@
 """MBPP: 500 short Python tasks (its test split), judged by running their asserts (pass@1).
 
-    text, start = mbpp.ask(record, "dream")           # the user's turn; what the assistant's turn already holds
-    mbpp.settings("llada")                            # arguments of the decoder: Table 8 of the TABOM paper
+    text, start = mbpp.ask(record, "dream")     # the user's turn; what the assistant's turn starts with
+    mbpp.settings("llada")                      # arguments of the decoder: Table 8 of the paper
     program, tests, names = mbpp.program(record, mbpp.trim(response))
-    execute.run(program, tests, names)                # or anything that runs a program against its checks
+    execute.run(program, tests, names)          # or whatever runs a program against its checks
 
 record: a row of the benchmark's own file. response: the text a model wrote, without the prompt.
 
-Sources: Dream's fork of lm-evaluation-harness; OpenCompass, which evaluated LLaDA (MBPPEvaluator). Protocols: "paper"
-asks both families as the fork does, zero-shot; "release" has the lengths of the paper's published code and checks the
-first three asserts without the record's set-up code; "official" is each model's own evaluation.
+Sources: Dream's fork of lm-evaluation-harness; OpenCompass, which evaluated LLaDA (MBPPEvaluator).
+Protocols: "paper" asks both families as the fork does, zero-shot; "release" has the lengths of the
+paper's published code and checks the first three asserts without the record's set-up code;
+"official" is each model's own evaluation.
 """
 
 import ast
@@ -33,7 +34,8 @@ def rows(records):
 
 
 def ask(record, family, protocol="paper"):
-    """(user's turn, start of the answer) of a task. LLaDA's chat template trims the start at its end."""
+    """(user's turn, start of the answer) of a task. LLaDA's chat template trims the start at its
+    end."""
     question, tests = QUESTION.format(record["text"]), record["test_list"]
     if family == "llada" and protocol == "official":
         return question + " " + "\n".join(tests) + "  \n", ""
@@ -41,7 +43,8 @@ def ask(record, family, protocol="paper"):
 
 
 def settings(family, protocol="paper"):
-    """Arguments of decode.generate; and eos_last: whether EOS is scored last, as LLaDA's evaluation has it.
+    """Arguments of decode.generate; and eos_last: whether EOS is scored last, as LLaDA's evaluation
+    has it.
 
     Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
@@ -69,16 +72,22 @@ def trim(response, family="dream", protocol="paper"):
     return response
 
 
-# --------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------- the program
 
 
 def program(record, response, family="dream", protocol="paper"):
-    """(program, tests, names): a program, the checks that it must pass, and the names that these take from it."""
-    tests = [*record.get("test_imports", []), record.get("test_setup_code") or "", *record["test_list"]]
+    """(program, tests, names): a program, the checks that it must pass, and the names that these
+    take from it."""
+    tests = record["test_list"]
     if protocol == "release":
-        tests = record["test_list"][:3]
-    code = marked_code(response) if family == "llada" and protocol == "official" else python_block(response)
-    return code, "\n".join(tests).replace("\r\n", "\n"), sorted(defined_names(record.get("code", "")))
+        tests = tests[:3]
+    else:
+        tests = [*(record.get("test_imports") or []), record.get("test_setup_code") or "", *tests]
+    code = python_block(response)
+    if family == "llada" and protocol == "official":
+        code = marked_code(response)
+    names = sorted(defined_names(record.get("code") or ""))
+    return code, "\n".join(tests).replace("\r\n", "\n"), names
 
 
 def python_block(text):
@@ -87,14 +96,22 @@ def python_block(text):
 
 
 def marked_code(text):
-    """What stands between [BEGIN] and [DONE], the marks of the earlier turns; else the first fenced block; else all.
+    """What stands between [BEGIN] and [DONE], the marks of the earlier turns; else the first fenced
+    block; else all.
 
-    Quotes around marked code, which the earlier turns have, are no part of it."""
-    marked = re.search(r"BEGIN\]?(.*?)\[?DONE", text, re.DOTALL)
-    inner = marked[1] if marked else text
-    fenced = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", inner, re.DOTALL)
-    code = fenced[1] if fenced else re.split(r"\[?BEGIN\]?", inner, maxsplit=1)[-1]
-    code = re.split(r"'?\s*\[?DONE\]?", code)[0].replace("\\_", "_").strip()
+    Quotes around marked code, which the earlier turns have, are no part of it. Takes time linear in
+    the text."""
+    code, after = text, text.partition("BEGIN")[2]
+    if "DONE" in after:
+        code = after.split("DONE", 1)[0].removeprefix("]").removesuffix("[")
+    fenced = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", code, re.DOTALL)
+    if fenced:
+        code = fenced[1]
+    elif "BEGIN" in code:
+        code = code.split("BEGIN", 1)[1].removeprefix("]")
+    if "DONE" in code:
+        code = code.split("DONE", 1)[0].removesuffix("[").rstrip().removesuffix("'")
+    code = code.replace("\\_", "_").strip()
     if parsed(code) is None:
         code = code.removeprefix("'").removesuffix("'")
     return code

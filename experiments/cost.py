@@ -1,9 +1,12 @@
 """What the paper's experiment costs on a model: forward passes, FLOPs, hours and memory, derived from its config.
 
     python -m experiments.cost llada-8b                    # or dream-7b, a model folder, a Hub repo id
-    python -m experiments.cost dream-7b --gpus 4 --tflops 300
+    python -m experiments.cost dream-7b --gpus 4 --tflops 300 --epochs 3 --batch 8
 
---tflops is an assumption about the GPU and not a measurement.
+Nothing is run: parameters and activations are counted on torch's meta device, which has shapes and no storage.
+--tflops is an assumption about the GPU and not a measurement; so are the hours that follow from it.
+
+Dimensions: B batch, L length (prompt and response), W window, H heads, E width of a head, V vocabulary.
 """
 
 import argparse
@@ -12,10 +15,15 @@ import math
 import sys
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
+import data
 import lora
 import model
 import objectives
+import runs
+from options import number_list
 
 LLADA = dict(model_type="llada", block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True)
 LLADA.update(rope_full_precision=True, include_bias=False, include_qkv_bias=False, weight_tying=False)
@@ -29,13 +37,13 @@ FULL = {  # the configurations of the published checkpoints
     | dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
     | dict(intermediate_size=18944, vocab_size=152064, mask_token_id=151666, eos_token_id=151643, pad_token_id=151643),
 }
+RANK = 16  # of the adapter (Section 4 of the paper)
 
-
-# ------------------------------------------------------------------------------------------------------------- a plan
+# --------------------------------------------------------------------------------------------- activations
 
 
 class Flash(torch.autograd.Function):
-    """Attention as a fused kernel keeps it for the backward pass: inputs and output, not the [L, L] weights."""
+    """Attention as a fused kernel keeps it for the backward pass: q, k, v and the output, not the [L, L] weights."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -44,81 +52,139 @@ class Flash(torch.autograd.Function):
         return out
 
 
-def activations(raw, batch, length, window, rank=16, checkpointing=False):
-    """Bytes that the forward pass of a TABOM step keeps for the backward pass, in bfloat16: counted on the meta device,
-    which runs the real code on shapes."""
-    m = lora.inject(model.empty(model.parse_config(raw)).to(torch.bfloat16), rank=rank)
-    m.gradient_checkpointing = checkpointing
-    weights, kept = {p.untyped_storage()._cdata for p in m.parameters()}, {}
+class FusedAttention(TorchFunctionMode):
+    """Inside `with FusedAttention():` attention keeps what a fused kernel keeps. On the meta device torch has no fused
+    kernel, and the plain one keeps the [L, L] weights too."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return Flash.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+def kept_bytes(call, parameters=()):
+    """Bytes that call() keeps for its backward pass, each storage once, those of the parameters left out."""
+    known = set()
+    for p in parameters:
+        known.add(p.untyped_storage()._cdata)
+    kept = {}  # storage -> (bytes, the tensor: as long as it lives, no other storage has the same address)
 
     def pack(x):
-        if x.untyped_storage()._cdata not in weights:
-            kept[x.untyped_storage()._cdata] = (x.untyped_storage().nbytes(), x)
+        storage = x.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = (storage.nbytes(), x)
         return x
 
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    positions = torch.zeros(batch, window, dtype=torch.long, device="meta")
-    attention, model.F.scaled_dot_product_attention = (
-        model.F.scaled_dot_product_attention,
-        lambda q, k, v, **_: Flash.apply(q, k, v),
-    )
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            logp = m(ids, positions=positions).float().log_softmax(-1)
-            objectives.entropy(logp)
-    finally:
-        model.F.scaled_dot_product_attention = attention
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
     return sum(size for size, _ in kept.values())
 
 
-def plan(c):
-    """What the paper's experiment costs on a model: every figure from its config."""
-    raw = FULL[c.model] if c.model in FULL else model.read_json(model.resolve(c.model) / "config.json")
-    config = model.parse_config(raw)
+def activations(raw, batch, length, window, rank=RANK, checkpointing=False):
+    """Bytes that the forward pass of a TABOM step keeps for the backward pass, in bfloat16.
+
+    raw: the content of a config.json. With checkpointing: the inputs of the blocks, without the one block that the
+    backward pass computes again at a time."""
+    m = lora.inject(model.empty(model.parse_config(raw)).to(torch.bfloat16), rank=rank)
+    m.gradient_checkpointing = checkpointing
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    positions = torch.zeros(batch, window, dtype=torch.long, device="meta")
+
+    def forward():
+        logp = m(ids, positions=positions).float().log_softmax(-1)  # [B, W, V]
+        objectives.entropy(logp)
+
+    return kept_bytes(forward, m.parameters())
+
+
+# -------------------------------------------------------------------------------------------------- FLOPs
+
+
+def count_parameters(config):
+    """Numbers of parameters: dict(all, body, head, adapter). body: the blocks; adapter: on q_proj and v_proj."""
     m = model.empty(config)
-    parameters = {name: p.numel() for name, p in m.named_parameters()}
-    head = config.vocab_size * config.width
-    body = sum(n for name, n in parameters.items() if name.startswith("layers."))
-    adapter = sum(p.numel() for p in lora.inject(m).parameters() if p.requires_grad)
+    body = everything = 0
+    for name, p in m.named_parameters():
+        everything += p.numel()
+        if name.startswith("layers."):
+            body += p.numel()
+    adapter = sum(p.numel() for p in lora.inject(m, rank=RANK).parameters() if p.requires_grad)
+    return {"all": everything, "body": body, "head": config.vocab_size * config.width, "adapter": adapter}
+
+
+def count_work(c, config, parameters):
+    """Forward passes of the distillation and FLOPs of both steps: dict(passes, per_pass, distill, train)."""
     L = c.prompt_tokens + c.new_tokens
-    attention = 4 * L * config.width * config.layers  # per token: q k^T and the weighted sum of v
-    per_token = 2 * body + attention
-    asked = (
-        (min(32, c.new_tokens) + 1) / 2 if config.family == "llada" else (c.new_tokens + 1) / 2
-    )  # masked, on average
-    forward = L * per_token + asked * 2 * head
+    # Of each token and layer: the products q k^T and weights v, 2 FLOPs for each of H E numbers of L tokens.
+    all_heads = model.empty(config).layers[0].q_proj.out_features  # H E
+    attention = 2 * 2 * L * all_heads * config.layers
+    per_token = 2 * parameters["body"] + attention
+
+    # 1. Distillation, one token a step: the head runs on what is masked, half of a block (or response) on average.
+    block = runs.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
+    masked = (min(block, c.new_tokens) + 1) / 2
     passes = c.queries * c.new_tokens
-    distill = passes * forward
-    steps = math.ceil(c.queries / (4 * c.gpus)) * c.epochs
-    # training: forward, and backward to the activations, which costs attention twice and a frozen weight once
-    train = c.queries * c.epochs * (L * (2 * 2 * body + 3 * attention) + 2 * 32 * 2 * head)
-    rate = c.gpus * c.tflops * 1e12
-    kept = activations(raw, 4, L, 32)
-    recomputed = activations(raw, 4, L, 32, checkpointing=True) + kept / config.layers  # one block at a time
-    GB = 1e9
-    rows = [
-        ("parameters", f"{sum(parameters.values()) / 1e9:.2f} billion, {head / 1e9:.2f} in the output head"),
-        ("adapter, rank 16 on q_proj and v_proj", f"{adapter / 1e6:.1f} million parameters"),
-        (
-            "distillation: forward passes",
-            f"{passes:,} of {L} tokens ({c.queries:,} queries, {c.new_tokens} tokens each)",
-        ),
-        ("distillation: FLOPs", f"{forward / 1e12:.2f} T a pass, {distill / 1e18:.1f} E in all"),
-        ("distillation: time", f"{distill / rate / 3600:.1f} hours on {c.gpus} GPUs at {c.tflops:g} TFLOP/s each"),
-        ("training: optimizer steps", f"{steps:,} of {4 * c.gpus} examples, {c.epochs} epochs"),
-        (
-            "training: FLOPs",
-            f"{train / 1e18:.2f} E in all: forward, and backward without gradients of the base weights",
-        ),
-        ("training: time", f"{train / rate / 3600:.2f} hours on {c.gpus} GPUs at {c.tflops:g} TFLOP/s each"),
-        ("memory: weights in bfloat16", f"{2 * sum(parameters.values()) / GB:.1f} GB"),
-        ("memory: adapter, gradients and AdamW in float32", f"{16 * adapter / GB:.2f} GB"),
-        ("memory: activations at batch 4", f"{kept / GB:.1f} GB"),
-        ("the same with --gradient-checkpointing", f"{recomputed / GB:.1f} GB"),
-    ]
-    print("\n".join([f"| {c.model} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]))
+    per_pass = L * per_token + masked * 2 * parameters["head"]
+
+    # 2. Training: forward, and backward to the activations: that costs attention twice, and a frozen weight once.
+    per_example = L * (2 * 2 * parameters["body"] + 3 * attention) + 2 * c.window * 2 * parameters["head"]
+    train = c.queries * c.epochs * per_example
+    return dict(passes=passes, per_pass=per_pass, distill=passes * per_pass, train=train)
+
+
+def count_hours(c, work, gpus):
+    """Hours of both steps on so many GPUs, and the optimizer steps: dict(distill, train, steps)."""
+    rate = gpus * c.tflops * 1e12 * 3600  # FLOPs an hour
+    steps = math.ceil(c.queries / (c.batch * gpus)) * c.epochs
+    return dict(distill=work["distill"] / rate, train=work["train"] / rate, steps=steps)
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+def plan(c):
+    """What the paper's experiment costs on a model: prints a table -> the same figures. c: see command_line.
+
+    Raises ValueError for a config that model.py does not read, and FileNotFoundError for an unknown model."""
+    raw = FULL[c.model] if c.model in FULL else data.read_json(model.resolve(c.model) / "config.json")
+    config = model.parse_config(raw)
+    parameters = count_parameters(config)
+    work = count_work(c, config, parameters)
+    L = c.prompt_tokens + c.new_tokens
+    kept = activations(raw, c.batch, L, c.window)
+    one_block = kept / config.layers
+    recomputed = activations(raw, c.batch, L, c.window, checkpointing=True) + one_block
+    hours = {}
+    for gpus in c.gpus:
+        hours[str(gpus)] = count_hours(c, work, gpus)
+
+    queries = f"{c.queries:,} queries, {c.new_tokens} tokens each"
+    rows = {
+        "parameters": f"{parameters['all'] / 1e9:.2f} billion, {parameters['head'] / 1e9:.2f} in the output head",
+        f"adapter, rank {RANK} on q_proj and v_proj": f"{parameters['adapter'] / 1e6:.1f} million parameters",
+        "distillation: forward passes": f"{work['passes']:,} of {L} tokens ({queries})",
+        "distillation: FLOPs": f"{work['per_pass'] / 1e12:.2f} T a pass, {work['distill'] / 1e18:.1f} E in all",
+        "training: FLOPs": f"{work['train'] / 1e18:.2f} E in {c.epochs} epochs, without gradients of the base weights",
+    }
+    for gpus, h in hours.items():
+        place = f"on {gpus} GPUs at {c.tflops:g} TFLOP/s each"
+        rows[f"distillation {place}"] = f"{h['distill']:.1f} hours"
+        steps = f"{h['steps']:,} optimizer steps of {c.batch * int(gpus)} examples"
+        rows[f"training {place}"] = f"{h['train']:.2f} hours, {steps}"
+    rows["memory: weights in bfloat16"] = f"{2 * parameters['all'] / 1e9:.1f} GB"
+    rows["memory: adapter, gradients and AdamW in float32"] = f"{16 * parameters['adapter'] / 1e9:.2f} GB"
+    rows[f"memory: activations at batch {c.batch}"] = f"{kept / 1e9:.1f} GB"
+    rows["the same with --gradient-checkpointing"] = f"{recomputed / 1e9:.1f} GB"
+    print(f"| {c.model} | |\n| --- | --- |")
+    for name, value in rows.items():
+        print(f"| {name} | {value} |")
     return dict(
-        model=c.model, forward_passes=passes, distill_flops=distill, train_flops=train, adapter_parameters=adapter
+        model=c.model,
+        forward_passes=work["passes"],
+        distill_flops=work["distill"],
+        train_flops=work["train"],
+        adapter_parameters=parameters["adapter"],
+        hours=hours,
     )
 
 
@@ -126,27 +192,40 @@ def plan(c):
 
 
 def command_line():
-    parser = argparse.ArgumentParser(prog="python -m experiments.cost", description=__doc__.split("\n")[0])
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.cost", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("model", help=f"{', '.join(FULL)}, a model folder, or a Hub repo id")
-    parser.add_argument("--queries", type=int, default=12000, help="prompts distilled and trained on")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt")
-    parser.add_argument("--new-tokens", type=int, default=256, help="of a response, which are also its decoding steps")
-    parser.add_argument("--epochs", type=int, default=5, help="of the training")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--tflops", type=float, default=400.0, help="what one GPU really reaches: an assumption")
+    parser.add_argument("--queries", type=int, default=12000, help="prompts distilled and trained on (12000)")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt (256)")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of a response, and decoding steps (256)")
+    parser.add_argument("--window", type=int, default=32, help="W of the training (32)")
+    parser.add_argument("--epochs", type=int, default=5, help="of the training (5)")
+    parser.add_argument("--batch", type=int, default=4, help="examples of an optimizer step on each GPU (4)")
+    parser.add_argument("--gpus", type=number_list, default=(4, 8), help="numbers of GPUs, comma-separated (4,8)")
+    parser.add_argument("--tflops", type=float, default=400.0, help="what a GPU really reaches: an assumption (400)")
     return parser
 
 
+def check_positive(c):
+    """Raises ValueError for a number that is not above 0 or not finite."""
+    for name, given in vars(c).items():
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, (int, float)) and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+
+
 def main(argv=None):
+    """The command line -> exit status."""
     c = command_line().parse_args(argv)
     try:
-        for name, value in vars(c).items():
-            if isinstance(value, (int, float)) and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-        print(json.dumps(plan(c)))
+        check_positive(c)
+        result = plan(c)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    print(json.dumps(result))
     return 0
 
 

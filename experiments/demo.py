@@ -1,15 +1,32 @@
 """The whole method on puzzles and a tiny model: distill, train, and an evaluation before and after.
 
-    python tabom.py demo                          # under 5 minutes on 2 CPU cores
+    python tabom.py demo                          # about two minutes on 2 CPU cores
     python tabom.py demo --quick                  # a few puzzles: shows that it runs
     python tabom.py demo --data-only out/puzzles  # only the datasets
 
 The puzzles are those of puzzles.py, the model is the folder tiny/ (tiny.py made it). The experiment behind the claims
-is claims.py.
+is claims.py. The last lines on stdout are a table and its numbers as JSON:
+
+    | 500 puzzles each | in-domain % | out-of-domain % | TDS |
+    | before | ... ± ... | ... ± ... | ... |
+    | after | ... ± ... | ... ± ... | ... |
+
+    before, after   the tiny model, and the same with the adapter that was trained
+    in-domain       share of new puzzles of the kind that was trained on, solved without a mistake
+    out-of-domain   the same for a kind that was not trained on
+    ±               one standard error of that share p of n puzzles, sqrt(p (1 - p) / n): how far other
+                    puzzles would move it; another seed of the training moves it further
+    TDS             Trajectory Discrimination Score (Eq. 10, 11) in nats^2, on the model's own in-domain
+                    answers: the variance of the entropies of what is still masked, averaged over the
+                    steps; high where easy and hard cells are far apart
 """
 
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 import distill
 import runs
@@ -30,55 +47,128 @@ class DemoOptions:
 
 
 TRAINING = dict(window=8, margin=0.2, weight=1.0, epochs=4, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
-QUICK = dict(train=64, validation=8, test=32)
+SIZES = {False: dict(train=800, validation=200, test=500), True: dict(train=64, validation=8, test=32)}  # by --quick
 BATCH = 64  # puzzles decoded together
+MEASURED = 128  # in-domain answers whose TDS is taken
+# Seconds of each stage on one idle core of 2.5 GHz: what the time that is left is reckoned from.
+SECONDS = {"puzzles": 8, "distill": 16, "train": 24, "answers before": 20, "answers after": 20, "TDS": 10}
+QUICK_SHARE = 0.07  # of those seconds that --quick needs
 
 
 def demo(c):
-    """The whole method on a tiny model: distill, train, and an evaluation before and after."""
+    """The whole method on a tiny model: distill, train, and an evaluation before and after.
+
+    The same command continues where it was stopped. c: DemoOptions. Raises FileExistsError for folders that hold
+    anything but a beginning of the same demo."""
     if c.data_only:
         if runs.Processes("cpu").count > 1:
             raise ValueError("--data-only needs one process: run it without torchrun")
-        return dict(datasets=[str(file) for file in puzzles.write_datasets(c.data_only, c.seed)])
-    out = Path(c.out or "out/demo") / f"{'quick' if c.quick else 'whole'}-{c.seed}"
+        return dict(datasets=list(map(str, puzzles.write_datasets(c.data_only, c.seed))))
+    name = "quick" if c.quick else "whole"
     processes = runs.Processes("cpu")
-    if processes.first:
-        puzzles.write_datasets(out / "data", c.seed, **QUICK if c.quick else {})
-    processes.barrier()
+    return whole_method(c, processes, Path(c.out or "out/demo") / f"{name}-{c.seed}")
+
+
+def whole_method(c, processes, out):
+    """distill, train and evaluate in a folder -> the numbers of the table, which is printed."""
     base = dict(model=str(TINY), device="cpu", seed=c.seed)
-    trained_on, *tests = (str(out / "data" / name) for name in ("train.jsonl", "test_in.jsonl", "test_out.jsonl"))
-    distilled = distill.distill(
-        distill.DistillOptions(**base, data=trained_on, out=str(out / "T"), check="exact", batch_size=BATCH)
-    )
+    stages = Stages(SECONDS, QUICK_SHARE if c.quick else 1.0, processes.first)
+    files = {}
+    for name in ("train", "test_in", "test_out"):
+        files[name] = str(out / "data" / f"{name}.jsonl")
+
+    stages.begin("puzzles")
+    if processes.first:
+        puzzles.write_datasets(out / "data", c.seed, **SIZES[c.quick])
+    processes.barrier()
+
+    stages.begin("distill")
+    trajectories = decode_and_check(base, files["train"], out / "T")
+
+    stages.begin("train")
     trained = train.train(train.TrainOptions(**base, data=str(out / "T"), out=str(out / "R"), **TRAINING))
+
+    adapters = {"before": None, "after": trained["checkpoint"]}
     rows = {}
-    for name, adapter in (("before", None), ("after", trained["checkpoint"])):
-        solved = []
-        for test in tests:
-            answers = out / f"{name}-{Path(test).stem}"
-            score = distill.distill(
-                distill.DistillOptions(
-                    **base, data=test, out=str(answers), adapter=adapter, check="exact", batch_size=BATCH
-                )
-            )
-            solved.append(score["correct"] / score["trajectories"])
-        rows[name] = dict(
-            zip(("in_domain", "out_of_domain"), solved),
-            tds=diagnose.order_of(runs.ModelOptions(**base), processes, adapter, out / f"{name}-test_in", 128)["tds"],
-        )
-    count = score["trajectories"]
+    for when, adapter in adapters.items():
+        stages.begin(f"answers {when}")
+        inside = decode_and_check(base, files["test_in"], out / f"{when}-test_in", adapter)
+        outside = decode_and_check(base, files["test_out"], out / f"{when}-test_out", adapter)
+        count = inside["trajectories"]
+        rows[when] = dict(in_domain=inside["correct"] / count, out_of_domain=outside["correct"] / count)
+
+    stages.begin("TDS")
+    for when, adapter in adapters.items():
+        own = out / f"{when}-test_in"
+        window, margin = TRAINING["window"], TRAINING["margin"]
+        order = diagnose.order_of(runs.ModelOptions(**base), processes, adapter, own, MEASURED, window, margin)
+        rows[when]["tds"] = order["tds"]
+    stages.end()
     if processes.first:
         print(before_and_after(rows, count))
-    return dict(**rows, test_puzzles=count, kept=distilled["kept"], steps=trained["steps"], seed=c.seed)
+    return dict(**rows, test_puzzles=count, kept=trajectories["kept"], steps=trained["steps"], seed=c.seed)
+
+
+def decode_and_check(base, dataset, out, adapter=None):
+    """Decode every puzzle of a dataset and compare with its answers -> the counts that distill gives."""
+    options = dict(base, data=dataset, out=str(out), adapter=adapter, check="exact", batch_size=BATCH)
+    return distill.distill(distill.DistillOptions(**options))
 
 
 def before_and_after(rows, count):
+    """The table of the docstring above."""
     lines = [f"| {count} puzzles each | in-domain % | out-of-domain % | TDS |", "| --- | --- | --- | --- |"]
     for name, row in rows.items():
-        cells = [
-            f"{100 * p:.1f} ± {100 * (p * (1 - p) / count) ** 0.5:.1f}"
-            for p in (row["in_domain"], row["out_of_domain"])
-        ]
-        tds = "-" if row["tds"] is None else f"{row['tds']:.3f}"
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {tds} |")
+        cells = [name]
+        for domain in ("in_domain", "out_of_domain"):
+            p = row[domain]
+            error = (p * (1 - p) / count) ** 0.5
+            cells.append(f"{100 * p:.1f} ± {100 * error:.1f}")
+        cells.append("-" if row["tds"] is None else f"{row['tds']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the time that is left
+
+
+class Stages:
+    """Says on stderr which stage begins and how long is left of all.
+
+    seconds: {stage: what it takes on a reference machine}, times `share`. How fast this machine is follows from the
+    stages that are over; one that an earlier run had finished says nothing about that."""
+
+    def __init__(self, seconds, share=1.0, shows=True, clock=time.perf_counter):
+        self.names, self.shows, self.clock = list(seconds), shows, clock
+        self.expected = [share * value for value in seconds.values()]
+        self.current, self.begun = None, None
+        self.took = []  # (expected, real) seconds of the stages that had something to do
+
+    def begin(self, name):
+        self.end()
+        self.current, self.begun = self.names.index(name), self.clock()
+        if self.shows:
+            number, left = self.current + 1, self.left()
+            tqdm.write(f"stage {number} of {len(self.names)}: {name}, about {duration(left)} left", sys.stderr)
+
+    def end(self):
+        if self.current is not None:
+            expected, real = self.expected[self.current], self.clock() - self.begun
+            if real > expected / 8:
+                self.took.append((expected, real))
+        self.current = None
+
+    def left(self):
+        """Seconds until the end, from the start of the current stage."""
+        pace = 1.0  # of this machine, in seconds for a second of the reference
+        if self.took:
+            expected, real = map(sum, zip(*self.took))
+            pace = real / expected
+        return pace * sum(self.expected[self.current :])
+
+
+def duration(seconds):
+    """40 -> "40 s", 100 -> "2 min" """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min"

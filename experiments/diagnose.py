@@ -3,30 +3,41 @@
     python tabom.py diagnose --model tiny --checkpoints out/R/epoch-2 --data out/T --ground-truth train.jsonl \
         --runs out/R --out out/D
 
-Every model, the base and each checkpoint, replays the same stored trajectories, or with --fresh decodes its own. The
-folder --out gets JSON Lines, and a picture of each:
+Every model, the base and each checkpoint, replays the same stored trajectories; with --fresh it decodes its own. The
+table on stdout has the Trajectory Discrimination Score (TDS) of each model, as Table 6 does. The folder --out gets JSON
+Lines, and a picture of each:
 
-    trajectories.jsonl              a line for each model and trajectory: TDS, its value per step, own-step entropies
-    tds.jsonl, tds.png              TDS at each decoding step, one curve per model (Eq. 10, Figure 2)
-    inversions.jsonl, .png          the share of pairs decoded hard before easy, by their distance in decode order
-    loss.jsonl, loss.png            cross-entropy over the mask ratio, one curve per model and dataset (Figure 3)
-    training.png                    the metrics.jsonl of --runs
-    trajectory.png                  one response, its tokens in place and coloured by decode order
+    trajectories.jsonl        a line for each model and trajectory: TDS, its value at each step, the entropy of
+                              each token at its own step, the ranking loss
+    tds.jsonl, tds.png        TDS at each decoding step over 64 trajectories, a curve per model (Eq. 10, Figure 2)
+    inversions.jsonl, .png    the share of pairs decoded hard before easy, by their distance in decode order
+    loss.jsonl, loss.png      cross-entropy over the mask ratio, a curve per model and dataset (Figure 3)
+    training.png              the metrics.jsonl of --runs
+    trajectory.png            one response, its tokens in place and coloured by decode order
+
+A pair of tokens is compared in two contexts (plots.CONTEXTS): "step" takes the entropy of each at its own step (Eq. 5),
+"window" takes both at the start of a window (Eq. 9).
+
+Dimensions: B batch, N response, W window, V vocabulary.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import data
 import evaluate
 import objectives
 import runs
-import train
 from experiments import plots, stats
 from options import field_names, flag, name_list, opt
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TABLES = ("trajectories", "tds", "inversions", "loss")  # the JSON Lines in --out
+BATCH = 16  # trajectories that own_order replays together
 
 
 @dataclass
@@ -43,98 +54,144 @@ class DiagnoseOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions
     limit: int | None = opt(64, "only the first so many trajectories and answers", low=1)
     batch_size: int = opt(16, "trajectories replayed together on each process", low=1)
     window: int = opt(32, "W: compare entropies inside windows of so many tokens", low=2)
+    tds_eos: str = opt(
+        "so-far",
+        "TDS counts positions left of the EOS that stands so far, or of the final one",
+        choices=("so-far", "final"),
+    )
+    methods: tuple | None = opt(None, "of the authors' files: rows of these decoding methods", parse=name_list)
+    margin: float = opt(0.2, "gamma of the ranking loss that trajectories.jsonl reports, nats", low=0)
 
 
 def diagnose(c, processes=None):
-    """Measure, write and draw -> the summary of each model. c: DiagnoseOptions."""
+    """Measure how each model decodes, write the numbers and draw them -> the summary of each model.
+
+    c: DiagnoseOptions. Raises ValueError for options that do not fit together, and FileExistsError for an --out that is
+    there already, before a model is loaded."""
     if c.model is None and (c.data or c.checkpoints or not c.runs):
         raise ValueError("--model is missing (only the curves of --runs need none)")
     if c.model is not None and c.data is None:
         raise ValueError("--data is missing: trajectories, or prompts to decode")
     runs.must_be_free(c.out)
-    metrics = {str(folder): read_metrics(folder) for folder in c.runs}
+    metrics = {}
+    for folder in c.runs:
+        metrics[str(folder)] = read_metrics(folder)
     processes = processes or runs.Processes(c.device)
-    found = [measure(c, processes, checkpoint) for checkpoint in (None, *c.checkpoints)] if c.model is not None else []
+    found = []  # one dict for each model, the base first
+    if c.model is not None:
+        for checkpoint in (None, *c.checkpoints):
+            found.append(measure_model(c, processes, checkpoint))
     if not processes.first:
         return None
-    tables = {k: [row for one in found for row in one[k]] for k in ("trajectories", "tds", "inversions", "loss")}
-    summary = [one["summary"] for one in found]
     with runs.atomic_folder(c.out) as beside:
-        for name, rows in tables.items():
-            if rows:
-                with open(beside / f"{name}.jsonl", "w", encoding="utf-8") as f:
-                    f.writelines(json.dumps(row) + "\n" for row in rows)
-        if found:
-            plots.save(plots.draw_tds(tables["tds"]), beside / "tds.png")
-            plots.save(plots.draw_inversions(tables["inversions"]), beside / "inversions.png")
-            plots.save(plots.draw_loss(tables["loss"]), beside / "loss.png")
-            plots.save(plots.draw_trajectory(*found[0]["picture"]), beside / "trajectory.png")
-        if metrics:
-            plots.save(plots.draw_training(metrics), beside / "training.png")
+        write(beside, found, metrics)
+    summary = [one["summary"] for one in found]
     if summary:
         print(summary_table(summary, c.window))
     return dict(out=str(c.out), models=summary)
 
 
-# ------------------------------------------------------------------------------------------------------ measurements
+def write(folder, found, metrics):
+    """The JSON Lines and pictures. found: what measure_model gave for each model; metrics: {run: lines}."""
+    tables = {}
+    for name in TABLES:
+        tables[name] = []
+        for one in found:
+            tables[name] += one[name]
+        if tables[name]:
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
+                for row in tables[name]:
+                    f.write(json.dumps(row) + "\n")
+    if found:
+        plots.save(plots.draw_tds(tables["tds"]), folder / "tds.png")
+        plots.save(plots.draw_inversions(tables["inversions"]), folder / "inversions.png")
+        plots.save(plots.draw_loss(tables["loss"]), folder / "loss.png")
+        plots.save(plots.draw_trajectory(*found[0]["picture"]), folder / "trajectory.png")
+    if metrics:
+        plots.save(plots.draw_training(metrics), folder / "training.png")
 
 
-def measure(c, processes, checkpoint):
-    """Everything about one model, gathered from all processes: rows for each file, the summary and the picture."""
+# ------------------------------------------------------------------------------------------------------- one model
+
+
+def measure_model(c, processes, checkpoint):
+    """Everything about one model, gathered from all processes: rows for each of TABLES, the summary and the picture.
+    None on all processes but the first. checkpoint: None is the base model."""
     name = "base" if checkpoint is None else str(checkpoint)
     loaded = runs.load_checkpoint(c, processes, checkpoint)
-    records = trajectories(c, processes, loaded)
-    replayed, losses = [], []
+    records = records_of(c, processes, loaded)
+    replayed = []
     for i in range(0, len(records), c.batch_size):
-        replayed += replay(loaded, processes, c.window, records[i : i + c.batch_size])
-    sets = {f"{c.data} (decoded)": [data.cut_at_eos(r, loaded.m.config.eos_id) for r in records]}
+        replayed += replay_rows(loaded, processes, records[i : i + c.batch_size], c.window, c.margin, c.tds_eos)
+    sources = {f"{c.data} (decoded)": [data.cut_at_eos(r, loaded.tok.stop_ids) for r in records]}
     if c.ground_truth is not None:
-        truth = train.reference_answers(c, c.ground_truth, loaded.tok)
-        sets[str(c.ground_truth)] = truth[processes.index :: processes.count]
-    for source, rows in sets.items():
+        answers = data.read_examples(c.ground_truth, c.prompt_field, c.answer_field, c.limit)
+        data.encode_examples(loaded.tok, answers, c.raw, answers=True)
+        sources[str(c.ground_truth)] = answers[processes.index :: processes.count]
+    losses = []
+    for source, rows in sources.items():
         for i in range(0, len(rows), c.batch_size):
-            losses += [dict(data=source, **row) for row in loss_rows(c, processes, loaded, rows[i : i + c.batch_size])]
+            for row in loss_rows(loaded, processes, rows[i : i + c.batch_size], c.seed):
+                losses.append(dict(data=source, **row))
 
     replayed = sorted(processes.gather(replayed), key=data.by_id)
     losses = processes.gather(losses)
     if not processes.first:
         return None
-    inverted = inversion_rows([r.pop("inversions") for r in replayed])
-    summary = dict(model=name, trajectories=len(replayed), **stats.mean_and_error("tds", [r["tds"] for r in replayed]))
-    summary.update(inversion_rates(inverted))
-    return dict(
-        trajectories=[dict(model=name, **r) for r in replayed],
-        tds=[dict(model=name, **r) for r in tds_rows(replayed)],
-        inversions=[dict(model=name, **r) for r in inverted],
-        loss=[dict(model=name, **r) for r in loss_means(losses, sets)],
-        summary=summary,
-        picture=(loaded.tok, records[0]),
-    )
+    counts = [r.pop("inversions") for r in replayed]
+    rows = dict(trajectories=replayed, tds=tds_by_step(replayed), inversions=inversions_by_distance(counts))
+    rows["loss"] = mean_losses(losses, sources)
+    summary = dict(trajectories=len(replayed), **stats.mean_and_error("tds", [r["tds"] for r in replayed]))
+    summary.update(inversion_rates(rows["inversions"]))
+    result = dict(summary=dict(model=name, **summary), picture=(loaded.tok, records[0]))
+    for table, lines in rows.items():
+        result[table] = [dict(model=name, **line) for line in lines]
+    return result
 
 
-def order_of(c, processes, checkpoint, trajectories, limit, window=8, margin=0.2):
-    """How a model orders the first of its own trajectories: TDS and its value per step; the share of pairs less than a
-    window apart that were decoded hard before easy, in both contexts; the ranking loss in nats over all windows without
-    the EOS (rank), and the least that the same entropies have in any order (rank_least). c: options with a model, or
-    more."""
-    loaded = runs.load_checkpoint(c, processes, checkpoint)
+def order_of(c, processes, checkpoint, trajectories, limit, window, margin, loaded=None):
+    """own_order() of a checkpoint; None is the base model. c: options with a model, or more. loaded: the checkpoint, if
+    it is loaded already."""
+    if loaded is None:
+        loaded = runs.load_checkpoint(c, processes, checkpoint)
+    return own_order(loaded, processes, trajectories, limit, window, margin)
+
+
+def own_order(loaded, processes, trajectories, limit, window, margin):
+    """How a model orders the first of its own trajectories -> a dict of means, None where no trajectory has a value:
+
+        tds, per_step                           TDS, and its value at each decoding step (Eq. 10, 11), nats^2
+        ranking, ranking_least                  the ranking loss (Eq. 8) of all windows that hold no EOS, in nats; and
+                                                the least that the same entropies have in any order
+        inversions_step, inversions_window      share of the pairs less than a window apart that were decoded hard
+                                                before easy, in both contexts
+
+    trajectories: a folder or file of them, made by this model. window, margin: W and gamma of the run (nats)."""
     records = data.read_trajectories(trajectories, loaded.m.config.vocab_size)[:limit]
     rows = []
-    for i in range(0, len(records), 16):
-        rows += replay(loaded, processes, window, records[i : i + 16], margin)
-    means = {k: stats.mean_and_error(k, [r[k] for r in rows])[k] for k in ("tds", "rank", "rank_least")}
-    near = [r for r in inversion_rows([r["inversions"] for r in rows]) if r["distance"] < window]
-    return dict(**means, **inversion_rates(near), per_step=[step["tds"] for step in tds_rows(rows)])
+    for i in range(0, len(records), BATCH):
+        rows += replay_rows(loaded, processes, records[i : i + BATCH], window, margin)
+    found = {}
+    for name in ("tds", "ranking", "ranking_least"):
+        found[name] = stats.mean_and_error(name, [r[name] for r in rows])[name]
+    near = []
+    for row in inversions_by_distance([r["inversions"] for r in rows]):
+        if row["distance"] < window:
+            near.append(row)
+    return dict(**found, **inversion_rates(near), per_step=[step["tds"] for step in tds_by_step(rows)])
 
 
-def trajectories(c, processes, loaded):
+def records_of(c, processes, loaded):
     """This process's share of the trajectories: the stored ones, or decoded by the model where --data has prompts."""
     stored = data.holds_trajectories(c.data)
-    given = [name for name in field_names(runs.DecodeOptions) if getattr(c, name) is not None]
+    given = []
+    for name in field_names(runs.DecodeOptions):
+        if getattr(c, name) not in (None, False):
+            given.append(flag(name))
     if stored and not c.fresh and given:
-        raise ValueError(f"{', '.join(map(flag, given))} would decode anew: add --fresh, or leave them out")
+        raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")
     if stored:
-        records = data.read_trajectories(c.data, loaded.m.config.vocab_size)[: c.limit]
+        records = data.read_trajectories(c.data, loaded.m.config.vocab_size, loaded.tok, c.methods)[: c.limit]
     else:
         records = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
         for e in records:
@@ -150,50 +207,91 @@ def trajectories(c, processes, loaded):
     return decoded
 
 
-def replay(loaded, processes, window, records, margin=0.2):
-    """One dict for each trajectory: id, tds, per_step and entropy by step, the counts of inversions by context, and the
-    mean ranking loss of its windows, as decoded (rank) and sorted, which is the least (rank_least)."""
-    batch = runs.batch_of(records, loaded, processes)
-    h = objectives.replay(loaded.m, batch, objectives.before_eos(batch, loaded.m.config.eos_id)).cpu()  # [B, N, N]
-    own, windows = h.diagonal(dim1=1, dim2=2), objectives.by_window(h, window, batch["length"].cpu())
-    variance = objectives.separability(h)
+# ---------------------------------------------------------------------- measurements: all calls into objectives.py
+
+
+def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
+    """How the model sees a few trajectories, step by step -> a dict for each:
+
+    id, tds, per_step            TDS of the trajectory and its value at each step; tds is None without any
+    entropy                      of each token at its own step, in decode order, nats
+    ranking, ranking_least       mean ranking loss of its windows, as decoded, and sorted; None without a window
+    inversions                   {context: [(inverted, pairs) at distance 1, 2, ...]}
+    """
+    batch, eos_id = runs.batch_of(records, loaded, processes), loaded.m.config.eos_id
+    before_eos = objectives.counted_until(batch, eos_id, "final")  # [B, N], -1 behind the response's first EOS
+    looked_at = torch.maximum(before_eos, objectives.counted_until(batch, eos_id, "so-far"))
+    h = objectives.replay(loaded.m, batch, looked_at)  # [B, S, N]
+    tds = objectives.tds(loaded.m, batch, eos_id, tds_eos, h=h)
+    said = objectives.in_decode_order(before_eos, batch) >= 0  # [B, N]; what follows the answer is not ranked
+    h = h.masked_fill(~said[:, None], torch.nan)
+    own_step = objectives.entropies_when_decoded(h, batch).cpu()  # [B, N], in decode order
+    windows = objectives.windows_of_replay(h, batch, window).cpu()  # [B, S, W], a window for each start
     rows = []
     for b, record in enumerate(records):
-        counts = {k: objectives.inversions(x[b]) for k, x in zip(plots.CONTEXTS, (own, windows))}
-        per_step, entropy = (x[b][~x[b].isnan()].tolist() for x in (variance, own))
-        mean = sum(per_step) / len(per_step) if per_step else None
-        whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; none where the response is shorter, or all EOS
-        rank = dict.fromkeys(("rank", "rank_least"))
-        if whole.numel() and window > 1:
-            orders = dict(rank=whole, rank_least=whole.sort(-1).values)
-            rank = {k: objectives.ranking_loss(x, margin).item() for k, x in orders.items()}
-        rows.append(dict(id=record["id"], tds=mean, per_step=per_step, entropy=entropy, inversions=counts, **rank))
+        row = dict(id=record["id"], tds=None, per_step=tds["curves"][b], entropy=numbers(own_step[b]))
+        if not math.isnan(tds["rows"][b]):
+            row["tds"] = tds["rows"][b]
+        row.update(ranking=None, ranking_least=None)
+        whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; empty if the response is shorter, or all EOS
+        if whole.numel():
+            row["ranking"] = objectives.ranking_loss(whole, margin).item()
+            row["ranking_least"] = objectives.ranking_loss(whole.sort(-1).values, margin).item()
+        row["inversions"] = {}
+        for context, entropies in zip(plots.CONTEXTS, (own_step[b], windows[b])):
+            counts = objectives.inversions(entropies)
+            row["inversions"][context] = list(zip(counts["inverted"].tolist(), counts["pairs"].tolist()))
+        rows.append(row)
     return rows
 
 
-def tds_rows(replayed):
+def loss_rows(loaded, processes, records, seed):
+    """The cross-entropy of each response at each of RATIOS, in nats: a row for each of both."""
+    batch = runs.batch_of(records, loaded, processes)
+    rows = []
+    for ratio in RATIOS:
+        generators = [data.generator(seed, "mask", ratio, r["id"]) for r in records]
+        for loss in objectives.masked_loss(loaded.m, batch, ratio, generators).tolist():
+            rows.append(dict(mask_ratio=ratio, loss=loss))
+    return rows
+
+
+def numbers(x):
+    """The values of a tensor that are numbers (no NaN), as a list."""
+    return x[~x.isnan()].tolist()
+
+
+# ------------------------------------------------------------------------------------------------- sums and means
+
+
+def tds_by_step(replayed):
     """TDS at each decoding step, over the trajectories that still have something masked before their first EOS."""
-    longest = max(len(r["per_step"]) for r in replayed)
-    steps = ([r["per_step"][t] for r in replayed if len(r["per_step"]) > t] for t in range(longest))
-    return [
-        dict(step=t, trajectories=len(values), **stats.mean_and_error("tds", values)) for t, values in enumerate(steps)
-    ]
+    values = []  # for each step
+    for row in replayed:
+        for step, variance in enumerate(row["per_step"]):
+            if step == len(values):
+                values.append([])
+            values[step].append(variance)
+    rows = []
+    for step, found in enumerate(values):
+        rows.append(dict(step=step, trajectories=len(found), **stats.mean_and_error("tds", found)))
+    return rows
 
 
-def inversion_rows(counts):
-    """Inversions by context and distance, summed over the trajectories."""
+def inversions_by_distance(counts):
+    """Inversions by context and distance, summed over the trajectories. counts: row["inversions"] of each."""
     rows = []
     for context in plots.CONTEXTS:
-        total = {}
+        total = {}  # distance -> [inverted, pairs]
         for one in counts:
-            for i, (inverted, pairs) in enumerate(zip(*(one[context][k].tolist() for k in ("inverted", "pairs")))):
-                before = total.get(i + 1, (0, 0))
-                total[i + 1] = (before[0] + inverted, before[1] + pairs)
-        rows += [
-            dict(context=context, distance=d, rate=inverted / pairs, inverted=inverted, pairs=pairs)
-            for d, (inverted, pairs) in sorted(total.items())
-            if pairs
-        ]
+            for distance, (inverted, pairs) in enumerate(one[context], 1):
+                sums = total.setdefault(distance, [0, 0])
+                sums[0] += inverted
+                sums[1] += pairs
+        for distance, (inverted, pairs) in sorted(total.items()):
+            if pairs:
+                rate = inverted / pairs
+                rows.append(dict(context=context, distance=distance, rate=rate, inverted=inverted, pairs=pairs))
     return rows
 
 
@@ -201,52 +299,61 @@ def inversion_rates(rows):
     """The share of all pairs that were decoded hard before easy, for each context; None without pairs."""
     rates = {}
     for context in plots.CONTEXTS:
-        inverted, pairs = (sum(r[k] for r in rows if r["context"] == context) for k in ("inverted", "pairs"))
+        inverted = pairs = 0
+        for row in rows:
+            if row["context"] == context:
+                inverted += row["inverted"]
+                pairs += row["pairs"]
         rates[f"inversions_{context}"] = inverted / pairs if pairs else None
     return rates
 
 
-def loss_rows(c, processes, loaded, records):
-    batch = runs.batch_of(records, loaded, processes)
-    rows = []
-    for ratio in RATIOS:
-        generators = [data.generator(c.seed, "mask", ratio, r["id"]) for r in records]
-        rows += [
-            dict(mask_ratio=ratio, loss=x) for x in objectives.loss_at(loaded.m, batch, ratio, generators).tolist()
-        ]
-    return rows
-
-
-def loss_means(losses, sources):
+def mean_losses(losses, sources):
+    """The mean loss for each source and mask ratio."""
+    values = {}
+    for row in losses:
+        values.setdefault((row["data"], row["mask_ratio"]), []).append(row["loss"])
     rows = []
     for source in sources:
         for ratio in RATIOS:
-            values = [r["loss"] for r in losses if r["data"] == source and r["mask_ratio"] == ratio]
-            rows.append(
-                dict(data=source, mask_ratio=ratio, responses=len(values), **stats.mean_and_error("loss", values))
-            )
+            found = values.get((source, ratio), [])
+            mean = stats.mean_and_error("loss", found)
+            rows.append(dict(data=source, mask_ratio=ratio, responses=len(found), **mean))
     return rows
 
 
+# ---------------------------------------------------------------------------------------------- reading and showing
+
+
 def read_metrics(folder):
-    """The metrics of a training run, from its folder or the file itself."""
-    file = Path(folder) / "metrics.jsonl" if Path(folder).is_dir() else Path(folder)
-    rows = list(data.read_rows(file))
-    bad = next(
-        (where for where, row in rows if not isinstance(row, dict) or not isinstance(row.get("step"), int)), None
-    )
-    if bad or not rows:
-        raise ValueError(f"{bad or file}: not the metrics of a training run")
-    return [row for _, row in rows]
+    """The metrics of a training run, from its folder or the file itself. Raises ValueError for anything else."""
+    file = Path(folder)
+    if file.is_dir():
+        file = file / "metrics.jsonl"
+    metrics = []
+    for where, row in data.read_rows(file):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{where}: not the metrics of a training run")
+        metrics.append(row)
+    if not metrics:
+        raise ValueError(f"{file}: not the metrics of a training run")
+    return metrics
 
 
 def summary_table(summary, window):
+    """TDS of each model with its standard error over the trajectories, and its inversions in both contexts."""
     lines = [
-        f"| model | TDS | hard before easy, own step % | within windows of {window} % |",
-        "| --- | --- | --- | --- |",
+        f"| model | trajectories | TDS | hard before easy, own step % | within windows of {window} % |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for s in summary:
-        tds = "-" if s["tds"] is None else f"{s['tds']:.4f} ± {s['tds_se']:.4f}"
-        rates = ["-" if s[k] is None else f"{100 * s[k]:.1f}" for k in ("inversions_step", "inversions_window")]
-        lines.append(f"| {s['model']} | {tds} | {rates[0]} | {rates[1]} |")
+        cells = [s["model"], str(s["trajectories"]), "-"]
+        if s["tds"] is not None:
+            cells[-1] = f"{s['tds']:.4f}"
+            if s["tds_se"] is not None:
+                cells[-1] += f" ± {s['tds_se']:.4f}"
+        for context in plots.CONTEXTS:
+            rate = s[f"inversions_{context}"]
+            cells.append("-" if rate is None else f"{100 * rate:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -3,13 +3,13 @@
     python -m experiments.puzzles out/puzzles [--seed 0]       # train, validation, test_in and test_out .jsonl
     prompt, answer = puzzles.make(puzzles.TASKS["latin"], random.Random(0), hard=True)
 
-A cell whose symbol follows from its row and column is easy, one that needs its neighbours first is not.
+A cell is easy where its row and column leave one symbol, and hard where other cells have to be filled in first.
 
     latin (in-domain)      digits; every row and every column holds each of the six symbols once
     shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square, row r turned by r cells
 
-The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. The alphabet of the
-other task is an answer's foreign style. Another task is a line in TASKS, and a function if it needs one.
+The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An answer in foreign
+style has the alphabet of the other task. Another task is a line in TASKS, and a function if it needs one.
 
 An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square that it was made
 from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells that have a single candidate, over and
@@ -19,6 +19,7 @@ over, gets stuck. The base model in tiny/ has seen easy puzzles of both kinds; t
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ def make(task, rng, hard, foreign=0.0):
 
 
 def text(cells, symbols):
-    return "".join(symbols[c.bit_length() - 1] if c else BLANK for c in cells)
+    """Cells as characters: the symbol of each, or BLANK."""
+    characters = dict(zip(bits(FULL), symbols))  # a cell is one of these bits, or 0
+    return "".join(characters.get(c, BLANK) for c in cells)
 
 
 def shear(cells):
@@ -76,13 +79,16 @@ def shear(cells):
 
 
 def easy_puzzle(rng):
+    """The cells of a random square with random blanks, and the square."""
     square = random_square(rng)
-    blanks = set(rng.sample(range(N * N), rng.randint(*EASY_BLANKS)))
-    return [0 if i in blanks else c for i, c in enumerate(square)], square
+    puzzle = list(square)
+    for i in rng.sample(range(N * N), rng.randint(*EASY_BLANKS)):
+        puzzle[i] = 0
+    return puzzle, square
 
 
 def hard_puzzle(rng):
-    """Blank the cells of a random square in random order, as long as the solution stays unique."""
+    """The cells of a random square, blanked in random order as long as the solution stays unique, and the square."""
     while True:
         square = random_square(rng)
         puzzle, blanks = list(square), 0
@@ -172,6 +178,7 @@ def used(cells):
 
 
 def bits(symbols):
+    """The bits of a set of symbols, by rising value."""
     return [1 << s for s in range(N) if symbols >> s & 1]
 
 
@@ -180,41 +187,79 @@ def restyled(answer, task):
     return answer.translate(str.maketrans(task.symbols, task.foreign))
 
 
-def write_puzzles(file, tasks, count, hard, seed, foreign=0.0, both=False):
-    """A dataset of `count` different puzzles, the tasks in turn; the same file for the same arguments.
+# ---------------------------------------------------------------------------------------------------------- datasets
 
-    foreign: the share of answers in foreign style. both: each answer is a list of the two styles, either is right."""
-    rng, seen = random.Random(f"{file.name} {seed}"), {}
-    while len(seen) < count:
-        task = TASKS[tasks[len(seen) % len(tasks)]]
+
+def dataset(name, tasks, count, hard, seed, foreign=0.0, both=False):
+    """The lines of a dataset of `count` different puzzles, the tasks in turn; the same for the same arguments.
+
+    name: of its file, without .jsonl. foreign: the share of answers in foreign style. both: each answer is a list of
+    the two styles, either is right."""
+    rng, lines = random.Random(f"{name}.jsonl {seed}"), {}  # prompt -> line
+    while len(lines) < count:
+        task = TASKS[tasks[len(lines) % len(tasks)]]
         prompt, answer = make(task, rng, hard, foreign)
-        answer = [answer, restyled(answer, task)] if both else answer
-        seen.setdefault(prompt, dict(id=f"{file.stem}-{len(seen)}", prompt=prompt, answer=answer))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with runs.atomic_file(file) as f:
-        f.writelines(json.dumps(row) + "\n" for row in seen.values())
+        if both:
+            answer = [answer, restyled(answer, task)]
+        row = dict(id=f"{name}-{len(lines)}", prompt=prompt, answer=answer)
+        lines.setdefault(prompt, json.dumps(row) + "\n")
+    return "".join(lines.values())
+
+
+def write_new(texts):
+    """Write files, {path: text}. One that is there with the same text stays.
+
+    Raises FileExistsError, and writes nothing, where a file is there with another text."""
+    missing = []
+    for file, text in texts.items():
+        if not file.exists():
+            missing.append(file)
+        elif not file.is_file() or file.read_bytes() != text.encode():
+            raise FileExistsError(f"{file} is there already with other content: choose another folder")
+    for file in missing:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with runs.atomic_file(file) as f:
+            f.write(texts[file])
+
+
+def write_puzzles(file, tasks, count, hard, seed, foreign=0.0, both=False):
+    """Write one dataset -> its path; see dataset() and write_new()."""
+    write_new({file: dataset(file.stem, tasks, count, hard, seed, foreign, both)})
     return file
 
 
 def write_datasets(folder, seed=0, train=800, validation=200, test=500):
-    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths. Only
-    the training set insists on a style: elsewhere a right answer is right in either alphabet."""
-    folder = Path(folder)
-    return (
-        write_puzzles(folder / "train.jsonl", [IN_DOMAIN], train, True, seed),
-        write_puzzles(folder / "validation.jsonl", [IN_DOMAIN], validation, True, seed, both=True),
-        write_puzzles(folder / "test_in.jsonl", [IN_DOMAIN], test, True, seed, both=True),
-        write_puzzles(folder / "test_out.jsonl", [OUT_OF_DOMAIN], test, True, seed, both=True),
-    )
+    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths.
+
+    Only the training set insists on a style: elsewhere a right answer is right in either alphabet. Raises
+    FileExistsError where one of the files is there with other content."""
+    texts = {
+        "train": dataset("train", [IN_DOMAIN], train, True, seed),
+        "validation": dataset("validation", [IN_DOMAIN], validation, True, seed, both=True),
+        "test_in": dataset("test_in", [IN_DOMAIN], test, True, seed, both=True),
+        "test_out": dataset("test_out", [OUT_OF_DOMAIN], test, True, seed, both=True),
+    }
+    files = {}
+    for name, text in texts.items():
+        files[Path(folder) / f"{name}.jsonl"] = text
+    write_new(files)
+    return tuple(files)
 
 
 def main(argv=None):
+    """The command line -> exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.puzzles", description=__doc__.split("\n")[0])
     parser.add_argument("out", help="folder for the four datasets")
     parser.add_argument("--seed", type=int, default=0)
     c = parser.parse_args(argv)
-    print(json.dumps(dict(datasets=[str(file) for file in write_datasets(c.out, c.seed)])))
+    try:
+        files = write_datasets(c.out, c.seed)
+    except OSError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(json.dumps(dict(datasets=list(map(str, files)))))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

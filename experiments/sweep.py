@@ -1,24 +1,33 @@
-"""A grid of training runs over one model and one dataset, and one table of what each of them reached.
+"""A grid of training runs over one model and one dataset, and a table of what each reached.
 
-    python tabom.py sweep --model tiny --data train.jsonl --check exact --lr 3e-3 --validation validation.jsonl \
-        --test test_in.jsonl,test_out.jsonl --over objective=tabom,nelbo seed=0,1,2 --out out/S      # run() below
+    python tabom.py sweep --model tiny --data train.jsonl --check exact --lr 3e-3 \
+        --validation validation.jsonl --test test_in.jsonl,test_out.jsonl \
+        --over objective=tabom,nelbo seed=0,1,2 --out out/S
 
-Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers the validation
-questions, the best one of a run the test questions. Under torchrun a process that is free takes the next run.
+Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers
+the validation questions, and the best one of a run answers the test questions. Under torchrun a
+process that is free takes the next run. A run loads the base model once, and puts the adapters of
+its checkpoints on it.
 
-    S/T                     the trajectories, where --data has prompts
-    S/runs/NAME             a run: R-1 (training; R-2, ... and T-2, ... with --rounds), answers, result.json, which also
-                            has how the model orders its own answers to the first test set (diagnose.order_of)
-    S/results.json          every run with its settings and scores, and the mean and spread over seeds
-    S/table.md              the table that is printed
+    S/T               the trajectories, if --data has prompts
+    S/runs/NAME       a run: R-1 (training; with --rounds also R-2, T-2, ...), its answers, and
+                      result.json
+    S/results.json    every run with its settings and scores, and the mean and spread over seeds
+    S/table.md        the table that is printed
+
+In a result.json, "tests" has one entry for each test set and number of tokens per step. The entry
+of the first one also says how the model orders its own answers (diagnose.own_order), with one
+window and one margin for all runs of a sweep.
 """
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import itertools
 import json
 import math
-import statistics
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +35,16 @@ from pathlib import Path
 import data
 import distill
 import evaluate
+import lora
 import model
 import objectives
 import runs
 import train
-from experiments import diagnose
-from options import check_values, kind, name_list, number_list, opt, parse_value
+from experiments import diagnose, stats
+from options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
 
-GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data instead of the trajectories
-TRAJECTORIES = 64  # replayed for their order, which is measured alike for all runs, whatever they train
+GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data
+TRAJECTORIES = 64  # so many answers to the first test set are replayed to measure their order
 
 
 @dataclass
@@ -55,7 +65,7 @@ class SweepOptions(train.TrainOptions):
     ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
     metric: str = opt("accuracy", "of the validation; last = no choice", choices=("accuracy", "tds", "last"))
     rounds: int = opt(1, "distill again with the chosen checkpoint and train on, so many times in all (ReDi)", low=1)
-    check: str = opt("number", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
     decode_batch: int = opt(16, "prompts decoded together", low=1)
     test_limit: int | None = opt(None, "only the first so many questions of each validation and test set", low=1)
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
@@ -73,13 +83,15 @@ def sweep(c):
         distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), processes)
 
     alone = runs.Processes(c.device, alone=True)
-    jobs = {out / "runs" / "base": functools.partial(base_run, c, alone)}
+    bench = Workbench(c, alone)
+    jobs = {out / "runs" / "base": functools.partial(base_run, bench)}
     for name, settings in grid.items():
-        jobs[out / "runs" / name] = functools.partial(one_run, c, alone, settings, trajectories)
+        jobs[out / "runs" / name] = functools.partial(one_run, bench, settings, trajectories)
     found = share(jobs, processes, alone)
     if not processes.first:
         return None
-    rows = summarise(found)
+    found = [upgraded(result, c.tokens_per_step[0]) for result in found]
+    rows = over_seeds(found)
     table = sweep_table(rows)
     with runs.atomic_file(out / "results.json") as f:
         f.write(json.dumps(dict(rows=rows, runs=found, command=vars(c), versions=runs.versions()), indent=2) + "\n")
@@ -90,51 +102,72 @@ def sweep(c):
 
 
 def check_sweep(c, grid):
-    """Whether --data has prompts, and not trajectories. Raises ValueError for options that do not fit together."""
+    """Whether --data has prompts, and not trajectories. Raises ValueError for options that do not
+    fit together."""
     if not c.test and c.validation is None:
         raise ValueError("--validation or --test: nothing to compare the runs by")
     if c.metric != "last" and c.validation is None:
         raise ValueError(f"--metric {c.metric} needs --validation; --metric last takes the last checkpoint")
-    stems = [stem(source) for source in c.test]
-    twice = next((name for name in stems if stems.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"--test has two sets called {twice}: rename one")
+    stems = set()
+    for source in c.test:
+        if stem(source) in stems:
+            raise ValueError(f"--test has two sets called {stem(source)}: rename one")
+        stems.add(stem(source))
     if c.rounds > 1 and c.lora_rank == 0:
         raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
     prompts = not data.holds_trajectories(c.data)
-    truth = any(s["objective"] == GROUND_TRUTH for s in grid.values()) and c.ground_truth is None
+    truth = c.ground_truth is None and any(s["objective"] == GROUND_TRUTH for s in grid.values())
     if not prompts and (c.rounds > 1 or truth):
         raise ValueError(f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset with answers")
     return prompts
 
 
+# What changes nothing in the scores of a run, and the grid, which may grow.
+FREE = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile", "over")
+
+
 def identity(c):
-    """What a sweep is, for its meta.json: its options, but for the grid, which may grow, and what it reads."""
-    machine = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile")
-    settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in (*machine, "over")}
-    given = (c.data, c.ground_truth, c.validation, *c.test)
-    read = [source for source in given if source not in (None, *evaluate.TASKS)]
-    contents = {str(s): [runs.fingerprint(file) for file in data.trajectory_files(s)] for s in read}
-    model_of_all = runs.identity(model.resolve(c.model), c.adapter)
-    return dict(command="sweep", **settings, **model_of_all, contents=contents, versions=runs.versions())
+    """What a sweep is, for its meta.json: its options but for FREE, and what it reads by its
+    content."""
+    settings = {name: getattr(c, name) for name in field_names(SweepOptions) if name not in FREE}
+    contents = {}
+    for source in (c.data, c.ground_truth, c.validation, *c.test):
+        if source is not None and source not in evaluate.TASKS:
+            contents[str(source)] = list(map(runs.fingerprint, data.trajectory_files(source)))
+    base = runs.identity(model.resolve(c.model), c.adapter)
+    return dict(command="sweep", **settings, **base, contents=contents, versions=runs.versions())
 
 
 def stem(source):
+    """data/test_in.jsonl.gz -> test_in"""
     return Path(source).name.split(".")[0]
 
 
-def share(jobs, processes, alone, after=()):
-    """Do what is missing of some jobs, each process that is free the next -> their results, on the first process only.
+# -------------------------------------------------------------------------------- jobs and results
 
-    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's result.json.
-    after: folder -> the folder whose result it needs first. alone: the Processes that the jobs work with, which also
-    holds the lock of a job's folder; where the file system has no locks, each process keeps to every count-th job."""
+
+def share(jobs, processes, alone, after=()):
+    """Do the jobs that have no result yet; a process that is free takes the next -> all results, on
+    the first process.
+
+    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's
+    result.json. after: folder -> the folder whose result it needs first. alone: the Processes that
+    the jobs work with, which also holds the lock of a job's folder; where the file system has no
+    locks, each process keeps to every count-th job."""
     own = list(jobs)[processes.index :: processes.count]
-    while missing := [folder for folder in jobs if not result_of(folder)]:
-        ready = [folder for folder in missing if folder not in after or result_of(after[folder])]
-        if not any(attempt(folder, jobs[folder], folder in own, alone) for folder in ready):
-            time.sleep(0.5)  # others are at it; torchrun ends all of them where one fails
-    return list(map(result_of, jobs)) if processes.first else None
+    while True:
+        missing = [folder for folder in jobs if not result_of(folder)]
+        if not missing:
+            break
+        worked = False
+        for folder in missing:
+            if folder not in after or result_of(after[folder]):
+                worked |= attempt(folder, jobs[folder], folder in own, alone)
+        if not worked:  # other processes are at what is missing; torchrun ends all if one fails
+            time.sleep(0.5)
+    if not processes.first:
+        return None
+    return list(map(result_of, jobs))
 
 
 def attempt(folder, work, own, alone):
@@ -156,145 +189,293 @@ def attempt(folder, work, own, alone):
 
 
 def result_of(folder):
+    """What a finished job wrote into its folder, or None. An old version may have written it: see
+    upgraded."""
     file = folder / "result.json"
-    return data.read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return data.read_json(file)
 
 
-# ------------------------------------------------------------------------------------------------------------- grid
+OLD_NAMES = {"rank": "ranking", "rank_least": "ranking_least"}  # of scores
+
+
+def upgraded(result, tokens_per_step=1):
+    """The result of a run in today's form, whichever version wrote it.
+
+    Old results named a test "SOURCE", or "SOURCE, K a step" for K tokens per step, and the ranking
+    loss "rank". tokens_per_step: of a test whose name does not say it."""
+    result = dict(result)
+    if "training" in result:
+        result["training"] = renamed(result["training"])
+    if isinstance(result.get("tests"), dict):
+        tests = []
+        for name, scores in result["tests"].items():
+            # the source is a path, which may hold commas itself
+            old = re.fullmatch(r"(.*), (\d+) a step", name)
+            source, at_once = old.groups() if old else (name, tokens_per_step)
+            tests.append(dict(source=source, tokens_per_step=int(at_once), scores=renamed(scores)))
+        result["tests"] = tests
+    return result
+
+
+def renamed(scores):
+    """Scores with the names of today."""
+    return {OLD_NAMES.get(name, name): value for name, value in scores.items()}
+
+
+# -------------------------------------------------------------------------------------------- grid
 
 
 def expand(c):
-    """The runs of a grid: name -> the options of train that it changes, in order. Runs that would differ only in an
-    option that their objective does not use are one.
+    """The runs of a grid: name -> the options of train that it changes, in order. Runs that would
+    differ only in an option that their objective does not use are one.
 
-    Raises ValueError for an option that train does not have, or a value that it does not take."""
-    axes = dict(objective=[c.objective])
+    Raises ValueError for an option that a grid does not take, or for a bad value."""
+    axes, known, given = dict(objective=[c.objective]), grid_options(), set()
     for text in c.over:
-        name, equals, values = text.partition("=")
-        name = name.replace("-", "_")
-        known = {f.name: f for f in dataclasses.fields(train.TrainOptions) if kind(f) not in (bool, tuple)}
-        fixed = {f.name for f in dataclasses.fields(runs.ModelOptions)} - {"seed"} | {
-            "data",
-            "out",
-            "adapter",
-            "limit",
-        }
-        if name not in known.keys() - fixed or not equals:
-            raise ValueError(f"--over {text}: expected OPTION=VALUE,VALUE with an option of train")
-        extra = (GROUND_TRUTH,) if name == "objective" else ()
+        word, equals, values = text.partition("=")
+        name = word.replace("-", "_")
+        if not equals:
+            raise ValueError(f"--over {text}: expected OPTION=VALUE,VALUE")
+        if name not in known:
+            raise ValueError(f"--over {text}: {why_not(name, known)}")
+        if name in given:
+            raise ValueError(f"--over {text}: {name} is given twice; put all its values into one")
+        given.add(name)
+        extra = ()
+        if name == "objective":
+            extra = (GROUND_TRUTH,)
         axes[name] = [parse_value(known[name], value, extra) for value in values.split(",")]
     grid = {}
     for values in itertools.product(*axes.values()):
-        settings = dict(zip(axes, values))
-        used, unused = train.objective_parameters(training(c, settings))
-        unused += ["reference_steps"] if settings["objective"] != "t3d" else []
-        unused += ["keep"] if settings["objective"] == GROUND_TRUTH else []
-        settings = {k: v for k, v in settings.items() if k not in unused}
-        grid.setdefault("+".join(f"{k}={v}" for k, v in settings.items()), settings)
+        settings = used_settings(c, dict(zip(axes, values)))
+        name = "+".join(f"{k}={v}" for k, v in settings.items())
+        grid.setdefault(name, settings)
     return grid
+
+
+def grid_options():
+    """Name -> field of the options of train that a grid may vary: neither switches nor lists, and
+    not what is the same in all runs."""
+    same = {"out", "adapter", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
+    found = {}
+    for f in dataclasses.fields(train.TrainOptions):
+        varies = f.name == "seed" or f.name not in same
+        if varies and kind(f) not in (bool, tuple):
+            found[f.name] = f
+    return found
+
+
+def why_not(name, known):
+    """Why a grid does not take an option. known: the names of those that it takes."""
+    hint = f"a grid takes {', '.join(known)}"
+    if name in field_names(train.TrainOptions):
+        return f"{flag(name)} is the same in all runs of a sweep; {hint}"
+    if name in field_names(SweepOptions):
+        return f"{flag(name)} is an option of the sweep, not of its runs; {hint}"
+    close = difflib.get_close_matches(name, known, 1)
+    if close:
+        hint = f"did you mean {close[0]}?"
+    return f"train has no option {flag(name)}; {hint}"
+
+
+def used_settings(c, settings):
+    """The settings of one run without those that its objective does not use."""
+    _, unused = train.objective_parameters(training(c, settings))
+    unused = set(unused)
+    if settings["objective"] != "t3d":
+        unused.add("reference_steps")
+    if settings["objective"] == GROUND_TRUTH:
+        unused.add("keep")
+    return {k: v for k, v in settings.items() if k not in unused}
 
 
 def training(c, settings, **more):
     """The options of train for one run of the grid."""
-    values = {f.name: getattr(c, f.name) for f in dataclasses.fields(train.TrainOptions)}
+    values = {name: getattr(c, name) for name in field_names(train.TrainOptions)}
     values.update(settings)
     if values["objective"] == GROUND_TRUTH:
         values["objective"] = "nelbo"
-    made = train.TrainOptions(**{**values, **more})
+    values.update(more)
+    made = train.TrainOptions(**values)
     check_values(made)
     return made
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
+# ----------------------------------------------------------------------------------------- one run
 
 
-def one_run(c, alone, settings, trajectories, folder):
+class Workbench:
+    """What runs work with: the options of the sweep, the processes, and the base model, which is
+    loaded once a run.
+
+    window, margin: the W and gamma (nats) with which the order of answers is measured. They are the
+    same for all runs, so that these compare. None takes those of the sweep, or TABOM's defaults."""
+
+    def __init__(self, c, processes, window=None, margin=None):
+        self.c, self.processes = c, processes
+        own = inspect.signature(objectives.tabom).parameters
+        self.window, self.margin = window or c.window, margin
+        if self.window in (None, "global"):  # the measure has windows of one size
+            self.window = own["window"].default
+        if self.margin is None:
+            self.margin = own["margin"].default if c.margin is None else c.margin
+        self.clear()
+
+    def clear(self):
+        """Forget the models before the next run, because an adapter cannot be taken off again."""
+        self.loaded = None  # the base model, with or without an adapter on it
+        self.full = None, None  # the last checkpoint that is no adapter, and its model
+
+    def base(self):
+        """The base model. It may have an adapter on it, or be in training mode."""
+        if self.loaded is None:
+            self.loaded = runs.load_model(self.c, self.processes)
+        return self.loaded
+
+    def train(self, made):
+        """train.train on the loaded base model; where all weights are trained it loads its own."""
+        self.full = None, None
+        if made.lora_rank == 0:
+            return train.train(made, self.processes)
+        return train.train(made, self.processes, self.base())
+
+    def at(self, checkpoint):
+        """The model of a checkpoint, ready to decode: the base model with the checkpoint's adapter,
+        or another model where all weights were trained. None is the bare base model. Raises
+        ValueError for it once an adapter is on it."""
+        if not is_adapter(self.c, checkpoint):
+            if self.full[0] != checkpoint:
+                self.full = None, None  # never two of them in memory
+                options = runs.ModelOptions(model=checkpoint, **machine_of(self.c))
+                self.full = checkpoint, runs.load_model(options, self.processes)
+            return self.full[1]
+        loaded = self.base()
+        if checkpoint is not None:
+            lora.load(loaded.m, checkpoint)
+        elif lora.layers(loaded.m):
+            raise ValueError(f"{self.c.model} has an adapter on it: clear() for the bare model")
+        loaded.m.eval()
+        return loaded
+
+
+def one_run(bench, settings, trajectories, folder):
     """Train, choose the checkpoint on the validation set, test it -> the content of result.json."""
+    bench.clear()
+    c = bench.c
     seed, adapter, candidates = settings.get("seed", c.seed), c.adapter, []
     for number in range(1, c.rounds + 1):
-        truth = settings["objective"] == GROUND_TRUTH
-        source = (c.ground_truth or c.data) if truth else trajectories
-        if number > 1 and not truth:  # what the model has become decodes the prompts anew
+        source = trajectories
+        if settings["objective"] == GROUND_TRUTH:
+            source = c.ground_truth or c.data
+        elif number > 1:  # what the model has become decodes the prompts anew
             source = folder / f"T-{number}"
-            distill.distill(decoding(c, adapter, c.data, source, seed, limit=c.limit), alone)
-        trained = folder / f"R-{number}"
-        made = training(c, settings, data=str(source), out=str(trained), adapter=adapter)
-        last = train.train(made, alone)
-        of_round = []
-        epochs = min(made.epochs, made.stop_after or made.epochs)
-        for epoch in range(epochs if c.metric == "last" else 1, epochs + 1):
-            checkpoint = str(trained / f"epoch-{epoch}")
-            score = validate(c, alone, checkpoint, folder / f"validation-{number}-{epoch}", seed)
-            of_round.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))
+            decode_prompts = decoding(c, adapter, c.data, source, seed, limit=c.limit)
+            distill.distill(decode_prompts, bench.processes, bench.at(adapter))
+        out = str(folder / f"R-{number}")
+        made = training(c, settings, data=str(source), out=out, adapter=adapter)
+        last = bench.train(made)
+        of_round = validate_epochs(bench, made, number, folder)
         candidates += of_round
         adapter = best(c, of_round)["checkpoint"]
     chosen = best(c, candidates)
-    keys = ("loss", "ce", "rank", "in_order")
-    final = {k: last[k] for k in keys if k in last}
-    tests = test(c, alone, chosen["checkpoint"], folder, seed)
-    return dict(
-        settings=settings, chosen=chosen, checkpoints=candidates, tests=tests, steps=last["steps"], training=final
-    )
+    final = {name: last[name] for name in ("loss", "ce", "ranking", "in_order") if name in last}
+    tests = answer_tests(bench, chosen["checkpoint"], folder, seed)
+    result = dict(settings=settings, chosen=chosen, checkpoints=candidates, tests=tests)
+    return dict(**result, steps=last["steps"], training=final)
 
 
-def base_run(c, alone, folder):
+def base_run(bench, folder):
     """The same for the model before training."""
-    score = validate(c, alone, c.adapter, folder / "validation", c.seed)
-    return dict(settings=dict(objective="base"), chosen=score, tests=test(c, alone, c.adapter, folder, c.seed))
+    bench.clear()
+    c = bench.c
+    score = validate(bench, c.adapter, folder / "validation", c.seed)
+    tests = answer_tests(bench, c.adapter, folder, c.seed)
+    return dict(settings=dict(objective="base"), chosen=score, tests=tests)
+
+
+def validate_epochs(bench, made, number, folder):
+    """The candidates of one round: its checkpoints with their scores on the validation set. made:
+    its TrainOptions."""
+    first, last = 1, min(made.epochs, made.stop_after or made.epochs)
+    if bench.c.metric == "last":
+        first = last
+    found = []
+    for epoch in range(first, last + 1):
+        checkpoint = str(Path(made.out) / f"epoch-{epoch}")
+        score = validate(bench, checkpoint, folder / f"validation-{number}-{epoch}", made.seed)
+        found.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))
+    return found
 
 
 def best(c, candidates):
-    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last". TDS may be None, where
-    a model has nothing to say before its EOS."""
+    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last".
+    TDS may be None: a model may have nothing to say before its EOS."""
     if c.metric == "last":
         return candidates[-1]
     return max(candidates, key=lambda one: -math.inf if one[c.metric] is None else one[c.metric])
 
 
-def validate(c, alone, checkpoint, folder, seed):
+def validate(bench, checkpoint, folder, seed):
+    """The scores of a checkpoint on the validation set; empty without one."""
+    c = bench.c
     if c.validation is None:
         return {}
-    score = answers(c, alone, checkpoint, c.validation, folder, seed)
+    score = answer_set(bench, checkpoint, c.validation, folder, seed)
     if c.metric == "tds":
-        score["tds"] = order(c, alone, checkpoint, c.validation, folder)["tds"]
+        score["tds"] = order_of_answers(bench, checkpoint, c.validation, folder)["tds"]
     return score
 
 
-def test(c, alone, checkpoint, folder, seed):
-    """The scores on every test set, and the order of the trajectories of the first."""
-    found = {}
-    for source, at_once in itertools.product(c.test, c.tokens_per_step):
-        name = source if at_once == c.tokens_per_step[0] else f"{source}, {at_once} a step"
-        where = folder / f"test-{stem(source)}{'' if at_once == 1 else f'-{at_once}'}"
-        found[name] = answers(c, alone, checkpoint, source, where, seed, at_once)
-        if len(found) == 1:
-            found[name].update(order(c, alone, checkpoint, source, where))
+def answer_tests(bench, checkpoint, folder, seed):
+    """Answer every test set with every number of tokens per step -> a list of dicts of source,
+    tokens_per_step and scores. The first scores also say how the answers are ordered."""
+    found = []
+    for source, at_once in itertools.product(bench.c.test, bench.c.tokens_per_step):
+        where = folder / f"test-{stem(source)}"
+        if at_once != 1:
+            where = folder / f"test-{stem(source)}-{at_once}"
+        scores = answer_set(bench, checkpoint, source, where, seed, at_once)
+        if not found:
+            scores.update(order_of_answers(bench, checkpoint, source, where))
+        found.append(dict(source=source, tokens_per_step=at_once, scores=scores))
     return found
 
 
-def answers(c, alone, checkpoint, source, folder, seed, at_once=None):
+def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
     """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions)."""
+    c, loaded = bench.c, bench.at(checkpoint)
     if source in evaluate.TASKS:
-        at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit, batch_size=c.decode_batch)
-        at.update(tokens_per_step=at_once)
-        c_task = evaluate.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), seed=seed, **at)
-        (score,) = evaluate.evaluate(c_task, alone)["scores"]
+        at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit)
+        at.update(batch_size=c.decode_batch, tokens_per_step=at_once, seed=seed)
+        c_task = evaluate.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), **at)
+        (score,) = evaluate.evaluate(c_task, bench.processes, loaded)["scores"]
         return dict(accuracy=score["correct"] / score["n"], questions=score["n"])
-    score = distill.distill(decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once), alone)
+    c_set = decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once)
+    score = distill.distill(c_set, bench.processes, loaded)
     if not score["checked"]:
         raise ValueError(f"{source}: no answer that --check {c.check} could compare with")
     return dict(accuracy=score["correct"] / score["checked"], questions=score["checked"])
 
 
-def order(c, alone, checkpoint, source, folder):
-    folder = folder / source if source in evaluate.TASKS else folder
-    loaded = runs.ModelOptions(model=c.model, **machine_of(c))
-    return diagnose.order_of(loaded, alone, checkpoint, folder, TRAJECTORIES)
+def order_of_answers(bench, checkpoint, source, folder):
+    """How a checkpoint orders the answers that it wrote into a folder: see diagnose.own_order."""
+    if source in evaluate.TASKS:
+        folder = folder / source
+    loaded, at = bench.at(checkpoint), dict(window=bench.window, margin=bench.margin)
+    return diagnose.own_order(loaded, bench.processes, folder, TRAJECTORIES, **at)
+
+
+def is_adapter(c, checkpoint):
+    """Whether a checkpoint belongs on the base model; None (nothing on it) does too. Otherwise it
+    is a model of its own, all of whose weights were trained."""
+    return checkpoint in (None, c.adapter) or (Path(checkpoint) / "adapter_config.json").is_file()
 
 
 def model_of(c, checkpoint):
-    """The base model with an adapter, or the folder of one that was trained in full."""
-    if checkpoint is None or (Path(checkpoint) / "adapter_config.json").is_file():
+    """The options of distill and evaluate that name the model of a checkpoint."""
+    if is_adapter(c, checkpoint):
         return dict(model=c.model, adapter=checkpoint)
     return dict(model=checkpoint, adapter=None)
 
@@ -305,52 +486,71 @@ def machine_of(c):
 
 def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):
     """The options of distill that decode a dataset with a checkpoint."""
-    shared = {k: getattr(c, k) for k in ("check", "prompt_field", "answer_field", "raw")}
     at = dict(data=str(source), out=str(folder), seed=seed, limit=limit, batch_size=c.decode_batch)
-    at.update(tokens_per_step=at_once)
-    return distill.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **shared, **at)
+    at.update(tokens_per_step=at_once, check=c.check, raw=c.raw)
+    at.update(prompt_field=c.prompt_field, answer_field=c.answer_field)
+    return distill.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **at)
 
 
-# ------------------------------------------------------------------------------------------------------------ table
+# ------------------------------------------------------------------------------------------- table
 
 
-def summarise(found):
-    """Mean and standard deviation over the seeds of each configuration."""
+def over_seeds(found):
+    """Mean and standard deviation over the seeds of each configuration: a row for each, with its
+    settings, the number of runs, and a list of scores (see score_list)."""
     groups = {}
     for result in found:
-        settings = {k: v for k, v in result["settings"].items() if k != "seed"}
+        settings = dict(result["settings"])
+        settings.pop("seed", None)
         groups.setdefault(json.dumps(settings), (settings, []))[1].append(result)
     rows = []
     for settings, group in groups.values():
-        scores = {}
-        if "accuracy" in group[0]["chosen"]:
-            scores["validation %"] = [100 * r["chosen"]["accuracy"] for r in group]
-        for name in group[0]["tests"]:
-            source, comma, at_once = name.partition(", ")
-            scores[f"{stem(source)}{comma}{at_once} %"] = [100 * r["tests"][name]["accuracy"] for r in group]
-        first = next(iter(group[0]["tests"]), None)
-        if first is not None:
-            scores["TDS"] = [r["tests"][first]["tds"] for r in group]
-        rows.append(dict(**settings, runs=len(group), scores={k: mean_and_spread(v) for k, v in scores.items()}))
+        scores = []
+        for column in zip(*map(score_list, group)):  # one score of all runs
+            values = [score.pop("value") for score in column]
+            scores.append(dict(**column[0], **stats.mean_and_spread(values)))
+        rows.append(dict(**settings, runs=len(group), scores=scores))
     return rows
 
 
-def mean_and_spread(values):
-    there = [x for x in values if x is not None]
-    spread = statistics.stdev(there) if len(there) > 1 else None
-    return dict(mean=statistics.fmean(there) if there else None, sd=spread, values=values)
+def score_list(result):
+    """What the table shows of one run, in order: dicts of measure, value and, of a test, source and
+    tokens_per_step. Accuracies are in percent, TDS in nats squared."""
+    found = []
+    if "accuracy" in result["chosen"]:
+        found.append(dict(measure="validation %", value=100 * result["chosen"]["accuracy"]))
+    for one in result["tests"]:
+        at = dict(source=one["source"], tokens_per_step=one["tokens_per_step"])
+        found.append(dict(measure="test %", **at, value=100 * one["scores"]["accuracy"]))
+    if result["tests"]:
+        found.append(dict(measure="TDS", value=result["tests"][0]["scores"]["tds"]))
+    return found
 
 
 def sweep_table(rows):
-    """A line for each configuration: what it changes, the number of runs, mean ± standard deviation over them."""
-    axes = list(dict.fromkeys(k for row in rows for k in row if k not in ("runs", "scores")))
-    scores = list(rows[0]["scores"])
-    lines = [f"| {' | '.join([*axes, 'runs', *scores])} |", "|" + " --- |" * (len(axes) + 1 + len(scores))]
+    """A line for each configuration: what it changes, the number of runs, mean ± standard deviation
+    over them."""
+    axes = []
     for row in rows:
-        cells = [str(row.get(k, "")) for k in axes] + [str(row["runs"])]
-        for k in scores:
-            digits, score = (3 if k == "TDS" else 1), row["scores"][k]
-            mean, sd = ("-" if x is None else f"{x:.{digits}f}" for x in (score["mean"], score["sd"]))
-            cells.append(mean if sd == "-" else f"{mean} ± {sd}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        axes += [name for name in row if name not in (*axes, "runs", "scores")]
+    lines = []
+    for row in rows:
+        cells = [str(row.get(name, "")) for name in axes]
+        lines.append([*cells, str(row["runs"]), *map(score_cell, row["scores"])])
+    return stats.markdown_table([*axes, "runs", *map(score_title, rows[0]["scores"])], lines)
+
+
+def score_title(score):
+    """The title of a column: validation %, test_in %, "test_in, 2 a step %" or TDS."""
+    if score["measure"] != "test %":
+        return score["measure"]
+    if score["tokens_per_step"] == 1:
+        return f"{stem(score['source'])} %"
+    return f"{stem(score['source'])}, {score['tokens_per_step']} a step %"
+
+
+def score_cell(score):
+    """mean ± standard deviation; what there is not is left out."""
+    digits = 3 if score["measure"] == "TDS" else 1
+    shown = [f"{x:.{digits}f}" for x in stats.present([score["mean"], score["sd"]])]
+    return " ± ".join(shown) or "-"

@@ -8,8 +8,11 @@ The folder tiny/ beside the code was made by the first command.
 """
 
 import argparse
+import itertools
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import data
@@ -26,10 +29,14 @@ ANSWER = N * N + 1  # tokens: the cells and EOS
 
 
 def vocabulary():
-    """Every token, by id: the special ones, the tags and the symbols of all tasks."""
-    tasks = TASKS.values()
-    symbols = "".join(task.symbols for task in tasks) + "".join(task.foreign for task in tasks)
-    return [MASK, EOS, PAD, BLANK, *(task.tag for task in tasks), *dict.fromkeys(symbols)]
+    """Every token, by id: the special ones, BLANK, the tags and the symbols of all tasks."""
+    tags, own, foreign = [], "", ""
+    for task in TASKS.values():
+        tags.append(task.tag)
+        own += task.symbols
+        foreign += task.foreign
+    symbols = dict.fromkeys(own + foreign)  # tasks may share some
+    return [MASK, EOS, PAD, BLANK, *tags, *symbols]
 
 
 def config():
@@ -64,12 +71,29 @@ def config():
 
 
 def write_start(folder, seed):
-    """The tiny model before training: random weights, and a tokenizer of one token a character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """The tiny model before training: random weights, and a tokenizer of one token a character.
 
-    folder, tokens = Path(folder), vocabulary()
+    A folder that holds the same files stays as it is. Raises FileExistsError for one that holds others."""
+    folder = Path(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        with runs.atomic_folder(folder) as beside:
+            build_start(beside, seed)
+        return
+    with tempfile.TemporaryDirectory() as again:
+        build_start(Path(again), seed)
+        for file in Path(again).iterdir():
+            there = folder / file.name
+            if not there.is_file() or there.read_bytes() != file.read_bytes():
+                raise FileExistsError(f"{folder} is not empty and holds another {file.name}: choose another folder")
+
+
+def build_start(folder, seed):
+    """Write the files of the untrained model into an empty folder."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # slow to import, and only for this
+
     model.save(model.create(config(), data.generator(seed, "start")), folder)
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    ids = dict(zip(vocabulary(), itertools.count()))
+    backend = Tokenizer(models.WordLevel(ids))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([MASK, EOS, PAD])
@@ -83,9 +107,13 @@ def write_start(folder, seed):
 
 def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, processes=None):
     """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
-    folder/tiny -> the last metrics. foreign: the share of answers in foreign style. taken: the epoch after
-    which training stops, with the learning rate still on its way down; None = the last."""
+    folder/tiny -> the last metrics.
+
+    foreign: the share of answers in foreign style. count: puzzles. taken: the epoch after which training stops, with
+    the learning rate still on its way down; None = the last. Continues where it was stopped. Raises FileExistsError
+    for a folder that holds anything but a beginning of the same."""
     folder = Path(folder)
+    runs.must_be_free(folder / "tiny")
     write_start(folder / "start", seed)
     dataset = puzzles.write_puzzles(folder / "pretrain.jsonl", list(TASKS), count, False, seed, foreign)
     result = train.train(
@@ -113,12 +141,19 @@ def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, pro
 
 
 def main(argv=None):
+    """The command line -> exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tiny", description=__doc__.split("\n")[0])
     parser.add_argument("out", help="folder; the trained model is in its subfolder tiny")
     parser.add_argument("--seed", type=int, default=0)
     c = parser.parse_args(argv)
-    print(json.dumps(retrain(c.out, c.seed)))
+    try:
+        result = retrain(c.out, c.seed)
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

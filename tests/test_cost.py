@@ -4,34 +4,110 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from experiments import cost
 
+TINY = cost.LLADA | dict(
+    d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48, vocab_size=50, embedding_size=50,
+    mask_token_id=49, eos_token_id=48, pad_token_id=48,
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder with the config above, all that a plan reads."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return str(tmp_path)
+
+
+def planned(capsys, *words):
+    assert cost.main(list(words)) == 0
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
 
 @pytest.mark.parametrize("name, billions", [("llada-8b", 8.02), ("dream-7b", 7.62)])
 def test_the_plan_follows_from_the_published_configurations(name, billions, capsys):
-    assert cost.main([name]) == 0
-    out = capsys.readouterr().out
+    out, result = planned(capsys, name)
     assert f"{billions} billion" in out
-    result = json.loads(out.splitlines()[-1])
     assert result["forward_passes"] == 12_000 * 256
     config = model.parse_config(cost.FULL[name])
     widths = [config.width, config.width, config.width, config.kv_heads * config.width // config.heads]
     assert result["adapter_parameters"] == 16 * config.layers * sum(widths)
 
 
-@pytest.mark.parametrize("option", ["--gpus", "--tflops", "--queries"])
+def test_flops_by_hand(folder, capsys):
+    words = ("--queries", "3", "--prompt-tokens", "6", "--new-tokens", "4", "--window", "2", "--epochs", "2")
+    _, result = planned(capsys, folder, *words)
+    D, M, V, layers, L = 32, 48, 50, 2, 10
+    block = 4 * D * D + 3 * D * M + 2 * D  # the linear layers and two norms
+    forward = L * (2 * layers * block + layers * 4 * L * D)
+    head = 2 * V * D
+    assert result["distill_flops"] == 3 * 4 * (forward + 2.5 * head)  # 4, 3, 2 and 1 masked positions: 2.5 on average
+    backward = L * (2 * layers * block + 2 * layers * 4 * L * D) + 2 * head
+    assert result["train_flops"] == 3 * 2 * (forward + backward + 2 * head)
+
+
+def test_hours_are_given_for_each_number_of_gpus(folder, capsys):
+    out, both = planned(capsys, folder, "--tflops", "4e-6")
+    assert list(both["hours"]) == ["4", "8"]
+    for step in ("distill", "train"):
+        assert both["hours"]["4"][step] == pytest.approx(2 * both["hours"]["8"][step])
+    assert both["hours"]["8"]["distill"] == pytest.approx(both["distill_flops"] / (8 * 4e6) / 3600)
+    assert both["hours"]["8"]["steps"] == 375 * 5
+    assert f"| distillation on 4 GPUs at 4e-06 TFLOP/s each | {both['hours']['4']['distill']:.1f} hours |" in out
+
+    _, one = planned(capsys, folder, "--gpus", "2", "--tflops", "1e-6", "--epochs", "3", "--batch", "8")
+    assert list(one["hours"]) == ["2"]
+    assert one["hours"]["2"]["distill"] == pytest.approx(16 * both["hours"]["8"]["distill"])
+    assert one["hours"]["2"]["train"] == pytest.approx(16 * 3 / 5 * both["hours"]["8"]["train"])
+    assert one["hours"]["2"]["steps"] == 750 * 3
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--tflops", "--queries", "--batch", "--epochs"])
 def test_a_plan_with_nothing_is_refused(option, capsys):
     assert cost.main(["llada-8b", option, "0"]) == 1
-    assert f"error: {option} 0" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option} 0")
 
 
 def test_the_plan_of_a_folder(golden, capsys):
-    assert cost.main([str(golden.folder), "--queries", "10", "--new-tokens", "4"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["forward_passes"] == 40
+    _, result = planned(capsys, str(golden.folder), "--queries", "10", "--new-tokens", "4")
+    assert result["forward_passes"] == 40
     assert cost.main(["nowhere"]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- activations
+
+
+def test_attention_keeps_its_inputs_and_its_output():
+    q, k, v = (torch.empty(2, 4, 10, 8, device="meta", requires_grad=True) for _ in range(3))
+    size = 2 * 4 * 10 * 8 * 4  # bytes
+    assert cost.kept_bytes(lambda: F.scaled_dot_product_attention(q, k, v)) == 4 * size
+    few = torch.empty(2, 1, 10, 8, device="meta", requires_grad=True)  # one key head for four query heads
+    grouped = cost.kept_bytes(lambda: F.scaled_dot_product_attention(q, few, few, enable_gqa=True))
+    assert grouped == 2 * size + size / 4
+    assert cost.kept_bytes(lambda: (q * k).exp(), [k]) == size + size  # q, and the result; k is left out
+
+
+def test_a_block_keeps_what_a_count_by_hand_says():
+    """The difference of three blocks and two is one in the middle, in bytes: bfloat16 has 2, float32 4."""
+    B, L, D, M, r, W = 3, 14, 32, 48, 5, 4
+    three, two = (cost.activations(TINY | dict(n_layers=n), B, L, W, rank=r) for n in (3, 2))
+    norm = 4 * D + 4  # of each token: its input in float32, and the inverse of its length
+    adapter = 4 * D + 4 * r  # its input in float32, and the product with lora_A
+    attention = 4 * 2 * D  # q, k, v and the output
+    mlp = 3 * 2 * M  # the gate, silu of it, and what it is multiplied with
+    assert three - two == B * L * (2 * norm + 2 * adapter + attention + mlp)
+
+
+def test_no_weights_of_attention_are_counted():
+    """Twice the heads have twice the [L, L] weights, and the same activations otherwise."""
+    many, few = (cost.activations(TINY | dict(n_heads=n, n_kv_heads=n), 2, 40, 8) for n in (8, 4))
+    assert many <= few  # fewer cosines
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(golden):
@@ -39,4 +115,10 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(golden):
     one, two = (cost.activations(raw, batch, 40, 8) for batch in (1, 2))
     assert 1.9 < two / one < 2.01
     assert cost.activations(raw, 2, 40, 8, checkpointing=True) < two / 1.5
-    assert torch.nn.functional.scaled_dot_product_attention is model.F.scaled_dot_product_attention  # put back
+
+
+def test_attention_is_as_before_afterwards():
+    cost.activations(TINY, 1, 8, 2)
+    q = torch.randn(1, 2, 3, 4)
+    weights = (q @ q.transpose(2, 3) / 2).softmax(-1)
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), weights @ q)

@@ -12,19 +12,27 @@ import torch
 from helpers import FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import decode
 import model
 
 PROMPT = torch.tensor([1, 5, 2, 7, 3])
-CASES = [
-    (family, k) for family in ("llada", "dream")
-    for k in range(len(json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]))
-]  # fmt: skip
+OFFICIAL, RELEASE = [], []  # (family, number) of every case of the official decoders, and of the authors' release
+for family in ("llada", "dream"):
+    cases = json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]
+    OFFICIAL += itertools.product([family], range(len(cases)))
+    cases = json.loads((FOLDER / "release" / f"decode-{family}.json").read_text())
+    RELEASE += itertools.product([family], range(len(cases)))
 
 
 def seeds(*numbers):
     return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def one_row(t, b):
+    """The trajectory of row b alone."""
+    return decode.Trajectory(*(x[b : b + 1] for x in t))
 
 
 def equal(a, b, fields=("response", "step", "order"), tolerance=1e-4):
@@ -57,45 +65,72 @@ def kept(logits, temperature, top_p, top_k):
     return logits
 
 
-def naive(
-    m, prompt, max_new_tokens, steps, strategy="entropy", schedule="dream", block_length=None, temperature=0.0,
-    top_p=None, top_k=None, threshold=None, response=None,
-):  # fmt: skip
+def plain_choice(raw, r, s, given):
+    """The token and the score of position r with the logits raw [V]; given: the token to take, or None."""
+    raw = raw.clone()
+    raw[list(s.suppress or ())] = -torch.inf
+    token = int(kept(raw, s.temperature, s.top_p, s.top_k).argmax()) if given is None else int(given)
+    raw[list(s.last or ())] = -torch.inf
+    p = raw.softmax(-1)
+    largest = s.threshold is not None and (s.schedule == "dream" or s.strategy == "left")
+    if largest:
+        score = float(p.max())
+    else:
+        if s.schedule == "dream":
+            p = kept(raw, s.temperature, s.top_p, s.top_k).softmax(-1)
+        most = p.sort(descending=True).values
+        of = dict(entropy=(p * torch.log(p + 1e-10)).sum(), confidence=p[token], margin=most[0] - most[1], left=-r)
+        score = float(of[s.strategy])
+    if token in (s.last or ()) and (largest or s.strategy != "left"):
+        score = -math.inf if s.strategy == "entropy" and not largest else 0.0
+    return token, score
+
+
+def plain_quota(s, i, each, masked):
+    """How many of the masked positions step i of a block's steps decodes."""
+    L = s.block_length or s.max_new_tokens
+    if s.threshold is not None:
+        return 1
+    if s.tokens_per_step is not None:
+        return s.tokens_per_step
+    if s.schedule == "llada":
+        return L // each + (i < L % each)
+    if i == each - 1:
+        return len(masked)
+    t = torch.linspace(1, 1e-3, each + 1)
+    return int(len(masked) * (1 - t[i + 1] / t[i]))
+
+
+def naive(m, prompt, response=None, **options):
     """Decode one prompt [P] with all logits at every step. response: the tokens to take, instead of the best ones."""
-    P, N, L, mask_id = len(prompt), max_new_tokens, block_length or max_new_tokens, m.config.mask_id
+    s = decode.Settings(**options)  # for its defaults
+    P, N, mask_id = len(prompt), s.max_new_tokens, m.config.mask_id
+    L, steps = s.block_length or N, s.steps or N
+    each = steps // (N // L)
     ids = torch.cat((prompt, torch.full((N,), mask_id)))
     step_of, entropy, confidence = [steps] * N, [math.nan] * N, [math.nan] * N
-    each = L if threshold is not None else steps // (N // L)
     step = 0
-    for block, i in itertools.product(range(N // L), range(each)):
-        masked = [r for r in range((block + 1) * L) if ids[P + r] == mask_id]
-        if threshold is not None and not masked:
-            continue
-        if schedule == "llada":
-            quota = L // each + (i < L % each)
-        elif i == each - 1:
-            quota = len(masked)
-        else:
-            t = torch.linspace(1, 1e-3, each + 1)
-            quota = int(len(masked) * (1 - t[i + 1] / t[i]))
-        logits, candidates = m(ids[None])[0], []
-        for r in masked:
-            raw = logits[P + r].float()
-            reduced = kept(raw, temperature, top_p, top_k)
-            token = int(reduced.argmax() if response is None else response[r])
-            p = (reduced if schedule == "dream" else raw).softmax(-1)
-            most = p.sort(descending=True).values
-            score = dict(entropy=(p * torch.log(p + 1e-10)).sum(), confidence=p[token], margin=most[0] - most[1])
-            candidates.append((-float(score[strategy]), r, token, float(p[token])))
-        candidates.sort()  # ties: the leftmost first
-        for place, (_, r, token, probability) in enumerate(candidates):
-            if place < quota if threshold is None else place == 0 or probability > threshold:
-                ids[P + r], step_of[r] = token, step
-                p = logits[P + r].float().softmax(-1)
-                entropy[r] = -sum(x * math.log(x) for x in p.tolist() if x > 0)
-                confidence[r] = float(p[token])
-        step += 1
-    ranked = sorted(range(N), key=lambda r: (step_of[r], entropy[r], r))
+    for block in range(N // L):
+        if set(ids[P:].tolist()) & set(s.stop or ()):
+            break
+        for i in range(each):
+            first = block * L if s.threshold is not None else 0
+            masked = [r for r in range(first, (block + 1) * L) if ids[P + r] == mask_id]
+            if not masked and (s.threshold is not None or s.tokens_per_step is not None):
+                break  # the next block begins at once
+            logits, candidates = m(ids[None])[0, P:].float(), []
+            for r in masked:
+                token, score = plain_choice(logits[r], r, s, None if response is None else response[r])
+                candidates.append((-score, r, token))
+            candidates.sort()  # ties: the leftmost first
+            for place, (score, r, token) in enumerate(candidates):
+                if place < plain_quota(s, i, each, masked) or (s.threshold is not None and -score >= s.threshold):
+                    ids[P + r], step_of[r] = token, step
+                    p = logits[r].softmax(-1)
+                    entropy[r] = -sum(x * math.log(x) for x in p.tolist() if x > 0)
+                    confidence[r] = float(p[token])
+            step += 1
+    ranked = sorted(range(N), key=lambda r: (step_of[r], math.inf if math.isnan(entropy[r]) else entropy[r], r))
     order = [ranked.index(r) for r in range(N)]
     return decode.Trajectory(ids[None, P:], *(torch.tensor([x]) for x in (step_of, order, entropy, confidence)))
 
@@ -103,7 +138,7 @@ def naive(
 # -------------------------------------------------------------------------------------------------- the trajectories
 
 
-@pytest.mark.parametrize("golden, k", CASES, indirect=["golden"])
+@pytest.mark.parametrize("golden, k", OFFICIAL, indirect=["golden"])
 def test_official_trajectories(golden, k):
     case = golden.decode_cases[k]
     official = {name: golden.expected.get(f"decode.{k}.{name}") for name in ("prompt", "prompt_mask")}
@@ -116,6 +151,39 @@ def test_official_trajectories(golden, k):
     equal(t, decode.Trajectory(*(golden.expected[f"decode.{k}.{name}"] for name in t._fields)))
 
 
+@pytest.mark.parametrize("golden, k", RELEASE, indirect=["golden"])
+def test_trajectories_of_the_release(golden, k):
+    case = json.loads((FOLDER / "release" / f"decode-{golden.family}.json").read_text())[k]
+    if case["alg"] == "credit":
+        assert case["alg"] not in decode.STRATEGIES
+        pytest.skip("credit fusion is the one decoder of the release that is left out")
+    file = load_file(FOLDER / "release" / f"decode-{golden.family}.safetensors")
+    prompt, mask = file[f"decode.{k}.prompt"], file.get(f"decode.{k}.prompt_mask")
+    response, step = file[f"decode.{k}.response"], file[f"decode.{k}.step"]
+
+    names = dict(maskgit_plus="confidence", llada_original="confidence", topk_margin="margin", entropy="entropy")
+    options = dict(max_new_tokens=case["new"], strategy=names[case["alg"]], threshold=case.get("threshold"))
+    fixed = case.get("fixed", case.get("topk"))
+    options |= dict(steps=case["steps"]) if fixed is None else dict(tokens_per_step=fixed)
+    if golden.family == "dream":
+        options |= dict(temperature=case["temperature"], top_p=case["top_p"], top_k=case.get("top_k"), greedy=True)
+    else:
+        options |= dict(schedule="llada", block_length=case["block"])
+        options |= dict(suppress=[case["eos"]]) if case.get("logits_eos_inf") else {}
+        options |= dict(last=[case["eos"]]) if case.get("confidence_eos_eot_inf") else {}
+    t = decode.generate(golden.load(), prompt, mask, **options)
+
+    assert torch.equal(t.response, response)
+    ours = t.step.masked_fill(t.step == case["steps"], -1)  # -1 = never decoded
+    if len(prompt) > 1 and case.get("threshold") and case.get("block", case["new"]) < case["new"]:
+        # A row that is done with a block waits for the others there. The release counts that, which makes a row's steps
+        # depend on its batch; we count the steps of the row alone. Each decodes something, so they are its own by rank.
+        for row, official in zip(ours, step):
+            assert torch.equal(row, official.unique(return_inverse=True)[1])
+    else:
+        assert torch.equal(ours, step)
+
+
 MATRIX = [
     dict(strategy=strategy, schedule=schedule, steps=steps, block_length=block, **chosen)
     for strategy, schedule, (steps, block), chosen in itertools.product(
@@ -125,14 +193,43 @@ MATRIX = [
         (dict(), dict(top_p=0.7), dict(top_p=0.9, top_k=3), dict(threshold=0.4)),
     )
 ]
+MORE = [
+    dict(strategy=strategy, schedule=schedule, block_length=block, **chosen)
+    for strategy, schedule, block, chosen in itertools.product(
+        ("entropy", "confidence", "margin", "left"),
+        ("dream", "llada"),
+        (None, 4),
+        (
+            dict(tokens_per_step=3),
+            dict(tokens_per_step=1, temperature=0.7, top_p=0.9, greedy=True),
+            dict(steps=9, temperature=0.7, top_k=4, greedy=True),
+            dict(temperature=1.5, greedy=True, suppress=[0, 3, 7, 12]),
+            dict(last=[1, 4, 5, 8]),
+            dict(last=[1, 4, 5, 8], temperature=0.5, top_p=0.8, greedy=True, tokens_per_step=2),
+            dict(threshold=0.3),
+            dict(threshold=0.3, steps=6, last=[1, 4], suppress=[12]),
+            dict(stop=[1, 4, 5, 8]),
+        ),
+    )
+]
 
 
-@pytest.mark.parametrize("options", MATRIX, ids=lambda o: "-".join(map(str, o.values())))
+def named(options):
+    return "-".join(f"{k}={v}" for k, v in options.items())
+
+
+EVERY = []  # one of five, spread over the matrix, runs always
+for i, options in enumerate(MATRIX + MORE):
+    EVERY.append(pytest.param(options, id=named(options), marks=[pytest.mark.slow] if i % 5 else []))
+
+
+@pytest.mark.parametrize("options", EVERY)
 def test_equals_the_plain_decoder(toy, options):
     m = toy()
     fast = decode.generate(m, PROMPT[None], max_new_tokens=12, **options)
-    equal(fast, naive(m, PROMPT, 12, **options))
-    assert (fast.response != m.config.mask_id).all()
+    equal(fast, naive(m, PROMPT, max_new_tokens=12, **options))
+    if "threshold" not in options and "stop" not in options:
+        assert (fast.response != m.config.mask_id).all()
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.95, 0.9999])
@@ -140,7 +237,7 @@ def test_top_p_over_a_large_flat_vocabulary(toy, top_p):
     m = toy(vocab=300, scale=0.3)  # far more tokens stay than a short list of the best ones holds
     options = dict(steps=4, top_p=top_p, temperature=0.9)
     t = decode.generate(m, PROMPT[None], max_new_tokens=6, generator=seeds(1)[0], **options)
-    equal(t, naive(m, PROMPT, 6, response=t.response[0], **options))
+    equal(t, naive(m, PROMPT, max_new_tokens=6, response=t.response[0], **options))
 
 
 @pytest.mark.parametrize("schedule", decode.SCHEDULES)
@@ -161,7 +258,7 @@ def test_a_real_model_equals_the_plain_decoder(golden):
     m, prompt = golden.load(), golden.expected["decode.0.prompt"]
     for options in (dict(steps=8, block_length=8), dict(steps=16, threshold=0.02, schedule="llada")):
         fast = decode.generate(m, prompt, max_new_tokens=16, strategy="confidence", **options)
-        equal(fast, naive(m, prompt[0], 16, strategy="confidence", **options))
+        equal(fast, naive(m, prompt[0], max_new_tokens=16, strategy="confidence", **options))
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -174,6 +271,9 @@ ROWS = [
     dict(strategy="random", temperature=0.5),
     dict(threshold=0.02, strategy="confidence"),
     dict(threshold=0.02, strategy="confidence", block_length=4, temperature=0.9),
+    dict(temperature=0.7),
+    dict(strategy="left", temperature=1.0, top_p=0.95),
+    dict(temperature=0.1, top_p=0.9, greedy=True, last=[5, 301]),
 ]
 
 
@@ -190,7 +290,7 @@ def test_each_row_of_a_padded_batch_equals_its_single_run(golden, options):
     batch = decode.generate(m, ids, mask, generator=seeds(4, 5, 6), **options)
     for b, prompt in enumerate(prompts):
         single = decode.generate(m, prompt[None], generator=seeds(4 + b), **options)
-        equal(decode.Trajectory(*(x[b : b + 1] for x in batch)), single)
+        equal(one_row(batch, b), single)
 
 
 def test_padding_that_is_not_there_is_no_padding(toy):
@@ -220,9 +320,9 @@ def per_step(t, steps):
     ],
 )
 def test_tokens_per_step_of_dream(toy, tokens, steps, first, middle, last):
-    count, expected = tokens, first + [middle] * (steps - len(first) - 1) + last
+    count, expected = torch.tensor([tokens]), first + [middle] * (steps - len(first) - 1) + last
     for i, n in enumerate(expected):
-        assert decode.step_quota("dream", i, steps, [count], tokens) == [n], i
+        assert decode.quota(decode.Settings(tokens, steps), i, steps, count).tolist() == [n], i
         count = count - n
     assert count == 0
     if tokens <= 256:  # the whole loop, once
@@ -248,10 +348,114 @@ def test_tokens_per_step_of_llada(toy, tokens, steps, block, expected):
 @pytest.mark.parametrize("schedule", decode.SCHEDULES)
 @pytest.mark.parametrize("threshold, expected", [(1.0, [1] * 12), (0.0, [4] * 3)])
 def test_threshold_at_its_ends(toy, schedule, threshold, expected):
-    t = decode.generate(
-        toy(), PROMPT[None], max_new_tokens=12, steps=3, block_length=4, threshold=threshold, schedule=schedule
+    options = dict(max_new_tokens=12, block_length=4, strategy="confidence", schedule=schedule, threshold=threshold)
+    assert per_step(decode.generate(toy(), PROMPT[None], **options), 1) == expected
+
+
+def test_with_a_threshold_steps_are_the_most_that_are_taken(toy):
+    options = dict(max_new_tokens=12, steps=6, block_length=4, threshold=1.0)
+    t = decode.generate(toy(), PROMPT[None], **options)
+    assert per_step(t, 6) == [1] * 6 + [6]  # the other six are never decoded
+    assert (t.response == toy().config.mask_id).sum(1).tolist() == [6]
+    for block in t.step[0].view(3, 4):
+        assert (block < 6).sum() == 2  # no later block decodes what one has left
+
+
+@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+def test_a_probability_equal_to_the_threshold_reaches_it(schedule):
+    m = fixed(torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -0.1, -torch.inf], [0.0, 0.0, -torch.inf]]))
+    options = dict(max_new_tokens=3, strategy="confidence", schedule=schedule, threshold=0.5)
+    assert decode.generate(m, PROMPT[None, :1], mask_id=2, **options).step.tolist() == [[0, 0, 0]]
+
+
+def test_dream_ignores_the_strategy_beside_a_threshold_and_llada_compares_its_score(toy):
+    options = dict(max_new_tokens=12, threshold=0.3)
+    one, *others = (decode.generate(toy(), PROMPT[None], strategy=x, **options) for x in decode.STRATEGIES)
+    for other in others:
+        equal(one, other)
+    options |= dict(schedule="llada")
+    entropy, margin = (decode.generate(toy(), PROMPT[None], strategy=x, **options) for x in ("entropy", "margin"))
+    assert per_step(entropy, 1) == [1] * 12  # minus an entropy is never positive
+    assert len(per_step(margin, 1)) < 12
+
+
+@pytest.mark.parametrize(
+    "tokens, block, each, expected",
+    [
+        (12, None, 2, [2] * 6),
+        (12, None, 5, [5, 5, 2]),
+        (12, 4, 3, [3, 1] * 3),  # a block ends before the next one begins
+        (12, 4, 9, [4] * 3),
+    ],
+)
+@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+def test_exactly_so_many_tokens_each_step(toy, schedule, tokens, block, each, expected):
+    m = toy()
+    options = dict(max_new_tokens=tokens, block_length=block, tokens_per_step=each, schedule=schedule)
+    assert per_step(decode.generate(m, PROMPT[None], **options), 1) == expected
+    assert len(m.calls) == len(expected)
+
+
+def test_left_decodes_from_left_to_right(toy):
+    t = decode.generate(toy(), PROMPT[None], max_new_tokens=6, strategy="left", schedule="llada")
+    assert t.step.tolist() == [[0, 1, 2, 3, 4, 5]]
+    t = decode.generate(toy(), PROMPT[None], max_new_tokens=6, strategy="left", tokens_per_step=2)
+    assert t.step.tolist() == [[0, 0, 1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("strategy", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+def test_positions_of_the_last_tokens_are_decoded_last(strategy, schedule):
+    logits = torch.tensor([9.0, 0.0, 0.0, -50.0]).repeat(6, 1)
+    logits[[1, 4]] = torch.tensor([0.0, 1.0, 0.5, -50.0])  # unsure, but of something else than token 0
+    options = dict(max_new_tokens=6, mask_id=3, strategy=strategy, schedule=schedule, tokens_per_step=1)
+    t = decode.generate(fixed(logits), PROMPT[None, :1], last=[0], **options)
+    assert t.response.tolist() == [[0, 1, 0, 0, 1, 0]]  # they are still what the positions are given
+    assert t.step.tolist() == [[2, 0, 3, 4, 1, 5]]
+    t = decode.generate(fixed(logits), PROMPT[None, :1], **options)
+    assert t.step.tolist() == [[0, 4, 1, 2, 5, 3]]
+
+
+def test_a_row_stops_after_the_block_that_holds_a_stop_token():
+    logits = torch.zeros(9, 5)
+    logits[:, 1], logits[4, 2], logits[:, 4] = 3.0, 9.0, -50.0  # token 2 is in the second block of three
+    options = dict(max_new_tokens=9, mask_id=4, block_length=3)
+    t = decode.generate(fixed(logits), PROMPT[None, :1], stop=[2, 3], **options)
+    assert t.response.tolist() == [[1, 1, 1, 1, 2, 1, 4, 4, 4]]
+    assert (t.step[0, 6:] == 9).all() and t.entropy[0, 6:].isnan().all()
+    for other in (dict(stop=[3]), dict(stop=()), dict()):
+        assert decode.generate(fixed(logits), PROMPT[None, :1], **other, **options).response.tolist()[0][6:] == [1] * 3
+
+
+def test_rows_stop_each_for_itself(toy):
+    prompts = torch.stack([PROMPT, PROMPT.flip(0), PROMPT + 1])
+    options = dict(max_new_tokens=12, block_length=3, stop=[1, 5], tokens_per_step=1)
+    t = decode.generate(toy(), prompts, **options)
+    assert len(set((t.step < 12).sum(1).tolist())) > 1
+    for b in range(3):
+        equal(decode.generate(toy(), prompts[b : b + 1], **options), one_row(t, b))
+
+
+def test_greedy_at_a_temperature_takes_the_best_token_and_ranks_by_the_tempered_score(toy):
+    warm = dict(max_new_tokens=12, temperature=0.7, top_p=0.8)
+    a = decode.generate(toy(), PROMPT[None], greedy=True, generator=seeds(1)[0], **warm)
+    equal(a, decode.generate(toy(), PROMPT[None], greedy=True, generator=seeds(2)[0], **warm))
+    # LLaDA's score is untempered: greedy is temperature 0
+    cold = dict(max_new_tokens=12, schedule="llada", strategy="confidence")
+    equal(
+        decode.generate(toy(), PROMPT[None], greedy=True, temperature=2.0, **cold),
+        decode.generate(toy(), PROMPT[None], **cold),
     )
-    assert per_step(t, 1) == expected
+
+
+def test_slabs_change_nothing(toy, monkeypatch):
+    prompts = torch.stack([PROMPT, PROMPT.flip(0)])
+    for options in (dict(), dict(temperature=0.8), dict(temperature=0.8, top_p=0.9), dict(threshold=0.3)):
+        run = dict(max_new_tokens=12, steps=8, **options)
+        whole = decode.generate(toy(), prompts, generator=seeds(1, 2), **run)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "SLAB", 3 * 13)  # three positions at a time
+            equal(decode.generate(toy(), prompts, generator=seeds(1, 2), **run), whole)
 
 
 def test_threshold_unmasks_all_above_it_and_the_best_below_it():
@@ -330,6 +534,17 @@ def test_positions_given_the_mask_token_stay_masked_unless_suppressed(toy):
         for temperature in (0.0, 2.0):
             t = decode.generate(m, PROMPT[None], suppress=suppressed, temperature=temperature, **options)
             assert not torch.isin(t.response, torch.tensor(suppressed)).any()
+
+
+def test_a_row_that_waits_in_a_step_runs_no_model_and_draws_nothing(toy):
+    """Otherwise its tokens would depend on the rows beside it, which may have more to decode."""
+    m, generators = toy(), seeds(1, 2)
+    before = generators[1].get_state()
+    run = decode.Run(m, PROMPT.expand(2, -1), None, 12, generators, decode.Settings(6, temperature=1.0))
+    run.step(run.candidates(0, 6), torch.tensor([6, 6]), torch.tensor([2, 0]), decode.Reuse(run, 0, 6))
+    assert (run.response != 12).sum(1).tolist() == [2, 0]
+    assert [len(ids) for ids, _, _ in m.calls] == [1]
+    assert torch.equal(generators[1].get_state(), before)
 
 
 def test_suppressing_nothing_is_allowed(toy):
@@ -433,7 +648,7 @@ def test_random_strategy_is_uniform_and_greedy(toy):
     ]  # fmt: skip
     assert abs(sum(first) - 100) < 28  # four standard deviations
     t = decode.generate(toy(), PROMPT[None], max_new_tokens=1, steps=1, strategy="random")
-    assert torch.equal(t.response, naive(toy(), PROMPT, 1, 1).response)
+    assert torch.equal(t.response, naive(toy(), PROMPT, max_new_tokens=1).response)
 
 
 @pytest.mark.parametrize("options", [dict(temperature=1.0), dict(strategy="random")], ids=str)
@@ -455,20 +670,27 @@ def test_chance_comes_from_the_generator_alone(toy, options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(max_new_tokens=0), "max_new_tokens 0"),
-        (dict(steps=0), "steps 0"),
-        (dict(block_length=0), "block_length 0"),
-        (dict(block_length=-4), "block_length -4"),
+        (dict(max_new_tokens=0), "^max_new_tokens 0 must be at least 1$"),
+        (dict(steps=0), "^steps 0 must be at least 1$"),
+        (dict(block_length=0), "^block_length 0 must"),
+        (dict(block_length=-4), "^block_length -4 must"),
         (dict(block_length=5), "block_length 5 .* 12; nearest below: 4"),
         (dict(block_length=24), "block_length 24 .* 12; nearest below: 12"),
         (dict(block_length=4, steps=8), "steps 8 .* 3 blocks of 4"),
-        (dict(strategy="entrpy"), "entrpy.*entropy, confidence, margin, random"),
+        (dict(block_length=4, steps=2, threshold=0.5), "steps 2 .* 3 blocks of 4"),
+        (dict(strategy="entrpy"), "entrpy.*entropy, confidence, margin, random, left"),
         (dict(schedule="cosine"), "cosine.*dream, llada"),
-        (dict(temperature=-1.0), "temperature -1"),
-        (dict(top_p=0.0), "top_p 0.0"),
-        (dict(top_p=1.5), "top_p 1.5"),
-        (dict(top_k=0), "top_k 0"),
+        (dict(approximate_cache="all"), "'all'.*prefix, dual"),
+        (dict(temperature=-1.0), "^temperature -1.0 must be a number of at least 0$"),
+        (dict(temperature=math.nan), "^temperature nan must"),
+        (dict(top_p=0.0), "^top_p 0.0 must be above 0 and at most 1$"),
+        (dict(top_p=1.5), "^top_p 1.5 must"),
+        (dict(top_k=0), "^top_k 0 must be at least 1$"),
         (dict(threshold=1.1), "threshold 1.1"),
+        (dict(suppress=[3, -1]), "^suppress holds -1"),
+        (dict(steps=None, tokens_per_step=0), "^tokens_per_step 0 must be at least 1$"),
+        (dict(tokens_per_step=2), "^tokens_per_step 2 and steps 12: give one of them$"),
+        (dict(steps=None, tokens_per_step=2, threshold=0.5), "^tokens_per_step 2 and threshold 0.5: give one of them$"),
         (dict(prompt_mask=torch.ones(1, 4)), r"\[1, 4\].*\[1, 5\]"),
         (dict(prompt_mask=torch.tensor([[1, 1, 1, 0, 0]])), "left"),
         (dict(generator=[None, None]), "generator"),
@@ -481,6 +703,24 @@ def test_settings_that_do_not_fit_together(toy, options, message):
     with pytest.raises(ValueError, match=message):
         decode.generate(m, PROMPT[None], **(dict(max_new_tokens=12, steps=12) | options))
     assert not m.calls
+
+
+@pytest.mark.parametrize("name", ["suppress", "last"])
+def test_ids_beyond_the_vocabulary(toy, name):
+    with pytest.raises(ValueError, match="holds 13; the model has 13 tokens"):
+        decode.generate(toy(), PROMPT[None], max_new_tokens=4, **{name: [2, 13]})
+
+
+def test_settings_check_themselves_without_a_model():
+    assert decode.Settings(max_new_tokens=12, suppress=torch.tensor([3, 1])).suppress == (3, 1)
+    assert decode.Settings(12, last=range(2)) == decode.Settings(12, last=[0, 1])
+    with pytest.raises(ValueError, match="top_k 0"):
+        decode.Settings(max_new_tokens=12, top_k=0)
+    for call in (decode.Settings, lambda **options: decode.generate(None, PROMPT[None], **options)):
+        with pytest.raises(TypeError, match="temperatur"):
+            call(max_new_tokens=12, temperatur=1.0)
+        with pytest.raises(TypeError, match="max_new_tokens"):
+            call(steps=12)
 
 
 # -------------------------------------------------------------------------------------------- approximate caches
@@ -523,7 +763,7 @@ def test_a_cached_decoder_computes_only_a_span(golden, cache):
     for b in range(2):  # each row as if it were alone
         real = PADDED["prompt_mask"][b].bool()
         alone = decode.generate(m, PADDED["prompt_ids"][b : b + 1, real], **options, suppress=[m.config.mask_id])
-        equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(alone, one_row(t, b))
 
 
 @pytest.mark.parametrize("cache", decode.CACHES)
@@ -535,7 +775,7 @@ def test_a_cache_with_rows_of_different_numbers_of_masks(golden, cache):
     assert len({tuple(row.sort().values.tolist()) for row in t.step}) > 1  # they do not go in step
     for b in range(6):
         alone = decode.generate(m, prompts[b : b + 1], **options, approximate_cache=cache)
-        equal(alone, decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(alone, one_row(t, b))
 
 
 def test_one_step_for_each_block_leaves_nothing_to_approximate(golden):
@@ -557,7 +797,7 @@ def test_rows_that_are_done_leave_the_batch(toy):
     t = decode.generate(Counting(), prompts, **options)
     assert len(set(sizes)) > 1 and sum(sizes) == sum(int(row.max()) + 1 for row in t.step)  # no pass that is not needed
     for b in range(3):
-        equal(decode.generate(toy(), prompts[b : b + 1], **options), decode.Trajectory(*(x[b : b + 1] for x in t)))
+        equal(decode.generate(toy(), prompts[b : b + 1], **options), one_row(t, b))
 
 
 def test_a_model_that_forbids_a_token_has_an_entropy(toy):

@@ -1,167 +1,103 @@
-"""The puzzles, the tiny model and the demo: python -m pytest tests/test_demo.py"""
+"""The demo: python -m pytest tests/test_demo.py"""
 
-import itertools
+import io
 import json
-import random
+import os
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import last_json, shell
-from safetensors import safe_open
+from helpers import ROOT, flags, last_json, shell
+from tqdm import tqdm
 
 import data
-import decode
-import model
-import runs
-from experiments import puzzles as puzzle_tasks
-from experiments import tiny as tiny_model
-
-ROOT = Path(__file__).parent.parent
+import evaluate
+import tabom
+from experiments import demo
 
 
-def groups(task):
-    """The sets of cells that must hold every symbol once."""
-    rows = [[6 * r + c for c in range(6)] for r in range(6)]
-    columns = [[6 * r + (c + (r if task == "shear" else 0)) % 6 for r in range(6)] for c in range(6)]
-    return rows + columns
+def test_the_table_of_before_and_after():
+    rows = dict(
+        before=dict(in_domain=0.5, out_of_domain=0.0, tds=None), after=dict(in_domain=0.75, out_of_domain=1, tds=0.25)
+    )
+    *_, before, after = demo.before_and_after(rows, 100).splitlines()
+    assert before == "| before | 50.0 ± 5.0 | 0.0 ± 0.0 | - |"
+    assert after == "| after | 75.0 ± 4.3 | 100.0 ± 0.0 | 0.250 |"  # 100 sqrt(0.75 * 0.25 / 100) = 4.33
 
 
-def solve(puzzle, task):
-    """Every solution of a puzzle, by plain search: cell by cell, left to right."""
-    blanks = [i for i, c in enumerate(puzzle) if c == puzzle_tasks.BLANK]
-    if not blanks:
-        yield puzzle
-        return
-    i = blanks[0]
-    taken = {puzzle[j] for group in groups(task) if i in group for j in group}
-    for symbol in puzzle_tasks.TASKS[task].symbols:
-        if symbol not in taken:
-            yield from solve(puzzle[:i] + symbol + puzzle[i + 1 :], task)
+def test_stages_say_which_one_begins_and_how_long_is_left(capsys):
+    now = SimpleNamespace(time=0.0)
+    stages = demo.Stages({"first": 10, "second": 20, "third": 60}, clock=lambda: now.time)
+    stages.begin("first")
+    now.time += 20  # twice as slow as the reference
+    stages.begin("second")
+    now.time += 0.1  # an earlier run had finished it: this says nothing about the pace
+    stages.begin("third")
+    stages.end()
+    assert capsys.readouterr().err.splitlines() == [
+        "stage 1 of 3: first, about 2 min left",
+        "stage 2 of 3: second, about 3 min left",
+        "stage 3 of 3: third, about 2 min left",
+    ]
+    assert demo.Stages({"a": 10, "b": 30}, share=0.1).expected == [1.0, 3.0]
+    demo.Stages({"a": 10}, shows=False).begin("a")
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("task", ["latin", "shear"])
-@pytest.mark.parametrize("hard", [False, True])
-def test_answers_solve_their_puzzles(task, hard):
-    rng = random.Random(1)
-    for _ in range(20):
-        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS[task], rng, hard)
-        assert prompt[0] == puzzle_tasks.TASKS[task].tag and len(prompt) == 37 and len(answer) == 36
-        assert all(clue in (puzzle_tasks.BLANK, cell) for clue, cell in zip(prompt[1:], answer))
-        for group in groups(task):
-            assert sorted(answer[i] for i in group) == list(puzzle_tasks.TASKS[task].symbols)
-        blanks = prompt.count(puzzle_tasks.BLANK)
-        assert (
-            blanks == puzzle_tasks.HARD_BLANKS
-            if hard
-            else puzzle_tasks.EASY_BLANKS[0] <= blanks <= puzzle_tasks.EASY_BLANKS[1]
-        )
+@pytest.mark.parametrize("seconds, text", [(0.2, "1 s"), (40, "40 s"), (89, "89 s"), (100, "2 min"), (3600, "60 min")])
+def test_durations(seconds, text):
+    assert demo.duration(seconds) == text
 
 
-@pytest.mark.parametrize("task", ["latin", "shear"])
-def test_hard_puzzles_have_one_solution_and_singles_get_stuck(task):
-    rng = random.Random(2)
-    for _ in range(10):
-        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS[task], rng, True)
-        assert list(itertools.islice(solve(prompt[1:], task), 2)) == [answer]
-        cells, progress = prompt[1:], True
-        while progress:
-            progress = False
-            for i, c in enumerate(cells):
-                taken = {cells[j] for group in groups(task) if i in group for j in group}
-                left = [s for s in puzzle_tasks.TASKS[task].symbols if s not in taken]
-                if c == puzzle_tasks.BLANK and len(left) == 1:
-                    cells, progress = cells[:i] + left[0] + cells[i + 1 :], True
-        assert puzzle_tasks.BLANK in cells
+def test_a_small_model_uses_one_thread_unless_told_otherwise(monkeypatch):
+    small, large = torch.nn.Linear(10, 10), torch.nn.Linear(10_000, 10_000, device="meta")
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    runs.one_thread_if_small(large)
+    assert threads == []
+    runs.one_thread_if_small(small)
+    assert threads == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    runs.one_thread_if_small(small)
+    assert threads == [1]
 
 
-def test_datasets_follow_from_the_seed_and_do_not_overlap(tmp_path):
-    sizes = dict(train=30, validation=10, test=20)
-    files = puzzle_tasks.write_datasets(tmp_path / "a", 0, **sizes)
-    again = puzzle_tasks.write_datasets(tmp_path / "b", 0, **sizes)
-    other = puzzle_tasks.write_datasets(tmp_path / "c", 1, **sizes)
-    assert [f.read_text() for f in files] == [f.read_text() for f in again] != [f.read_text() for f in other]
-    rows = [[json.loads(line) for line in f.read_text().splitlines()] for f in files]
-    assert [len(r) for r in rows] == [30, 10, 20, 20]
-    prompts = [r["prompt"] for r in itertools.chain(*rows)]
-    assert len(set(prompts)) == 80
+def test_only_the_datasets(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo.puzzles, "write_datasets", lambda out, seed: (out, seed))
+    assert tabom.main(["demo", *flags(data_only=tmp_path / "P", seed=5)]) == 0
+    assert last_json(capsys.readouterr().out) == dict(datasets=[str(tmp_path / "P"), "5"])
 
 
-def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
-    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
-    assert (tiny_model.TINY / "model.safetensors").stat().st_size < 4e6
-    assert m.config.raw == tiny_model.config()
-    assert tok.size == m.config.vocab_size == len(tiny_model.vocabulary())
-    assert (tok.eos_id, tok.ids[tiny_model.MASK]) == (m.config.eos_id, m.config.mask_id)
-
-
-def test_the_tiny_model_solves_what_it_was_trained_on():
-    """Easy puzzles with few blanks: most are right, whatever the processor's rounding."""
-    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
-    rng, right = random.Random(3), 0
-    for _ in range(10):
-        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS["latin"], rng, False)
-        shown = "".join(a if c == puzzle_tasks.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
-        settings = runs.decoder_settings(runs.DecodeOptions(), runs.Loaded(m, tok, tiny_model.TINY))
-        t = decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **settings)
-        right += tok.response_text(t.response[0].tolist()) == answer
-    assert right >= 8
-
-
-def test_retrain_builds_a_model_folder(tmp_path):
-    result = tiny_model.retrain(tmp_path, count=128, epochs=1)
-    folder = Path(result["tiny"])
-    assert {f.name for f in folder.iterdir()} == {f.name for f in tiny_model.TINY.iterdir()}
-    with (
-        safe_open(folder / "model.safetensors", "pt") as ours,
-        safe_open(tiny_model.TINY / "model.safetensors", "pt") as tiny,
-    ):
-        assert set(ours.keys()) == set(tiny.keys())
-    assert result["steps"] == 2
+def test_the_folder_of_a_stranger_is_refused(tmp_path, capsys):
+    file = tmp_path / "demo" / "quick-0" / "data" / "train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert tabom.main(["demo", "--quick", *flags(out=tmp_path / "demo")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "train.jsonl" in last
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.slow
 def test_the_quick_demo_prints_a_table_and_json(tmp_path):
     words = [sys.executable, str(ROOT / "tabom.py"), "demo", "--quick", "--out", str(tmp_path / "demo")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as a user runs it
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     *_, header, _, before, after, last = done.stdout.strip().splitlines()
     result = json.loads(last)
     assert "in-domain" in header and before.startswith("| before") and after.startswith("| after")
     for line, row in ((before, result["before"]), (after, result["after"])):
         assert f"{100 * row['in_domain']:.1f}" in line and f"{row['tds']:.3f}" in line
+    said = [line for line in done.stderr.splitlines() if line.startswith("stage ")]
+    assert len(said) == 6 and said[2].startswith("stage 3 of 6: train, about ")
     records = data.read_trajectories(tmp_path / "demo" / "quick-0" / "before-test_in")
     assert result["before"]["in_domain"] == sum(r["correct"] for r in records) / len(records)
-    again = subprocess.run(words, capture_output=True, text=True)  # everything is there already
+    again = subprocess.run(words, capture_output=True, text=True, env=env)  # everything is there already
     assert json.loads(again.stdout.strip().splitlines()[-1]) == result
-
-
-def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        puzzle_tasks.TASKS,
-        "turned",
-        puzzle_tasks.Task("T", "uvwxyz", "123456", lambda *a: [c[::-1] for c in puzzle_tasks.latin(*a)]),
-    )
-    monkeypatch.setattr(puzzle_tasks, "OUT_OF_DOMAIN", "turned")
-    *_, out = puzzle_tasks.write_datasets(tmp_path, 0, train=1, validation=1, test=2)
-    tiny_model.write_start(tmp_path / "start", 0)
-    tok = data.load_tokenizer(tmp_path / "start")
-    for row in map(json.loads, out.read_text().splitlines()):
-        first, second = row["answer"]
-        assert row["prompt"][0] == "T" and set(first) == set("uvwxyz") and set(second) == set("123456")
-        for group in groups("latin"):
-            assert len({first[i] for i in group}) == 6
-        assert tok.decode(tok.encode(row["prompt"] + first)) == row["prompt"] + first
-    assert tok.size == model.load(tmp_path / "start").config.vocab_size == 18 + 7
-
-
-def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
-    result = tiny_model.retrain(tmp_path, puzzles=64, epochs=2, taken=1)
-    weights = Path(result["tiny"]) / "model.safetensors"
-    assert weights.read_bytes() == (tmp_path / "run" / "epoch-1" / "model.safetensors").read_bytes()
-    assert result["steps"] == 1 and not (tmp_path / "run" / "epoch-2").exists()
 
 
 @pytest.mark.slow
@@ -172,3 +108,14 @@ def test_the_demo_on_two_processes_says_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         said.append(last_json(done.stdout))
     assert said[0]["before"] == pytest.approx(said[1]["before"]) and said[0]["steps"] == said[1]["steps"]
+
+
+def test_the_bar_moves_inside_a_batch():
+    bar = tqdm(total=20, disable=False, file=io.StringIO())
+    places = []
+    for step in range(4):  # the second batch, of 10, in 4 steps
+        evaluate.show_share(bar, 5, 10, 4, step)
+        places.append(bar.n)
+    assert places == [7, 10, 12, 15]
+    evaluate.show_share(bar, 5, 10, 4, 7)  # more steps than expected, with a threshold
+    assert bar.n == 15

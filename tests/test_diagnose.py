@@ -7,12 +7,13 @@ import re
 import struct
 
 import pytest
-from helpers import flags, last_json, shell
+from helpers import flags, shell
 
 import data
 import lora
 import model
 import objectives
+import runs
 import tabom
 from experiments import diagnose, plots
 
@@ -27,13 +28,12 @@ def run_folder(tiny, trajectories, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(tiny, trajectories, puzzles, run_folder, tmp_path_factory):
-    """What diagnose wrote about the base and one checkpoint: its folder and its last line."""
+    """What diagnose wrote about the base and one checkpoint: its folder, and what it returned."""
     out = tmp_path_factory.mktemp("D") / "D"
     checkpoint = run_folder / "epoch-1"
-    options = dict(model=tiny, checkpoints=checkpoint, data=trajectories, ground_truth=puzzles, runs=run_folder)
-    done = shell("diagnose", *flags(out=out, window=5, batch_size=5, **options))
-    assert done.returncode == 0, done.stderr
-    return out, last_json(done.stdout), [None, checkpoint]
+    options = dict(model=str(tiny), checkpoints=(str(checkpoint),), data=str(trajectories), device="cpu", window=5)
+    more = dict(ground_truth=str(puzzles), runs=(str(run_folder),), batch_size=5, out=str(out))
+    return out, diagnose.diagnose(diagnose.DiagnoseOptions(**options, **more)), [None, checkpoint]
 
 
 def rows(folder, name):
@@ -110,6 +110,7 @@ def test_a_trajectory_is_drawn_token_by_token(tiny, trajectories):
     assert [patch.get_x() for patch in axes.patches] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(tiny, trajectories, puzzles, run_folder, found, tmp_path):
     options = dict(model=tiny, checkpoints=run_folder / "epoch-1", data=trajectories, ground_truth=puzzles)
     done = shell("diagnose", *flags(out=tmp_path / "D", window=5, batch_size=5, **options), processes=2)
@@ -119,6 +120,52 @@ def test_two_processes_write_the_same(tiny, trajectories, puzzles, run_folder, f
         one, two = rows(found[0], name), rows(tmp_path / "D", name)
         assert [r[value] for r in two] == pytest.approx([r[value] for r in one], rel=1e-4, abs=1e-6)
         assert [r.get("id", r.get("step")) for r in two] == [r.get("id", r.get("step")) for r in one]
+
+
+def test_own_order_has_the_window_and_margin_it_is_given(tiny, trajectories):
+    """The slow way: every window of every trajectory that holds no EOS, one after the other."""
+    processes, limit = runs.Processes("cpu"), 5
+    options = runs.ModelOptions(model=str(tiny), device="cpu")
+    records = data.read_trajectories(trajectories)[:limit]
+    m = model.load(tiny)
+    for window, margin in ((3, 0.1), (6, 0.4)):
+        found = diagnose.order_of(options, processes, None, trajectories, limit, window, margin)
+        losses, least, pairs, inverted = [], [], 0, 0
+        for record in records:
+            batch = data.collate([record], m.config.pad_id)
+            h = objectives.replay(m, batch, objectives.before_eos(batch, m.config.eos_id))[0]
+            of_row, least_of_row = [], []
+            for t in range(len(h) - window + 1):
+                inside = h[t, t : t + window]
+                known = inside[~inside.isnan()]
+                for i in range(len(known)):
+                    inverted += int((known[i] > known[i + 1 :]).sum())
+                    pairs += len(known) - i - 1
+                if len(known) == window:
+                    of_row.append(objectives.ranking_loss(inside, margin).item())
+                    least_of_row.append(objectives.ranking_loss(inside.sort().values, margin).item())
+            if of_row:
+                losses.append(sum(of_row) / len(of_row))
+                least.append(sum(least_of_row) / len(least_of_row))
+        assert found["ranking"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        assert found["ranking_least"] == pytest.approx(sum(least) / len(least), rel=1e-4)
+        assert found["ranking_least"] < found["ranking"]
+        assert found["inversions_window"] == pytest.approx(inverted / pairs, abs=3 / pairs)  # near ties
+        assert set(found) == {
+            "tds", "ranking", "ranking_least", "inversions_step", "inversions_window", "per_step",
+        }  # fmt: skip
+
+
+def test_responses_of_eos_alone_have_no_order(tiny, trajectories, tmp_path):
+    eos_id = data.load_tokenizer(tiny).eos_id
+    with open(tmp_path / "T.jsonl", "w") as f:
+        for record in data.read_trajectories(trajectories)[:3]:
+            record["response_ids"][0] = eos_id
+            f.write(json.dumps(record) + "\n")
+    options = runs.ModelOptions(model=str(tiny), device="cpu")
+    found = diagnose.order_of(options, runs.Processes("cpu"), None, tmp_path / "T.jsonl", 3, 8, 0.2)
+    assert found.pop("per_step") == []
+    assert set(found.values()) == {None}
 
 
 def test_prompts_are_decoded_by_each_model(tiny, puzzles, trajectories, run_folder, tmp_path, capsys):
@@ -156,12 +203,28 @@ def test_curves_are_named_by_where_their_paths_differ():
     assert list(plots.labels(["a/b/c"]).values()) == ["a/b/c"]
 
 
+def test_the_table_has_the_tds_of_each_model():
+    one = dict(model="base", trajectories=1, tds=0.5, tds_se=None, inversions_step=0.25, inversions_window=None)
+    none = dict(one, model="out/R/epoch-1", trajectories=64, tds=None)
+    *_, first, second = diagnose.summary_table([one, none], 32).splitlines()
+    assert first == "| base | 1 | 0.5000 | 25.0 | - |"
+    assert second == "| out/R/epoch-1 | 64 | - | 25.0 | - |"
+
+
+def test_a_comma_after_the_last_checkpoint_is_an_error(tmp_path, capsys):
+    options = dict(model="tiny", data="T", checkpoints="out/R/epoch-1,", out=tmp_path / "D")
+    with pytest.raises(SystemExit):
+        tabom.main(["diagnose", *flags(**options)])
+    assert "--checkpoints" in capsys.readouterr().err
+    assert not (tmp_path / "D").exists()
+
+
 def test_training_curves_need_no_model(run_folder, tmp_path, capsys):
     assert tabom.main(["diagnose", *flags(runs=run_folder, out=tmp_path / "D")]) == 0
-    assert [file.name for file in (tmp_path / "D").iterdir()] == ["training.png"]
+    assert sorted(file.name for file in (tmp_path / "D").iterdir()) == ["training.pdf", "training.png"]
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     drawing = plots.draw_training({"R": [json.loads(line) for line in lines]})
-    titles = [axes.get_ylabel() for axes in drawing.axes if axes.get_lines()]
+    titles = [axes.get_title() for axes in drawing.axes if axes.get_lines()]
     assert titles == ["loss", "ce", "rank", "in_order", "entropy", "grad_norm"]
 
 

@@ -1,17 +1,42 @@
-"""Checks of answers, and TDS against a naive double loop: python -m pytest tests/test_evaluate.py"""
+"""Is an answer right, and the evaluate and grade commands: python -m pytest tests/test_evaluate.py
 
-import math
+The benchmarks and the graded real outputs are read from the folder that TABOM_DATA names, and skipped without it."""
+
+import gzip
+import json
+import os
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
+from helpers import last_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import evaluate
-import model
-import objectives
+import runs
+import tabom
+from benchmarks import gsm8k
 
-GOLDEN = "tests/golden/"
+REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
+needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
+
+
+def write(path, rows):
+    with gzip.open(path, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def read(path):
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+# --------------------------------------------------------------------------------------------- is an answer right?
 
 
 @pytest.mark.parametrize(
@@ -21,10 +46,21 @@ GOLDEN = "tests/golden/"
         ("#### 1,234", "#### 1234", True),
         ("so $18.00 a day", "9 * 2 = <<9*2=18>>18\n#### 18", True),
         ("first 5, then \\boxed{-3}", "\\boxed{-3}", True),
+        ("it is \\(18\\).", "18", True),
+        ("18 km", "18", True),
+        ("x = \u22125", "-5", True),  # the minus sign of typography
+        ("\\boxed{1{,}000}", "1000", True),
+        ("x = 5-3", "3", True),
         ("12 apples and 7", "12", False),
         ("no number", "12", False),
+        ("\\boxed{\\frac{3}{4}}", "3", False),
+        ("\\boxed{3\\sqrt{2}}", "2", False),
+        ("The chance is 1/2.", "2", False),
+        ("10^2", "2", False),
+        ("so 3x", "3", False),
+        ("at 10:30", "30", False),
         ("anything", "no number either", None),
-        ("3/4", "\\boxed{\\frac{3}{4}}", None),  # not one number: not to be judged by its last digit
+        ("3/4", "\\boxed{\\frac{3}{4}}", None),  # not one number
         ("72", "72 apples", None),
         ("72", None, None),
     ],
@@ -33,11 +69,28 @@ def test_number_check(response, answer, verdict):
     assert evaluate.check("number", response, answer) is verdict
 
 
+@pytest.mark.parametrize(
+    "response, answer, verdict",
+    [
+        ("\\boxed{4}", "4", True),
+        ("\\boxed{\\frac{6}{8}}", "\\frac{3}{4}", True),
+        ("4", "\\frac{3}{4}", False),
+        ("\\boxed{\\frac{8}{2}}", "4", True),  # no plain number, but one that math-verify can compare
+        ("\\boxed{(1, 2)}", "(1,2)", True),
+        ("Paris", "The capital of France is Paris", None),
+    ],
+)
+def test_auto_check_takes_what_can_tell(response, answer, verdict):
+    assert evaluate.check("auto", response, answer) is verdict
+
+
 def test_exact_and_no_check():
     assert evaluate.check("exact", " abc\n", "abc") is True
     assert evaluate.check("exact", "abd", "abc") is False
-    assert evaluate.check("exact", "abc", ["x", " abc"]) is True and evaluate.check("exact", "abc", ["x", "y"]) is False
-    assert evaluate.check("number", "so 7", ["x", "7"]) is True and evaluate.check("number", "7", ["x", "8"]) is None
+    assert evaluate.check("exact", "abc", ["x", " abc"]) is True
+    assert evaluate.check("exact", "abc", ["x", "y"]) is False
+    assert evaluate.check("number", "so 7", ["x", "7"]) is True
+    assert evaluate.check("number", "7", ["x", "8"]) is None
     assert evaluate.check("none", "abc", "abc") is None
     with pytest.raises(ValueError, match="check 'fuzzy' is none of"):
         evaluate.check("fuzzy", "a", "a")
@@ -45,135 +98,248 @@ def test_exact_and_no_check():
 
 @settings(deadline=None)
 @given(
-    st.integers(-(10**9), 10**9),
-    st.sampled_from(["{}", "{:,}", "so it is {:,}.", "#### {:,}", "\\boxed{{{}}}", "${:,}"]),
+    st.integers(-(10**40), 10**40),
+    st.sampled_from(["{}", "{:,}", "so it is {:,}.", "#### {:,}", "\\boxed{{{}}}", "it costs ${:,}"]),
 )
 def test_a_number_is_found_however_it_is_written(n, form):
-    if n < 0 and form.startswith("$"):
+    if n < 0 and "$" in form:
         return  # $-5 is not how anyone writes it
-    assert evaluate.final_number(form.format(n)) == n
+    assert evaluate.final_number(form.format(n)) == Decimal(n)
 
 
-def make_batch():
-    """Three rows: an EOS inside the response, a padded prompt, a shorter response."""
-    g = torch.Generator().manual_seed(0)
-    response = torch.randint(0, 290, (3, 7), generator=g)
-    return dict(
-        prompt_ids=torch.randint(0, 290, (3, 4), generator=g),
-        prompt_mask=torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]),
-        response_ids=response,
-        order=torch.stack([torch.randperm(7, generator=g), torch.randperm(7, generator=g), torch.arange(7)]),
-        length=torch.tensor([7, 7, 5]),
-    )
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["math", "auto"])
+def test_checks_agree_with_math_verify_on_real_answers(kind):
+    rows = read(REAL / "math500_llada8b_graded.jsonl.gz")
+    same = 0
+    for row in rows:
+        verdict = evaluate.check(kind, row["response"], row["answer"])
+        assert verdict is not None  # nothing is kept as unchecked
+        same += verdict == row["math_verify"]
+    assert same >= 0.99 * len(rows)
 
 
-def naive_log_p(m, batch, b, visible):
-    """log p of row b given the positions in visible, without padding: [n, V] in float64."""
-    prompt = batch["prompt_ids"][b][batch["prompt_mask"][b].bool()].tolist()
-    response = batch["response_ids"][b, : batch["length"][b]].tolist()
-    ids = prompt + [x if r in visible else m.config.mask_id for r, x in enumerate(response)]
-    with torch.no_grad():
-        return m(torch.tensor([ids]))[0, len(prompt) :].double().log_softmax(-1)
+# --------------------------------------------------------------------------------------------- prompts and settings
 
 
-def naive_replay(m, batch, b):
-    """Entropies of row b by (step, rank in the decode order), one forward pass for each step."""
-    order = batch["order"][b, : batch["length"][b]].tolist()
-    h = {}
-    for t in range(len(order)):
-        logp = naive_log_p(m, batch, b, {r for r, k in enumerate(order) if k < t})
-        h |= {(t, k): -sum(math.exp(q) * q for q in logp[r].tolist()) for r, k in enumerate(order) if k >= t}
-    return h
+def of_family(family, folder):
+    """A Loaded that only knows its family and folder."""
+    return runs.Loaded(SimpleNamespace(config=SimpleNamespace(family=family)), None, folder)
 
 
-def naive_tds(m, batch, eos_id):
-    """Eq. 10 and 11 as loops over trajectories, steps and positions."""
-    of_trajectory = []
-    for b, length in enumerate(batch["length"].tolist()):
-        response, order = (batch[k][b, :length].tolist() for k in ("response_ids", "order"))
-        end = response.index(eos_id) if eos_id in response else length
-        entropy, of_step = naive_replay(m, batch, b), []
-        for t in range(length):
-            h = [entropy[t, order[r]] for r in range(end) if order[r] >= t]
-            if h:
-                mean = sum(h) / len(h)
-                of_step.append(sum((x - mean) ** 2 for x in h) / len(h))
-        of_trajectory.append(sum(of_step) / len(of_step))
-    return sum(of_trajectory) / len(of_trajectory), of_trajectory
+def settings_of(task, family, folder, **flags):
+    return evaluate.task_settings(evaluate.EvaluateOptions(**flags), task, of_family(family, folder))
 
 
-@pytest.fixture(params=["llada-tiny", "dream-tiny"])
-def m(request):
-    return model.load(request.config.rootpath / GOLDEN / request.param)
+def test_settings_are_those_of_table_8(tmp_path):
+    dream = settings_of("humaneval", "dream", tmp_path)
+    wanted = dict(max_new_tokens=768, steps=768, temperature=0.1, top_p=0.9, strategy="entropy", block_length=None)
+    assert {**dream, **wanted} == dream and dream["greedy"]
+    llada = settings_of("math500", "llada", tmp_path)
+    wanted = dict(max_new_tokens=512, steps=512, temperature=0.0, strategy="confidence", block_length=64)
+    assert {**llada, **wanted} == llada
+    assert settings_of("humaneval", "llada", tmp_path)["suppress_eos"]
+    assert settings_of("mbpp", "llada", tmp_path)["eos_last"]
+    assert not settings_of("gsm8k", "dream", tmp_path, sample=True)["greedy"]
+    assert settings_of("gsm8k", "llada", tmp_path, protocol="release")["max_new_tokens"] == 256
+    faster = settings_of("gsm8k", "dream", tmp_path, tokens_per_step=3)
+    assert faster["tokens_per_step"] == 3 and "steps" not in faster
+    with pytest.raises(ValueError, match="tokens_per_step 2 and steps 8: give one"):
+        settings_of("gsm8k", "dream", tmp_path, tokens_per_step=2, steps=8)
 
 
-def test_tds_equals_the_double_loop(m):
-    batch = make_batch()
-    batch["response_ids"][1, 4] = m.config.eos_id  # what comes after it does not count
-    value, rows = naive_tds(m, batch, m.config.eos_id)
-    found = objectives.tds(m, batch, m.config.eos_id)
-    assert found["tds"] == pytest.approx(value, rel=1e-4)
-    assert found["rows"] == pytest.approx(rows, rel=1e-4)
-    assert len(found["per_step"]) == 7
+@pytest.mark.parametrize(
+    "own, given, wanted",
+    [
+        (dict(max_new_tokens=36), {}, (36, 36, None)),  # not the preset's steps for another length
+        (dict(tokens_per_step=2), {}, (256, None, 2)),
+        (dict(tokens_per_step=2), dict(steps=64), (256, 64, None)),
+        (dict(tokens_per_step=2), dict(max_new_tokens=64), (64, None, 2)),
+        (dict(max_new_tokens=64, steps=16), dict(tokens_per_step=2), (64, None, 2)),
+        (dict(temperature=0, top_p=1), {}, (256, 256, None)),  # JSON's numbers
+    ],
+)
+def test_the_number_of_steps_is_that_of_the_last_who_speaks_of_it(tmp_path, own, given, wanted):
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(tabom=own)))
+    found = settings_of("gsm8k", "dream", tmp_path, **given)
+    assert (found["max_new_tokens"], found.get("steps"), found.get("tokens_per_step")) == wanted
 
 
-def test_replay_equals_the_loop(m):
-    batch = make_batch()
-    h = objectives.replay(m, batch)
-    assert h.shape == (3, 7, 7)
-    for b in range(3):
-        expected = naive_replay(m, batch, b)
-        for t in range(7):
-            for k in range(7):
-                if (t, k) in expected:
-                    assert h[b, t, k] == pytest.approx(expected[t, k], abs=1e-4)
-                else:
-                    assert h[b, t, k].isnan()
+def test_wilson_interval():
+    low, high = evaluate.wilson(50, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert evaluate.wilson(0, 10)[0] == 0 and evaluate.wilson(10, 10)[1] == pytest.approx(1)
 
 
-lists = st.lists(st.lists(st.one_of(st.integers(0, 3), st.just(math.nan)), min_size=5, max_size=5), min_size=1)
+# --------------------------------------------------------------------------------------------------------- evaluate
 
 
-@settings(deadline=None)
-@given(lists)
-def test_inversions_equal_the_loop(rows):
-    found = objectives.inversions(torch.tensor(rows, dtype=torch.float32))
-    for d in range(1, 5):
-        pairs = [(row[k], row[k + d]) for row in rows for k in range(5 - d)]
-        pairs = [(a, b) for a, b in pairs if not math.isnan(a) and not math.isnan(b)]
-        assert found["pairs"][d - 1] == len(pairs)
-        assert found["inverted"][d - 1] == sum(a > b for a, b in pairs)
+def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question=f"What is {i}?", answer=f"#### {i}") for i in range(5)])
+    kinds = dict(instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
+    write(folder / "ifeval.jsonl.gz", [dict(key=i, prompt="No commas.", **kinds) for i in range(3)])
+    words = ["evaluate", "--model", str(bytes_model), "--data", str(folder), "--out", str(tmp_path / "E")]
+    words += ["--tasks", "gsm8k, ifeval", "--max-new-tokens", "8", "--block-length", "8", "--tokens-per-step", "2"]
+    assert tabom.main([*words, "--limit", "2"]) == 0
+    assert tabom.main(words) == 0
+    out = capsys.readouterr().out
+    result = last_json(out)
+    assert [s["n"] for s in result["scores"]] == [5, 3] and "| gsm8k | 5 |" in out
+    records = data.read_trajectories(tmp_path / "E" / "gsm8k")
+    assert sorted(r["id"] for r in records) == [0, 1, 2, 3, 4]
+    for r in records:
+        assert r["correct"] == gsm8k.grade(dict(answer=r["answer"]), r["response"])["correct"]
+        assert max(r["step"]) == 3  # 8 tokens, 2 a step
+    monkeypatch.chdir(tmp_path)  # without --out, a folder named by the model
+    assert tabom.main([*words[:5], *words[7:], "--limit", "1"]) == 0
+    out = last_json(capsys.readouterr().out)["out"]
+    assert out.startswith("out/evaluate-") and len(data.read_trajectories(tmp_path / out / "ifeval")) == 1
+    saved = json.loads((tmp_path / "E" / "results.json").read_text())
+    assert saved["scores"] == result["scores"] and saved["command"]["tokens_per_step"] == 2
+    for name, message in (("fly", "--tasks fly: known are"), ("math500", "no dataset file")):
+        assert tabom.main([*words[:7], "--tasks", name]) == 1
+        assert message in capsys.readouterr().err
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question=f"What is {i}?", answer=f"#### {i + 1}") for i in range(5)])
+    assert tabom.main(words) == 1
+    assert "holds another run: questions_sha256 was" in capsys.readouterr().err
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question="What?", answer="#### 1"), dict(answer=7)])
+    assert tabom.main(words) == 1
+    assert "gsm8k_test.jsonl.gz:2: answer, question missing or of another type" in capsys.readouterr().err
 
 
-def test_inversions_of_one_token_are_none():
-    assert all(len(x) == 0 for x in objectives.inversions(torch.zeros(3, 1)).values())
+def test_shots_come_before_the_question(bytes_model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question="What?", answer="#### 1")])
+    turns = [dict(role="user", content="one"), dict(role="assistant", content="two")]
+    (tmp_path / "shots.json").write_text(json.dumps(dict(gsm8k=turns)))
+    words = [
+        "evaluate",
+        "--model",
+        str(bytes_model),
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "E"),
+        "--steps",
+        "8",
+    ]
+    words += ["--max-new-tokens", "8", "--shots", str(tmp_path / "shots.json")]
+    assert tabom.main(words) == 0
+    (record,) = data.read_trajectories(tmp_path / "E" / "gsm8k")
+    text = data.load_tokenizer(bytes_model).decode(record["prompt_ids"])
+    assert text.startswith("user: one\nassistant: two\nuser: Q: What?")
 
 
-@settings(deadline=None)
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 5))
-def test_windows_of_a_replay(length, window, spare):
-    N = length + spare
-    h = torch.arange(N * N, dtype=torch.float32).reshape(1, N, N)
-    found = objectives.by_window(h, window, torch.tensor([length]))[0]
-    W = min(window, N)
-    assert found.shape == (N, W)
-    for t in range(N):
-        for i in range(W):
-            if t <= max(length - W, 0) and t + i < N:
-                assert found[t, i] == h[0, t, t + i]
-            else:
-                assert found[t, i].isnan()
+# ------------------------------------------------------------------------------------------------------------ grade
 
 
-def test_loss_at_a_mask_ratio(m):
-    batch = make_batch()
-    generators = [torch.Generator().manual_seed(b) for b in range(3)]
-    everything = objectives.loss_at(m, batch, 1.0, generators)
-    for b, n in enumerate(batch["length"].tolist()):
-        logp = naive_log_p(m, batch, b, set())
-        expected = -sum(float(logp[r, batch["response_ids"][b, r]]) for r in range(n)) / n
-        assert everything[b] == pytest.approx(expected, abs=1e-4)
-    few = [objectives.loss_at(m, batch, 0.01, [torch.Generator().manual_seed(s)] * 3)[2] for s in range(60)]
-    alone = [-naive_log_p(m, batch, 2, set(range(5)) - {r})[r, batch["response_ids"][2, r]].float() for r in range(5)]
-    near = (torch.stack(few)[:, None] - torch.stack(alone)).abs() < 1e-4
-    assert near.any(1).all() and near.any(0).all()  # each of the five tokens alone, given the four others
+@needs_data
+@pytest.mark.parametrize(
+    "task, name, key",
+    [("gsm8k", "gsm8k_llada8b_graded", "flexible_correct"), ("math500", "math500_llada8b_graded", "math_verify")],
+)
+def test_grade_agrees_with_the_reference_verdicts(task, name, key, tmp_path, capsys):
+    out = tmp_path / "V.jsonl"
+    assert tabom.main(["grade", "--task", task, "--responses", str(REAL / f"{name}.jsonl.gz"), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert last_json(capsys.readouterr().out)["n"] == len(rows)
+    assert sum(row["correct"] == bool(row[key]) for row in rows) >= 0.995 * len(rows)
+
+
+def test_grade_runs_programs_and_writes_every_line_back(tmp_path, capsys):
+    check = "def check(f):\n    assert f(1) == 2\n"
+    rows = [
+        dict(
+            prompt="def f(x):\n",
+            entry_point="f",
+            test=check,
+            response="    return x + 1\n```",
+            mine=1,
+        ),
+        dict(
+            prompt="def f(x):\n",
+            entry_point="f",
+            test=check,
+            response="    return x\n```",
+            mine=2,
+        ),
+    ]
+    write(tmp_path / "R.jsonl.gz", rows)
+    words = [
+        "grade",
+        "--task",
+        "humaneval",
+        "--responses",
+        str(tmp_path / "R.jsonl.gz"),
+        "--out",
+        str(tmp_path / "V.jsonl"),
+    ]
+    assert tabom.main(words) == 0
+    assert last_json(capsys.readouterr().out)["correct"] == 1
+    found = [json.loads(line) for line in (tmp_path / "V.jsonl").read_text().splitlines()]
+    assert [(v["mine"], v["correct"]) for v in found] == [(1, True), (2, False)]
+    assert all(row.items() <= v.items() for row, v in zip(rows, found))
+
+
+def test_a_bad_record_is_its_own_fault(tmp_path, capsys):
+    """Faults of records and of responses, among 100 that are fine: 100 verdicts."""
+    good = dict(prompt="def f(x):\n", entry_point="f", test="def check(f):\n    assert f(1) == 2\n")
+    answer = "    return x + 1\n```"
+    rows = [dict(good, response=answer) for _ in range(4)]
+    rows += [dict(good, test="def check(f:", response=answer)]  # no Python
+    rows += [dict(good, response="    return " + " + ".join("1" * 330) + "\n```")]
+    rows += [dict(good, response="    return " + "-" * 326 + "1\n```")]
+    rows += [dict(good, response=answer + "\ud800")]
+    rows += [dict(good, response="    raise ValueError('\\ud800')\n```")]
+    source, out = tmp_path / "R.jsonl", tmp_path / "V.jsonl.gz"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tabom.main(["grade", "--task", "humaneval", "--responses", str(source), "--out", str(out)]) == 0
+    found = [row["correct"] for row in read(out)]  # compressed, as its name says
+    assert found == [True] * 4 + [False] * 3 + [True, False]
+    result = last_json(capsys.readouterr().out)
+    assert (result["n"], result["not_graded"]) == (9, 1)
+
+
+def test_grade_trims_as_evaluate_does_and_reads_the_harness(tmp_path, capsys):
+    record = dict(prompt="def f(x):\n", entry_point="f", test="def check(f):\n    assert f(1) == 2\n")
+    response = "def f(x):\n    return x + 1\n\nprint(f(2)\n"
+    write(tmp_path / "R.jsonl.gz", [dict(doc=record, resps=[[response]], target="")])
+    words = ["grade", "--task", "humaneval", "--responses", str(tmp_path / "R.jsonl.gz"), "--out"]
+    assert tabom.main([*words, str(tmp_path / "V.jsonl")]) == 0
+    (row,) = read(tmp_path / "V.jsonl")
+    assert row["doc"] == record
+    assert "not graded" not in row["reason"]
+    assert tabom.main([*words, str(tmp_path / "R.jsonl.gz")]) == 1
+    assert "is the file with the responses" in capsys.readouterr().err
+
+
+def test_the_gold_answer_of_mathematics_may_be_raw(tmp_path, capsys):
+    (tmp_path / "R.jsonl").write_text(json.dumps(dict(answer="2\\frac{1}{2}", response="$2\\frac{1}{2}$")) + "\n")
+    words = ["grade", "--task", "math500", "--responses", str(tmp_path / "R.jsonl"), "--out", str(tmp_path / "V")]
+    right = []
+    for gold in ("latex", "raw"):
+        assert tabom.main([*words, "--math-gold", gold]) == 0
+        right.append(last_json(capsys.readouterr().out)["correct"])
+    assert right == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"answer": "5"}', "R.jsonl:1: response missing"),
+        ('{"answer": 5, "response": "5"}', "R.jsonl:1: answer missing or of another type"),
+        ("[]", "R.jsonl:1: answer, response missing"),
+        ("{", "R.jsonl:1: not valid JSON"),
+        ("", "no responses to grade"),
+    ],
+)
+def test_grade_names_what_is_wrong(line, message, tmp_path, capsys):
+    (tmp_path / "R.jsonl").write_text(line + "\n")
+    words = ["grade", "--task", "gsm8k", "--responses", str(tmp_path / "R.jsonl"), "--out", str(tmp_path / "V.jsonl")]
+    assert tabom.main(words) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "V.jsonl").exists()

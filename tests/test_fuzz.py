@@ -3,6 +3,7 @@
 Whatever a file holds, a reader gives an answer or one of the errors that the command line prints as one line; anything
 else, and a hang, is a failure. Half of the inputs are random, half are good files with a few things changed."""
 
+import functools
 import gzip
 import json
 import random
@@ -32,14 +33,15 @@ def fuzz(count):
     return settings(max_examples=count, deadline=None, database=None, suppress_health_check=SLOW, derandomize=True)
 
 
-def survives(read, *arguments):
+def survives(read, *arguments, **options):
     try:
-        read(*arguments)
+        read(*arguments, **options)
     except ERRORS as e:
         assert str(e) or type(e) is not ValueError
 
 
-KEYS = ("id", "prompt", "messages", "question", "answer", "role", "content", "prompt_ids", "response_ids", "order")
+KEYS = "id prompt messages question answer role content prompt_ids response_ids order history choices system context"
+KEYS = (*KEYS.split(), "text", "label", "solutions", "method", "response_token_ids", "decoding_order")
 leaves = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=6) | st.sampled_from(KEYS)
 values = st.recursive(
     leaves,
@@ -95,9 +97,10 @@ def place(tmp_path_factory):
 
 
 def read_all(path):
-    survives(data.read_examples, path)
-    survives(data.read_examples, path, "question", "answer")
-    survives(data.read_trajectories, path, 64)
+    said = []
+    survives(data.read_examples, path, warn=said.append)
+    survives(data.read_examples, path, "question", "answer", warn=said.append)
+    survives(data.read_trajectories, path, 64, warn=said.append)
     survives(data.holds_trajectories, path)
 
 
@@ -134,7 +137,29 @@ def test_a_damaged_trajectory(place, seed):
         return
     for r in records:  # what was accepted can be trained on
         data.usable(r)
-        data.collate([data.cut_at_eos(r, 1)], 0)
+        data.collate([data.cut_at_eos(r, {1})], 0)
+
+
+AUTHORS = dict(method="entropy", question="L12.", answer="1", gen_text="1", response_token_ids=[5, 6, 1])
+AUTHORS.update(decoding_order=[1, 0, -1], non_ltr_positions=[0], data_source="x", messages=[])
+
+
+@given(st.integers(0, 2**40))
+@fuzz(800)
+def test_a_damaged_trajectory_of_the_authors(place, tiny, seed):
+    tok, path, said = tokenizer_of(tiny), place / "d.jsonl", []
+    path.write_text(json.dumps(AUTHORS) + "\n" + json.dumps(changed(AUTHORS, seed)) + "\n")
+    try:
+        records = data.read_trajectories(path, 64, tok, {"entropy"}, tok.mask_id, 8, said.append)
+    except ERRORS:
+        return
+    assert len(records) >= 1
+    data.collate([data.cut_at_eos(r, tok.stop_ids) for r in records], 0)
+
+
+@functools.cache
+def tokenizer_of(folder):
+    return data.load_tokenizer(folder)
 
 
 @given(st.integers(0, 2**40))

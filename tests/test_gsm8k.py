@@ -1,26 +1,38 @@
 """GSM8K: prompts, settings and the grader: python -m pytest tests/test_gsm8k.py
 
-Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped without it.
+Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped
+without it.
 """
-
-import gzip
-import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import check_lengths, check_prompts, needs_data, rows
 
 from benchmarks import gsm8k
 
-REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
-needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
+
+@needs_data
+def test_prompts_are_the_harnesss():
+    check_prompts(gsm8k)
 
 
-def rows(name):
-    with gzip.open(REAL / f"{name}.jsonl.gz", "rt", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def test_prompts_of_opencompass():
+    text = gsm8k.ask(dict(question="How many?"), "llada", "official")[0]
+    assert text == "Question: How many?\nLet's think step by step\nAnswer:"
+
+
+def test_settings_are_those_of_table_8():
+    check_lengths(
+        gsm8k, dream_paper=(256, None), dream_release=(256, None), dream_official=(256, None),
+        llada_paper=(512, 8), llada_release=(256, 8), llada_official=(512, 8),
+    )  # fmt: skip
+
+
+def test_responses_end_at_the_first_stop():
+    assert gsm8k.trim(" 5<|im_end|>\nQ: next") == " 5"
+    assert gsm8k.trim(" 5\nQ: next", "llada", "release") == " 5\n"
+    assert gsm8k.trim(" 5\nQ: next", "llada", "official") == " 5\nQ: next"
 
 
 @needs_data

@@ -1,4 +1,5 @@
-"""HumanEval: prompts, settings and the programs made of responses: python -m pytest tests/test_humaneval.py
+"""HumanEval: prompts, settings and the programs made of responses: python -m pytest
+tests/test_humaneval.py
 
 The benchmark is read from the folder that TABOM_DATA names, and skipped without it.
 """
@@ -8,12 +9,12 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import emptied, fenced, judge, needs_data, off_by_one, rows
+from programs import check_lengths, check_prompts, emptied, fenced, golden, judge, needs_data, off_by_one, rows
 
 from benchmarks import execute, humaneval
 
 LLADA = dict(family="llada", protocol="official")
-SAMPLE = 20  # records in the quick test
+SAMPLE = 10  # records in the quick test
 
 
 def cases(data, **how):
@@ -24,6 +25,63 @@ def cases(data, **how):
             yield True, row["task_id"], humaneval.program(row, fenced(text), **how)
         for text in (off_by_one(code), row["prompt"] + "    pass\n", emptied(code, "'''Nothing.'''"), ""):
             yield False, row["task_id"], humaneval.program(row, fenced(text), **how)
+
+
+@needs_data
+def test_prompts_are_the_harnesss():
+    check_prompts(humaneval)
+
+
+def test_prompts_of_opencompass():
+    assert humaneval.ask(ROW, "llada", "official") == (f"Complete the following python code:\n{PROMPT}", "")
+
+
+def test_settings_are_those_of_table_8():
+    check_lengths(
+        humaneval, dream_paper=(768, None), dream_release=(768, None), dream_official=(768, None),
+        llada_paper=(512, 512), llada_release=(512, 512), llada_official=(512, 512),
+    )  # fmt: skip
+    assert humaneval.settings("llada")["suppress_eos"] and "suppress_eos" not in humaneval.settings("dream")
+
+
+def test_responses_end_at_the_first_stop():
+    assert humaneval.trim("  return 1\ndef g():\nprint") == "  return 1"
+    assert humaneval.trim("  return 1\nprint(1)\ndef g():") == "  return 1"
+    assert humaneval.trim("  return 1\ndef g():", "llada", "official") == "  return 1\ndef g():"
+
+
+MEANT = ("cheat eq", "HumanEval/50")  # an object whose __eq__ is always true; a helper that the harness drops
+
+
+@pytest.mark.slow
+@needs_data
+def test_verdicts_are_the_harnesss():
+    records = {row["task_id"]: row for row in rows("HumanEval")}
+    data, jobs = golden("humaneval"), []
+    for row in data:
+        jobs.append(humaneval.program(records[row["task_id"]], humaneval.trim(row["response"])))
+    differ = 0
+    for row, result in zip(data, execute.run_many(jobs, workers=2, timeout=4)):
+        if result["passed"] != row["fork"]:
+            differ += 1
+            assert row["kind"] in MEANT or row["task_id"] in MEANT, (row, result)
+    assert differ <= 0.02 * len(data)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "task, cheat",
+    [
+        (32, "def poly(xs, x):\n    return 0.0\n\ndef find_zero(xs):\n    return 0.0\n"),
+        (38, "def encode_cyclic(s):\n    return s\n\ndef decode_cyclic(s):\n    return s\n"),
+        (50, "def encode_shift(s):\n    return s\n\ndef decode_shift(s):\n    return s\n"),
+    ],
+)
+def test_a_program_cannot_define_the_helpers_of_its_checks(task, cheat):
+    record = rows("HumanEval")[task]
+    for how in ({}, LLADA):
+        assert not execute.run(*humaneval.program(record, fenced(cheat), **how))["passed"]
+        assert execute.run(*humaneval.program(record, fenced(record["canonical_solution"]), **how))["passed"]
 
 
 @needs_data
@@ -102,3 +160,28 @@ def test_the_longest_span_is_that_of_the_official_loops(lines):
 def test_any_text_becomes_a_program(text, how):
     program, tests, names = humaneval.program(ROW, text, **how)
     assert isinstance(program, str) and humaneval.parsed(tests) and names == ["f"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    return 2 * x" + " + 0" * 400,
+        "    return " + "-" * 400 + "(2 * x)",
+        "    y = ''" + ".strip()" * 400 + "\n    return 2 * x",
+        "    y = [x]; return 2 * x  # \u2028 \x0c é\n",
+        "    return double(x)\n\n@lambda f: f\ndef double(x): return 2 * x; \n",
+    ],
+)
+def test_deep_programs_are_run_as_they_are(body):
+    result = execute.run(*humaneval.program(ROW, body))
+    assert result["passed"], result
+
+
+HARD = ["-" * 100000 + "1", "(" * 100000, "a" + ".a" * 50000, "1" + " + 1" * 50000, "```\n" * 30000, "\ud800 = 1", "\0"]
+
+
+@pytest.mark.parametrize("how", [{}, LLADA], ids=["harness", "opencompass"])
+def test_no_text_takes_the_grader_down(how):
+    for text in HARD:
+        program, _, _ = humaneval.program(ROW, "    return " + text, **how)
+        assert isinstance(program, str)

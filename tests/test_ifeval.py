@@ -1,18 +1,20 @@
 """The 25 instructions of IFEval: python -m pytest tests/test_ifeval.py
 
-The benchmark and 180 responses with their official verdicts are read from the folder that TABOM_DATA names, and skipped
-without it.
+The benchmark and 180 responses with their official verdicts are read from the folder that
+TABOM_DATA names, and skipped without it.
 """
 
 import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import check_lengths, check_prompts
 
 from benchmarks import ifeval
 
@@ -31,7 +33,26 @@ def grade(name, response, **kwargs):
     return verdict["strict"][0], verdict["loose"][0]
 
 
-# -------------------------------------------------------------------------------------------- the official verdicts
+# ---------------------------------------------------------------------------- prompts and settings
+
+
+@needs_data
+def test_prompts_are_the_harnesss():
+    check_prompts(ifeval)
+    assert ifeval.ask(dict(prompt="Write."), "llada", "official") == ("Write.", "")
+
+
+def test_settings():
+    check_lengths(
+        ifeval, dream_paper=(1280, None), dream_release=(512, None), dream_official=(1280, None),
+        llada_paper=(512, 512), llada_release=(512, 512), llada_official=(512, 512),
+    )  # fmt: skip
+    assert ifeval.settings("llada", "release")["strategy"] == "entropy"
+    assert "strategy" not in ifeval.settings("llada")
+    assert ifeval.trim("all of it") == "all of it"
+
+
+# --------------------------------------------------------------------------- the official verdicts
 
 
 @needs_data
@@ -65,7 +86,7 @@ def test_every_record_of_the_benchmark_can_be_graded(response):
             assert not any(verdict["loose"])
 
 
-# --------------------------------------------------------------------------------------------- each instruction alone
+# -------------------------------------------------------------------------- each instruction alone
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and then it goes home"
 CASES = [  # instruction, arguments, responses that follow it strictly, responses that do not
@@ -177,7 +198,7 @@ def test_without_langdetect(monkeypatch):
     assert grade("punctuation:no_comma", "Hello") == (True, True)
 
 
-# -------------------------------------------------------------------------------------------------- strict and loose
+# -------------------------------------------------------------------------------- strict and loose
 
 
 @pytest.mark.parametrize(
@@ -225,7 +246,7 @@ def test_loose_is_never_stricter(response):
             assert loose >= strict
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------- what is refused
 
 
 def test_an_unknown_instruction():
@@ -251,7 +272,7 @@ def test_arguments():
     assert found["correct"] and found["strict"] == found["loose"] == [True]
 
 
-# ----------------------------------------------------------------------------------------------- sentences and words
+# ----------------------------------------------------------------------------- sentences and words
 
 
 @pytest.mark.parametrize(
@@ -318,3 +339,47 @@ def test_a_text_that_starts_with_space():
 @given(st.text(alphabet="aBc1.?!,;:'\")( \n-", max_size=80))
 def test_sentences_lose_no_words(text):
     assert "".join("".join(ifeval.sentences(text)).split()) == "".join(text.split())
+
+
+# --------------------------------------------------------------------------------- hostile records
+
+
+def test_an_expression_that_never_ends_is_not_followed(monkeypatch):
+    monkeypatch.setattr(ifeval, "LIMIT", 0.5)
+    names = ["keywords:existence", "keywords:forbidden_words", "punctuation:no_comma"]
+    kwargs = [dict(keywords=["(a+)+$"]), dict(forbidden_words=["(a+)+!"]), {}]
+    verdict = ifeval.grade(dict(instruction_id_list=names, kwargs=kwargs), "a" * 60 + ".")
+    assert verdict["strict"] == verdict["loose"] == [False, False, True]
+
+
+def test_expressions_of_a_record_are_searched_as_written():
+    for text, found in (("colour", 1), ("color, Colours", 2), ("cool", 0)):
+        assert ifeval.hits("colou?r", text) == found
+        assert ifeval.hits("(col)(ou|o)r", text) == found
+    assert ifeval.hits("art", "art, cart", r"\b{}\b") == 1
+    with pytest.raises(ValueError, match="'\\(a' is no regular expression"):
+        ifeval.hits("(a", "a")
+
+
+pieces = st.sampled_from(["[", "]", "<<", ">>", "<", ">", "*", "-", "\n", " ", "\t", "a", "\r", "\x0b"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(pieces, max_size=16).map("".join))
+def test_what_is_counted_by_hand_is_what_the_official_expressions_find(text):
+    """They are kept here: each takes time that grows with the square of some texts."""
+    count = len(re.findall(r"\[.*?\]", text))
+    assert ifeval.number_placeholders(text, count) and not ifeval.number_placeholders(text, count + 1)
+    titles = re.findall(r"<<[^\n]+>>", text)
+    assert ifeval.title(text) == any(found.lstrip("<").rstrip(">").strip() for found in titles)
+    bullets = len(re.findall(r"^\s*\*[^\*].*$", text, re.M)) + len(re.findall(r"^\s*-.*$", text, re.M))
+    assert ifeval.number_bullet_lists(text, bullets)
+
+
+@pytest.mark.parametrize("text", ["[", "<<", "\n", "* ", "'", ". ", "A.", "--"])
+def test_no_text_takes_the_grader_down(text):
+    kwargs = [dict(num_placeholders=1), {}, dict(num_bullets=1), dict(num_sentences=1, relation="at least")]
+    names = ["detectable_content:number_placeholders", "detectable_format:title"]
+    names += ["detectable_format:number_bullet_lists", "length_constraints:number_sentences"]
+    verdict = ifeval.grade(dict(instruction_id_list=names, kwargs=kwargs), text * 50000 + "\ud800")
+    assert len(verdict["strict"]) == 4

@@ -3,6 +3,7 @@
 python -m pytest tests/test_lora.py
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -244,7 +245,7 @@ def test_round_trip_in_the_names_of_peft(golden, tmp_path, merged):
 def test_an_adapter_on_some_layers_round_trips(golden, tmp_path):
     pattern = golden.load().checkpoint_name("layers.1.q_proj").replace(".", r"\.")
     m = fill(lora.inject(golden.load(), rank=2, targets=pattern))
-    assert list(lora.layers(m)) == ["layers.1.q_proj"]
+    assert list(lora.layers(m)) == ["layers.1.attn.q_proj"]
     lora.save(m, tmp_path)
     assert same(lora.tensors(lora.load(golden.load(), tmp_path)), lora.tensors(m))
 
@@ -263,10 +264,17 @@ def test_a_stored_dropout_does_not_act_in_eval_mode(golden, adapter):
     assert torch.equal(m(IDS), m(IDS))
 
 
+NUMBERS = [
+    dict(lora_alpha=4),
+    dict(lora_alpha=7, use_rslora=True),
+    dict(lora_alpha=7, rank_pattern={"v_proj": 2}, alpha_pattern={"inner.q_proj": 3}, use_rslora=True),
+]
+
+
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [4, 7])
-def test_peft_loads_ours_and_we_load_its(tmp_path, alpha):
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_peft_loads_ours_and_we_load_its(tmp_path, numbers):
     peft = pytest.importorskip("peft")
     base, x = Tiny(), torch.randn(3, 6)
     weights = {k: v.clone() for k, v in base.state_dict().items()}
@@ -276,7 +284,7 @@ def test_peft_loads_ours_and_we_load_its(tmp_path, alpha):
         m.load_state_dict(weights)
         return m
 
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **numbers))
     for name, p in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
@@ -286,6 +294,116 @@ def test_peft_loads_ours_and_we_load_its(tmp_path, alpha):
 
     lora.save(ours, tmp_path / "ours")
     torch.testing.assert_close(peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours")(x), theirs(x))
+
+
+# ------------------------------------------------------------------------------------------------ numbers per layer
+
+
+def by_hand(layer, scaling, x):
+    y = x @ (layer.weight + scaling * layer.lora_B.weight @ layer.lora_A.weight).T
+    return y if layer.bias is None else y + layer.bias
+
+
+@torch.no_grad()
+def test_patterns_and_rslora_give_each_layer_its_numbers(golden, tmp_path):
+    first, second = (golden.load().checkpoint_name(f"layers.{i}.attn.q_proj") for i in (0, 1))
+    patterns = dict(rank_pattern={first: 2}, alpha_pattern={"v_proj": 3, second: 5})
+    m = fill(lora.inject(golden.load(), rank=4, alpha=8, rslora=True, **patterns))
+    numbers = {name: (layer.rank, layer.alpha) for name, layer in lora.layers(m).items()}
+    assert numbers == {
+        "layers.0.attn.q_proj": (2, 8),
+        "layers.0.attn.v_proj": (4, 3),
+        "layers.1.attn.q_proj": (4, 5),
+        "layers.1.attn.v_proj": (4, 3),
+    }
+    layer, x = m.layers[0].attn.q_proj, torch.randn(3, m.config.width)
+    torch.testing.assert_close(layer(x), by_hand(layer, 8 / 2**0.5, x), rtol=1e-4, atol=1e-4)
+
+    lora.save(m, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["use_rslora"]) == (4, {first: 2}, True)
+    for target in (golden.load(), lora.inject(golden.load(), rank=4, alpha=1, rank_pattern={first: 2})):
+        again = lora.load(target, tmp_path)
+        assert {name: (layer.rank, layer.alpha) for name, layer in lora.layers(again).items()} == numbers
+        assert torch.equal(again(IDS), m(IDS))
+    torch.testing.assert_close(lora.merge(again)(IDS), m(IDS), rtol=1e-3, atol=1e-3)
+
+
+def test_a_name_that_ends_another_keeps_its_numbers(tmp_path):
+    def nested():
+        m = nn.Module()
+        m.inner, m.proj = nn.ModuleDict(dict(proj=nn.Linear(4, 4))), nn.Linear(4, 4)
+        return m
+
+    m = lora.inject(nested(), targets=("proj",), rank=2, rank_pattern={"^proj": 3}, alpha_pattern={"^proj": 5})
+    lora.save(m, tmp_path)
+    again = lora.load(nested(), tmp_path)
+    for name, numbers in {"proj": (3, 5), "inner.proj": (2, 16)}.items():
+        layer = lora.layers(again)[name]
+        assert (layer.rank, layer.alpha) == numbers
+
+
+@pytest.mark.parametrize(
+    "key, name, hit",
+    [
+        ("q_proj", "model.layers.0.q_proj", True),
+        ("q_proj", "q_proj", True),
+        ("q_proj", "model.xq_proj", False),
+        ("proj", "model.q_proj", False),
+        ("layers.0.q_proj", "model.layers.0.q_proj", True),
+        ("layers.[01].q_proj", "model.layers.1.q_proj", True),
+        ("^q_proj", "model.q_proj", False),
+        ("q_proj", "q_proj.lora_A", False),
+    ],
+)
+def test_a_pattern_fits_the_end_of_a_name(key, name, hit):
+    assert lora.by_pattern({key: 2}, name, 1) == 1 + hit
+
+
+def test_settings_are_those_of_the_adapter(golden, tmp_path):
+    lora.save(lora.inject(golden.load(), 3, 6, ("k_proj",), 0.25), tmp_path)
+    expected = lora.Settings(rank=3, alpha=6, targets=["k_proj"], dropout=0.25)
+    assert lora.settings(tmp_path) == expected
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # an editor's mark at the beginning
+    assert lora.settings(tmp_path) == expected
+
+
+def test_targets_that_the_model_does_not_have_are_no_layers(golden, adapter):
+    change_config(adapter, target_modules=["q_proj", "v_proj", "c_attn", "w1", "query_key_value"])
+    m = lora.load(golden.load(), adapter)
+    assert same(lora.tensors(m), lora.tensors(lora.load(golden.load(), golden.folder / "adapter")))
+
+
+def test_adapters_come_from_the_hub(golden, monkeypatch, tmp_path):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    monkeypatch.chdir(tmp_path)
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(golden.folder / "adapter")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    m = lora.load(golden.load(), "owner/adapter")
+    assert len(lora.layers(m)) == 4
+    assert asked == [("owner/adapter", ["adapter_config.json", "adapter_model.safetensors"])]
+
+    def offline(*args, **options):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    refused(golden, "owner/adapter", "owner/adapter.*no network$", FileNotFoundError)
+
+
+def test_files_have_the_mode_of_the_umask(golden, tmp_path):
+    (tmp_path / "plain").touch()
+    for _ in range(2):  # a new folder, and the same one again
+        lora.save(lora.inject(golden.load()), tmp_path / "a")
+    assert {file.stat().st_mode for file in (tmp_path / "a").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -342,14 +460,11 @@ def test_load_refuses_a_config_without(golden, adapter, key):
 UNSUPPORTED = dict(
     peft_type="IA3",
     use_dora=True,
-    use_rslora=True,
     use_qalora=True,
     lora_bias=True,
     bias="all",
     fan_in_fan_out=True,
     modules_to_save=["norm"],
-    rank_pattern={"q_proj": 2},
-    alpha_pattern={"q_proj": 2},
     layers_to_transform=[0],
     trainable_token_indices=[1],
     alora_invocation_tokens=[1, 2],
@@ -373,11 +488,63 @@ def test_load_refuses_a_variant_that_it_does_not_compute(golden, adapter, key):
         (dict(target_modules=[]), "no target"),
         (dict(target_modules=None), "target_modules"),
         (dict(lora_dropout=1.5), "dropout 1.5"),
+        (dict(lora_alpha=float("inf")), "alpha inf"),
+        (dict(rank_pattern={"q_proj": 2}), r"q_proj.lora_A.weight is \[4, 48\], not \[2, 48\]"),
+        (dict(rank_pattern={"q_proj": "x"}), "rank 'x'"),
+        (dict(rank_pattern={"(": 2}), "does not map"),
+        (dict(alpha_pattern=["q_proj"]), "does not map"),
+        (dict(alpha_pattern={"q_proj": 0}), "alpha 0"),
     ],
 )
 def test_load_refuses_what_does_not_fit(golden, adapter, changes, message):
     change_config(adapter, **changes)
     refused(golden, adapter, message)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_load_refuses_values_that_are_not_finite(golden, adapter, bad):
+    name = sorted(load_file(adapter / "adapter_model.safetensors"))[1]
+    change_tensors(adapter, lambda tensors: tensors[name].view(-1)[7:8].fill_(bad))
+    refused(golden, adapter, f"adapter.*{name} has values that are not finite")
+
+
+@pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", "PROMPT_TUNING", None])
+def test_other_methods_than_lora_are_named(golden, adapter, kind):
+    (adapter / "adapter_config.json").write_text(json.dumps(dict(peft_type=kind, feedforward_modules=[])))
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(golden, adapter, f"peft_type is {kind!r}, and only LoRA")
+
+
+def test_a_pickle_is_named_and_not_read(golden, adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refused(golden, adapter, "adapter_model.bin is a pickle", FileNotFoundError)
+
+
+def test_a_run_names_its_newest_checkpoint(golden, adapter, tmp_path):
+    for name, step in (("epoch-1", 9), ("step-12", 12), ("epoch-2", 18), ("step-11", 11)):
+        shutil.copytree(adapter, tmp_path / "run" / name)
+        (tmp_path / "run" / name / "trainer.json").write_text(json.dumps(dict(step=step)))
+    refused(golden, tmp_path / "run", "is a run: take one.*epoch-2$", FileNotFoundError)
+
+
+def test_no_folder_and_a_model_folder(golden, tmp_path):
+    refused(golden, tmp_path / "nothing", "no adapter .*nothing", FileNotFoundError)
+    refused(golden, golden.folder, "is a model, not an adapter", FileNotFoundError)
+    refused(golden, tmp_path, "no adapter_config.json", FileNotFoundError)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_flipped_bit_is_seen_by_the_manifest(golden, adapter, file):
+    hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in adapter.iterdir()}
+    (adapter / "manifest.json").write_text(json.dumps(hashes))
+    lora.load(golden.load(), adapter)
+    if file == "adapter_config.json":
+        change_config(adapter, lora_alpha=16)
+    else:
+        content = bytearray((adapter / file).read_bytes())
+        content[-2] ^= 1
+        (adapter / file).write_bytes(content)
+    refused(golden, adapter, f"{file} was damaged or changed")
 
 
 def test_load_lists_all_tensors_that_do_not_fit(golden, adapter):
@@ -408,6 +575,8 @@ def test_load_into_an_adapter_of_another_rank(golden):
         (dict(targets=()), "no target"),
         (dict(targets="q_pro"), "q_pro"),  # a pattern is for the whole name
         (dict(rank=0), "rank 0"),
+        (dict(alpha=0), "alpha 0"),
+        (dict(rank_pattern={"q_proj": 0}), "rank 0"),
         (dict(dropout=1.0), "dropout 1.0"),
     ],
 )

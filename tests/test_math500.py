@@ -1,28 +1,68 @@
 """MATH500: prompts, settings and the grader: python -m pytest tests/test_math500.py
 
-Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped without it.
+Real answers with the reference verdicts are read from the folder that TABOM_DATA names, and skipped
+without it.
 """
 
-import gzip
-import json
-import os
+import re
 import threading
-import time
-from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import check_lengths, check_prompts, golden, needs_data, rows
 
 from benchmarks import math500
 
-REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
-needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
+
+@needs_data
+def test_prompts_are_the_harnesss():
+    check_prompts(math500)
 
 
-def rows(name):
-    with gzip.open(REAL / f"{name}.jsonl.gz", "rt", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def test_prompts_of_opencompass():
+    text = math500.ask(dict(problem="1+1"), "llada", "official")[0]
+    assert text == "1+1\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def test_settings_are_those_of_table_8():
+    check_lengths(
+        math500, dream_paper=(512, None), dream_release=(512, None), dream_official=(512, None),
+        llada_paper=(512, 64), llada_release=(512, 64), llada_official=(512, 64),
+    )  # fmt: skip
+
+
+def test_responses_end_at_the_first_stop():
+    assert math500.trim("5 Problem: 2") == "5 "
+    assert math500.trim("5 Problem: 2", "llada", "official") == "5 Problem: 2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gold, key, share", [("latex", "harness", 0), ("raw", "fork", 0.01)])
+def test_verdicts_are_the_harnesss(gold, key, share):
+    """But for what we mean to do otherwise, the last of several boxes; and for "%", "$" and commas,
+    which differ from version to version of what math-verify stands on."""
+    pytest.importorskip("math_verify")
+    compared, differ = 0, []
+    for row in golden("math500"):
+        text = row["answer"] + row["response"]
+        if row["kind"] != "two boxed, last right" and not re.search(r"%|\\\$|\d,", text):
+            compared += 1
+            verdict = math500.grade(row, row["response"], gold=gold)
+            if verdict["correct"] != row[key]:
+                differ.append((row, verdict))
+    assert compared > 650
+    assert len(differ) <= share * compared, differ
+
+
+def test_the_release_hands_over_the_gold_answer_raw():
+    pytest.importorskip("math_verify")
+    row = dict(answer="\\sqrt{2}")  # without "$" its only number is read: 2
+    assert math500.grade(row, "\\boxed{\\sqrt{2}}")["correct"]
+    assert not math500.grade(row, "\\boxed{\\sqrt{2}}", protocol="release")["correct"]
+    assert math500.grade(row, "\\boxed{\\sqrt{2}}", protocol="release", gold="latex")["correct"]
+    with pytest.raises(ValueError, match="gold 'LaTeX' is neither"):
+        math500.grade(row, "", gold="LaTeX")
 
 
 @needs_data
@@ -60,10 +100,8 @@ def test_math500_has_a_time_limit_and_recovers():
     judge = math500.MathJudge()
     try:
         assert judge("$3$", ["$3$"], 20) == [True, "3"]
-        start = time.monotonic()
         with pytest.raises(TimeoutError):
             judge("$5$", ["\\boxed{9^{9^{9^{9}}}}"], 1)
-        assert time.monotonic() - start < 5
         assert judge("$3$", ["$4$"], 20) == [False, "4"]
         judge.process.kill()
         with pytest.raises((ChildProcessError, BrokenPipeError)):
@@ -100,3 +138,42 @@ def test_last_boxed_is_a_balanced_box_of_the_text(text):
     if found is not None:
         assert found in text and found.startswith("\\boxed") and found.endswith("}")
         assert found.count("{") - found.count("\\{") == found.count("}") - found.count("\\}")
+
+
+def slow_last_boxed(text):
+    """Each box by counting the braces after it."""
+    spans = []
+    for start in re.finditer(r"\\boxed\s*\{", text):
+        depth = 0
+        for brace in re.finditer(r"(?<!\\)[{}]", text[start.start() :]):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                spans.append((start.start(), start.start() + brace.end()))
+                break
+    if not spans:
+        return None
+    first, end = spans[-1]
+    for before in reversed(spans[:-1]):
+        if re.fullmatch(r"[\s$]*(,|,?\s*and|,?\s*or)[\s$]*", text[before[1] : first]):
+            first = before[0]
+    return text[first:end]
+
+
+pieces = st.sampled_from(["\\boxed{", "\\boxed ", "{", "}", "\\{", "\\}", "1", ",", " and ", " or ", "$", "\n", "so"])
+
+
+@settings(max_examples=300)
+@given(st.lists(pieces, max_size=14).map("".join))
+def test_last_boxed_is_what_counting_finds(text):
+    assert math500.last_boxed(text) == slow_last_boxed(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["\\boxed{" * 6000 + "3" + "}" * 6000, "\\boxed{" * 6000 + "3", "\\boxed{\ud800}", "\\boxed{1} " * 9000]
+)
+def test_no_text_takes_the_grader_down(text):
+    """Nested boxes took minutes, and a lone surrogate cannot be written to a file."""
+    pytest.importorskip("math_verify")
+    verdict = math500.grade(dict(answer="3"), text)
+    assert verdict["correct"] in (True, False)
+    assert str(verdict).encode()

@@ -4,16 +4,17 @@ The benchmark is read from the folder that TABOM_DATA names, and skipped without
 """
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import emptied, fenced, judge, needs_data, off_by_one, rows
+from programs import check_lengths, check_prompts, emptied, fenced, golden, judge, needs_data, off_by_one, rows
 
 from benchmarks import execute, mbpp
 
 LLADA = dict(family="llada", protocol="official")
-SAMPLE = 20  # records in the quick test
+SAMPLE = 10  # records in the quick test
 
 
 def cases(data, **how):
@@ -24,6 +25,62 @@ def cases(data, **how):
             yield True, row["task_id"], mbpp.program(row, text, **how)
         for text in (off_by_one(code), emptied(code, "pass"), emptied(code, "'''Nothing.'''"), ""):
             yield False, row["task_id"], mbpp.program(row, fenced(text), **how)
+
+
+@needs_data
+def test_prompts_are_the_harnesss():
+    check_prompts(mbpp)
+
+
+@needs_data
+def test_prompts_of_opencompass():
+    records = mbpp.rows(rows("mbpp"))
+    for record, row in zip(records, golden("prompts_llada_mbpp_opencompass")):
+        assert mbpp.ask(record, "llada", "official") == (row["opencompass"], "")
+
+
+def test_settings_are_those_of_table_8():
+    check_lengths(
+        mbpp, dream_paper=(1024, None), dream_release=(512, None), dream_official=(1024, None),
+        llada_paper=(256, 256), llada_release=(256, 256), llada_official=(256, 256),
+    )  # fmt: skip
+    assert mbpp.settings("llada")["eos_last"] and "eos_last" not in mbpp.settings("dream")
+
+
+def test_responses_end_at_the_first_stop():
+    assert mbpp.trim("a = 1\n```\nmore ```") == "a = 1\n"
+    assert mbpp.trim("a = 1\n```", "llada", "official") == "a = 1\n```"
+
+
+def test_the_release_checks_three_asserts_without_set_up_code():
+    record = dict(TASK, test_list=["assert 1", "assert 2", "assert 3", "assert 4"], test_setup_code="x = 1")
+    assert mbpp.program(record, "")[1] == "x = 1\nassert 1\nassert 2\nassert 3\nassert 4"
+    assert mbpp.program(record, "", protocol="release")[1] == "assert 1\nassert 2\nassert 3"
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.parametrize("protocol", ["paper", "release"])
+def test_verdicts_are_the_harnesss(protocol):
+    records = {row["task_id"]: row for row in rows("mbpp")}
+    data, jobs = golden("mbpp"), []
+    for row in data:
+        jobs.append(mbpp.program(records[row["task_id"]], mbpp.trim(row["response"]), protocol=protocol))
+    differ = 0
+    for row, result in zip(data, execute.run_many(jobs, workers=2, timeout=4)):
+        if result["passed"] != row["fork"]:
+            differ += 1
+            needs_setup = row["task_id"] == 367 and protocol == "paper"  # the harness leaves its set-up code out
+            assert row["kind"] == "cheat eq" or needs_setup, (row, result)
+    assert differ <= 0.025 * len(data)
+
+
+@needs_data
+def test_a_module_of_the_checks_is_not_the_programs():
+    (record,) = [row for row in rows("mbpp") if row["task_id"] == 596]
+    cheat = "class sys:\n    getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x):\n    return 0\n"
+    assert not execute.run(*mbpp.program(record, cheat))["passed"]
+    assert execute.run(*mbpp.program(record, record["code"]))["passed"]
 
 
 @needs_data
@@ -76,3 +133,30 @@ def test_which_part_of_a_response_is_the_program(how, text, correct):
 def test_any_text_becomes_a_program(text, how):
     program, tests, names = mbpp.program(TASK, text, **how)
     assert isinstance(program, str) and mbpp.parsed(tests) and names == ["f"]
+
+
+def slow_marked_code(text):
+    """By regular expressions, two of which take time that grows with the square of the text."""
+    marked = re.search(r"BEGIN\]?(.*?)\[?DONE", text, re.DOTALL)
+    inner = marked[1] if marked else text
+    block = re.search(r"```(?:\w*\n)?(.*?)(?:```|$)", inner, re.DOTALL)
+    code = block[1] if block else re.split(r"\[?BEGIN\]?", inner, maxsplit=1)[-1]
+    code = re.split(r"'?\s*\[?DONE\]?", code)[0].replace("\\_", "_").strip()
+    return code if mbpp.parsed(code) else code.removeprefix("'").removesuffix("'")
+
+
+pieces = st.sampled_from(
+    ["[BEGIN]", "BEGIN", "[DONE]", "DONE", "```", "python\n", "'", " ", "\n", "x = 1", "[", "]", "\\_"]
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(pieces, max_size=12).map("".join))
+def test_marked_code_is_what_the_expressions_find(text):
+    assert mbpp.marked_code(text) == slow_marked_code(text)
+
+
+@pytest.mark.parametrize("text", ["[BEGIN]" * 20000, "[BEGIN]" * 9000 + "[DONE]" * 9000, "x" + " " * 200000, "\ud800"])
+def test_no_text_takes_the_grader_down(text):
+    for how in ({}, LLADA):
+        assert isinstance(mbpp.program(TASK, text, **how)[0], str)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_model.py
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -17,6 +18,15 @@ from safetensors.torch import load_file, save_file
 import model
 
 TIED = {"llada": "weight_tying", "dream": "tie_word_embeddings"}
+QWEN3 = ("sdar", "a2d")
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(params=QWEN3)
+def qwen3(request):
+    """A tiny SDAR or A2D folder, and what the official implementation computed with it."""
+    folder = GOLDEN / f"{request.param}-tiny"
+    return folder, load_file(folder / "expected.safetensors")
 
 
 def close(a, b, tolerance=1e-4):
@@ -32,7 +42,9 @@ def config_of(folder, **changes):
 def naive(m, ids):
     """Logits [L, V] of one row of ids [L]: one head and one position at a time, in float64."""
     c, L = m.config, len(ids)
-    E, group = c.width // c.heads, c.heads // c.kv_heads
+    E, group = c.head_width, c.heads // c.kv_heads
+    block = torch.arange(L) // (c.block_length or L)
+    hidden = block[None, :] > block[:, None]  # [query, key]: later blocks
     w = {name: p.detach().double() for name, p in m.named_parameters()}
 
     def norm(x, weight):
@@ -41,7 +53,11 @@ def naive(m, ids):
     def head(x, layer, part, h):  # the h-th slice of E outputs
         rows = slice(h * E, (h + 1) * E)
         y = x @ w[f"{layer}.{part}.weight"][rows].T
-        return y + w[f"{layer}.{part}.bias"][rows] if c.qkv_bias else y
+        if c.qkv_bias:
+            y = y + w[f"{layer}.{part}.bias"][rows]
+        if c.qk_norm and part != "v_proj":
+            y = norm(y, w[f"{layer}.{part[0]}_norm.weight"])
+        return y
 
     def turn(x):  # the complex number (x_e, x_e+E/2) at place i turns by i * theta^(-2e/E)
         angle = torch.arange(L)[:, None] * c.rope_theta ** (-torch.arange(0, E, 2).double() / E)
@@ -52,15 +68,16 @@ def naive(m, ids):
     for i in range(c.layers):
         layer = f"layers.{i}"
         y = norm(x, w[f"{layer}.attn_norm.weight"])
-        heads = []
+        attn, mlp, heads = f"{layer}.attn", f"{layer}.mlp", []
         for h in range(c.heads):
-            q = turn(head(y, layer, "q_proj", h))
-            k, v = turn(head(y, layer, "k_proj", h // group)), head(y, layer, "v_proj", h // group)
-            heads.append((q @ k.T / E**0.5).softmax(-1) @ v)
-        x = x + torch.cat(heads, dim=1) @ w[f"{layer}.o_proj.weight"].T
+            q = turn(head(y, attn, "q_proj", h))
+            k, v = turn(head(y, attn, "k_proj", h // group)), head(y, attn, "v_proj", h // group)
+            scores = (q @ k.T / E**0.5).masked_fill(hidden, -torch.inf)
+            heads.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(heads, dim=1) @ w[f"{attn}.o_proj.weight"].T
         y = norm(x, w[f"{layer}.mlp_norm.weight"])
-        gate = y @ w[f"{layer}.gate_proj.weight"].T
-        x = x + (gate * gate.sigmoid() * (y @ w[f"{layer}.up_proj.weight"].T)) @ w[f"{layer}.down_proj.weight"].T
+        gate = y @ w[f"{mlp}.gate_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * (y @ w[f"{mlp}.up_proj.weight"].T)) @ w[f"{mlp}.down_proj.weight"].T
     logits = norm(x, w["norm.weight"]) @ w["embed.weight" if c.tied else "head.weight"].T
     return torch.stack([logits[max(i - 1, 0)] for i in range(L)]) if c.shifted else logits
 
@@ -103,6 +120,109 @@ def test_equals_the_network_written_as_loops(golden, kv, tied):
     ids = torch.randint(0, 300, (9,), generator=torch.Generator().manual_seed(1))
     close(m(ids[None])[0].double(), naive(m, ids))
     assert tied == all("head" not in name for name, _ in m.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [None, 1, 4, 9])
+@pytest.mark.parametrize("kv", [4, 1])
+def test_qwen3_equals_the_network_written_as_loops(qwen3, kv, block):
+    raw = config_of(qwen3[0], num_key_value_heads=kv)
+    m = model.create(raw, generator=torch.Generator().manual_seed(kv))
+    for p in m.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+    m.config.block_length = block
+    ids = torch.randint(0, 300, (9,), generator=torch.Generator().manual_seed(1))
+    close(m(ids[None])[0].double(), naive(m, ids))
+
+
+@torch.no_grad()
+def test_qwen3_logits_are_the_official_ones(qwen3):
+    folder, e = qwen3
+    m = model.load(folder)
+    close(m(e["logits.ids"]), e["logits.aligned"])
+    for side in ("padded", "right"):
+        if f"{side}.mask" in e:
+            real = e[f"{side}.mask"].bool()
+            assert not real.all()
+            close(m(e[f"{side}.ids"], e[f"{side}.mask"])[real], e[f"{side}.aligned"][real])
+    half = model.load(folder, dtype=torch.bfloat16)
+    assert torch.equal(half(e["logits.ids"]).float(), e["bf16.aligned"].float())  # every bit: the order in RMSNorm
+
+
+@torch.no_grad()
+def test_blocks_are_the_official_ones(qwen3):
+    folder, e = qwen3
+    m = model.load(folder)
+    assert m.config.block_length == {"sdar": 4, "a2d": None}[m.config.family]
+    blocks = [name.split(".")[1] for name in e if name.startswith("blocks.")]
+    assert len(blocks) >= 3
+    for block in blocks:
+        m.config.block_length = int(block)
+        close(m(e["logits.ids"][:1]), e[f"blocks.{block}.aligned"])
+
+
+@torch.no_grad()
+def test_a_finished_block_does_not_depend_on_what_follows(qwen3):
+    folder, e = qwen3
+    m, ids = model.load(folder), e["logits.ids"][:1]
+    m.config.block_length = 5
+    close(m(ids)[:, :10], m(ids[:, :10]))
+    assert not torch.allclose(m(ids)[:, :9], m(ids[:, :9])[:, :9], atol=1e-3)  # an open one does
+    m.config.block_length = ids.shape[1]  # one block: everything sees everything
+    one = m(ids)
+    m.config.block_length = None
+    close(m(ids), one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [None, 1, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_grid_counts_real_tokens(qwen3, side, block):
+    folder, e = qwen3
+    m, ids = model.load(folder), e["logits.ids"][:, :17]
+    m.config.block_length = block
+    rows = [ids[0], ids[1, :11]]
+    padded, mask = torch.full((2, 17), m.config.pad_id), torch.zeros(2, 17)
+    for b, row in enumerate(rows):
+        at = slice(17 - len(row), 17) if side == "left" else slice(0, len(row))
+        padded[b, at], mask[b, at] = row, 1
+    logits = m(padded, mask)
+    assert logits.isfinite().all()  # rows of padding too
+    for b, row in enumerate(rows):
+        close(logits[b][mask[b].bool()], m(row[None])[0])
+    positions = torch.tensor([[16, 3, 3], [9, 16, 0]])
+    some = torch.stack([logits[b, positions[b]] for b in range(2)])
+    close(m(padded, mask, positions), some)  # the last block takes these rows of the mask
+
+
+@torch.no_grad()
+def test_a_span_of_blocks_is_exact_where_the_past_is_finished(qwen3):
+    folder, e = qwen3
+    m, ids = model.load(folder), e["logits.ids"][:, :16].clone()
+    m.config.block_length = 4
+    positions = torch.arange(16).expand_as(ids)
+    cache = m.new_cache()
+    m(ids, positions=positions, cache=cache)
+    ids[:, 12:] += 1  # the last block changes: the keys of those before it do not
+    close(m(ids, positions=positions[:, 12:], cache=cache, span=(12, 16)), m(ids)[:, 12:])
+
+
+@torch.no_grad()
+def test_attention_can_be_replaced_on_one_model(golden):
+    m, other, calls = golden.load(), golden.load(), []
+
+    def counted(q, k, v, mask):
+        calls.append((q.shape, k.shape, mask))
+        return model.attend(q, k, v, mask)
+
+    for block in m.layers:
+        block.attn.attend = counted
+    ids = golden.expected["logits.ids"]
+    close(m(ids, positions=torch.zeros(2, 3, dtype=torch.long)), other(ids)[:, :1].expand(-1, 3, -1))
+    c = m.config
+    queries = [(2, c.heads, 24, c.head_width), (2, c.heads, 3, c.head_width)]  # the last block: 3 places only
+    assert [tuple(q) for q, _, _ in calls] == queries
+    assert all(tuple(k) == (2, c.kv_heads, 24, c.head_width) and mask is None for _, k, mask in calls)
 
 
 @torch.no_grad()
@@ -239,6 +359,70 @@ def test_a_loaded_model_needs_its_files_no_more(golden, tmp_path):
     close(m(golden.expected["logits.ids"]), golden.expected["logits.aligned"])
 
 
+def change_file(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_qwen3_round_trip(qwen3, tmp_path):
+    folder, e = qwen3
+    m = model.load(folder)
+    model.save(m, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    written = {name for tensors in tensors_by_file(tmp_path).values() for name in tensors}
+    official = {name for tensors in tensors_by_file(folder).values() for name in tensors}
+    assert official - written == ({"lm_head.weight"} if m.config.tied else set())  # a tied head is written once
+    with torch.no_grad():
+        assert torch.equal(model.load(tmp_path)(e["logits.ids"]), m(e["logits.ids"]))
+
+
+def test_a_stored_copy_of_a_tied_head_must_be_equal(golden, tmp_path):
+    m = model.create(config_of(golden.folder, **{TIED[golden.family]: True}), torch.Generator().manual_seed(0))
+    model.save(m, tmp_path)
+    file, head, embed = tmp_path / "model.safetensors", m.checkpoint_name("head.weight"), "embed.weight"
+    change_file(file, lambda tensors: tensors.update({head: tensors[m.checkpoint_name(embed)].clone()}))
+    for dtype in (torch.float32, torch.bfloat16, None):
+        again = model.load(tmp_path, dtype=dtype)
+        assert torch.equal(again.embed.weight, m.embed.weight.to(dtype or torch.float32))
+    change_file(file, lambda tensors: tensors[head][5, 7].add_(1))
+    assert f"{head} differs from the embedding" in error(tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [("dream", "llada"), ("llada", "dream"), ("dream", "dream")])
+def test_saving_over_an_old_model_leaves_nothing_of_it(old, new, tmp_path):
+    model.save(model.load(GOLDEN / f"{old}-tiny"), tmp_path)
+    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"a shard of an older one still")
+    (tmp_path / "notes.txt").write_text("mine")
+    m = model.load(GOLDEN / f"{new}-tiny")
+    with torch.no_grad():
+        m.embed.weight.add_(1)
+    model.save(m, tmp_path)
+    assert torch.equal(model.load(tmp_path).embed.weight, m.embed.weight)
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    weights = {"llada": {"model.safetensors"}, "dream": shards}[new]
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "notes.txt", *weights}
+
+
+def test_a_save_that_fails_leaves_the_old_model(golden, tmp_path, monkeypatch):
+    m = golden.load()
+    model.save(m, tmp_path)
+
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(model, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        model.save(m, tmp_path)
+    assert torch.equal(model.load(tmp_path).embed.weight, m.embed.weight)
+
+
+def test_files_have_the_mode_of_the_umask(golden, tmp_path):
+    (tmp_path / "plain").touch()
+    model.save(golden.load(), tmp_path / "m")
+    assert {file.stat().st_mode for file in (tmp_path / "m").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
@@ -274,14 +458,15 @@ def test_no_such_folder_is_said_without_asking_the_hub(name, monkeypatch, tmp_pa
     assert name in error(name, FileNotFoundError)
 
 
-def test_a_repo_id_is_downloaded_without_code_or_pickles(golden, monkeypatch, tmp_path):
+def test_a_repo_id_is_downloaded_without_pickles(golden, monkeypatch, tmp_path):
     hub, asked = pytest.importorskip("huggingface_hub"), []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(golden.folder))
     assert model.load("owner/name-1.0_x").config.family == golden.family
     ((args, options),) = asked
     assert args == ("owner/name-1.0_x",)
-    assert not any(p.endswith((".py", ".bin", ".pt", ".pkl", "*")) for p in options["allow_patterns"])
+    assert "*.py" in options["allow_patterns"]  # kept beside merged weights, never run
+    assert not any(p.endswith((".bin", ".pt", ".pkl", "*")) for p in options["allow_patterns"])
 
 
 def test_a_failed_download_is_one_error(monkeypatch, tmp_path):
@@ -306,7 +491,51 @@ def test_invalid_json(copy, file, content):
     assert file in error(copy)
 
 
-@pytest.mark.parametrize("kind", ["llama", 3, None])
+def test_json_may_begin_with_a_byte_order_mark(golden, copy):
+    for file in copy.glob("*.json"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert model.load(copy).config.family == golden.family
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_are_refused(copy, bad, dtype):
+    file = sorted(copy.glob("model*.safetensors"))[-1]
+    name = sorted(load_file(file))[3]
+
+    def change(tensors):
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name].view(-1)[-1] = bad
+
+    change_tensors(copy, change)
+    message = error(copy)
+    assert f"{name} in {file.name} has values that are not finite" in message and "\n" not in message
+
+
+def test_quantized_weights_are_refused(copy):
+    name = sorted(load_file(sorted(copy.glob("model*.safetensors"))[-1]))[3]
+    change_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    assert f"{name} in model" in error(copy) and "is I8: quantized" in error(copy)
+
+
+def test_a_flipped_bit_is_seen_by_the_manifest(copy):
+    hashes = {}
+    for file in copy.glob("*.*"):
+        hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(hashes))
+    model.load(copy)
+    file = sorted(copy.glob("model*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert f"{file.name} was damaged or changed" in error(copy)
+
+
+def test_an_adapter_is_not_a_model(golden):
+    assert "is an adapter, not a model" in error(golden.folder / "adapter", FileNotFoundError)
+
+
+@pytest.mark.parametrize("kind", ["llama", 3, None, "a2d"])
 def test_unknown_model_type(copy, kind):
     change_config(copy, model_type=kind)
     assert repr(kind) in error(copy) and "config.json" in error(copy)
@@ -328,6 +557,105 @@ def test_numbers_that_do_not_fit_together(golden, copy, changes):
     names = model.READ[golden.family] | ({"kv_heads": "n_kv_heads"} if golden.family == "llada" else {})
     change_config(copy, **{names.get(k, k): v for k, v in changes.items()})
     assert str(*changes.values()) in error(copy)
+
+
+BOOKKEEPING = dict(
+    _attn_implementation="sdpa",
+    _attn_implementation_autoset=True,
+    _commit_hash="abc",
+    attn_implementation="flash_attention_2",
+    attention_bias=True,
+    bad_words_ids=None,
+    chunk_size_feed_forward=0,
+    dtype="bfloat16",
+    id2label={"0": "LABEL_0"},
+    label2id={"LABEL_0": 0},
+    layer_types=["full_attention", "full_attention"],
+    length_penalty=1.0,
+    max_length=20,
+    num_beams=1,
+    problem_type=None,
+    pruned_heads={},
+    rope_scaling={"rope_type": "default"},
+    sep_token_id=5,
+    suppress_tokens=[],
+    temperature=1.0,
+    train_max_sequence_length=1024,
+    transformers_version="5.0.0",
+    unsloth_version="2025.1",
+)
+
+
+@pytest.mark.parametrize("key", BOOKKEEPING)
+def test_keys_that_change_no_computation_are_accepted(golden, key):
+    plain = model.parse_config(config_of(golden.folder))
+    config = model.parse_config({**config_of(golden.folder), key: BOOKKEEPING[key]})
+    assert config.raw.pop(key) == BOOKKEEPING[key]  # and kept for save()
+    plain.raw.pop(key, None)
+    assert config == plain
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_rope_parameters_may_hold_the_theta(golden, key, nested):
+    raw = config_of(golden.folder)
+    theta = raw["rope_theta"]
+    settings = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0}
+    raw[key] = {"full_attention": settings} if nested else settings
+    assert model.parse_config(raw).rope_theta == theta
+    del raw["rope_theta"]
+    assert model.parse_config(raw).rope_theta == theta
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 7.0}),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"full_attention": {"rope_type": "linear"}}),
+        ("rope_parameters", [1]),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", "full_attention"),
+        ("head_dim", 99),
+        ("pruned_heads", {"0": [1]}),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_keys_that_change_the_computation_are_refused(golden, copy, key, value):
+    change_config(copy, **{key: value})
+    assert key in error(copy)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_a_mixture_of_experts_is_one_short_line(golden, copy, key):
+    change_config(copy, **{key: 64, "moe_intermediate_size": 128, "norm_topk_prob": True})
+    assert error(copy).endswith(f"config.json: {key}: a mixture of experts is not supported")
+    change_config(copy, model_type="sdar_moe", **{key: None})
+    assert "sdar_moe: a mixture of experts is not supported" in error(copy)
+
+
+def test_the_context_length_is_known(golden):
+    raw = config_of(golden.folder)
+    assert model.parse_config(raw).max_length == 4096
+    key = {"llada": "max_sequence_length", "dream": "max_position_embeddings"}[golden.family]
+    assert model.parse_config(config_of(golden.folder, **{key: None})).max_length is None
+    assert model.parse_config(config_of(golden.folder, **{key: 64})).max_length == 64
+
+
+def test_of_several_ends_the_first_counts(golden):
+    config = model.parse_config({**config_of(golden.folder), "eos_token_id": [7, 301]})
+    assert (config.eos_id, config.raw["eos_token_id"]) == (7, [7, 301])
+
+
+def test_ids_that_qwen3_files_leave_out():
+    keys = dict(mask_token_id=None, pad_token_id=None, vocab_size=151936)
+    sdar = model.parse_config(config_of(GOLDEN / "sdar-tiny", block_size=None, head_dim=None, **keys))
+    assert (sdar.mask_id, sdar.eos_id, sdar.pad_id) == (151669, 300, 300)
+    assert (sdar.block_length, sdar.head_width) == (4, 128)
+    a2d = model.parse_config(config_of(GOLDEN / "a2d-tiny", **keys))
+    assert (a2d.mask_id, a2d.eos_id, a2d.pad_id) == (151669, 302, 151643)
+    assert a2d.block_length is None
 
 
 @pytest.mark.parametrize("odd", [None, True, "x", "", -1, 0, 1.5, [], {}, [1]])

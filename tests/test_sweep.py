@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, flags, last_json, shell
 
+import distill
 import lora
 import model
 import objectives
 import runs
 import tabom
-from experiments import sweep
+from experiments import report, sweep
 
 SMALL = dict(check="exact", keep="all", epochs=2, global_batch=6, batch_size=6, lr=1e-2, warmup=0, decode_batch=16)
 
@@ -70,11 +72,13 @@ def test_what_an_objective_does_not_use_makes_no_run():
 @pytest.mark.parametrize(
     "over, message",
     [
-        ("windw=8", "--over windw=8: expected OPTION=VALUE"),
-        ("window", "--over window: expected"),
-        ("model=a,b", "--over model=a,b: expected"),
-        ("lora_targets=q_proj", "expected OPTION"),
-        ("keep_eos=true", "expected OPTION"),
+        ("windw=8", "--over windw=8: train has no option --windw; did you mean window?"),
+        ("xyzzy=8", "train has no option --xyzzy; a grid takes seed, objective, window, "),
+        ("window", "--over window: expected OPTION=VALUE,VALUE"),
+        ("model=a,b", "--over model=a,b: --model is the same in all runs of a sweep; a grid takes "),
+        ("lora-targets=q_proj", "--lora-targets is the same in all runs"),
+        ("keep_eos=true", "--keep-eos is the same in all runs"),
+        ("decode_batch=8", "--decode-batch is an option of the sweep, not of its runs"),
         ("window=8,x", "--window 'x': must be"),
         ("seed=0,", "--seed '': must be int"),
         ("margin=-1", "--margin -1.0: must be a number of at least 0"),
@@ -87,6 +91,11 @@ def test_what_an_objective_does_not_use_makes_no_run():
 def test_a_grid_refuses(over, message):
     with pytest.raises(ValueError, match=message):
         sweep.expand(sweep_options(over=(over,)))
+
+
+def test_an_option_is_in_a_grid_once():
+    with pytest.raises(ValueError, match="--over seed=1: seed is given twice"):
+        sweep.expand(sweep_options(over=("seed=0", "seed=1")))
 
 
 # -------------------------------------------------------------------------------------------------- choice and table
@@ -102,7 +111,8 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_metric():
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds():
     def result(accuracy, tds, **settings):
-        tests = {"a/x.jsonl": dict(accuracy=accuracy, questions=10, tds=tds)}
+        tests = [dict(source="a/x.jsonl", tokens_per_step=1, scores=dict(accuracy=accuracy, questions=10, tds=tds))]
+        tests.append(dict(source="a/x.jsonl", tokens_per_step=2, scores=dict(accuracy=accuracy / 4, questions=10)))
         return dict(settings=settings, chosen=dict(accuracy=accuracy / 2), tests=tests)
 
     found = [
@@ -111,13 +121,103 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
         result(0.8, 0.4, objective="tabom", window=8, seed=1),
         result(0.1, None, objective="nelbo", seed=0),
     ]
-    assert sweep.sweep_table(sweep.summarise(found)).splitlines() == [
-        "| objective | window | runs | validation % | x % | TDS |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| base |  | 1 | 25.0 | 50.0 | 0.250 |",
-        "| tabom | 8 | 2 | 35.0 ± 7.1 | 70.0 ± 14.1 | 0.300 ± 0.141 |",
-        "| nelbo |  | 1 | 5.0 | 10.0 | - |",
+    rows = sweep.over_seeds(found)
+    assert sweep.sweep_table(rows).splitlines() == [
+        "| objective | window | runs | validation % | x % | x, 2 a step % | TDS |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| base |  | 1 | 25.0 | 50.0 | 12.5 | 0.250 |",
+        "| tabom | 8 | 2 | 35.0 ± 7.1 | 70.0 ± 14.1 | 17.5 ± 3.5 | 0.300 ± 0.141 |",
+        "| nelbo |  | 1 | 5.0 | 10.0 | 2.5 | - |",
     ]
+    (_, _, second, _) = rows[1]["scores"]
+    assert second["source"] == "a/x.jsonl" and second["tokens_per_step"] == 2 and second["values"] == [15.0, 20.0]
+
+
+def test_a_result_of_an_old_version_is_read():
+    old = dict(settings=dict(objective="tabom", seed=0), training=dict(loss=1.0, rank=0.5))
+    scores = dict(accuracy=0.5, rank=0.2, rank_least=0.1)
+    old["tests"] = {"a, b/x.jsonl": scores, "a, b/x.jsonl, 4 a step": dict(accuracy=0.25)}
+    new = sweep.upgraded(old)
+    assert new["training"] == dict(loss=1.0, ranking=0.5)
+    assert report.scores_of(new, "x") == dict(accuracy=0.5, ranking=0.2, ranking_least=0.1)
+    assert report.scores_of(new, "x", 4) == dict(accuracy=0.25)
+    assert new["tests"][1]["source"] == "a, b/x.jsonl"
+    assert sweep.upgraded(old, 2)["tests"][0]["tokens_per_step"] == 2  # a sweep that tested with two and four
+    assert sweep.upgraded(new) == new and "rank" in old["training"]
+    with pytest.raises(KeyError, match="x with 3 tokens per step"):
+        report.scores_of(new, "x", 3)
+
+
+# --------------------------------------------------------------------------------------------------- one loaded model
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The names of the models that are loaded."""
+    names, load = [], model.load
+
+    def counted(folder, **options):
+        names.append(Path(folder).name)
+        return load(folder, **options)
+
+    monkeypatch.setattr(model, "load", counted)
+    return names
+
+
+def bench_options(tiny, puzzles, trajectories, **changes):
+    settings = dict(SMALL, over=("seed=0",), device="cpu", test_limit=3, metric="tds")
+    settings.update(model=str(tiny), data=str(trajectories), validation=str(puzzles), test=(str(puzzles),), out="O")
+    return sweep.SweepOptions(**{**settings, **changes})
+
+
+def test_a_run_loads_the_base_model_once_and_scores_as_if_each_step_had_loaded_it(
+    tiny, puzzles, trajectories, tmp_path, loads
+):
+    c = bench_options(tiny, puzzles, trajectories)
+    bench = sweep.Workbench(c, runs.Processes("cpu", alone=True))
+    result = sweep.one_run(bench, dict(objective="tabom", window=4, seed=0), trajectories, tmp_path / "run")
+    assert loads == ["tiny"] and len(result["checkpoints"]) == 2
+    checkpoint = result["chosen"]["checkpoint"]
+    again = distill.distill(sweep.decoding(c, checkpoint, puzzles, tmp_path / "again", 0, 3), bench.processes)
+    assert again["correct"] / 3 == result["tests"][0]["scores"]["accuracy"]
+    written = {}
+    for name in ("run/test-train", "again"):
+        (file,) = (tmp_path / name).glob("trajectories-*")
+        written[name] = file.read_text()
+    assert written["again"] == written["run/test-train"]
+    assert loads == ["tiny"] * 2
+
+
+def test_training_of_all_weights_loads_each_checkpoint_once(tiny, puzzles, trajectories, tmp_path, loads):
+    c = bench_options(tiny, puzzles, trajectories, lora_rank=0, epochs=1)
+    bench = sweep.Workbench(c, runs.Processes("cpu", alone=True))
+    sweep.one_run(bench, dict(objective="nelbo", seed=0), trajectories, tmp_path / "run")
+    assert loads == ["tiny", "epoch-1"]
+
+
+def test_the_base_model_is_not_had_with_an_adapter_on_it(tiny, puzzles, trajectories, tmp_path):
+    lora.save(lora.inject(model.load(tiny), rank=4), tmp_path / "adapter")
+    bench = sweep.Workbench(bench_options(tiny, puzzles, trajectories), runs.Processes("cpu", alone=True))
+    before = bench.at(None)
+    adapted = bench.at(str(tmp_path / "adapter"))
+    assert adapted is before and lora.layers(adapted.m)
+    with pytest.raises(ValueError, match="has an adapter on it"):
+        bench.at(None)
+    bench.clear()
+    assert not lora.layers(bench.at(None).m)
+
+
+def test_the_order_is_measured_alike_with_the_window_of_the_sweep():
+    for options, expected in [
+        (dict(), (32, 0.2)),
+        (dict(window=16, margin=0.0), (16, 0.0)),
+        (dict(window="global"), (32, 0.2)),  # the windows of a ranking loss have a size
+        (dict(over=("window=4,16",)), (32, 0.2)),
+    ]:
+        bench = sweep.Workbench(sweep_options(**options), None)
+        assert (bench.window, bench.margin) == expected
+    bench = sweep.Workbench(sweep_options(window=16), None, window=8, margin=0.1)
+    assert (bench.window, bench.margin) == (8, 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -138,6 +238,7 @@ def results(out):
     return {p.parent.name: json.loads(p.read_text()) for p in (out / "runs").glob("*/result.json")}
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_every_run_and_tests_its_best_checkpoint(tiny, swept):
     out, _, result = swept
     runs = {"base", *(f"objective={o}+seed={s}" for o in ("tabom", "sft-gt") for s in (0, 1))}
@@ -150,8 +251,9 @@ def test_a_sweep_trains_every_run_and_tests_its_best_checkpoint(tiny, swept):
         assert meta["objective"] == run["settings"]["objective"].replace("sft-gt", "nelbo")
         accuracies = [checkpoint["accuracy"] for checkpoint in run["checkpoints"]]
         assert run["chosen"]["accuracy"] == max(accuracies) and len(accuracies) == 2
-        (tested,) = run["tests"].values()
-        assert tested["questions"] == 4 and tested["tds"] > 0
+        (tested,) = run["tests"]
+        assert tested["tokens_per_step"] == 1
+        assert tested["scores"]["questions"] == 4 and tested["scores"]["tds"] > 0
         loaded = lora.load(model.load(tiny), run["chosen"]["checkpoint"])
         answered = (out / "runs" / name / "test-train" / "meta.json").read_text()
         assert json.loads(answered)["adapter"] == run["chosen"]["checkpoint"] and lora.layers(loaded)
@@ -160,6 +262,7 @@ def test_a_sweep_trains_every_run_and_tests_its_best_checkpoint(tiny, swept):
     assert (out / "table.md").read_text().startswith("| objective | runs | validation % | train % | TDS |")
 
 
+@pytest.mark.slow
 def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
     out, line, result = swept
     again = tmp_path / "S"
@@ -175,8 +278,9 @@ def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_holds(tmp_path):
-    other = "import pathlib, sys, runs; runs.lock(pathlib.Path(sys.argv[1])); print('held', flush=True); input()"
+    other = "import sys, runs; p = runs.Processes('cpu'); p.lock(sys.argv[1]); print('held', flush=True); input()"
     held, done = tmp_path / "held", []
     held.mkdir()
 
@@ -216,16 +320,19 @@ def test_without_locks_each_process_keeps_to_its_own_jobs(tmp_path):
     assert done == ["b", "d"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs(swept, tmp_path):
     out, line, result = swept
     done = shell(*[str(tmp_path / "S") if word == str(out) else word for word in line], processes=2)
     assert done.returncode == 0, done.stderr
     for row, expected in zip(last_json(done.stdout)["rows"], result["rows"]):
         assert row["objective"] == expected["objective"]
-        for name, score in row["scores"].items():
-            assert score["values"] == pytest.approx(expected["scores"][name]["values"], rel=1e-3)
+        for score, other in zip(row["scores"], expected["scores"]):
+            assert score["measure"] == other["measure"]
+            assert score["values"] == pytest.approx(other["values"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_rounds_distill_again_with_what_the_model_has_become(tiny, puzzles, tmp_path):
     settings = dict(model=tiny, data=puzzles, test=puzzles, metric="last", rounds=2, limit=6, **SMALL)
     assert tabom.main(words(["objective=nelbo"], out=tmp_path / "S", **settings)) == 0
@@ -239,6 +346,7 @@ def test_rounds_distill_again_with_what_the_model_has_become(tiny, puzzles, tmp_
     assert run["chosen"]["checkpoint"] == str(second) and [c["round"] for c in run["checkpoints"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_number_of_epochs_may_be_in_the_grid(tiny, puzzles, trajectories, tmp_path):
     settings = dict(model=tiny, data=trajectories, test=puzzles, test_limit=2, metric="last", **SMALL)
     assert tabom.main(words(["epochs=1,3"], objective="nelbo", out=tmp_path / "S", **settings)) == 0
@@ -247,6 +355,7 @@ def test_the_number_of_epochs_may_be_in_the_grid(tiny, puzzles, trajectories, tm
         assert chosen["epoch"] == epochs and chosen["checkpoint"].endswith(f"epoch-{epochs}")
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp_path):
     settings = dict(model=tiny, data=trajectories, validation=puzzles, metric="tds", test_limit=3, **SMALL)
     assert tabom.main(words(["objective=traj"], out=tmp_path / "S", lora_rank=0, **settings)) == 0
@@ -263,7 +372,7 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
         (dict(test="P"), "--metric accuracy needs --validation"),
         (dict(test="P,sub/P", metric="last"), "--test has two sets called"),
         (dict(test="P", metric="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
-        (dict(test="P", metric="last", objective="t3d", lora_rank=0), "--lora-rank 0 has no adapter, which t3d needs"),
+        (dict(test="P", metric="last", objective="t3d", lora_rank=0), "--lora-rank 0 .* and t3d needs one"),
         (dict(test="P", metric="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
         (dict(test="P", metric="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
         (dict(test="P", metric="last", check="none"), "no answer that --check none could compare with"),
@@ -278,6 +387,7 @@ def test_bad_input_is_one_line(tiny, puzzles, trajectories, tmp_path, capsys, ch
     assert re.search(message, line), line
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_folder_is_refused(swept, capsys):
     out, line, _ = swept
     assert tabom.main([*line, "--lr", "0.5"]) == 1
@@ -286,6 +396,7 @@ def test_another_sweep_in_the_folder_is_refused(swept, capsys):
     assert "metric was 'accuracy' and is now 'last'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_changed_test_set_is_noticed(tiny, puzzles, tmp_path, capsys):
     questions = tmp_path / "q.jsonl"
     shutil.copyfile(puzzles, questions)

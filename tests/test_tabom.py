@@ -152,10 +152,10 @@ def trained(tiny, trajectories, tmp_path_factory):
 def test_train_writes_adapters_and_metrics(tiny, trained):
     log = metrics(trained)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]  # 12 examples in batches of 5, twice
-    wanted = {"loss", "ce", "rank", "in_order", "entropy", "grad_norm", "lr", "tokens_per_second", "step", "epoch"}
+    wanted = {"loss", "ce", "ranking", "in_order", "entropy", "grad_norm", "lr", "tokens_per_second", "step", "epoch"}
     assert set(log[0]) == wanted
-    assert all(line["loss"] == pytest.approx(line["ce"] + line["rank"], abs=1e-5) for line in log)
-    assert [line["lr"] for line in log][:2] == pytest.approx([5e-3, 1e-2])
+    assert all(line["loss"] == pytest.approx(line["ce"] + line["ranking"], abs=1e-5) for line in log)
+    assert [line["lr"] for line in log][:2] == pytest.approx([0, 5e-3])
     assert log[-1]["lr"] < 2e-3
     m = lora.load(model.load(tiny), trained / "epoch-2")
     assert all(p.dtype == torch.float32 for p in lora.tensors(m).values())
@@ -165,7 +165,7 @@ def test_train_writes_adapters_and_metrics(tiny, trained):
 def test_training_is_the_mean_gradient_of_the_global_batch_by_hand(tiny, trajectories, trained):
     """The first optimizer step, written out without accumulation."""
     m = lora.inject(model.load(tiny), generator=data.generator(0, "lora"))
-    rows = [data.cut_at_eos(r, m.config.eos_id) for r in data.read_trajectories(trajectories)]
+    rows = data.read_trajectories(trajectories)
     rows.sort(key=lambda r: r["id"])
     rows = [rows[k] for k in data.epoch_order(12, 0, 0)[:5]]
     generators = [data.generator(0, 0, r["id"]) for r in rows]
@@ -249,7 +249,10 @@ def test_a_finished_run_is_left_alone(tiny, trajectories, trained, capsys):
         dict(ce_weight=0),
         dict(entropy_context="step", window=4),
         dict(weight=0.0),
-        dict(keep_eos=True),
+        dict(cut_eos=True),
+        dict(starts="non-ltr", window=4),
+        dict(ranking="listwise", beta=2.0),
+        dict(ranking="kl", window=4),
         dict(lora_dropout=0.1, lora_rank=2, lora_alpha=4, lora_targets="q_proj,ff_proj", gradient_checkpointing=True),
     ],
 )
@@ -258,8 +261,9 @@ def test_every_objective_and_switch_trains(tiny, trajectories, tmp_path, capsys,
     result = run_train(capsys, model=tiny, data=trajectories, out=out, **{"epochs": 1, **options})
     assert result["loss"] > 0 and weights(out / "epoch-1")
     meta = json.loads((out / "meta.json").read_text())
-    assert all(meta[k] == v for k, v in options.items() if k not in ("lora_targets", "gradient_checkpointing"))
-    assert ("window" in meta) == ("rank" in result and meta["objective"] == "tabom")  # only what had an effect
+    for name, value in options.items():
+        assert name in ("lora_targets", "gradient_checkpointing") or meta[name] == value
+    assert ("window" in meta) == (meta["objective"] == "tabom")  # only what had an effect
 
 
 def test_t3d_continues_with_the_reference_that_it_had(tiny, trajectories, tmp_path, capsys):
@@ -283,8 +287,8 @@ def test_training_starts_from_an_adapter(tiny, trajectories, trained, tmp_path, 
     start = dict(model=tiny, data=trajectories, keep="all", adapter=trained / "epoch-2")
     run_train(capsys, out=tmp_path / "R", **{**start, "lr": 0})
     assert all(torch.equal(w, weights(trained / "epoch-2")[k]) for k, w in weights(tmp_path / "R" / "epoch-2").items())
-    fails(capsys, "rank 16", "train", out=tmp_path / "S", lora_rank=4, **start)
-    fails(capsys, "lora_alpha differs from --lora-alpha 8", "train", out=tmp_path / "S", lora_alpha=8, **start)
+    fails(capsys, "--lora-rank 4: .* has 16; leave the flag out", "train", out=tmp_path / "S", lora_rank=4, **start)
+    fails(capsys, "--lora-alpha 8.*: .* has 16; leave the flag out", "train", out=tmp_path / "S", lora_alpha=8, **start)
     fails(
         capsys,
         "--lora-rank 0 trains no adapter, and --adapter needs one",
@@ -331,10 +335,10 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
 def test_learning_rate_warms_up_and_falls_to_the_final_one():
     c = train.TrainOptions(lr=1.0, final_lr=0.1, warmup=4)
     rates = [train.learning_rate(step, 12, c) for step in range(13)]
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
     assert rates[8] == pytest.approx(0.55)
     assert rates[12] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
+    assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
 def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(tiny, trajectories, trained, tmp_path):
@@ -366,7 +370,7 @@ def test_an_infinite_loss_stops_the_run(tiny, trajectories, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.transformer.ln_f.weight"].fill_(float("nan"))
+    tensors["model.transformer.ln_f.weight"].fill_(3e38)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     assert tabom.main(["train", *flags(model=broken, data=trajectories, out=tmp_path / "R", **TRAIN)]) == 1
     assert re.search(r"error: loss nan .* at step 1, examples \[.*train-.*\]; last", capsys.readouterr().err)
@@ -465,7 +469,7 @@ BROKEN_MODELS = [
     (lambda f: (f / "config.json").unlink(), r"no config\.json in .*broken"),
     (
         lambda f: edit_json(f / "config.json", model_type="gpt5"),
-        "model_type is 'gpt5'; this code knows 'llada' and 'Dream'",
+        "model_type is 'gpt5'; this code knows 'llada', 'Dream', 'sdar' and 'a2d-qwen3'",
     ),
     (lambda f: edit_json(f / "config.json", alibi=True), "alibi is True, supported is False"),
     (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
@@ -569,7 +573,7 @@ def test_nothing_usable_to_train_on(tiny, trajectories, puzzles, tmp_path, capsy
     (tmp_path / "bare.jsonl").write_text('{"prompt": "L1"}\n')
     fails(
         capsys,
-        "1 rows have no answer",
+        "bare.jsonl:1: the row has no answer to train on",
         "train",
         data=tmp_path / "bare.jsonl",
         objective="nelbo",

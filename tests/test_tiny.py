@@ -1,0 +1,98 @@
+"""The tiny model: python -m pytest tests/test_tiny.py"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import data
+import decode
+import model
+import runs
+from experiments import puzzles as puzzle_tasks
+from experiments import tiny as tiny_model
+
+
+def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
+    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
+    assert (tiny_model.TINY / "model.safetensors").stat().st_size < 4e6
+    assert m.config.raw == tiny_model.config()
+    assert tok.size == m.config.vocab_size == len(tiny_model.vocabulary())
+    assert (tok.eos_id, tok.ids[tiny_model.MASK]) == (m.config.eos_id, m.config.mask_id)
+
+
+def test_the_tiny_model_solves_what_it_was_trained_on():
+    """Easy puzzles with few blanks: most are right, whatever the processor's rounding."""
+    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
+    rng, right = random.Random(3), 0
+    for _ in range(10):
+        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS["latin"], rng, False)
+        shown = "".join(a if c == puzzle_tasks.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
+        settings = runs.decoder_settings(runs.DecodeOptions(), runs.Loaded(m, tok, tiny_model.TINY))
+        t = decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **settings)
+        right += tok.response_text(t.response[0].tolist()) == answer
+    assert right >= 8
+
+
+def test_retrain_builds_a_model_folder(tmp_path):
+    result = tiny_model.retrain(tmp_path, count=128, epochs=1)
+    folder = Path(result["tiny"])
+    assert {f.name for f in folder.iterdir()} == {f.name for f in tiny_model.TINY.iterdir()}
+    with (
+        safe_open(folder / "model.safetensors", "pt") as ours,
+        safe_open(tiny_model.TINY / "model.safetensors", "pt") as tiny,
+    ):
+        assert set(ours.keys()) == set(tiny.keys())
+    assert result["steps"] == 2
+
+
+def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
+    result = tiny_model.retrain(tmp_path, count=64, epochs=2, taken=1)
+    weights = Path(result["tiny"]) / "model.safetensors"
+    assert weights.read_bytes() == (tmp_path / "run" / "epoch-1" / "model.safetensors").read_bytes()
+    assert result["steps"] == 1 and not (tmp_path / "run" / "epoch-2").exists()
+
+
+def test_the_start_follows_from_the_seed(tmp_path):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        tiny_model.write_start(tmp_path / name, seed)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_a_start_that_is_there_stays_and_a_stranger_is_refused(tmp_path):
+    tiny_model.write_start(tmp_path / "start", 0)
+    before = (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns
+    tiny_model.write_start(tmp_path / "start", 0)
+    assert (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="holds another model.safetensors"):
+        tiny_model.write_start(tmp_path / "start", 1)
+
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        tiny_model.write_start(tmp_path / "theirs", 0)
+    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["tiny/notes.txt", "start/config.json", "pretrain.jsonl", "run/notes.txt"])
+def test_training_refuses_the_folder_of_a_stranger(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError):
+        tiny_model.retrain(tmp_path, count=2, epochs=1)
+    assert (tmp_path / name).read_text() == "{}"
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert tiny_model.main([str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and "is there already" in line
+    assert captured.out == ""
