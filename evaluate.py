@@ -56,7 +56,8 @@ def answer_batch(loaded, examples, settings, seed, device, on_step=None):
 
     on_step: called after each decoding step, see decode.generate."""
     m, tok, _ = loaded
-    ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
+    prompts = [e["prompt_ids"] for e in examples]
+    ids, mask = (x.to(device) for x in data.pad_left(prompts, m.config.pad_id))
     generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
     t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
     if not t.entropy.isfinite().all():
