@@ -82,7 +82,7 @@ def test_predictions_that_are_not_finite_are_an_error(tiny):
 
 
 def test_batch_size_changes_nothing(tiny, puzzles, tmp_path, capsys):
-    options = dict(model=tiny, data=puzzles, temperature=0.7, top_p=0.9, limit=6)
+    options = dict(model=tiny, data=puzzles, temperature=0.7, top_p=0.9, limit=6, max_new_tokens=12, block_length=12)
     for size in (1, 5):
         distill(capsys, out=tmp_path / str(size), batch_size=size, **options)
     assert decoded(tmp_path / "1") == decoded(tmp_path / "5")

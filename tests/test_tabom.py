@@ -215,6 +215,7 @@ def test_misspelt_options_are_refused(words, capsys):
     assert "error" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_error_in_a_real_process_is_one_line():
     done = shell("generate", "--model", "./nowhere", "--prompt", "x")
     assert (done.returncode, done.stdout) == (1, "")
