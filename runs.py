@@ -98,7 +98,7 @@ class Processes:
     the processes do together. alone: one of several processes that work each for itself."""
 
     def __init__(self, device="auto", alone=False):
-        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.index, self.count = place_among_processes()
         self.shows = self.index == 0  # progress bars and tables
         if alone:
             self.index, self.count = 0, 1
@@ -188,6 +188,13 @@ class Processes:
 
 
 LOCK = "lock"  # the file in a run folder that the lock is on
+
+
+def place_among_processes():
+    """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def sum_together(gradients):
@@ -536,10 +543,12 @@ def prune(out, keep):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, SIGTERM and SIGINT do not end the process, but are put into the list that this gives."""
+    """Inside, SIGTERM, SIGINT and SIGHUP (a closed terminal) do not end the process, but are put into the list that
+    this gives."""
     seen, before = [], {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for number in {signal.SIGTERM, signal.SIGINT, hangup}:
             before[number] = signal.signal(number, lambda n, _: seen.append(n))
     try:
         yield seen

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import evaluate
 import lora
 import objectives
 import runs
@@ -122,8 +123,12 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     )
     epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
     stop_after: int | None = opt(None, "stop after so many of the epochs; the learning rate falls over all", low=1)
-    save_every: int = opt(0, "optimizer steps between further checkpoints; 0 = none", low=0)
+    save_every: int = opt(200, "optimizer steps between further checkpoints; 0 = none", low=0)
     keep_last: int = opt(1, "keep so many of those; those of epochs are always kept", low=1)
+    held_out: int = opt(
+        0, "records kept out of training; after each epoch their loss and an answer to the first are logged", low=0
+    )
+    log: str | None = opt(None, "also log to tensorboard (in --out) or wandb", choices=("tensorboard", "wandb"))
     skip_nonfinite: bool = opt(False, "drop a step whose loss is not finite, instead of stopping")
     global_batch: int | None = opt(None, "examples per optimizer step, over all processes (4 per process)", low=1)
     batch_size: int = opt(4, "examples per forward pass on each process; the rest accumulates", low=1)
@@ -196,6 +201,7 @@ class Run:
     processes: runs.Processes
     loaded: runs.Loaded
     records: list  # what to train on, sorted by id
+    held_out: list  # what only the loss after an epoch is taken of
     objective: Any  # a function of the model, a batch and generators
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
@@ -218,6 +224,7 @@ def train(c, processes=None, loaded=None):
     run."""
     run = prepare(c, processes or runs.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
+    also_log = open_log(c, run) if first else None
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
         tqdm(total=run.end, initial=run.done, desc="train", unit="step", disable=not run.processes.shows) as bar,
@@ -228,12 +235,15 @@ def train(c, processes=None, loaded=None):
             metrics = train_step(run, step, epoch, global_batch_of(run, epoch, i))
             if run.reference is not None and (step + 1) % c.reference_steps == 0:
                 run.reference.update()
+            whole = i == run.steps_per_epoch - 1
+            if whole and run.held_out:
+                metrics.update(on_held_out(run))
             if first:
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
+                also_log(metrics)
                 show(bar, metrics)
             stop = run.processes.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
-            whole = i == run.steps_per_epoch - 1
             if whole or stop or (c.save_every and (step + 1) % c.save_every == 0):
                 save(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
             if stop and step + 1 < run.end:
@@ -252,14 +262,17 @@ def prepare(c, processes, loaded=None):
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded, parameters, processes)
+    held_out, records = split_off(records, c)
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
 
     meta = dict(identity(c, records), **parameters, **runs.identity(loaded.folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
-    by_content = ("model", "data", "adapter")  # these may be elsewhere, if they are the same
-    runs.same_run(c.out, meta, by_content)  # before a checkpoint is read that need not fit
+    free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
+    if more_epochs(c, processes):
+        free.append("epochs")
+    runs.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
@@ -271,7 +284,7 @@ def prepare(c, processes, loaded=None):
     fused = processes.device.type == "cuda"
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
-    out = runs.open_run(c.out, meta, processes, by_content)
+    out = runs.open_run(c.out, meta, processes, free)
     if processes.first:
         warn_of_options(c, total, unused)
     loaded.m.train()
@@ -279,10 +292,12 @@ def prepare(c, processes, loaded=None):
     done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
     if processes.first:
         runs.keep_lines(out / "metrics.jsonl", done)  # a kill may have left lines of steps that are made again
+        if 0 < done < total:
+            tqdm.write(f"continuing at step {done} of {total}", sys.stderr)
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     return Run(
-        c, processes, loaded, records, objective, weights, optimizer, reference, out, last, global_batch,
+        c, processes, loaded, records, held_out, objective, weights, optimizer, reference, out, last, global_batch,
         steps_per_epoch, total, end, done,
     )  # fmt: skip
 
@@ -303,6 +318,7 @@ def trainable(c, m, last):
 
 # What changes nothing in what a run computes, and may differ when it is continued.
 FREE = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last", "stop_after")
+FREE += ("log", "unfinished")
 
 
 def identity(c, records):
@@ -317,6 +333,51 @@ def identity(c, records):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
+
+
+def more_epochs(c, processes):
+    """Whether c asks for more epochs than the run in its folder was started with: the learning rate then goes on along
+    the longer cosine."""
+    meta = Path(c.out) / "meta.json"
+    before = data.read_json(meta).get("epochs") if meta.is_file() else None
+    if type(before) is not int or c.epochs <= before:
+        return False
+    line = f"--epochs {c.epochs}, and the run was started with {before}: the learning rate follows the longer cosine"
+    runs.warner(processes)(line)
+    return True
+
+
+def split_off(records, c):
+    """(held out, to train on): --held-out records, the same for the same seed, and the rest.
+
+    Raises ValueError where nothing would be left to train on."""
+    if c.held_out >= len(records):
+        raise ValueError(f"--held-out {c.held_out}: there are {len(records)} records, and none would be trained on")
+    chosen = set(data.epoch_order(len(records), c.seed, "held out")[: c.held_out])
+    held_out = [r for i, r in enumerate(records) if i in chosen]
+    return held_out, [r for i, r in enumerate(records) if i not in chosen]
+
+
+def open_log(c, run):
+    """A function of a step's metrics that writes them to --log's library too. Raises ImportError without it."""
+    if c.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
+
+        writer = SummaryWriter(run.out / "tensorboard")
+
+        def write(metrics):
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, metrics["step"])
+            writer.flush()
+
+        return write
+    if c.log == "wandb":
+        import wandb
+
+        wandb.init(project="tabom", name=run.out.name, dir=run.out, config=data.read_json(run.out / "meta.json"))
+        return lambda metrics: wandb.log(metrics, step=metrics["step"])
+    return lambda metrics: None
 
 
 def warn_of_options(c, total, unused):
@@ -338,6 +399,9 @@ def last_metrics(run):
 
 def show(bar, metrics):
     loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
+    if "held_out_loss" in metrics:
+        bar.write(f"epoch {metrics['epoch']}: held-out loss {metrics['held_out_loss']:.3f}", sys.stderr)
+        bar.write(f"  answers: {metrics['sample'][:200]!r}", sys.stderr)
     bar.set_postfix_str(f"loss {loss}, {metrics['tokens_per_second']:.0f} tokens/s")
     bar.update()
 
@@ -405,6 +469,28 @@ def train_step(run, step, epoch, chosen):
         metrics = without_step(run, metrics, chosen)
     run.optimizer.zero_grad(set_to_none=True)
     return metrics
+
+
+@torch.no_grad()
+def on_held_out(run):
+    """The objective's mean loss on the held-out records, shared over the processes, and an answer to the first.
+
+    The same windows are drawn after every epoch, so that the losses compare."""
+    c, processes, m = run.c, run.processes, run.loaded.m
+    m.eval()
+    total, mine = 0.0, run.held_out[processes.index :: processes.count]
+    for i in range(0, len(mine), c.batch_size):
+        records = mine[i : i + c.batch_size]
+        generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
+        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators)
+        total += losses["loss"].item() * len(records)
+    found = dict(held_out_loss=processes.sum([total])[0] / len(run.held_out), sample="")
+    if processes.first:
+        settings = runs.decoder_settings(runs.DecodeOptions(), run.loaded)
+        example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
+        found["sample"] = evaluate.answer_batch(run.loaded, example, settings, c.seed, processes.device)[0]["text"]
+    m.train()
+    return found
 
 
 def pair_share(run, epoch, chosen):
