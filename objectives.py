@@ -465,7 +465,7 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
     -> dict(tds: float, rows: one value a trajectory, per_step: one a step, curves: of each row).
 
     eos "so-far", the release's: at each step the positions left of the leftmost EOS that stands
-    there at that moment; a step with fewer than two has no value; per_step and curves end with the
+    there at that moment; a step with fewer than two has no value (None); per_step and curves end with the
     step that decoded the leftmost EOS of the final response (Figure 2). "final": at every step the
     positions before the final response's first EOS; one alone has the variance 0.
     h: a replay [B, S, N] of all positions, if made already; else one forward pass a step."""
@@ -480,9 +480,18 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
     return dict(
         tds=rows.nanmean().item(),
         rows=rows.tolist(),
-        per_step=per_step[~per_step.isnan()].tolist(),
-        curves=[row[~row.isnan()].tolist() for row in shown],
+        per_step=until_last_value(per_step),
+        curves=list(map(until_last_value, shown)),
     )
+
+
+def until_last_value(x):
+    """The numbers of x [S] up to the last that is no NaN; None for a NaN between them."""
+    known = (~x.isnan()).nonzero()[:, 0].tolist()
+    values = [None] * (known[-1] + 1 if known else 0)
+    for step in known:
+        values[step] = x[step].item()
+    return values
 
 
 def variance_by_step(h, batch, eos_id, eos="so-far"):
