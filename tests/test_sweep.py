@@ -73,11 +73,12 @@ def test_what_an_objective_does_not_use_makes_no_run():
     "over, message",
     [
         ("windw=8", "--over windw=8: train has no option --windw; did you mean window?"),
-        ("xyzzy=8", "train has no option --xyzzy; a grid takes seed, recipe, objective, window, "),
+        ("xyzzy=8", "train has no option --xyzzy; a grid takes seed, objective, window, "),
         ("window", "--over window: expected OPTION=VALUE,VALUE"),
         ("model=a,b", "--over model=a,b: --model is the same in all runs of a sweep; a grid takes "),
         ("lora-targets=q_proj", "--lora-targets is the same in all runs"),
         ("cut_eos=true", "--cut-eos is the same in all runs"),
+        ("recipe=dream-prm12k", "--recipe is the same in all runs"),
         ("decode_batch=8", "--decode-batch is an option of the sweep, not of its runs"),
         ("window=8,x", "--window 'x': must be"),
         ("seed=0,", "--seed '': must be int"),
