@@ -80,7 +80,10 @@ def sweep(c):
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
-        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), processes)
+        distilling = runs.Processes(c.device)
+        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), distilling)
+        distilling.unlock()  # who trains on them sees by the lock that they are finished
+        processes.barrier()
 
     alone = runs.Processes(c.device, alone=True)
     bench = Workbench(c, alone)

@@ -1,7 +1,15 @@
-"""Every command and every piece of code in the README: python -m pytest tests/test_readme.py
+"""The README and docs/: every command, piece of code, flag, function and link in them.
 
-What runs on the tiny model is run as it stands there; what needs a GPU is parsed."""
+    python -m pytest tests/test_readme.py                    # commands are parsed, python code is run
+    python -m pytest -m slow tests/test_readme.py            # the blocks marked "bash run" are run as they stand
 
+A page is a Markdown file. A block is fenced: ```bash (commands, parsed), ```bash run (commands on tiny/, run in their
+order in a folder that looks like a clone), ```python (run), ```text (what the block before it prints)."""
+
+import contextlib
+import functools
+import importlib
+import io
 import json
 import os
 import re
@@ -11,66 +19,217 @@ import sys
 from pathlib import Path
 
 import pytest
+from style import module_name, sources
 
+import evaluate
 import tabom
-from experiments import cost, speed
 from options import command_line
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for kind, body in BLOCKS if kind == "bash" for line in body.splitlines() if "tabom.py" in line]
-WALK = [line for line in COMMANDS if "out/v" not in line and ("tiny" in line or "--data-only" in line)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```([\w ]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+# Every block of every page: (page, kind, body).
+BLOCKS = []
+for page in PAGES:
+    for kind, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        BLOCKS.append((page, kind, body))
+
+MARKED = sorted({page for page, kind, _ in BLOCKS if kind == "bash run"})
+
+# Every line of the bash blocks, and what follows tabom.py in those that call it.
+LINES, CALLS = [], []
+for _, kind, body in BLOCKS:
+    if kind.startswith("bash"):
+        LINES += body.splitlines()
+for line in LINES:
+    for part in line.split(" && "):
+        if "tabom.py" in part:
+            CALLS.append(part.split("tabom.py", 1)[1].strip())
+EXPERIMENTS = re.findall(r"python -m experiments\.(\w+)([^\n`]*)", TEXT)
+
+# What a line may begin with, besides a command of the project.
+OTHERS = ("pip install -r requirements.txt", "pytest", "echo ")
+# Flags of other programs: torchrun, lm-evaluation-harness, and every parser's own.
+THEIRS = {"--nproc_per_node", "--model_args", "--log_samples", "--help"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder in which the README's relative paths mean what they mean in a clone."""
-    here = tmp_path_factory.mktemp("clone")
+@functools.cache
+def flags_of(module):
+    """The flags that a module of experiments/ has, from its --help."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        importlib.import_module(f"experiments.{module}").main(["--help"])
+    return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
+
+
+@functools.cache
+def flags_of_commands():
+    """The flags of all commands, of the experiments that are named, and THEIRS."""
+    found = set(THEIRS)
+    for parser in command_line(tabom.COMMANDS, "").commands.values():
+        found.update(parser._option_string_actions)
+    for module in {name for name, _ in EXPERIMENTS}:
+        found |= flags_of(module)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
+
+
+def test_every_command_is_shown():
+    assert {shlex.split(call)[0] for call in CALLS} == set(tabom.COMMANDS)
+
+
+@pytest.mark.parametrize("call", sorted(set(CALLS)))
+def test_a_command_parses(call):
+    command_line(tabom.COMMANDS, "").parse_args(shlex.split(call))
+
+
+@pytest.mark.parametrize("line", sorted(set(LINES)))
+def test_a_line_calls_what_is_there(line):
+    if line.startswith(OTHERS) or "tabom.py" in line or "python -m experiments." in line:
+        return
+    script = re.fullmatch(r"python (\w+\.py) .*", line)
+    assert script, f"nobody knows what this is: {line}"
+    assert (ROOT / script[1]).is_file(), line
+
+
+@pytest.mark.parametrize(("module", "arguments"), sorted(set(EXPERIMENTS)))
+def test_an_experiment_has_the_flags(module, arguments):
+    assert set(re.findall(r"--[a-z][\w-]*", arguments)) <= flags_of(module)
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))))
+def test_a_named_flag_exists(flag):
+    assert flag in flags_of_commands()
+
+
+def test_a_flag_that_no_command_has_is_noticed():
+    assert not {"--seeed", "--recipes"} & flags_of_commands()
+
+
+# ------------------------------------------------------------------------------------------------------- code and names
+
+
+def folder_like_a_clone(here):
+    """A folder in which the relative paths of the pages mean what they mean in a clone, with python and torchrun."""
     for name in ("tabom.py", "tiny"):
         (here / name).symlink_to(ROOT / name)
+    (here / "out").mkdir()
+    (here / "bin").mkdir()
+    for name, start in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+        file = here / "bin" / name
+        file.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {start} "$@"\n')
+        file.chmod(0o755)
     return here
 
 
 def run(words, folder):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_python_code_runs(tmp_path):
+    """Every block by itself, all in one process: importing torch is what takes long."""
+    folder, files = folder_like_a_clone(tmp_path), []
+    for number, (page, kind, body) in enumerate(BLOCKS):
+        if kind == "python":
+            file = folder / f"{page.stem}-{number}.py"
+            file.write_text(body)
+            files.append(str(file))
+    assert len(files) >= 4
+    code = "import runpy, sys\nfor file in sys.argv[1:]:\n    runpy.run_path(file)"
+    done = run([sys.executable, "-c", code, *files], folder)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_the_walk_through_runs_as_it_stands(folder):
-    assert len(WALK) == 6
-    launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    for line in WALK:
-        program, *words = shlex.split(line)
-        done = run([*launch[program], *words], folder)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        assert json.loads(done.stdout.strip().splitlines()[-1]), line
+@pytest.mark.parametrize("page", MARKED, ids=lambda page: page.stem)
+def test_what_is_marked_runs_and_prints_what_is_shown(page, tmp_path):
+    """The last line that a block prints has the keys of the last line that the page shows."""
+    folder, own = folder_like_a_clone(tmp_path), [(kind, body) for where, kind, body in BLOCKS if where == page]
+    for i, (kind, body) in enumerate(own):
+        if kind != "bash run":
+            continue
+        done = run(["bash", "-ec", body], folder)
+        assert done.returncode == 0, f"{body}\n{done.stderr}"
+        following, shown = own[i + 1] if i + 1 < len(own) else (None, "")
+        if following == "text":
+            printed, expected = (json.loads(text.strip().splitlines()[-1]) for text in (done.stdout, shown))
+            assert list(printed) == list(expected), body
+            tables = [[row for row in text.splitlines() if row.startswith("| ")] for text in (done.stdout, shown)]
+            assert [row[:1] for row in tables] == [tables[0][:1]] * 2, body  # the same head
 
 
-def test_every_command_parses():
-    assert {shlex.split(line.split("tabom.py", 1)[1])[0] for line in COMMANDS} == set(tabom.COMMANDS)
-    for line in COMMANDS:
-        command_line(tabom.COMMANDS, "").parse_args(shlex.split(line.split("tabom.py", 1)[1]))
+def test_the_walk_covers_the_short_commands():
+    marked = " ".join(body for _, kind, body in BLOCKS if kind == "bash run")
+    for command in ("distill", "train", "generate", "merge", "grade", "diagnose"):
+        assert f"tabom.py {command} " in marked
 
 
-def test_python_code_runs(folder):
-    codes = [body for kind, body in BLOCKS if kind == "python"]
-    assert codes
-    for code in codes:
-        done = run([sys.executable, "-c", code], folder)
-        assert done.returncode == 0, done.stderr
+def named_functions():
+    modules = {module_name(file).rpartition(".")[2]: module_name(file) for file in sources()}
+    found = set()
+    for stem, name in re.findall(r"`(\w+)\.(\w+)`", TEXT):
+        if stem in modules and name not in ("py", "safetensors", "json", "jsonl"):
+            found.add((modules[stem], name))
+    return sorted(found)
 
 
-def test_every_named_flag_exists():
-    known = {"--nproc_per_node", "--help"}
-    parsers = [speed.command_line(), cost.command_line(), *command_line(tabom.COMMANDS, "").commands.values()]
-    for parser in parsers:
-        known.update(parser._option_string_actions)
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
+@pytest.mark.parametrize(("module", "name"), named_functions())
+def test_a_named_function_exists(module, name):
+    assert hasattr(importlib.import_module(module), name)
 
 
-def test_every_named_function_exists():
-    modules = "|".join(file.stem for file in ROOT.glob("*.py"))
-    for module, name in re.findall(rf"`({modules})\.(\w+)`", README):
-        assert name in ("py", "safetensors") or hasattr(__import__(module), name), f"{module}.{name}"
+def test_a_benchmark_holds_the_names_that_are_listed():
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    table = page.split("## An objective")[0]
+    names = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert {"NAME", "FIELDS", "ask", "settings", "grade", "program"} <= set(names)
+    example = {}
+    exec(FENCE.findall(table)[0][1], example)
+    held = [vars(task) for task in evaluate.TASKS.values()]
+    for benchmark in (example, *held):
+        missing = {name for name in names if name not in benchmark} - {"rows"}
+        assert missing in ({"grade"}, {"program"}), benchmark["NAME"]  # one of the two
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", TEXT))))
+def test_a_named_file_exists(path):
+    assert (ROOT / path).is_file() or list(ROOT.glob(f"*/{path}"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = set()
+    for title in re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE):
+        found.add(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_is_reached_from_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in readme
