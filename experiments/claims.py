@@ -42,6 +42,7 @@ from options import opt, row_list
 # with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
 TRAINING = dict(epochs=3, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
+PINNED = dict(weight_decay=0.0, cut_eos=True)  # as the committed results were made; not train's defaults
 ROWS = {
     "SFT-GT": dict(objective=sweep.GROUND_TRUTH),
     "SFT-SD": dict(objective="nelbo"),
@@ -152,7 +153,8 @@ def about(c, out):
     commands = [row for _, row in data.read_rows(out / "commands.jsonl")]
     machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
     sizes = QUICK if c.quick else SIZES
-    return dict(commands=commands, setting=SETTING, training=TRAINING, sizes=sizes, machine=machine)
+    training = {**TRAINING, **PINNED}
+    return dict(commands=commands, setting=SETTING, training=training, sizes=sizes, machine=machine)
 
 
 def settings_of(name, seed):
@@ -234,6 +236,7 @@ def of_base(c, base):
         device="cpu",
         compile=c.compile,
         **TRAINING,
+        **PINNED,
     )
 
 

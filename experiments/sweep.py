@@ -80,7 +80,10 @@ def sweep(c):
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
-        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), processes)
+        distilling = runs.Processes(c.device)
+        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), distilling)
+        distilling.unlock()  # who trains on them sees by the lock that they are finished
+        processes.barrier()
 
     alone = runs.Processes(c.device, alone=True)
     bench = Workbench(c, alone)
@@ -257,7 +260,7 @@ def expand(c):
 
 def grid_options():
     """Name -> field of the options of train that a grid may vary: neither switches nor lists, and
-    not what is the same in all runs."""
+    not what is the same in all runs (a recipe sets options before the grid does)."""
     same = {"out", "adapter", "recipe", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
     found = {}
     for f in dataclasses.fields(train.TrainOptions):

@@ -22,6 +22,7 @@ def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
     assert not unused
     assert all(parameters[k] == v for k, v in settings.items() if k not in ("objective", "seed"))
     assert made.seed == 3
+    assert made.weight_decay == 0 and made.cut_eos  # as the committed results were made
     assert (made.epochs, made.lr) == (claims.TRAINING["epochs"], claims.TRAINING["lr"])
 
 
