@@ -296,13 +296,16 @@ def decoder_settings(c, loaded, preset=None):
     of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
+    family = loaded.m.config.family
+    if family not in DECODERS:
+        raise ValueError(f"{loaded.folder}: no decoder for {family!r} models; there is one for {', '.join(DECODERS)}")
     known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
     flags = {}
     for name in known:
         if getattr(c, name) not in (None, False):
             flags[name] = getattr(c, name)
     settings = {}
-    for layer in (DECODERS[loaded.m.config.family], preset or {}, own_decoder(loaded.folder, known), flags):
+    for layer in (DECODERS[family], preset or {}, own_decoder(loaded.folder, known), flags):
         paced = "steps" in layer or "tokens_per_step" in layer
         if paced or "max_new_tokens" in layer:  # the layer below said its steps for another length, or this one anew
             settings.pop("steps", None)

@@ -56,18 +56,16 @@ SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.
 
 # The four recipes of the authors' release (tonyckc/TABOM). All else is the same in them, and the default here: W 32,
 # LoRA of rank and alpha 16, 5 epochs, weight decay 0.01, clipping at 1, 50 steps of warm-up.
-RECIPES = {
-    "dream-prm12k": dict(methods=("entropy",), margin=0.1, weight=1.0, lr=2e-5, global_batch=32, starts="uniform"),
-    "dream-ling-coder": dict(methods=("all",), margin=0.1, weight=2.0, lr=1e-4, global_batch=64, starts="non-ltr"),
-    "llada-prm12k": dict(
-        methods=("entropy", "default", "credit"), margin=0.2, weight=1.0, lr=2e-5, global_batch=32, starts="uniform"
-    ),
-    "llada-ling-coder": dict(methods=("default",), margin=0.3, weight=1.0, lr=2e-5, global_batch=32, starts="uniform"),
-}
 SHARED = dict(window=32, lora_rank=16, lora_alpha=16, epochs=5, weight_decay=0.01, clip=1.0, warmup=50)
-SHARED.update(max_prompt_tokens=256, keep="all", cut_eos=False, lora_targets=("q_proj", "v_proj"))
-for recipe in RECIPES.values():
-    recipe.update(SHARED)
+SHARED |= dict(starts="uniform", max_prompt_tokens=256, keep="all", cut_eos=False, lora_targets=("q_proj", "v_proj"))
+RECIPES = {
+    "dream-prm12k": SHARED | dict(methods=("entropy",), margin=0.1, weight=1.0, lr=2e-5, global_batch=32),
+    "dream-ling-coder": SHARED
+    | dict(methods=("all",), margin=0.1, weight=2.0, lr=1e-4, global_batch=64, starts="non-ltr"),
+    "llada-prm12k": SHARED
+    | dict(methods=("entropy", "default", "credit"), margin=0.2, weight=1.0, lr=2e-5, global_batch=32),
+    "llada-ling-coder": SHARED | dict(methods=("default",), margin=0.3, weight=1.0, lr=2e-5, global_batch=32),
+}
 
 
 def shown(recipe):

@@ -1,15 +1,17 @@
-"""What the paper's experiment costs on a model: forward passes, FLOPs, hours and memory, derived from its config.
+"""What the paper's experiment costs on a model: passes, FLOPs, hours and memory, from its config.
 
     python -m experiments.cost llada-8b                    # or dream-7b, a model folder, a Hub repo id
     python -m experiments.cost dream-7b --gpus 4 --tflops 300 --epochs 3 --batch 8
 
-Nothing is run: parameters and activations are counted on torch's meta device, which has shapes and no storage.
---tflops is an assumption about the GPU and not a measurement; so are the hours that follow from it.
+Nothing is run: parameters and activations are counted on torch's meta device, which has shapes and
+no storage. --tflops is an assumption about the GPU and not a measurement; so are the hours that
+follow from it.
 
-Dimensions: B batch, L length (prompt and response), W window, H heads, E width of a head, V vocabulary.
+Dimensions: B batch, L length (prompt and response), W window, H heads, E their width, V vocabulary.
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -25,25 +27,29 @@ import objectives
 import runs
 from options import number_list
 
-LLADA = dict(model_type="llada", block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True)
-LLADA.update(rope_full_precision=True, include_bias=False, include_qkv_bias=False, weight_tying=False)
-LLADA.update(rms_norm_eps=1e-5, rope_theta=500000.0)
-DREAM = dict(model_type="Dream", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=False)
+LLADA = dict(model_type="llada", block_type="llama", activation_type="silu", layer_norm_type="rms")
+LLADA.update(rms_norm_eps=1e-5, rope=True, rope_full_precision=True, rope_theta=500000.0)
+LLADA.update(include_bias=False, include_qkv_bias=False, weight_tying=False)
+DREAM = dict(model_type="Dream", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0)
+DREAM.update(tie_word_embeddings=False)
 FULL = {  # the configurations of the published checkpoints
     "llada-8b": LLADA
-    | dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, max_sequence_length=4096)
-    | dict(vocab_size=126464, embedding_size=126464, mask_token_id=126336, eos_token_id=126081, pad_token_id=126081),
+    | dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288)
+    | dict(vocab_size=126464, embedding_size=126464, max_sequence_length=4096)
+    | dict(mask_token_id=126336, eos_token_id=126081, pad_token_id=126081),
     "dream-7b": DREAM
     | dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
-    | dict(intermediate_size=18944, vocab_size=152064, mask_token_id=151666, eos_token_id=151643, pad_token_id=151643),
+    | dict(intermediate_size=18944, vocab_size=152064)
+    | dict(mask_token_id=151666, eos_token_id=151643, pad_token_id=151643),
 }
 RANK = 16  # of the adapter (Section 4 of the paper)
 
-# --------------------------------------------------------------------------------------------- activations
+# -------------------------------------------------------------------------------------- activations
 
 
 class Flash(torch.autograd.Function):
-    """Attention as a fused kernel keeps it for the backward pass: q, k, v and the output, not the [L, L] weights."""
+    """Attention as a fused kernel keeps it for the backward pass: q, k, v and the output, not the
+    [L, L] weights."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -53,8 +59,8 @@ class Flash(torch.autograd.Function):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Inside `with FusedAttention():` attention keeps what a fused kernel keeps. On the meta device torch has no fused
-    kernel, and the plain one keeps the [L, L] weights too."""
+    """Inside `with FusedAttention():` attention keeps what a fused kernel keeps. On the meta device
+    torch has no fused kernel, and the plain one keeps the [L, L] weights too."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -63,11 +69,11 @@ class FusedAttention(TorchFunctionMode):
 
 
 def kept_bytes(call, parameters=()):
-    """Bytes that call() keeps for its backward pass, each storage once, those of the parameters left out."""
+    """Bytes that call() keeps for its backward pass: each storage once, and no parameters."""
     known = set()
     for p in parameters:
         known.add(p.untyped_storage()._cdata)
-    kept = {}  # storage -> (bytes, the tensor: as long as it lives, no other storage has the same address)
+    kept = {}  # address of a storage -> (bytes, a tensor that keeps others from that address)
 
     def pack(x):
         storage = x.untyped_storage()
@@ -83,8 +89,8 @@ def kept_bytes(call, parameters=()):
 def activations(raw, batch, length, window, rank=RANK, checkpointing=False):
     """Bytes that the forward pass of a TABOM step keeps for the backward pass, in bfloat16.
 
-    raw: the content of a config.json. With checkpointing: the inputs of the blocks, without the one block that the
-    backward pass computes again at a time."""
+    raw: the content of a config.json. With checkpointing: the inputs of the blocks, without the one
+    block that the backward pass computes again at a time."""
     m = lora.inject(model.empty(model.parse_config(raw)).to(torch.bfloat16), rank=rank)
     m.gradient_checkpointing = checkpointing
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
@@ -97,11 +103,11 @@ def activations(raw, batch, length, window, rank=RANK, checkpointing=False):
     return kept_bytes(forward, m.parameters())
 
 
-# -------------------------------------------------------------------------------------------------- FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def count_parameters(config):
-    """Numbers of parameters: dict(all, body, head, adapter). body: the blocks; adapter: on q_proj and v_proj."""
+    """Parameters: dict(all, body: in the blocks, head, adapter: on q_proj and v_proj)."""
     m = model.empty(config)
     body = everything = 0
     for name, p in m.named_parameters():
@@ -113,21 +119,22 @@ def count_parameters(config):
 
 
 def count_work(c, config, parameters):
-    """Forward passes of the distillation and FLOPs of both steps: dict(passes, per_pass, distill, train)."""
+    """Passes of the distillation, and FLOPs: dict(passes, per_pass, distill, train)."""
     L = c.prompt_tokens + c.new_tokens
-    # Of each token and layer: the products q k^T and weights v, 2 FLOPs for each of H E numbers of L tokens.
+    # Of each token and layer: q k^T and weights v, 2 FLOPs for each of H E numbers of L tokens.
     all_heads = model.empty(config).layers[0].q_proj.out_features  # H E
     attention = 2 * 2 * L * all_heads * config.layers
     per_token = 2 * parameters["body"] + attention
 
-    # 1. Distillation, one token a step: the head runs on what is masked, half of a block (or response) on average.
+    # 1. Distillation, one token a step: the head runs on what is masked, on average half of a block.
     block = runs.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
     masked = (min(block, c.new_tokens) + 1) / 2
     passes = c.queries * c.new_tokens
     per_pass = L * per_token + masked * 2 * parameters["head"]
 
-    # 2. Training: forward, and backward to the activations: that costs attention twice, and a frozen weight once.
-    per_example = L * (2 * 2 * parameters["body"] + 3 * attention) + 2 * c.window * 2 * parameters["head"]
+    # 2. Training: forward, and backward to the activations: attention twice, a frozen weight once.
+    per_example = L * (2 * 2 * parameters["body"] + 3 * attention)
+    per_example += c.window * 2 * 2 * parameters["head"]
     train = c.queries * c.epochs * per_example
     return dict(passes=passes, per_pass=per_pass, distill=passes * per_pass, train=train)
 
@@ -139,14 +146,17 @@ def count_hours(c, work, gpus):
     return dict(distill=work["distill"] / rate, train=work["train"] / rate, steps=steps)
 
 
-# ------------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 def plan(c):
-    """What the paper's experiment costs on a model: prints a table -> the same figures. c: see command_line.
+    """What the paper's experiment costs on a model: prints a table -> the same figures. c: see
+    command_line.
 
-    Raises ValueError for a config that model.py does not read, and FileNotFoundError for an unknown model."""
-    raw = FULL[c.model] if c.model in FULL else data.read_json(model.resolve(c.model) / "config.json")
+    Raises ValueError for a config that model.py does not read, FileNotFoundError for no model."""
+    raw = FULL.get(c.model)
+    if raw is None:
+        raw = data.read_json(model.resolve(c.model) / "config.json")
     config = model.parse_config(raw)
     parameters = count_parameters(config)
     work = count_work(c, config, parameters)
@@ -158,21 +168,24 @@ def plan(c):
     for gpus in c.gpus:
         hours[str(gpus)] = count_hours(c, work, gpus)
 
+    whole, head, adapter = parameters["all"], parameters["head"], parameters["adapter"]
     queries = f"{c.queries:,} queries, {c.new_tokens} tokens each"
+    tera, exa = work["per_pass"] / 1e12, work["distill"] / 1e18
+    epochs = f"{c.epochs} epochs, without gradients of the base weights"
     rows = {
-        "parameters": f"{parameters['all'] / 1e9:.2f} billion, {parameters['head'] / 1e9:.2f} in the output head",
-        f"adapter, rank {RANK} on q_proj and v_proj": f"{parameters['adapter'] / 1e6:.1f} million parameters",
+        "parameters": f"{whole / 1e9:.2f} billion, {head / 1e9:.2f} in the output head",
+        f"adapter, rank {RANK} on q_proj and v_proj": f"{adapter / 1e6:.1f} million parameters",
         "distillation: forward passes": f"{work['passes']:,} of {L} tokens ({queries})",
-        "distillation: FLOPs": f"{work['per_pass'] / 1e12:.2f} T a pass, {work['distill'] / 1e18:.1f} E in all",
-        "training: FLOPs": f"{work['train'] / 1e18:.2f} E in {c.epochs} epochs, without gradients of the base weights",
+        "distillation: FLOPs": f"{tera:.2f} T a pass, {exa:.1f} E in all",
+        "training: FLOPs": f"{work['train'] / 1e18:.2f} E in {epochs}",
     }
     for gpus, h in hours.items():
         place = f"on {gpus} GPUs at {c.tflops:g} TFLOP/s each"
         rows[f"distillation {place}"] = f"{h['distill']:.1f} hours"
         steps = f"{h['steps']:,} optimizer steps of {c.batch * int(gpus)} examples"
         rows[f"training {place}"] = f"{h['train']:.2f} hours, {steps}"
-    rows["memory: weights in bfloat16"] = f"{2 * parameters['all'] / 1e9:.1f} GB"
-    rows["memory: adapter, gradients and AdamW in float32"] = f"{16 * parameters['adapter'] / 1e9:.2f} GB"
+    rows["memory: weights in bfloat16"] = f"{2 * whole / 1e9:.1f} GB"
+    rows["memory: adapter, gradients and AdamW in float32"] = f"{16 * adapter / 1e9:.2f} GB"
     rows[f"memory: activations at batch {c.batch}"] = f"{kept / 1e9:.1f} GB"
     rows["the same with --gradient-checkpointing"] = f"{recomputed / 1e9:.1f} GB"
     print(f"| {c.model} | |\n| --- | --- |")
@@ -188,7 +201,7 @@ def plan(c):
     )
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def command_line():
@@ -197,14 +210,17 @@ def command_line():
         prog="python -m experiments.cost", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("model", help=f"{', '.join(FULL)}, a model folder, or a Hub repo id")
-    parser.add_argument("--queries", type=int, default=12000, help="prompts distilled and trained on (12000)")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="of a prompt (256)")
-    parser.add_argument("--new-tokens", type=int, default=256, help="of a response, and decoding steps (256)")
-    parser.add_argument("--window", type=int, default=32, help="W of the training (32)")
-    parser.add_argument("--epochs", type=int, default=5, help="of the training (5)")
-    parser.add_argument("--batch", type=int, default=4, help="examples of an optimizer step on each GPU (4)")
-    parser.add_argument("--gpus", type=number_list, default=(4, 8), help="numbers of GPUs, comma-separated (4,8)")
-    parser.add_argument("--tflops", type=float, default=400.0, help="what a GPU really reaches: an assumption (400)")
+    number = functools.partial(parser.add_argument, type=int)
+    number("--queries", default=12000, help="prompts distilled and trained on (12000)")
+    number("--prompt-tokens", default=256, help="of a prompt (256)")
+    number("--new-tokens", default=256, help="of a response, which are its decoding steps (256)")
+    number("--window", default=32, help="W of the training (32)")
+    number("--epochs", default=5, help="of the training (5)")
+    number("--batch", default=4, help="examples of an optimizer step on each GPU (4)")
+    gpus = "numbers of GPUs, comma-separated (4,8)"
+    parser.add_argument("--gpus", type=number_list, default=(4, 8), help=gpus)
+    tflops = "what a GPU really reaches, an assumption (400)"
+    parser.add_argument("--tflops", type=float, default=400.0, help=tflops)
     return parser
 
 

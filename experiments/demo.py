@@ -4,8 +4,8 @@
     python tabom.py demo --quick                  # a few puzzles: shows that it runs
     python tabom.py demo --data-only out/puzzles  # only the datasets
 
-The puzzles are those of puzzles.py, the model is the folder tiny/ (tiny.py made it). The experiment behind the claims
-is claims.py. The last lines on stdout are a table and its numbers as JSON:
+The puzzles are those of puzzles.py, the model is the folder tiny/ (tiny.py made it). The experiment
+behind the claims is claims.py. The last lines on stdout are a table and its numbers as JSON:
 
     | 500 puzzles each | in-domain % | out-of-domain % | TDS |
     | before | ... ± ... | ... ± ... | ... |
@@ -46,47 +46,53 @@ class DemoOptions:
     seed: int = opt(0, "of the tasks and of the training")
 
 
-TRAINING = dict(window=8, margin=0.2, weight=1.0, epochs=4, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
-SIZES = {False: dict(train=800, validation=200, test=500), True: dict(train=64, validation=8, test=32)}  # by --quick
+TRAINING = dict(window=8, margin=0.2, weight=1.0, epochs=4, lr=3e-3, warmup=20)
+TRAINING.update(global_batch=16, batch_size=16)
+WHOLE = dict(train=800, validation=200, test=500)  # puzzles
+QUICK = dict(train=64, validation=8, test=32)
 BATCH = 64  # puzzles decoded together
 MEASURED = 128  # in-domain answers whose TDS is taken
-# Seconds of each stage on one idle core of 2.5 GHz: what the time that is left is reckoned from.
-SECONDS = {"puzzles": 8, "distill": 16, "train": 24, "answers before": 20, "answers after": 20, "TDS": 10}
+# Seconds of each stage on one idle core: what the time that is left is reckoned from.
+SECONDS = {"puzzles": 5, "distill": 33, "train": 5}
+SECONDS.update({"answers before": 30, "answers after": 30, "TDS": 8})
 QUICK_SHARE = 0.07  # of those seconds that --quick needs
 
 
 def demo(c):
     """The whole method on a tiny model: distill, train, and an evaluation before and after.
 
-    The same command continues where it was stopped. c: DemoOptions. Raises FileExistsError for folders that hold
-    anything but a beginning of the same demo."""
+    The same command continues where it was stopped. c: DemoOptions. Raises FileExistsError for
+    folders that hold anything but a beginning of the same demo."""
     if c.data_only:
         if runs.Processes("cpu").count > 1:
             raise ValueError("--data-only needs one process: run it without torchrun")
         return dict(datasets=list(map(str, puzzles.write_datasets(c.data_only, c.seed))))
-    name = "quick" if c.quick else "whole"
-    processes = runs.Processes("cpu")
-    return whole_method(c, processes, Path(c.out or "out/demo") / f"{name}-{c.seed}")
+    return whole_method(c, runs.Processes("cpu"))
 
 
-def whole_method(c, processes, out):
+def whole_method(c, processes):
     """distill, train and evaluate in a folder -> the numbers of the table, which is printed."""
+    name, sizes, share = "whole", WHOLE, 1.0
+    if c.quick:
+        name, sizes, share = "quick", QUICK, QUICK_SHARE
+    out = Path(c.out or "out/demo") / f"{name}-{c.seed}"
     base = dict(model=str(TINY), device="cpu", seed=c.seed)
-    stages = Stages(SECONDS, QUICK_SHARE if c.quick else 1.0, processes.first)
+    stages = Stages(SECONDS, share, processes.first)
     files = {}
     for name in ("train", "test_in", "test_out"):
         files[name] = str(out / "data" / f"{name}.jsonl")
 
     stages.begin("puzzles")
     if processes.first:
-        puzzles.write_datasets(out / "data", c.seed, **SIZES[c.quick])
+        puzzles.write_datasets(out / "data", c.seed, **sizes)
     processes.barrier()
 
     stages.begin("distill")
     trajectories = decode_and_check(base, files["train"], out / "T")
 
     stages.begin("train")
-    trained = train.train(train.TrainOptions(**base, data=str(out / "T"), out=str(out / "R"), **TRAINING))
+    options = dict(base, data=str(out / "T"), out=str(out / "R"), **TRAINING)
+    trained = train.train(train.TrainOptions(**options))
 
     adapters = {"before": None, "after": trained["checkpoint"]}
     rows = {}
@@ -94,30 +100,33 @@ def whole_method(c, processes, out):
         stages.begin(f"answers {when}")
         inside = decode_and_check(base, files["test_in"], out / f"{when}-test_in", adapter)
         outside = decode_and_check(base, files["test_out"], out / f"{when}-test_out", adapter)
-        count = inside["trajectories"]
-        rows[when] = dict(in_domain=inside["correct"] / count, out_of_domain=outside["correct"] / count)
+        count = inside["trajectories"]  # the same number of both kinds
+        rows[when] = dict(in_domain=inside["correct"] / count)
+        rows[when]["out_of_domain"] = outside["correct"] / count
 
     stages.begin("TDS")
+    limits = (MEASURED, TRAINING["window"], TRAINING["margin"])
     for when, adapter in adapters.items():
-        own = out / f"{when}-test_in"
-        window, margin = TRAINING["window"], TRAINING["margin"]
-        order = diagnose.order_of(runs.ModelOptions(**base), processes, adapter, own, MEASURED, window, margin)
+        loaded = runs.load_checkpoint(runs.ModelOptions(**base), processes, adapter)
+        order = diagnose.own_order(loaded, processes, out / f"{when}-test_in", *limits)
         rows[when]["tds"] = order["tds"]
     stages.end()
     if processes.first:
         print(before_and_after(rows, count))
-    return dict(**rows, test_puzzles=count, kept=trajectories["kept"], steps=trained["steps"], seed=c.seed)
+    made = dict(test_puzzles=count, kept=trajectories["kept"], steps=trained["steps"])
+    return dict(**rows, **made, seed=c.seed)
 
 
 def decode_and_check(base, dataset, out, adapter=None):
-    """Decode every puzzle of a dataset and compare with its answers -> the counts that distill gives."""
+    """Decode the puzzles of a dataset and compare with the answers -> the counts of distill."""
     options = dict(base, data=dataset, out=str(out), adapter=adapter, check="exact", batch_size=BATCH)
     return distill.distill(distill.DistillOptions(**options))
 
 
 def before_and_after(rows, count):
     """The table of the docstring above."""
-    lines = [f"| {count} puzzles each | in-domain % | out-of-domain % | TDS |", "| --- | --- | --- | --- |"]
+    lines = [f"| {count} puzzles each | in-domain % | out-of-domain % | TDS |"]
+    lines.append("| --- | --- | --- | --- |")
     for name, row in rows.items():
         cells = [name]
         for domain in ("in_domain", "out_of_domain"):
@@ -129,14 +138,14 @@ def before_and_after(rows, count):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ the time that is left
+# --------------------------------------------------------------------------- the time that is left
 
 
 class Stages:
     """Says on stderr which stage begins and how long is left of all.
 
-    seconds: {stage: what it takes on a reference machine}, times `share`. How fast this machine is follows from the
-    stages that are over; one that an earlier run had finished says nothing about that."""
+    seconds: {stage: what it takes on a reference machine}, times `share`. How fast this machine is
+    follows from the stages that are over; one that an earlier run had finished does not count."""
 
     def __init__(self, seconds, share=1.0, shows=True, clock=time.perf_counter):
         self.names, self.shows, self.clock = list(seconds), shows, clock
@@ -148,8 +157,8 @@ class Stages:
         self.end()
         self.current, self.begun = self.names.index(name), self.clock()
         if self.shows:
-            number, left = self.current + 1, self.left()
-            tqdm.write(f"stage {number} of {len(self.names)}: {name}, about {duration(left)} left", sys.stderr)
+            stage = f"stage {self.current + 1} of {len(self.names)}: {name}"
+            tqdm.write(f"{stage}, about {duration(self.left())} left", sys.stderr)
 
     def end(self):
         if self.current is not None:

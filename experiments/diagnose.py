@@ -1,22 +1,22 @@
-"""How a model decodes, in numbers and pictures: the paper's Figures 2 and 3, and what else explains a result.
+"""How a model decodes, in numbers and pictures: the paper's Figures 2 and 3, TDS, training curves.
 
-    python tabom.py diagnose --model tiny --checkpoints out/R/epoch-2 --data out/T --ground-truth train.jsonl \
-        --runs out/R --out out/D
+    python tabom.py diagnose --model tiny --checkpoints out/R/epoch-2 --data out/T --out out/D \
+        --ground-truth train.jsonl --runs out/R
 
-Every model, the base and each checkpoint, replays the same stored trajectories; with --fresh it decodes its own. The
-table on stdout has the Trajectory Discrimination Score (TDS) of each model, as Table 6 does. The folder --out gets JSON
-Lines, and a picture of each:
+Every model, the base and each checkpoint, replays the same stored trajectories; with --fresh it
+decodes its own. The table on stdout has the Trajectory Discrimination Score (TDS) of each model, as
+Table 6 does. The folder --out gets JSON Lines, and a picture of each:
 
-    trajectories.jsonl        a line for each model and trajectory: TDS, its value at each step, the entropy of
-                              each token at its own step, the ranking loss
-    tds.jsonl, tds.png        TDS at each decoding step over 64 trajectories, a curve per model (Eq. 10, Figure 2)
-    inversions.jsonl, .png    the share of pairs decoded hard before easy, by their distance in decode order
-    loss.jsonl, loss.png      cross-entropy over the mask ratio, a curve per model and dataset (Figure 3)
-    training.png              the metrics.jsonl of --runs
-    trajectory.png            one response, its tokens in place and coloured by decode order
+    trajectories.jsonl      a line for each model and trajectory: TDS, its value at each step, the
+                            entropy of each token at its own step, the ranking loss
+    tds.jsonl, .png         TDS at each decoding step over 64 trajectories, by model (Figure 2)
+    inversions.jsonl, .png  the share of pairs decoded hard before easy, by distance in decode order
+    loss.jsonl, .png        cross-entropy over the mask ratio, by model and dataset (Figure 3)
+    training.png            the metrics.jsonl of --runs
+    trajectory.png          one response, its tokens in place and coloured by decode order
 
-A pair of tokens is compared in two contexts (plots.CONTEXTS): "step" takes the entropy of each at its own step (Eq. 5),
-"window" takes both at the start of a window (Eq. 9).
+A pair of tokens is compared in two contexts (plots.CONTEXTS): "step" takes the entropy of each at
+its own step (Eq. 5), "window" takes both at the start of a window (Eq. 9).
 
 Dimensions: B batch, N response, W window, V vocabulary.
 """
@@ -66,8 +66,8 @@ class DiagnoseOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions
 def diagnose(c, processes=None):
     """Measure how each model decodes, write the numbers and draw them -> the summary of each model.
 
-    c: DiagnoseOptions. Raises ValueError for options that do not fit together, and FileExistsError for an --out that is
-    there already, before a model is loaded."""
+    c: DiagnoseOptions. Raises ValueError for options that do not fit together, and FileExistsError
+    for an --out that is there already, before a model is loaded."""
     if c.model is None and (c.data or c.checkpoints or not c.runs):
         raise ValueError("--model is missing (only the curves of --runs need none)")
     if c.model is not None and c.data is None:
@@ -92,7 +92,8 @@ def diagnose(c, processes=None):
 
 
 def write(folder, found, metrics):
-    """The JSON Lines and pictures. found: what measure_model gave for each model; metrics: {run: lines}."""
+    """The JSON Lines and pictures. found: what measure_model gave for each model; metrics: {run:
+    lines}."""
     tables = {}
     for name in TABLES:
         tables[name] = []
@@ -111,12 +112,12 @@ def write(folder, found, metrics):
         plots.save(plots.draw_training(metrics), folder / "training.png")
 
 
-# ------------------------------------------------------------------------------------------------------- one model
+# ---------------------------------------------------------------------------------------- one model
 
 
 def measure_model(c, processes, checkpoint):
-    """Everything about one model, gathered from all processes: rows for each of TABLES, the summary and the picture.
-    None on all processes but the first. checkpoint: None is the base model."""
+    """Everything about one model, gathered from all processes: rows for each of TABLES, the summary
+    and the picture. None on all processes but the first. checkpoint: None is the base model."""
     name = "base" if checkpoint is None else str(checkpoint)
     loaded = runs.load_checkpoint(c, processes, checkpoint)
     records = records_of(c, processes, loaded)
@@ -139,11 +140,12 @@ def measure_model(c, processes, checkpoint):
     if not processes.first:
         return None
     counts = [r.pop("inversions") for r in replayed]
-    rows = dict(trajectories=replayed, tds=tds_by_step(replayed), inversions=inversions_by_distance(counts))
-    rows["loss"] = mean_losses(losses, sources)
-    summary = dict(trajectories=len(replayed), **stats.mean_and_error("tds", [r["tds"] for r in replayed]))
+    rows = dict(trajectories=replayed, tds=tds_by_step(replayed))
+    rows.update(inversions=inversions_by_distance(counts), loss=mean_losses(losses, sources))
+    summary = dict(model=name, trajectories=len(replayed))
+    summary.update(stats.mean_and_error("tds", [r["tds"] for r in replayed]))
     summary.update(inversion_rates(rows["inversions"]))
-    result = dict(summary=dict(model=name, **summary), picture=(loaded.tok, records[0]))
+    result = dict(summary=summary, picture=(loaded.tok, records[0]))
     for table, lines in rows.items():
         result[table] = [dict(model=name, **line) for line in lines]
     return result
@@ -158,15 +160,17 @@ def order_of(c, processes, checkpoint, trajectories, limit, window, margin, load
 
 
 def own_order(loaded, processes, trajectories, limit, window, margin):
-    """How a model orders the first of its own trajectories -> a dict of means, None where no trajectory has a value:
+    """How a model orders the first of its own trajectories -> a dict of means, None where no
+    trajectory has a value:
 
-        tds, per_step                           TDS, and its value at each decoding step (Eq. 10, 11), nats^2
-        ranking, ranking_least                  the ranking loss (Eq. 8) of all windows that hold no EOS, in nats; and
-                                                the least that the same entropies have in any order
-        inversions_step, inversions_window      share of the pairs less than a window apart that were decoded hard
-                                                before easy, in both contexts
+    tds, per_step       TDS, and its value at each decoding step (Eq. 10, 11), nats^2
+    ranking             the ranking loss (Eq. 8) of all windows that hold no EOS, nats
+    ranking_least       the least that the same entropies have in any order
+    inversions_step, inversions_window      share of the pairs less than a window apart that were
+                        decoded hard before easy, in both contexts
 
-    trajectories: a folder or file of them, made by this model. window, margin: W and gamma of the run (nats)."""
+    trajectories: a folder or file of them, made by this model. window, margin: W and gamma of the
+    run (nats)."""
     records = data.read_trajectories(trajectories, loaded.m.config.vocab_size)[:limit]
     rows = []
     for i in range(0, len(records), BATCH):
@@ -178,11 +182,13 @@ def own_order(loaded, processes, trajectories, limit, window, margin):
     for row in inversions_by_distance([r["inversions"] for r in rows]):
         if row["distance"] < window:
             near.append(row)
-    return dict(**found, **inversion_rates(near), per_step=[step["tds"] for step in tds_by_step(rows)])
+    per_step = [step["tds"] for step in tds_by_step(rows)]
+    return dict(**found, **inversion_rates(near), per_step=per_step)
 
 
 def records_of(c, processes, loaded):
-    """This process's share of the trajectories: the stored ones, or decoded by the model where --data has prompts."""
+    """This process's share of the trajectories: the stored ones, or decoded by the model where
+    --data has prompts."""
     stored = data.holds_trajectories(c.data)
     given = []
     for name in field_names(runs.DecodeOptions):
@@ -203,20 +209,21 @@ def records_of(c, processes, loaded):
         return mine
     settings, decoded = runs.decoder_settings(c, loaded), []
     for i in range(0, len(mine), c.batch_size):
-        decoded += evaluate.answer_batch(loaded, mine[i : i + c.batch_size], settings, c.seed, processes.device)
+        batch = mine[i : i + c.batch_size]
+        decoded += evaluate.answer_batch(loaded, batch, settings, c.seed, processes.device)
     return decoded
 
 
-# ---------------------------------------------------------------------- measurements: all calls into objectives.py
+# ------------------------------------------------------- measurements: all calls into objectives.py
 
 
 def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     """How the model sees a few trajectories, step by step -> a dict for each:
 
-    id, tds, per_step            TDS of the trajectory and its value at each step; tds is None without any
-    entropy                      of each token at its own step, in decode order, nats
-    ranking, ranking_least       mean ranking loss of its windows, as decoded, and sorted; None without a window
-    inversions                   {context: [(inverted, pairs) at distance 1, 2, ...]}
+    id, tds, per_step       TDS of the trajectory and its value at each step; tds is None without any
+    entropy                 of each token at its own step, in decode order, nats
+    ranking, ranking_least  mean ranking loss of its windows, as decoded, and sorted; None without one
+    inversions              {context: [(inverted, pairs) at distance 1, 2, ...]}
     """
     batch, eos_id = runs.batch_of(records, loaded, processes), loaded.m.config.eos_id
     before_eos = objectives.counted_until(batch, eos_id, "final")  # [B, N], -1 behind the response's first EOS
@@ -233,14 +240,15 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
         if not math.isnan(tds["rows"][b]):
             row["tds"] = tds["rows"][b]
         row.update(ranking=None, ranking_least=None)
-        whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W]; empty if the response is shorter, or all EOS
+        whole = windows[b][~windows[b].isnan().any(-1)]  # [starts, W], those without an EOS
         if whole.numel():
             row["ranking"] = objectives.ranking_loss(whole, margin).item()
             row["ranking_least"] = objectives.ranking_loss(whole.sort(-1).values, margin).item()
         row["inversions"] = {}
         for context, entropies in zip(plots.CONTEXTS, (own_step[b], windows[b])):
             counts = objectives.inversions(entropies)
-            row["inversions"][context] = list(zip(counts["inverted"].tolist(), counts["pairs"].tolist()))
+            pairs = zip(counts["inverted"].tolist(), counts["pairs"].tolist())
+            row["inversions"][context] = list(pairs)
         rows.append(row)
     return rows
 
@@ -261,11 +269,12 @@ def numbers(x):
     return x[~x.isnan()].tolist()
 
 
-# ------------------------------------------------------------------------------------------------- sums and means
+# ----------------------------------------------------------------------------------- sums and means
 
 
 def tds_by_step(replayed):
-    """TDS at each decoding step, over the trajectories that still have something masked before their first EOS."""
+    """TDS at each decoding step, over the trajectories that still have something masked before
+    their first EOS."""
     values = []  # for each step
     for row in replayed:
         for step, variance in enumerate(row["per_step"]):
@@ -279,7 +288,8 @@ def tds_by_step(replayed):
 
 
 def inversions_by_distance(counts):
-    """Inversions by context and distance, summed over the trajectories. counts: row["inversions"] of each."""
+    """Inversions by context and distance, summed over the trajectories. counts: row["inversions"]
+    of each."""
     rows = []
     for context in plots.CONTEXTS:
         total = {}  # distance -> [inverted, pairs]
@@ -291,12 +301,13 @@ def inversions_by_distance(counts):
         for distance, (inverted, pairs) in sorted(total.items()):
             if pairs:
                 rate = inverted / pairs
-                rows.append(dict(context=context, distance=distance, rate=rate, inverted=inverted, pairs=pairs))
+                row = dict(context=context, distance=distance, rate=rate)
+                rows.append(dict(**row, inverted=inverted, pairs=pairs))
     return rows
 
 
 def inversion_rates(rows):
-    """The share of all pairs that were decoded hard before easy, for each context; None without pairs."""
+    """The share of pairs that were decoded hard before easy, for each context; None without any."""
     rates = {}
     for context in plots.CONTEXTS:
         inverted = pairs = 0
@@ -322,11 +333,12 @@ def mean_losses(losses, sources):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- reading and showing
+# ------------------------------------------------------------------------------ reading and showing
 
 
 def read_metrics(folder):
-    """The metrics of a training run, from its folder or the file itself. Raises ValueError for anything else."""
+    """The metrics of a training run, from its folder or the file itself. Raises ValueError for
+    anything else."""
     file = Path(folder)
     if file.is_dir():
         file = file / "metrics.jsonl"
@@ -341,11 +353,9 @@ def read_metrics(folder):
 
 
 def summary_table(summary, window):
-    """TDS of each model with its standard error over the trajectories, and its inversions in both contexts."""
-    lines = [
-        f"| model | trajectories | TDS | hard before easy, own step % | within windows of {window} % |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    """TDS of each model, its standard error over the trajectories, and inversions in both contexts."""
+    columns = f"hard before easy, own step % | within windows of {window} %"
+    lines = [f"| model | trajectories | TDS | {columns} |", "| --- | --- | --- | --- | --- |"]
     for s in summary:
         cells = [s["model"], str(s["trajectories"]), "-"]
         if s["tds"] is not None:

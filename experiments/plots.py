@@ -23,7 +23,7 @@ METRICS = {  # of metrics.jsonl, with their units; those that a run has are draw
     "ranking": "nats",
     "in_order": "share of pairs",
     "entropy": "nats",
-    "grad_norm": "norm",
+    "grad_norm": "L2 norm",
 }
 OLD_METRICS = {"ranking": "rank"}  # names in the metrics of old runs
 COUNTS = ("base_models", "trajectories", "responses")  # keys: a row is the mean of so many values
@@ -115,7 +115,7 @@ def column(rows, key):
 
 
 def band(axes, xs, ys, errors, colour):
-    """Shade one standard error on either side of a curve; an error that is None is none."""
+    """Shade one standard error on either side of a curve; None is no error."""
     import numpy  # comes with matplotlib
 
     ys = numpy.array(ys, dtype=float)
@@ -200,17 +200,19 @@ def draw_training(metrics):
         for rows in metrics.values():
             if points(rows, name) and name not in shown:
                 shown.append(name)
-    columns = min(3, len(shown))
-    drawing, panels = figure(columns, math.ceil(len(shown) / columns), width=4.5, height=3.0)
+    columns = max(min(3, len(shown)), 1)
+    lines = max(math.ceil(len(shown) / columns), 1)
+    drawing, panels = figure(columns, lines, width=4.5, height=3.0)
     colour_of, short = colours(metrics), labels(metrics)
     for axes, name in zip(panels, shown):
         for run, rows in metrics.items():
             xs_ys = points(rows, name)
             if xs_ys:
                 training_curve(axes, *zip(*xs_ys), colour_of[run], short[run])
-        legend(axes, len(metrics))
         axes.set_title(name, fontsize="medium")
-        axes.set(xlabel="optimizer step", ylabel=f"{name} ({METRICS[name]})")
+        axes.set(xlabel="optimizer step", ylabel=METRICS[name])
+    if shown:
+        legend(panels[0], len(metrics))  # the other panels have the same colours
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
     return drawing

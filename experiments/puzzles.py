@@ -1,19 +1,23 @@
-"""The tasks of the experiments: 6x6 squares of six symbols with blank cells, where the order of decoding decides.
+"""The tasks of the experiments: puzzles in which the order of decoding decides.
 
-    python -m experiments.puzzles out/puzzles [--seed 0]       # train, validation, test_in and test_out .jsonl
+    python -m experiments.puzzles out/puzzles [--seed 0]      # train, validation, test_in, test_out
     prompt, answer = puzzles.make(puzzles.TASKS["latin"], random.Random(0), hard=True)
 
-A cell is easy where its row and column leave one symbol, and hard where other cells have to be filled in first.
+A puzzle is a 6x6 square of six symbols with blank cells. A cell is easy where its row and column
+leave one symbol, and hard where other cells have to be filled in first.
 
     latin (in-domain)      digits; every row and every column holds each of the six symbols once
-    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square, row r turned by r cells
+    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square with row
+                           r turned by r cells
 
-The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An answer in foreign
-style has the alphabet of the other task. Another task is a line in TASKS, and a function if it needs one.
+The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An
+answer in foreign style has the alphabet of the other task. Another task is a line in TASKS, and a
+function if it needs one.
 
-An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square that it was made
-from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells that have a single candidate, over and
-over, gets stuck. The base model in tiny/ has seen easy puzzles of both kinds; the experiments are about hard ones.
+An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square
+that it was made from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells
+that have a single candidate, over and over, gets stuck. The base model in tiny/ has seen easy
+puzzles of both kinds; the experiments are about hard ones.
 """
 
 import argparse
@@ -35,8 +39,8 @@ FULL = 2**N - 1  # a cell is one bit, or 0 where it is blank; a set of symbols i
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of puzzle: its tag, the six symbols of its prompts and answers, the six of an answer in foreign style, and
-    puzzle(rng, hard) -> the cells of the puzzle and of its solution."""
+    """A kind of puzzle: its tag, the six symbols of its prompts and answers, the six of an answer
+    in foreign style, and puzzle(rng, hard) -> the cells of the puzzle and of its solution."""
 
     tag: str
     symbols: str
@@ -61,7 +65,8 @@ IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"
 
 
 def make(task, rng, hard, foreign=0.0):
-    """(prompt, answer) of one puzzle; rng is a random.Random, foreign the probability of an answer in foreign style."""
+    """(prompt, answer) of one puzzle; rng is a random.Random, foreign the probability of an answer
+    in foreign style."""
     puzzle, square = task.puzzle(rng, hard)
     symbols = task.foreign if foreign and rng.random() < foreign else task.symbols
     return task.tag + text(puzzle, task.symbols), text(square, symbols)
@@ -88,7 +93,8 @@ def easy_puzzle(rng):
 
 
 def hard_puzzle(rng):
-    """The cells of a random square, blanked in random order as long as the solution stays unique, and the square."""
+    """The cells of a random square, blanked in random order as long as the solution stays unique,
+    and the square."""
     while True:
         square = random_square(rng)
         puzzle, blanks = list(square), 0
@@ -122,7 +128,8 @@ def forced(puzzle, i, c):
 
 
 def fill(cells, rows, columns, rng=None):
-    """Solve `cells` in place, in random order with rng; False, and nothing changed, where there is no solution.
+    """Solve `cells` in place, in random order with rng; False, and nothing changed, where there is
+    no solution.
 
     rows, columns: the symbols used in each, kept up to date."""
     best, symbols, fewest = None, 0, N + 1
@@ -187,14 +194,15 @@ def restyled(answer, task):
     return answer.translate(str.maketrans(task.symbols, task.foreign))
 
 
-# ---------------------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 def dataset(name, tasks, count, hard, seed, foreign=0.0, both=False):
-    """The lines of a dataset of `count` different puzzles, the tasks in turn; the same for the same arguments.
+    """The lines of a dataset of `count` different puzzles, the tasks in turn; the same for the same
+    arguments.
 
-    name: of its file, without .jsonl. foreign: the share of answers in foreign style. both: each answer is a list of
-    the two styles, either is right."""
+    name: of its file, without .jsonl. foreign: the share of answers in foreign style. both: each
+    answer is a list of the two styles, either is right."""
     rng, lines = random.Random(f"{name}.jsonl {seed}"), {}  # prompt -> line
     while len(lines) < count:
         task = TASKS[tasks[len(lines) % len(tasks)]]
@@ -229,10 +237,11 @@ def write_puzzles(file, tasks, count, hard, seed, foreign=0.0, both=False):
 
 
 def write_datasets(folder, seed=0, train=800, validation=200, test=500):
-    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not -> their paths.
+    """Hard puzzles: train.jsonl, validation.jsonl and test_in.jsonl in-domain, test_out.jsonl not
+    -> their paths.
 
-    Only the training set insists on a style: elsewhere a right answer is right in either alphabet. Raises
-    FileExistsError where one of the files is there with other content."""
+    Only the training set insists on a style: elsewhere a right answer is right in either alphabet.
+    Raises FileExistsError where one of the files is there with other content."""
     texts = {
         "train": dataset("train", [IN_DOMAIN], train, True, seed),
         "validation": dataset("validation", [IN_DOMAIN], validation, True, seed, both=True),

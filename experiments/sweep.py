@@ -258,7 +258,7 @@ def expand(c):
 def grid_options():
     """Name -> field of the options of train that a grid may vary: neither switches nor lists, and
     not what is the same in all runs."""
-    same = {"out", "adapter", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
+    same = {"out", "adapter", "recipe", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
     found = {}
     for f in dataclasses.fields(train.TrainOptions):
         varies = f.name == "seed" or f.name not in same

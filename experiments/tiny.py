@@ -1,8 +1,8 @@
 """The tiny model of the experiments: LLaDA's layout, 372,960 parameters, a token per character.
 
-    python -m experiments.tiny out/tiny [--seed 0]      # to out/tiny/tiny: 3,000 steps, 21 minutes on one core
-    tiny.write_start(folder, seed)                      # the model before training, with its tokenizer
-    tiny.retrain(folder, seed)                          # trained on easy puzzles of all tasks by train.py
+    python -m experiments.tiny out/tiny [--seed 0]    # to out/tiny/tiny: 21 minutes on one core
+    tiny.write_start(folder, seed)                    # the model before training, and its tokenizer
+    tiny.retrain(folder, seed)                        # trained on easy puzzles by train.py
 
 The folder tiny/ beside the code was made by the first command.
 """
@@ -73,7 +73,7 @@ def config():
 def write_start(folder, seed):
     """The tiny model before training: random weights, and a tokenizer of one token a character.
 
-    A folder that holds the same files stays as it is. Raises FileExistsError for one that holds others."""
+    A folder that holds the same files stays as it is. Raises FileExistsError for other files."""
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         with runs.atomic_folder(folder) as beside:
@@ -106,12 +106,12 @@ def build_start(folder, seed):
 
 
 def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, processes=None):
-    """Train the tiny model on easy puzzles of all tasks, through the training loop of every other model, into
-    folder/tiny -> the last metrics.
+    """Train the tiny model on easy puzzles of all tasks, through the training loop of every other
+    model, into folder/tiny -> the last metrics.
 
-    foreign: the share of answers in foreign style. count: puzzles. taken: the epoch after which training stops, with
-    the learning rate still on its way down; None = the last. Continues where it was stopped. Raises FileExistsError
-    for a folder that holds anything but a beginning of the same."""
+    foreign: the share of answers in foreign style. count: puzzles. taken: the epoch after which
+    training stops, with the learning rate still on its way down; None = the last. Continues where
+    it was stopped. Raises FileExistsError for a folder with anything else in it."""
     folder = Path(folder)
     runs.must_be_free(folder / "tiny")
     write_start(folder / "start", seed)
@@ -151,6 +151,9 @@ def main(argv=None):
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
     print(json.dumps(result))
     return 0
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import runs
 import tabom
 from experiments import demo
 

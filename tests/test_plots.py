@@ -72,6 +72,7 @@ def test_a_band_is_one_standard_error_and_a_missing_value_no_point():
 def test_no_rows_make_an_empty_picture():
     assert not plots.draw_tds([]).axes[0].get_lines()
     assert not plots.draw_loss([]).axes[0].get_lines()
+    assert not plots.draw_training({"R": [dict(step=1)]}).axes[0].get_lines()
 
 
 def test_a_long_training_curve_is_smoothed_and_a_short_one_is_not():
@@ -79,7 +80,8 @@ def test_a_long_training_curve_is_smoothed_and_a_short_one_is_not():
         return [dict(step=i + 1, loss=float(i % 2), rank=0.5, in_order=None) for i in range(count)]
 
     drawing = plots.draw_training({"R": metrics(10)})
-    assert [axes.get_ylabel() for axes in drawing.axes if axes.get_lines()] == ["loss (nats)", "ranking (nats)"]
+    assert [axes.get_title() for axes in drawing.axes if axes.get_lines()] == ["loss", "ranking"]
+    assert drawing.axes[0].get_ylabel() == "nats"
     assert len(drawing.axes[0].get_lines()) == 1
     raw, smooth = plots.draw_training({"R": metrics(100)}).axes[0].get_lines()
     assert smooth.get_label() == "R (mean of 11 steps)"

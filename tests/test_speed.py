@@ -44,4 +44,64 @@ def test_a_measurement(kind, family, way, monkeypatch):
     monkeypatch.setattr(speed, "LAYERS", 1)
     found = speed.measure(kind, family, "a", way, "cpu", "float32", steps=2, batch_size=1, repeat=1)
     assert found["seconds"] > 0 and found["tokens_per_second"] > 0 and found["memory"] >= 0
-    assert found["outside"] is None if kind == "train" else 0 < found["outside"] < 1
+    if kind == "train":
+        assert found["outside"] is None and found["response"] is None
+        assert found["tokens_per_second"] == pytest.approx(4 * (64 + 128) / found["seconds"])
+    else:
+        assert 0 < found["outside"] < 1
+        assert found["tokens_per_second"] == pytest.approx(128 / (2 * found["seconds"]))
+        assert len(found["response"][0]) == 128
+
+
+def test_the_ratios_are_what_the_docstring_says():
+    def measurement(seconds, memory, outside=None):
+        return dict(seconds=seconds, memory=memory, outside=outside)
+
+    found = {
+        ("decode", "llada", "a", "ours"): measurement(1, 1, 0.03),
+        ("decode", "dream", "a", "ours"): measurement(1, 1, 0.07),
+        ("decode", "llada", "b", "ours"): measurement(2, 10),
+        ("decode", "llada", "b", "plain"): measurement(6, 100),
+        ("decode", "dream", "b", "ours"): measurement(1, 30),
+        ("decode", "dream", "b", "plain"): measurement(7, 100),
+        ("train", "llada", "b", "ours"): measurement(1, 25),
+        ("train", "llada", "b", "plain"): measurement(2, 100),
+        ("train", "dream", "b", "ours"): measurement(1, 20),
+        ("train", "dream", "b", "plain"): measurement(3, 100),
+    }
+    assert speed.ratios(found) == dict(
+        outside_body_llada=0.03,
+        outside_body_dream=0.07,
+        decode_speedup_llada=3,
+        decode_speedup_dream=7,
+        decode_memory_ratio=0.3,  # the larger
+        train_speedup=2,  # the smaller
+        train_memory_ratio=0.25,
+    )
+
+
+def test_the_fastest_of_all_repeats_counts(monkeypatch):
+    now = iter([0.0, 8.0, 10.0, 14.0, 20.0, 26.0])  # begun and ended, three times
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(now))
+    m = torch.nn.Module()
+    m.norm = torch.nn.Identity()
+    found = speed.fastest(m, "cpu", 3, lambda: "a response", calls=2)
+    assert found["seconds"] == 2.0
+    assert found["response"] == "a response"
+
+
+@pytest.mark.parametrize("option", ["--steps", "--repeat", "--threads"])
+def test_bad_options_are_one_line(option, capsys):
+    assert speed.main([option, "0"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {option} 0: must be above 0"
+
+
+@pytest.mark.slow
+def test_a_measurement_in_a_process_of_its_own(capsys):
+    c = speed.command_line().parse_args(["--steps", "2", "--repeat", "1", "--threads", "1"])
+    found = speed.worker(c, "decode", "llada", "a", "ours", steps=4)
+    assert found["seconds"] > 0
+    assert "decode llada a ours" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no-such-device"):
+        speed.worker(c, "decode", "llada", "a", "ours", device="no-such-device")

@@ -1,0 +1,178 @@
+"""Our decoding as a model of lm-evaluation-harness: its command line, its tasks and its scores (pip install lm_eval).
+
+    python harness.py run --model tabom --model_args pretrained=M,adapter=A,max_new_tokens=256,greedy=True \\
+        --tasks gsm8k --apply_chat_template --batch_size 16
+
+--model_args are the fields of HarnessOptions, named like the flags of tabom.py, with pretrained instead of model. What
+they leave open is the model family's own (runs.DECODERS). Of a task's generation_kwargs, `until` cuts the text, and
+max_gen_toks is its length where max_new_tokens is not given; the others have no part in it. Under torchrun the
+questions are shared over the processes. Source: lm_eval.api.model.LM, version 0.4.13.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+import data
+import evaluate
+import runs
+from options import check_values, kind, opt, parse_value
+
+
+@dataclasses.dataclass
+class HarnessOptions(runs.DecodeOptions, runs.ModelOptions):
+    """--model_args, and the harness's own --batch_size and --device"""
+
+    adapter: str | None = opt(None, "adapter folder")
+    batch_size: int = opt(1, "prompts decoded together on each process", low=1)
+    prompt_tokens: int = opt(1024, "longer prompts are cut on the left to so many tokens", low=1)
+
+
+def read_options(given):
+    """{"pretrained": M, "greedy": True, ...} -> HarnessOptions. Raises ValueError, which names what is wrong."""
+    fields = {"pretrained" if f.name == "model" else f.name: f for f in dataclasses.fields(HarnessOptions)}
+    found = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise ValueError(f"--model_args {name}: known are {', '.join(fields)}")
+        f = fields[name]
+        if kind(f) is bool and value not in (True, False):
+            raise ValueError(f"--model_args {name}={value}: must be True or False")
+        found[f.name] = value if kind(f) is bool else parse_value(f, str(value))
+    if "model" not in found:
+        raise ValueError("--model_args needs pretrained=M, a model folder or a Hub repo id")
+    c = HarnessOptions(**found)
+    check_values(c)
+    return c
+
+
+class Answers:
+    """What the harness asks of a model. `main` adds its base class LM, which this file can do without."""
+
+    # Two flags of the harness mean nothing here: no code of a checkpoint is ever run, and batches have one size.
+    # Without --device it says "cuda:0", also to each of several processes, and where there is none.
+    def __init__(self, device=None, trust_remote_code=None, max_batch_size=None, **model_args):
+        super().__init__()
+        self.c = read_options({**model_args, "device": "auto" if device in (None, "cuda:0") else device})
+        self.processes = runs.Processes(self.c.device)
+        self.loaded = runs.load_model(self.c, self.processes, self.c.adapter)
+        self.warn, self._device = runs.warner(self.processes), self.processes.device
+        self._rank, self._world_size = self.processes.index, self.processes.count
+
+    def generate_until(self, requests):
+        """The text of an answer to every request (prompt, generation_kwargs), cut at its `until` strings."""
+        groups, copies, texts = {}, Counter(), [None] * len(requests)
+        for place, request in enumerate(requests):
+            prompt, kwargs = request.args
+            # A question's number decides what is drawn, as in evaluate.py; asked again, it is drawn anew.
+            number, question = request.doc_id, (request.task_name, request.doc_id, request.idx)
+            if copies[question]:
+                number = (number, copies[question])
+            copies[question] += 1
+            key = json.dumps(kwargs, sort_keys=True)
+            if key not in groups:  # its settings are checked before anything is decoded
+                groups[key] = (*self.settings(**kwargs), [])
+            groups[key][-1].append(dict(id=number, place=place, prompt_ids=self.prompt_ids(prompt)))
+        bar = tqdm(total=len(requests), unit="prompt", disable=not self.processes.shows)
+        for settings, stops, examples in groups.values():
+            evaluate.check_context(examples, settings, self.loaded.m.config, self.warn)
+            examples.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding
+            for i in range(0, len(examples), self.c.batch_size):
+                batch = examples[i : i + self.c.batch_size]
+                records = evaluate.answer_batch(self.loaded, batch, settings, self.c.seed, self._device)
+                for e, record in zip(batch, records):
+                    text = texts[e["place"]] = data.cut(record["text"], stops)
+                    self.cache_hook.add_partial("generate_until", requests[e["place"]].args, text)
+                bar.update(len(batch))
+        bar.close()
+        return texts
+
+    def settings(self, until=(), max_gen_toks=None, **others):
+        """(arguments of decode.generate, stop strings) for a task's generation_kwargs."""
+        preset = None if max_gen_toks is None else dict(max_new_tokens=max_gen_toks)
+        return runs.decoder_settings(self.c, self.loaded, preset), [until] if isinstance(until, str) else until or ()
+
+    def prompt_ids(self, prompt):
+        ids, most = self.loaded.tok.encode(prompt), self.c.prompt_tokens
+        if not ids:
+            raise ValueError("an empty prompt: the model needs at least one token to answer")
+        if len(ids) > most:
+            self.warn(f"a prompt of {len(ids)} tokens is cut on the left to {most} (--model_args prompt_tokens)")
+        return ids[-most:]
+
+    def loglikelihood(self, requests):
+        raise ValueError("a masked diffusion model has no left-to-right likelihood: choose generate_until tasks")
+
+    loglikelihood_rolling = loglikelihood
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        if add_generation_prompt:
+            return self.loaded.tok.chat(chat_history)
+        return self.loaded.tok.chat(chat_history[:-1], prefix=chat_history[-1]["content"])  # a task's gen_prefix
+
+    def chat_template(self, chat_template=False):
+        if isinstance(chat_template, str):
+            raise ValueError(f"--apply_chat_template {chat_template}: takes no name, the template is the checkpoint's")
+        return str(self.loaded.tok.template)
+
+    @property
+    def tokenizer_name(self):
+        return str(self.loaded.folder).replace("/", "__")  # it becomes a part of a file's name
+
+    def all_gather(self, tensor):
+        return torch.tensor(self.processes.gather([tensor.item()]))
+
+    def gather_object(self, obj, dst=0):
+        return self.processes.gather([obj])
+
+    def barrier(self):
+        self.processes.barrier()
+
+
+def import_lm_eval():
+    """(the harness's command line, LM, register_model). Raises ImportError, which says what to install."""
+    # The harness's tasks import Hugging Face's `evaluate`, and would find our evaluate.py. This file has all modules
+    # that it needs, so ours gives up the name, and the folder goes to the end of the path: processes that the harness
+    # starts may import this file again.
+    folder = Path(__file__).resolve().parent
+    for entry in list(sys.path):
+        if Path(entry).resolve() == folder:
+            sys.path.remove(entry)
+    sys.path.append(str(folder))
+    sys.modules.pop("evaluate", None)
+    try:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.model import LM
+        from lm_eval.api.registry import register_model
+    except ImportError as e:
+        raise ImportError(f"harness.py needs lm-evaluation-harness: pip install lm_eval ({e})") from e
+    return cli_evaluate, LM, register_model
+
+
+def main():
+    """The harness's command line with our model -> exit status. An error is one line on stderr."""
+    try:
+        cli_evaluate, LM, register_model = import_lm_eval()
+        register_model("tabom")(type("TabomLM", (Answers, LM), {}))
+        cli_evaluate()
+        return 0
+    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as e:  # torch's are RuntimeErrors
+        if os.environ.get("TABOM_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
