@@ -129,6 +129,7 @@ def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, pro
             batch_size=64,
             lr=3e-3,
             warmup=50,
+            weight_decay=0.0,
             seed=seed,
         ),
         processes,
