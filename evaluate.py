@@ -109,7 +109,9 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
     todo = [e for e in examples if json.dumps(e["id"]) not in done]
     todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
     starts = range(0, len(todo), c.batch_size)[processes.index :: processes.count]
-    mine = sum(len(todo[i : i + c.batch_size]) for i in starts)
+    mine = len(starts) * c.batch_size
+    if len(starts) and starts[-1] + c.batch_size > len(todo):  # the last batch is smaller
+        mine -= starts[-1] + c.batch_size - len(todo)
     steps = settings.get("steps") or -(-settings["max_new_tokens"] // settings["tokens_per_step"])
     with (
         open(out / f"trajectories-{processes.index:05d}.jsonl", "a", encoding="utf-8") as f,
@@ -321,9 +323,12 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
     out = runs.open_run(out, meta, processes, free=("limit",))
 
     def judge(batch, records):
-        texts = [TASKS[task].trim(graded_text(c, loaded, r), family, c.protocol) for r in records]
-        found = verdicts(task, [e["record"] for e in batch], texts, family, c.protocol)
-        return [dict(v, response=text) for v, text in zip(found, texts)]
+        texts, asked = [], []
+        for example, record in zip(batch, records):
+            texts.append(TASKS[task].trim(graded_text(c, loaded, record), family, c.protocol))
+            asked.append(example["record"])
+        found = verdicts(task, asked, texts, family, c.protocol)
+        return [dict(verdict, response=text) for verdict, text in zip(found, texts)]
 
     answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
     found = data.read_trajectories(out)[: len(examples)]
@@ -376,7 +381,10 @@ def read_questions(task, folder=None):
 
 def checked_row(row, where, task, wanted):
     """The row, if it has the wanted fields. Raises ValueError with its place and what is missing."""
-    wrong = [name for name, kind in wanted.items() if not isinstance(row, dict) or not fits(row.get(name), kind)]
+    wrong = []
+    for name, kind in wanted.items():
+        if not isinstance(row, dict) or not fits(row.get(name), kind):
+            wrong.append(name)
     if wrong:
         raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; {task} needs {', '.join(wanted)}")
     return row
@@ -397,9 +405,15 @@ def read_shots(path, task):
         turns = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from e
-    turns = turns.get(task, []) if isinstance(turns, dict) else turns
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
-        raise ValueError(f"{path}: the earlier turns must be a list of messages with a role and a content")
+    if isinstance(turns, dict):
+        if task not in turns:
+            raise ValueError(f"{path}: no turns for {task}; it has {', '.join(turns)}. An empty list asks without any")
+        turns = turns[task]
+    if not isinstance(turns, list):
+        raise ValueError(f"{path}: the earlier turns must be a list of messages, found {type(turns).__name__}")
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise ValueError(f"{path}: an earlier turn must have a role and a content, found {turn!r:.80}")
     return turns
 
 
@@ -450,7 +464,10 @@ def grade(c):
         raise ValueError(f"{source}: no responses to grade")
     out.parent.mkdir(parents=True, exist_ok=True)
     with runs.atomic_file(out) as f:  # opened before the work: a place that cannot be written to costs nothing
-        texts = [r["response"] if c.as_is else benchmark.trim(r["response"], c.family, c.protocol) for r in records]
+        texts = []
+        for record in records:
+            whole = record["response"]
+            texts.append(whole if c.as_is else benchmark.trim(whole, c.family, c.protocol))
         found = verdicts(c.task, records, texts, c.family, c.protocol, c.math_gold)
         for row, verdict in zip(rows, found):
             f.write(runs.json_line({**row, **verdict}))
@@ -508,17 +525,20 @@ def not_graded(record, fault):
 
 def score(task, found):
     """Accuracy in percent with its 95 % Wilson interval; for IFEval (prompt level, strict) also its other three."""
-    right, n = sum(v["correct"] is True for v in found), len(found)
+    n, right, not_judged = len(found), 0, 0
+    for verdict in found:
+        right += verdict["correct"] is True
+        not_judged += str(verdict.get("reason", "")).startswith("not graded")
     result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=wilson(right, n))
-    not_judged = sum(str(v.get("reason", "")).startswith("not graded") for v in found)
     if not_judged:
         result["not_graded"] = not_judged
     if task == "ifeval":
-        strict, loose = [], []
-        for v in found:
-            strict += v["strict"]
-            loose += v["loose"]
-        result["prompt_loose"] = round(100 * sum(all(v["loose"]) for v in found) / n, 2)
+        strict, loose, prompts_loose = [], [], 0
+        for verdict in found:
+            strict += verdict["strict"]
+            loose += verdict["loose"]
+            prompts_loose += all(verdict["loose"])
+        result["prompt_loose"] = round(100 * prompts_loose / n, 2)
         result["instruction_strict"] = round(100 * sum(strict) / len(strict), 2)
         result["instruction_loose"] = round(100 * sum(loose) / len(loose), 2)
     return result
