@@ -2,6 +2,7 @@
 
 What the harness calls is tested without it; two slow tests run its own command line where it is installed."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -167,6 +168,8 @@ def test_the_harness_finds_the_package_evaluate(tmp_path):
     api = tmp_path / "lm_eval" / "api"
     api.mkdir(parents=True)
     (tmp_path / "evaluate.py").write_text("NAME = 'the package'\n")
+    (tmp_path / "lm_eval" / "__init__.py").touch()
+    (api / "__init__.py").touch()
     (api / "model.py").write_text("class LM:\n    pass\n")
     registry = "KNOWN = {}\n\ndef register_model(name):\n    return lambda cls: KNOWN.update({name: cls})\n"
     (api / "registry.py").write_text(registry)
@@ -201,10 +204,14 @@ def tasks(tmp_path_factory):
     """A folder with two tasks, one of which begins the assistant's answer, and with the questions as GSM8K's file."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = [json.dumps(dict(question=q, answer=f"#### {i}")) for i, q in enumerate(QUESTIONS)]
-    (folder / "gsm8k_test.jsonl").write_text("\n".join(lines) + "\n")
-    task = TASK.format(name="plain", file=folder / "gsm8k_test.jsonl")
+    file = folder / "gsm8k_test.jsonl.gz"
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    task = TASK.format(name="plain", file=file)
     (folder / "plain.yaml").write_text(task)
-    (folder / "begun.yaml").write_text(task.replace("task: plain", "task: begun") + 'gen_prefix: "Well,"\n')
+    begun = task.replace("task: plain", "task: begun") + 'gen_prefix: "Well,"\n'
+    (folder / "begun.yaml").write_text(begun + "process_docs: !function begun.same\n")
+    # As the harness's own code tasks do: the package must be found, not evaluate.py of this project.
+    (folder / "begun.py").write_text("import evaluate\n\nevaluate.load\n\ndef same(docs):\n    return docs\n")
     return folder
 
 
@@ -223,7 +230,7 @@ def test_the_real_harness_gets_the_texts_of_evaluate(bytes_model, tasks, tmp_pat
     written = [f"{name}={value}" for name, value in dict(args, pretrained=bytes_model).items()]
     words = ["run", "--model", "tabom", "--model_args", ",".join(written), "--tasks", "plain,begun", "--device", "cpu"]
     words += ["--include_path", tasks, "--apply_chat_template", "--batch_size", "2", "--log_samples"]
-    done = command(*words, "--output_path", tmp_path / "H", processes=processes)
+    done = command(*words, "--output_path", tmp_path / "H", processes=processes, HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("|exact_match") == 2  # one table, also from two processes
     texts, prompts = samples(tmp_path / "H", "plain")
@@ -243,7 +250,7 @@ def test_the_real_harness_shows_an_error_as_one_line(bytes_model, tasks):
     task = (tasks / "plain.yaml").read_text().replace("generate_until", "loglikelihood_rolling")
     (tasks / "likelihood.yaml").write_text(task.replace("task: plain", "task: likelihood").split("generation_kw")[0])
     words = ["run", "--model", "tabom", "--model_args", f"pretrained={bytes_model}", "--tasks", "likelihood"]
-    done = command(*words, "--include_path", tasks)
+    done = command(*words, "--include_path", tasks, HF_HOME=str(tasks / "cache"))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: a masked diffusion model has no left-to-right")
     assert "Traceback" not in done.stderr
