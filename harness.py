@@ -28,7 +28,7 @@ from options import check_values, kind, opt, parse_value
 
 
 @dataclasses.dataclass
-class HarnessOptions(runs.DecodeOptions, runs.ModelOptions):
+class HarnessOptions(runs.ModelOptions, runs.DecodeOptions):
     """--model_args, and the harness's own --batch_size and --device"""
 
     adapter: str | None = opt(None, "adapter folder")
@@ -38,15 +38,17 @@ class HarnessOptions(runs.DecodeOptions, runs.ModelOptions):
 
 def read_options(given):
     """{"pretrained": M, "greedy": True, ...} -> HarnessOptions. Raises ValueError, which names what is wrong."""
-    fields = {"pretrained" if f.name == "model" else f.name: f for f in dataclasses.fields(HarnessOptions)}
-    found = {}
+    fields, found = {f.name: f for f in dataclasses.fields(HarnessOptions)}, {}
+    fields["pretrained"] = fields.pop("model")
     for name, value in given.items():
         if name not in fields:
             raise ValueError(f"--model_args {name}: known are {', '.join(fields)}")
         f = fields[name]
-        if kind(f) is bool and value not in (True, False):
+        if kind(f) is not bool:
+            value = parse_value(f, str(value))
+        elif value not in (True, False):
             raise ValueError(f"--model_args {name}={value}: must be True or False")
-        found[f.name] = value if kind(f) is bool else parse_value(f, str(value))
+        found[f.name] = value
     if "model" not in found:
         raise ValueError("--model_args needs pretrained=M, a model folder or a Hub repo id")
     c = HarnessOptions(**found)
@@ -55,24 +57,27 @@ def read_options(given):
 
 
 class Answers:
-    """What the harness asks of a model. `main` adds its base class LM, which this file can do without."""
+    """What the harness asks of a model. `main` adds its base class LM, so that this file imports without it."""
 
     # Two flags of the harness mean nothing here: no code of a checkpoint is ever run, and batches have one size.
-    # Without --device it says "cuda:0", also to each of several processes, and where there is none.
+    # Without --device the harness says "cuda:0", to every process and where there is none: that is our "auto".
     def __init__(self, device=None, trust_remote_code=None, max_batch_size=None, **model_args):
         super().__init__()
-        self.c = read_options({**model_args, "device": "auto" if device in (None, "cuda:0") else device})
+        if device not in (None, "cuda:0"):
+            model_args["device"] = device
+        self.c = read_options(model_args)
         self.processes = runs.Processes(self.c.device)
         self.loaded = runs.load_model(self.c, self.processes, self.c.adapter)
-        self.warn, self._device = runs.warner(self.processes), self.processes.device
+        self.warn, self.cuts = runs.warner(self.processes), False
         self._rank, self._world_size = self.processes.index, self.processes.count
+        self._device = self.processes.device
 
     def generate_until(self, requests):
         """The text of an answer to every request (prompt, generation_kwargs), cut at its `until` strings."""
         groups, copies, texts = {}, Counter(), [None] * len(requests)
         for place, request in enumerate(requests):
             prompt, kwargs = request.args
-            # A question's number decides what is drawn, as in evaluate.py; asked again, it is drawn anew.
+            # A question's number is the seed of its answer, as in evaluate.py; asked again, it has another one.
             number, question = request.doc_id, (request.task_name, request.doc_id, request.idx)
             if copies[question]:
                 number = (number, copies[question])
@@ -97,14 +102,20 @@ class Answers:
 
     def settings(self, until=(), max_gen_toks=None, **others):
         """(arguments of decode.generate, stop strings) for a task's generation_kwargs."""
-        preset = None if max_gen_toks is None else dict(max_new_tokens=max_gen_toks)
-        return runs.decoder_settings(self.c, self.loaded, preset), [until] if isinstance(until, str) else until or ()
+        preset = {}
+        if max_gen_toks is not None:
+            preset["max_new_tokens"] = max_gen_toks
+        if isinstance(until, str):
+            until = [until]
+        return runs.decoder_settings(self.c, self.loaded, preset), until or ()
 
     def prompt_ids(self, prompt):
+        """Token ids of a prompt as the model reads it, cut on the left; the first one that is cut is warned of."""
         ids, most = self.loaded.tok.encode(prompt), self.c.prompt_tokens
         if not ids:
             raise ValueError("an empty prompt: the model needs at least one token to answer")
-        if len(ids) > most:
+        if len(ids) > most and not self.cuts:
+            self.cuts = True
             self.warn(f"a prompt of {len(ids)} tokens is cut on the left to {most} (--model_args prompt_tokens)")
         return ids[-most:]
 
@@ -114,9 +125,10 @@ class Answers:
     loglikelihood_rolling = loglikelihood
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """Text of a conversation by the checkpoint's template; without a generation prompt its last turn goes on."""
         if add_generation_prompt:
             return self.loaded.tok.chat(chat_history)
-        return self.loaded.tok.chat(chat_history[:-1], prefix=chat_history[-1]["content"])  # a task's gen_prefix
+        return self.loaded.tok.chat(chat_history[:-1], prefix=chat_history[-1]["content"])
 
     def chat_template(self, chat_template=False):
         if isinstance(chat_template, str):
