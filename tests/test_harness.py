@@ -134,6 +134,15 @@ def test_model_args_are_flags():
     c = harness.read_options(given)
     assert (c.model, c.adapter, c.max_new_tokens, c.top_p, c.greedy, c.sample) == ("M", "A", 64, 1.0, True, False)
     assert (c.batch_size, c.prompt_tokens, c.steps) == (1, 1024, None)
+    assert harness.read_options(dict(pretrained="M", adapter=None, batch_size=None)).batch_size == 1
+
+
+def test_what_the_harness_sets_beside_model_args_gives_way(bytes_model):
+    given, others = dict(pretrained=bytes_model, batch_size=4, device="cpu"), dict(batch_size=1, device="cuda:0")
+    c = harness.Answers.create_from_arg_obj(given, dict(others, max_batch_size=None)).c
+    assert (c.batch_size, c.device) == (4, "cpu")
+    c = harness.Answers.create_from_arg_obj(dict(pretrained=bytes_model), others).c
+    assert (c.batch_size, c.device) == (1, "auto")  # without --device it says cuda:0, whatever is there
 
 
 @pytest.mark.parametrize(
