@@ -83,7 +83,7 @@ def identity(c, processes, loaded, settings):
         answer_field=c.answer_field,
         limit=c.limit,
         raw=c.raw,
-        **runs.identity(loaded.folder, c.adapter),
+        **runs.content_hashes(loaded.folder, c.adapter),
         data_sha256=runs.fingerprint(c.data),
         dtype=runs.resolve_dtype(c, processes),
         decoder=settings,

@@ -165,7 +165,7 @@ def check(kind, response, answer):
     if kind == "exact":
         return response.strip() == answer.strip()
     marked = marked_answer(answer)
-    gold = plain_number(answer if marked is None else marked)
+    gold = sole_number(answer if marked is None else marked)
     if gold is not None and kind != "math":
         found = final_number(response)
         if found is not None or kind == "number":
@@ -203,7 +203,7 @@ def spelled_plainly(text):
     return text
 
 
-def plain_number(text):
+def sole_number(text):
     """The number that a text consists of, but for space, a dollar sign and a last point: Decimal, or None.
 
     72 apples, 3/4 and 2x are no plain numbers."""
@@ -219,7 +219,7 @@ def final_number(text):
     part of a fraction, a power or a product."""
     marked = marked_answer(text)
     if marked is not None:
-        return plain_number(marked)
+        return sole_number(marked)
     text = spelled_plainly(text)
     found = list(re.finditer(DIGITS, text))
     if not found:
@@ -275,7 +275,7 @@ def evaluate(c, processes=None, loaded=None):
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
     if loaded is None:
         loaded = runs.load_model(c, processes, c.adapter)
-    identity = runs.identity(loaded.folder, c.adapter)
+    identity = runs.content_hashes(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded
     scores = []

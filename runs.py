@@ -444,7 +444,7 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def identity(folder, adapter=None):
+def content_hashes(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
     adapter_sha256 = None if adapter is None else fingerprint(lora.adapter_folder(adapter))
     return dict(model_sha256=fingerprint(folder), adapter_sha256=adapter_sha256)

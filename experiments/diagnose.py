@@ -84,14 +84,14 @@ def diagnose(c, processes=None):
     if not processes.first:
         return None
     with runs.atomic_folder(c.out) as beside:
-        write(beside, found, metrics)
+        write_results(beside, found, metrics)
     summary = [one["summary"] for one in found]
     if summary:
         print(summary_table(summary, c.window))
     return dict(out=str(c.out), models=summary)
 
 
-def write(folder, found, metrics):
+def write_results(folder, found, metrics):
     """The JSON Lines and pictures. found: what measure_model gave for each model; metrics: {run:
     lines}."""
     tables = {}
