@@ -588,6 +588,11 @@ def usable_trajectories(c, path, loaded, processes, say):
         finished = sum(bool(r.get("finished")) for r in records)
         wrong = sum(r.get("correct") is False for r in records)
         raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
+    wrong = sum(r.get("correct") is False for r in kept)
+    if wrong:
+        say(
+            f"{wrong} of {len(kept)} trajectories have a wrong answer and are trained on: --keep correct leaves them out"
+        )
     return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
 
 
