@@ -590,9 +590,7 @@ def usable_trajectories(c, path, loaded, processes, say):
         raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
-        say(
-            f"{wrong} of {len(kept)} trajectories have a wrong answer and are trained on: --keep correct leaves them out"
-        )
+        say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
 
 
