@@ -311,8 +311,9 @@ def decoder_settings(c, loaded, preset=None):
     known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
     flags = {}
     for name in known:
-        if getattr(c, name) not in (None, False):
-            flags[name] = getattr(c, name)
+        value = getattr(c, name)
+        if value is not None and value is not False:  # 0 is a value: --temperature 0, --block-length 0
+            flags[name] = value
     settings = {}
     for layer in (DECODERS[family], preset or {}, own_decoder(loaded.folder, known), flags):
         paced = "steps" in layer or "tokens_per_step" in layer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import BYTES_CONFIG, Golden, Toy, flags
+from helpers import BYTES_CONFIG, TRAIN, Golden, Toy, flags
 
 import model
 import tabom
@@ -42,6 +42,14 @@ def puzzles(tmp_path_factory):
 def trajectories(tiny, puzzles, tmp_path_factory):
     out = tmp_path_factory.mktemp("T") / "T"
     assert tabom.main(["distill", *flags(model=tiny, data=puzzles, out=out, check="exact")]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, trajectories, tmp_path_factory):
+    """A run of TRAIN: 6 steps, 2 epochs. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("R") / "R"
+    assert tabom.main(["train", *flags(model=tiny, data=trajectories, out=out, **TRAIN)]) == 0
     return out
 
 
