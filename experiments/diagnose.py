@@ -192,7 +192,7 @@ def records_of(c, processes, loaded):
     stored = data.holds_trajectories(c.data)
     given = []
     for name in field_names(runs.DecodeOptions):
-        if getattr(c, name) not in (None, False):
+        if getattr(c, name) is not None and getattr(c, name) is not False:
             given.append(flag(name))
     if stored and not c.fresh and given:
         raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")
