@@ -59,8 +59,11 @@ def answer_batch(loaded, examples, settings, seed, device, on_step=None):
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
     generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
     t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
-    if not t.entropy.isfinite().all():
+    decoded = t.response != m.config.mask_id  # [B, N]; --threshold with few --steps may leave masks
+    if not t.entropy[decoded].isfinite().all():
         raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+    t = t._replace(order=t.order.masked_fill(~decoded, -1))
+    t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
     records = []
     for e, response, step, order, entropy, confidence in zip(examples, *(x.tolist() for x in t)):
         record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
