@@ -106,15 +106,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)
-        known, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            command = self.commands.get(getattr(known, "command", None), self)
-            command.error(f"unrecognized arguments: {' '.join(unknown)}{command.nearest(unknown[0])}")
-        return known
+        command = next((self.commands[word] for word in words if word in self.commands), self)
+        for word in words:
+            option = word.split("=")[0]
+            if option.startswith("--") and option not in command._option_string_actions:
+                command.error(f"unrecognized arguments: {option}{command.nearest(option)}")
+        return super().parse_args(words, namespace)
 
     def nearest(self, word):
         """A hint at the option that looks most like a word; empty if none does."""
-        close = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+        close = difflib.get_close_matches(word, self._option_string_actions, 1)
         return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -58,15 +58,17 @@ class ModelOptions:
 
 @dataclass
 class DecodeOptions:
-    """the decoder (where a flag is absent: the model family's own, see DECODERS in runs.py)"""
+    """the decoder (in brackets what is meant where a flag is absent)"""
 
     max_new_tokens: int | None = opt(None, "response length (256)")
     steps: int | None = opt(None, "decoding steps (as many as tokens)")
-    block_length: int | None = opt(None, "decode blocks of so many tokens from left to right; 0 = one block")
-    strategy: str | None = opt(None, "which tokens to decode next", choices=decode.STRATEGIES)
-    schedule: str | None = opt(None, "how many tokens a step decodes", choices=decode.SCHEDULES)
-    temperature: float | None = opt(None, "of the token choice; 0 = the most probable one")
-    top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
+    block_length: int | None = opt(None, "decode blocks of so many tokens from left to right; 0 = one (LLaDA: 32)")
+    strategy: str | None = opt(
+        None, "which tokens to decode next (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
+    )
+    schedule: str | None = opt(None, "how many tokens a step decodes (the family's)", choices=decode.SCHEDULES)
+    temperature: float | None = opt(None, "of the token choice; 0 = the most probable one (Dream: 0.1, LLaDA: 0)")
+    top_p: float | None = opt(None, "choose among the most probable tokens of this total probability (Dream: 0.9)")
     top_k: int | None = opt(None, "choose among so many tokens")
     threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
     tokens_per_step: int | None = opt(None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1)
@@ -98,7 +100,7 @@ class Processes:
     the processes do together. alone: one of several processes that work each for itself."""
 
     def __init__(self, device="auto", alone=False):
-        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.index, self.count = place_among_processes()
         self.shows = self.index == 0  # progress bars and tables
         if alone:
             self.index, self.count = 0, 1
@@ -188,6 +190,13 @@ class Processes:
 
 
 LOCK = "lock"  # the file in a run folder that the lock is on
+
+
+def place_among_processes():
+    """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def sum_together(gradients):
@@ -438,7 +447,7 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def identity(folder, adapter=None):
+def content_hashes(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
     adapter_sha256 = None if adapter is None else fingerprint(lora.adapter_folder(adapter))
     return dict(model_sha256=fingerprint(folder), adapter_sha256=adapter_sha256)
@@ -537,10 +546,12 @@ def prune(out, keep):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, SIGTERM and SIGINT do not end the process, but are put into the list that this gives."""
+    """Inside, SIGTERM, SIGINT and SIGHUP (a closed terminal) do not end the process, but are put into the list that
+    this gives."""
     seen, before = [], {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for number in {signal.SIGTERM, signal.SIGINT, hangup}:
             before[number] = signal.signal(number, lambda n, _: seen.append(n))
     try:
         yield seen

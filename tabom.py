@@ -16,11 +16,13 @@ short ones, generate and merge, are here. Results go to stdout, ending in one li
 stderr. TABOM_DEBUG=1 shows the traceback of an error.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,72 +49,105 @@ class GenerateOptions(runs.ModelOptions, runs.DecodeOptions):
     adapter: str | None = opt(None, "adapter folder")
     prompt: str | None = opt(None, "the user's turn; without it a chat is read from stdin, one turn a line")
     system: str | None = opt(None, "a system turn before it")
+    prompts: str | None = opt(None, "answer every prompt of a file: a dataset, or .txt with one a line")
     raw: bool = opt(False, "the prompt as it is, without the chat template")
     watch: bool = opt(False, "redraw the response on stderr while it unmasks, coloured by entropy")
+    delay: float = opt(0.0, "seconds between two pictures of --watch", low=0)
 
 
 def answer_prompts(c):
-    """Answer one prompt, or chat -> the last answer and its speed."""
-    if c.raw and (c.system or c.prompt is None):
-        raise ValueError("--raw takes one --prompt as it is: no --system and no chat")
+    """Answer one prompt, those of a file, or chat -> the last answer and its speed."""
+    if c.raw and (c.system or (c.prompt is None and c.prompts is None)):
+        raise ValueError("--raw takes one --prompt as it is, or --prompts: no --system and no chat")
+    if c.prompt is not None and c.prompts is not None:
+        raise ValueError("--prompt and --prompts: give one of them")
+    asked = None if c.prompts is None else read_prompts(c.prompts)
     processes = runs.Processes(c.device, alone=True)
     loaded = runs.load_model(c, processes, c.adapter)
     settings = runs.decoder_settings(c, loaded)
-    say = runs.warner(processes)
-    messages = [{"role": "system", "content": c.system}] if c.system else []
-    result = {}
-    for turn, prompt in enumerate([c.prompt] if c.prompt is not None else chat_turns()):
-        messages.append({"role": "user", "content": prompt})
-        ids = data.encode_prompt(loaded.tok, messages, c.raw)
-        evaluate.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, say)
-        ids = torch.tensor([ids], device=processes.device)  # [1, P]
-        result = answer_turn(c, loaded, ids, settings, turn)
-        messages.append({"role": "assistant", "content": result["text"]})
-        print(result["text"])
+    chats = c.prompt is None and asked is None
+    if asked is None:
+        asked = chat_turns() if chats else [c.prompt]
+    start = [{"role": "system", "content": c.system}] if c.system else []
+    talk, result = list(start), {}
+    for turn, prompt in enumerate(asked):
+        talk = (talk if chats else list(start)) + [{"role": "user", "content": prompt}]
+        try:
+            result = answer_turn(c, processes, loaded, settings, talk, turn)
+        except ValueError as e:
+            if not chats:
+                raise
+            print(f"error: {e}", file=sys.stderr)  # the turn is taken back, and the chat goes on
+            talk.pop()
+            continue
+        talk.append({"role": "assistant", "content": result["text"]})
+        print(result["text"], flush=True)
         result = dict(prompt=prompt, **result)
     return dict(**result, decoder=settings)
 
 
-def answer_turn(c, loaded, ids, settings, turn):
-    """The answer to prompt ids [1, P] -> dict(text, tokens, seconds, tokens_per_second)."""
-    watch = Watch(loaded.tok, loaded.m.config.mask_id) if c.watch else None
-    generator = data.generator(c.seed, "generate", turn, device=ids.device)
-    start = time.time()
-    t = decode.generate(loaded.m, ids, on_step=watch, generator=generator, **evaluate.with_eos_rules(settings, loaded))
-    seconds, tokens = time.time() - start, t.response.numel()
+def read_prompts(path):
+    """The prompts of a dataset, or of a text file with one a line."""
+    if Path(path).suffix == ".txt":
+        return list(filter(None, map(str.strip, data.read_text(path).splitlines())))
+    return [example["prompt"] for example in data.read_examples(path)]
+
+
+def answer_turn(c, processes, loaded, settings, talk, turn):
+    """The answer to a conversation -> dict(text, tokens, seconds, tokens_per_second)."""
+    ids = data.encode_prompt(loaded.tok, talk, c.raw)
+    evaluate.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, runs.warner(processes))
+    ids = torch.tensor([ids], device=processes.device)  # [1, P]
+    watch = Watch(loaded, talk, c.delay) if c.watch else None
+    own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
+    begun = time.time()
+    t = decode.generate(loaded.m, ids, **own, **evaluate.with_eos_rules(settings, loaded))
+    seconds, tokens = time.time() - begun, t.response.numel()
     text = loaded.tok.response_text(t.response[0].tolist())
     return dict(text=text, tokens=tokens, seconds=round(seconds, 2), tokens_per_second=round(tokens / seconds, 1))
 
 
 def chat_turns():
+    """The lines that a user types, with line editing where the system has it."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, input() uses it; Windows has none
     while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
             return
         if line.strip():
             yield line.strip()
 
 
 class Watch:
-    """Redraws a response while it unmasks: masks are dots, tokens green where certain, red from 3 nats."""
+    """Redraws a response on stderr while it unmasks, under the turns before it: masks are dots, tokens green where
+    certain, red from 3 nats. Where stderr is no terminal it writes a plain line for each step."""
 
     COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of the 256-colour terminal palette
 
-    def __init__(self, tok, mask_id):
-        self.tok, self.mask_id = tok, mask_id
+    def __init__(self, loaded, talk, delay=0.0):
+        self.tok, self.mask_id, self.delay = loaded.tok, loaded.m.config.mask_id, delay
+        self.terminal = sys.stderr.isatty()
+        self.above = "".join(f"{turn['role']}: {turn['content']}\n" for turn in talk)
 
     def __call__(self, step, response, entropy):
         cells, ids = [], response[0].tolist()
         for text, places in self.tok.pieces(ids, self.mask_id):
-            h = float(entropy[0, places[0]])
             if text is None:
-                cells.append("\x1b[2m·\x1b[0m")
+                cells.append(self.shown("\u00b7", 2))
             elif ids[places[0]] not in self.tok.stop_ids:
-                cells.append(f"\x1b[38;5;{self.COLOURS[min(int(h / 3 * 10), 10)]}m{text}\x1b[0m")
-        home = "\x1b[H\x1b[2J"  # the top left of an empty screen
-        print(f"{home}step {step}\n{''.join(cells)}", file=sys.stderr, flush=True)
+                nats = float(entropy[0, places[0]])
+                cells.append(self.shown(text, 38, 5, self.COLOURS[min(int(nats / 3 * 10), 10)]))
+        if self.terminal:
+            print(f"\x1b[H\x1b[2J{self.above}step {step}\n{''.join(cells)}", file=sys.stderr, flush=True)
+        else:
+            print(f"step {step}: {''.join(cells)}", file=sys.stderr, flush=True)
+        time.sleep(self.delay)
+
+    def shown(self, text, *codes):
+        """The text in a colour of the terminal; as it is in a file."""
+        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.terminal else text
 
 
 # ------------------------------------------------------------------------------------------------------------ merge
@@ -153,15 +188,16 @@ COMMANDS = {
     "diagnose": (diagnose.diagnose, diagnose.DiagnoseOptions),
     "claims": (claims.claims, claims.ClaimsOptions),
 }
+VERSION = "0.2.0"
 ALONE = ("generate", "grade", "merge")  # nothing to share: under torchrun the first process does them
 
 
 def main(argv=None):
     """Run a command -> exit status. An error is one line on stderr."""
-    given = vars(command_line(COMMANDS, __doc__.split("\n")[0]).parse_args(argv))
+    given = vars(command_line(COMMANDS, __doc__.split("\n")[0], f"tabom {VERSION}").parse_args(argv))
     command = given.pop("command")
     run, options_class = COMMANDS[command]
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = runs.place_among_processes()[0] == 0
     if command in ALONE and not first:
         return 0
     try:

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import evaluate
 import lora
 import objectives
 import runs
@@ -68,7 +69,7 @@ RECIPES = {
 }
 
 
-def shown(recipe):
+def recipe_help(recipe):
     """A recipe in the help of the command line."""
     return f"{recipe['margin']} margin, {recipe['weight']} weight, {recipe['lr']} lr, {recipe['global_batch']} batch"
 
@@ -83,7 +84,7 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     recipe: str | None = opt(
         None,
         "one of the authors' settings; flags on the command line win: "
-        + "; ".join(f"{name}: {shown(recipe)}" for name, recipe in RECIPES.items()),
+        + "; ".join(f"{name}: {recipe_help(recipe)}" for name, recipe in RECIPES.items()),
         choices=tuple(RECIPES),
     )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
@@ -122,8 +123,12 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     )
     epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
     stop_after: int | None = opt(None, "stop after so many of the epochs; the learning rate falls over all", low=1)
-    save_every: int = opt(0, "optimizer steps between further checkpoints; 0 = none", low=0)
+    save_every: int = opt(200, "optimizer steps between further checkpoints; 0 = none", low=0)
     keep_last: int = opt(1, "keep so many of those; those of epochs are always kept", low=1)
+    held_out: int = opt(
+        0, "records kept out of training; after each epoch their loss and an answer to the first are logged", low=0
+    )
+    log: str | None = opt(None, "also log to tensorboard (in --out) or wandb", choices=("tensorboard", "wandb"))
     skip_nonfinite: bool = opt(False, "drop a step whose loss is not finite, instead of stopping")
     global_batch: int | None = opt(None, "examples per optimizer step, over all processes (4 per process)", low=1)
     batch_size: int = opt(4, "examples per forward pass on each process; the rest accumulates", low=1)
@@ -189,13 +194,14 @@ def with_adapter(c):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run between two of its steps."""
 
     c: TrainOptions
     processes: runs.Processes
     loaded: runs.Loaded
     records: list  # what to train on, sorted by id
+    held_out: list  # what only the loss after an epoch is taken of
     objective: Any  # a function of the model, a batch and generators
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
@@ -216,8 +222,10 @@ def train(c, processes=None, loaded=None):
     adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises ValueError
     for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that holds another
     run."""
+    # All that can fail on account of the user's input is in prepare(): from here on there are only steps.
     run = prepare(c, processes or runs.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
+    also_log = open_log(c, run) if first else None
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
         tqdm(total=run.end, initial=run.done, desc="train", unit="step", disable=not run.processes.shows) as bar,
@@ -228,14 +236,17 @@ def train(c, processes=None, loaded=None):
             metrics = train_step(run, step, epoch, global_batch_of(run, epoch, i))
             if run.reference is not None and (step + 1) % c.reference_steps == 0:
                 run.reference.update()
+            whole = i == run.steps_per_epoch - 1
+            if whole and run.held_out:
+                metrics.update(on_held_out(run))
             if first:
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
+                also_log(metrics)
                 show(bar, metrics)
             stop = run.processes.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
-            whole = i == run.steps_per_epoch - 1
             if whole or stop or (c.save_every and (step + 1) % c.save_every == 0):
-                save(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
+                save_checkpoint(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
             if stop and step + 1 < run.end:
                 raise KeyboardInterrupt
     steps = max(run.done, run.end)
@@ -243,7 +254,7 @@ def train(c, processes=None, loaded=None):
 
 
 def prepare(c, processes, loaded=None):
-    """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
+    """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out))
@@ -252,14 +263,17 @@ def prepare(c, processes, loaded=None):
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded, parameters, processes)
+    held_out, records = split_off(records, c)
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
 
-    meta = dict(identity(c, records), **parameters, **runs.identity(loaded.folder, c.adapter))
+    meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
-    by_content = ("model", "data", "adapter")  # these may be elsewhere, if they are the same
-    runs.same_run(c.out, meta, by_content)  # before a checkpoint is read that need not fit
+    free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
+    if more_epochs(c, processes):
+        free.append("epochs")
+    runs.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
@@ -268,21 +282,23 @@ def prepare(c, processes, loaded=None):
         objective = functools.partial(objective, reference=reference)
         if c.adapter:
             reference.update()
-    fused = processes.device.type == "cuda"
+    fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
-    out = runs.open_run(c.out, meta, processes, by_content)
+    out = runs.open_run(c.out, meta, processes, free)
     if processes.first:
         warn_of_options(c, total, unused)
-    loaded.m.train()
+    loaded.m.train()  # for dropout, and T3D's random tokens
     loaded.m.gradient_checkpointing = c.gradient_checkpointing
     done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
     if processes.first:
         runs.keep_lines(out / "metrics.jsonl", done)  # a kill may have left lines of steps that are made again
+        if 0 < done < total:
+            tqdm.write(f"continuing at step {done} of {total}", sys.stderr)
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
-    return Run(
-        c, processes, loaded, records, objective, weights, optimizer, reference, out, last, global_batch,
+    return TrainingRun(
+        c, processes, loaded, records, held_out, objective, weights, optimizer, reference, out, last, global_batch,
         steps_per_epoch, total, end, done,
     )  # fmt: skip
 
@@ -291,7 +307,7 @@ def trainable(c, m, last):
     """The weights to train, by name: all of them, or those of an adapter, new or as in a checkpoint."""
     if c.lora_rank == 0:
         m.requires_grad_(True)
-    elif last or c.adapter:
+    elif last or c.adapter:  # the checkpoint before the adapter: a continued run is past its start
         lora.load(m, last or c.adapter)
         for layer in lora.layers(m).values():
             layer.dropout = c.lora_dropout
@@ -303,6 +319,7 @@ def trainable(c, m, last):
 
 # What changes nothing in what a run computes, and may differ when it is continued.
 FREE = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last", "stop_after")
+FREE += ("log", "unfinished")
 
 
 def identity(c, records):
@@ -315,8 +332,56 @@ def identity(c, records):
     for name, value in RECIPES.get(c.recipe, {}).items():
         if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
+    # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
+
+
+def more_epochs(c, processes):
+    """Whether c asks for more epochs than the run in its folder was started with: the learning rate then goes on along
+    the longer cosine."""
+    meta = Path(c.out) / "meta.json"
+    before = data.read_json(meta).get("epochs") if meta.is_file() else None
+    if type(before) is not int or c.epochs <= before:
+        return False
+    line = f"--epochs {c.epochs}, and the run was started with {before}: the learning rate follows the longer cosine"
+    runs.warner(processes)(line)
+    return True
+
+
+def split_off(records, c):
+    """(held out, to train on): --held-out records, the same for the same seed, and the rest.
+
+    Raises ValueError where nothing would be left to train on."""
+    if c.held_out >= len(records):
+        raise ValueError(f"--held-out {c.held_out}: there are {len(records)} records, and none would be trained on")
+    chosen = set(data.epoch_order(len(records), c.seed, "held out")[: c.held_out])
+    parts = [], []
+    for i, record in enumerate(records):
+        parts[i not in chosen].append(record)
+    return parts
+
+
+def open_log(c, run):
+    """A function of a step's metrics that writes them to --log's library too. Raises ImportError without it."""
+    if c.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
+
+        writer = SummaryWriter(run.out / "tensorboard")
+
+        def write(metrics):
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, metrics["step"])
+            writer.flush()
+
+        return write
+    if c.log == "wandb":
+        import wandb
+
+        wandb.init(project="tabom", name=run.out.name, dir=run.out, config=data.read_json(run.out / "meta.json"))
+        return lambda metrics: wandb.log(metrics, step=metrics["step"])
+    return lambda metrics: None
 
 
 def warn_of_options(c, total, unused):
@@ -338,16 +403,19 @@ def last_metrics(run):
 
 def show(bar, metrics):
     loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
+    if "held_out_loss" in metrics:
+        bar.write(f"epoch {metrics['epoch']}: held-out loss {metrics['held_out_loss']:.3f}", sys.stderr)
+        bar.write(f"  answers: {metrics['sample'][:200]!r}", sys.stderr)
     bar.set_postfix_str(f"loss {loss}, {metrics['tokens_per_second']:.0f} tokens/s")
     bar.update()
 
 
-def save(run, step, name):
+def save_checkpoint(run, step, name):
     """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
     run.last = run.out / name
     if run.processes.first:
         shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
-        with runs.atomic_folder(run.last) as beside:
+        with runs.atomic_folder(run.last) as beside:  # a kill leaves the checkpoint before it whole
             runs.write_checkpoint(beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference)
         runs.prune(run.out, run.c.keep_last)
     run.processes.barrier()
@@ -368,6 +436,7 @@ def global_batch_of(run, epoch, i):
 def train_step(run, step, epoch, chosen):
     """One optimizer step on the records of a global batch -> its line of metrics.jsonl."""
     begun, c, processes = time.time(), run.c, run.processes
+    # Only dropout draws from the global state: all else has a generator that depends on the example alone.
     torch.manual_seed(data.generator(c.seed, step, processes.index, "dropout").initial_seed())
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
@@ -380,6 +449,8 @@ def train_step(run, step, epoch, chosen):
         losses = run.objective(
             run.loaded.m, runs.batch_of(records, run.loaded, processes), generator=generators, **more
         )
+        # The loss of the global batch is the mean over its rows; this is the share of these rows in it. Backward adds
+        # to the gradients that are there, so that no forward pass has to hold the whole batch.
         share = len(records) / len(chosen)
         (losses["loss"] * share).backward()
         for name, value in losses.items():
@@ -390,21 +461,44 @@ def train_step(run, step, epoch, chosen):
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
     *means, tokens = processes.sum([*(sums.get(name, 0.0) for name in names), tokens])
     weights = list(run.weights.values())
-    processes.sum_gradients(weights)
+    processes.sum_gradients(weights)  # a sum, not a mean: each process's part has its share in it already
 
     # 3. the step
     lr = learning_rate(step, run.total, c)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf).item()  # of the whole batch's gradient
     metrics = dict(step=step + 1, epoch=epoch + 1, **dict(zip(names, means)), grad_norm=norm, lr=lr)
     metrics["tokens_per_second"] = round(tokens / (time.time() - begun), 1)
-    if math.isfinite(metrics["loss"] + norm):
+    if math.isfinite(metrics["loss"] + norm):  # the same on every process: the sums are
         run.optimizer.step()
     else:
         metrics = without_step(run, metrics, chosen)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)  # a dropped step must not leave its gradient to the next one
     return metrics
+
+
+@torch.no_grad()
+def on_held_out(run):
+    """The objective's mean loss on the held-out records, shared over the processes, and an answer to the first.
+
+    The same windows are drawn after every epoch, so that the losses compare."""
+    c, processes, m = run.c, run.processes, run.loaded.m
+    m.eval()
+    # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
+    total, mine = 0.0, run.held_out[processes.index :: processes.count]
+    for i in range(0, len(mine), c.batch_size):
+        records = mine[i : i + c.batch_size]
+        generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
+        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators)
+        total += losses["loss"].item() * len(records)
+    found = dict(held_out_loss=processes.sum([total])[0] / len(run.held_out), sample="")
+    if processes.first:
+        settings = runs.decoder_settings(runs.DecodeOptions(), run.loaded)
+        example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
+        found["sample"] = evaluate.answer_batch(run.loaded, example, settings, c.seed, processes.device)[0]["text"]
+    m.train()
+    return found
 
 
 def pair_share(run, epoch, chosen):
@@ -413,6 +507,7 @@ def pair_share(run, epoch, chosen):
     if "pair_share" not in inspect.signature(run.objective).parameters:
         return {}
     batch = data.collate(chosen, run.loaded.m.config.pad_id)
+    # The same keys as in train_step, so the same windows: of all rows, not only of this process's.
     generators = [data.generator(run.c.seed, epoch, r["id"]) for r in chosen]
     window, starts = parameters["window"], parameters["starts"]
     share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
@@ -420,6 +515,7 @@ def pair_share(run, epoch, chosen):
 
 
 def length(record):
+    """Tokens of a record's prompt and response."""
     return len(record["prompt_ids"]) + len(record["response_ids"])
 
 
@@ -438,7 +534,7 @@ def without_step(run, metrics, chosen):
 
 def learning_rate(step, total, c):
     """Linear warm-up from 0 to the peak, then a cosine to the final rate; step counts from 0."""
-    if step < c.warmup:
+    if step < c.warmup:  # the first step has the rate 0, as in the release
         return c.lr * step / c.warmup
     done = (step - c.warmup) / max(total - c.warmup, 1)
     return c.final_lr + (c.lr - c.final_lr) * (1 + math.cos(math.pi * done)) / 2
@@ -451,6 +547,7 @@ def training_records(c, loaded, parameters, processes):
     """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
     id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for."""
     path, say = Path(c.data), runs.warner(processes)
+    # A dataset's answers have no decode order, and only Eq. 1 does without one.
     if data.holds_trajectories(path):
         kept = usable_trajectories(c, path, loaded, processes, say)
     elif c.objective == "nelbo":
@@ -487,10 +584,13 @@ def usable_trajectories(c, path, loaded, processes, say):
         raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")
     check_finished(c, path, meta, len(records), processes)
     kept = [r for r in records if data.usable(r, c.keep)]
-    if not kept:
+    if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
         finished = sum(bool(r.get("finished")) for r in records)
         wrong = sum(r.get("correct") is False for r in records)
         raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
+    wrong = sum(r.get("correct") is False for r in kept)
+    if wrong:
+        say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
 
 
