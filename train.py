@@ -487,10 +487,11 @@ def on_held_out(run):
     m.eval()
     # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
     total, mine = 0.0, run.held_out[processes.index :: processes.count]
+    more = pair_share(run, "held out", run.held_out)
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
-        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators)
+        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators, **more)
         total += losses["loss"].item() * len(records)
     found = dict(held_out_loss=processes.sum([total])[0] / len(run.held_out), sample="")
     if processes.first:
