@@ -184,7 +184,7 @@ def test_a_misspelt_option_shows_the_usage_of_its_command_and_the_nearest_option
     assert err.startswith("usage: tabom.py cook ")
     assert "--minutes MINUTES" in err
     assert "--minutes-of-soaking" not in err
-    assert err.endswith("error: unrecognized arguments: --minuts 3 (did you mean --minutes?)\n")
+    assert err.endswith("error: unrecognized arguments: --minuts (did you mean --minutes?)\n")
 
 
 def test_the_nearest_option_is_one_of_the_command(parser, capsys):
@@ -193,7 +193,16 @@ def test_the_nearest_option_is_one_of_the_command(parser, capsys):
 
 
 def test_an_option_may_not_be_abbreviated(parser, capsys):
-    assert "unrecognized arguments: --minute 3" in refused(parser, capsys, "cook --model M --minute 3")
+    assert "unrecognized arguments: --minute (did" in refused(parser, capsys, "cook --model M --minute 3")
+
+
+def test_a_misspelt_option_is_named_before_one_that_is_missing(parser, capsys):
+    assert "error: unrecognized arguments: --modl (did you mean --model?)" in refused(parser, capsys, "cook --modl M")
+
+
+def test_a_value_may_look_like_an_option_or_a_command(parser):
+    assert parse(parser, "wash --model=--minuts")["model"] == "--minuts"
+    assert parse(parser, "wash --model cook --minutes-of-soaking 3")["command"] == "wash"
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,11 @@ def test_one_process_shares_nothing():
 
 
 def test_the_place_among_others_is_torchruns(monkeypatch):
-    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("RANK", "2")  # a job scheduler may set this alone
+    assert runs.place_among_processes() == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert runs.place_among_processes() == (2, 3)
     alone = runs.Processes("cpu", alone=True)  # works for itself, and does not draw a bar
     assert (alone.index, alone.count, alone.first, alone.shows) == (0, 1, True, False)
     monkeypatch.setattr(runs.dist, "init_process_group", lambda *a, **k: None)
@@ -301,9 +304,9 @@ def test_large_models_that_differ_in_a_tensor_are_told_apart(tmp_path):
 
 
 def test_what_a_run_depends_on(tiny, trained):
-    without = runs.identity(tiny)
+    without = runs.content_hashes(tiny)
     assert without == dict(model_sha256=runs.fingerprint(tiny), adapter_sha256=None)
-    adapter = runs.identity(tiny, trained / "epoch-1")["adapter_sha256"]
+    adapter = runs.content_hashes(tiny, trained / "epoch-1")["adapter_sha256"]
     assert adapter == runs.fingerprint(trained / "epoch-1")
     assert adapter != runs.fingerprint(trained / "epoch-2")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import FOLDER, fails, flags, last_json, meta, run, shell
+from helpers import FOLDER, fails, flags, last_json, meta, run, shell, write_lines
 from safetensors.torch import load_file
 
 import data
@@ -28,11 +28,44 @@ def test_generate_prints_the_answer_and_watches(tiny, trained, capsys):
     result = last_json(out)
     assert out.splitlines()[0] == result["text"]
     assert (result["prompt"], result["tokens"]) == (PROMPT, tiny_model.ANSWER)
-    frames = err.split("\x1b[H\x1b[2J")[1:]
-    assert [frame.count("·") for frame in frames] == list(range(tiny_model.ANSWER - 1, -1, -1))
+    steps = err.splitlines()  # no terminal: a plain line for each step
+    assert [line.split(":")[0] for line in steps] == [f"step {i}" for i in range(tiny_model.ANSWER)]
+    assert [line.count("·") for line in steps] == list(range(tiny_model.ANSWER - 1, -1, -1))
+    assert "\x1b" not in err
     again, err = run(capsys, "generate", **options)
     assert again["text"] == result["text"]
-    assert "\x1b" not in err
+    assert err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_watch_redraws_a_terminal_in_colour_below_the_turns(tiny, capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert tabom.main(["generate", *flags(model=tiny, system="S1", prompt="L2", watch=True)]) == 0
+    _, *frames = terminal.getvalue().split("\x1b[H\x1b[2J")
+    assert len(frames) == tiny_model.ANSWER
+    for i, frame in enumerate(frames):
+        assert frame.startswith(f"system: S1\nuser: L2\nstep {i}\n")
+        assert frame.count("\x1b[2m·\x1b[0m") == tiny_model.ANSWER - 1 - i
+    assert "\x1b[38;5;" in frames[-1]
+
+
+def test_every_prompt_of_a_file_is_answered_by_itself(tiny, tmp_path, capsys):
+    text, dataset = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("L12\n\n L34 \n")
+    write_lines(dataset, [dict(prompt="L12"), dict(prompt="L34")])
+    alone = [run(capsys, "generate", model=tiny, prompt=prompt)[0]["text"] for prompt in ("L12", "L34")]
+    for file in (text, dataset):
+        assert tabom.main(["generate", *flags(model=tiny, prompts=file)]) == 0
+        *answers, result = capsys.readouterr().out.splitlines()
+        assert answers == alone
+        assert last_json(result)["prompt"] == "L34"
+    fails(capsys, "--prompt and --prompts: give one of them", "generate", model=tiny, prompt="L", prompts=text)
+    fails(capsys, "no file|No such file", "generate", model=tiny, prompts=tmp_path / "none.txt")
 
 
 def test_generate_answers_as_distill_does(tiny, puzzles, trajectories, capsys):
@@ -51,6 +84,14 @@ def test_generate_chats_from_stdin(tiny, capsys, monkeypatch):
     assert last_json(result)["text"] == second
     whole, _ = run(capsys, "generate", model=tiny, raw=True, prompt="L12" + first + "L34")
     assert whole["text"] == second
+
+
+def test_a_chat_goes_on_after_a_turn_that_cannot_be_read(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("L12\nhello\n"))
+    assert tabom.main(["generate", *flags(model=tiny)]) == 0
+    out, err = capsys.readouterr()
+    assert "error: the tokenizer cannot encode" in err
+    assert last_json(out)["prompt"] == "L12"
 
 
 def test_a_chat_without_a_turn_is_no_error(tiny, capsys, monkeypatch):
@@ -198,7 +239,8 @@ def test_a_stopped_command_says_how_to_go_on(echo, capsys, monkeypatch):
 
 
 def test_only_the_first_process_prints_and_works_alone(echo, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost").items():
+        monkeypatch.setenv(name, value)
     assert tabom.main(["echo"]) == 0
     assert len(echo[0]) == 1
     monkeypatch.setattr(tabom, "ALONE", ("echo",))

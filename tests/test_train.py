@@ -30,6 +30,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import data
+import evaluate
 import lora
 import model
 import objectives
@@ -692,6 +693,24 @@ def test_held_out_records_are_not_trained_on_and_their_loss_is_logged(tiny, traj
     assert metrics(again)[-1]["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-3)
     options = dict(model=tiny, data=trajectories, keep="all", out=tmp_path / "S")
     fails(capsys, "--held-out 12: there are 12 records", "train", held_out=12, **options)
+
+
+@pytest.mark.parametrize("loss", [dict(), dict(starts="non-ltr", window=4), dict(objective="nelbo", window=None)])
+def test_the_held_out_loss_is_one_mean_over_rows(tiny, uneven, tmp_path, monkeypatch, loss):
+    """Whatever the batch size and the number of processes, also where rows have no pair."""
+    monkeypatch.setattr(evaluate, "answer_batch", lambda *arguments: [dict(text="")])
+    small = dict(model=str(tiny), data=str(uneven), keep="all", held_out=6, lora_rank=2, **{"window": 8, **loss})
+
+    def held_out_loss(batch_size, index=0, count=1):
+        c = train.TrainOptions(out=str(tmp_path / "R"), batch_size=batch_size, global_batch=1, **small)
+        processes = OneOf(index, count)
+        found = train.on_held_out(train.prepare(c, processes))["held_out_loss"]
+        processes.unlock()
+        return found
+
+    whole = held_out_loss(6)
+    assert held_out_loss(1) == pytest.approx(whole, rel=1e-5)
+    assert held_out_loss(2, 0, 2) + held_out_loss(2, 1, 2) == pytest.approx(whole, rel=1e-5)
 
 
 def test_held_out_and_trained_on_are_all_records():
