@@ -309,8 +309,9 @@ def decoder_settings(c, loaded, preset=None):
     known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
     flags = {}
     for name in known:
-        if getattr(c, name) not in (None, False):
-            flags[name] = getattr(c, name)
+        given = getattr(c, name)
+        if given is not None and given is not False:  # 0 is a value: --temperature 0 is no absent flag
+            flags[name] = given
     settings = {}
     for layer in (DECODERS[family], preset or {}, own_decoder(loaded.folder, known), flags):
         paced = "steps" in layer or "tokens_per_step" in layer

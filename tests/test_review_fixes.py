@@ -1,0 +1,31 @@
+"""Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
+
+import json
+import os
+
+import pytest
+from helpers import flags, last_json
+
+import data
+import evaluate
+import runs
+import tabom
+import train
+
+TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
+
+
+def error_line(capsys):
+    """The last line on stderr."""
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_zero_is_a_value_of_a_decoder_flag(golden):
+    loaded = runs.Loaded(golden.load(), None, golden.folder)
+    c = runs.DecodeOptions(temperature=0.0, max_new_tokens=8, block_length=0)
+    settings = runs.decoder_settings(c, loaded)
+    assert settings["temperature"] == 0.0
+    assert settings["block_length"] is None
+    for name in ("max_new_tokens", "steps", "top_k"):
+        with pytest.raises(ValueError, match=name):
+            runs.decoder_settings(runs.DecodeOptions(**{name: 0}), loaded)
