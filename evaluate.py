@@ -151,8 +151,8 @@ def check(kind, response, answer):
     that cannot be told.
 
     "number": the final number of the response against the answer; None for an answer that is not one plain number.
-    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, math for other mathematics, None
-    for prose. "exact": the same text, but for space around it. "none": None. Raises ValueError for another kind."""
+    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, the letter chosen for a letter,
+    math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises ValueError for another kind."""
     if kind not in CHECKS:
         raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:
@@ -165,6 +165,8 @@ def check(kind, response, answer):
     if kind == "exact":
         return response.strip() == answer.strip()
     marked = marked_answer(answer)
+    if kind == "auto" and re.fullmatch("[A-Z]", (marked or answer).strip()):
+        return final_choice(response) == (marked or answer).strip()
     gold = plain_number(answer if marked is None else marked)
     if gold is not None and kind != "math":
         found = final_number(response)
@@ -231,6 +233,23 @@ def final_number(text):
     number = Decimal(last[0].replace(",", ""))
     negative = re.search(r"(?<![\w)])-$", before)  # the minus of 5-3 subtracts
     return number.copy_negate() if negative else number
+
+
+# A capital letter on its own, but for the article in "A dog" and the pronoun in "I think".
+LETTER = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|[AI](?!\s+(?!is\b)[a-z]))(?![\w'])")
+
+
+def final_choice(text):
+    """The letter that a response to a multiple-choice question chooses: that of its marked answer, else the first
+    behind its last word "answer", else its last one; None without any."""
+    marked = marked_answer(text)
+    if marked is not None:
+        text = marked
+    found = LETTER.findall(re.split("answer", text, flags=re.IGNORECASE)[-1])
+    if found:
+        return found[0 if re.search("answer", text, re.IGNORECASE) else -1]
+    found = LETTER.findall(text)
+    return found[-1] if found else None
 
 
 def is_mathematics(answer):

@@ -29,3 +29,25 @@ def test_zero_is_a_value_of_a_decoder_flag(golden):
     for name in ("max_new_tokens", "steps", "top_k"):
         with pytest.raises(ValueError, match=name):
             runs.decoder_settings(runs.DecodeOptions(**{name: 0}), loaded)
+
+
+@pytest.mark.parametrize(
+    "response, letter",
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("**B**", "B"),
+        ("B. Paris", "B"),
+        ("Option A is wrong, so B.", "B"),
+        ("The answer is B. A dog is no fish.", "B"),
+        ("A is right.", "A"),
+        (r"\boxed{\text{D}}", "D"),
+        ("B is my answer", "B"),
+        ("A dog", None),
+        ("Paris", None),
+    ],
+)
+def test_a_letter_is_checked_as_a_choice(response, letter):
+    assert evaluate.final_choice(response) == letter
+    for answer in "ABCD":
+        assert evaluate.check("auto", response, answer) is (answer == letter)
