@@ -195,12 +195,17 @@ def marked_answer(text):
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 PLAIN = re.compile(rf"-?\$?-?(?:{DIGITS})")
 # What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
-PART = re.compile(r"\s*/|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|[:,]\d|[A-Za-z](?![A-Za-z])|\(")
+PART = re.compile(
+    r"\s*[/\u00d7\u00b7\u00f7\u2044\u2215\u221a\u03c0]|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|\s*\*\s*\d|\s*pi\b"
+    r"|[:,]\d|[A-Za-z](?![A-Za-z])|\(|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be]"
+)
+# And what stands before one: the signs are those of a product, a quotient, a fraction and a root.
+PART_BEFORE = re.compile(r"[/^_{\\:\u00d7\u00b7\u00f7\u2044\u2215\u221a]\s*$|\d\s*\*\s*$|\d,\s*$|[A-Za-z]\(?$")
 
 
 def spelled_plainly(text):
-    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus sign U+2212."""
-    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\\$", "$")):
+    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus signs U+2212 and U+2013."""
+    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\u2013", "-"), ("\\$", "$")):
         text = text.replace(written, plain)
     return text
 
@@ -228,7 +233,7 @@ def final_number(text):
         return None
     last = found[-1]
     before, after = text[: last.start()].removesuffix("$"), text[last.end() :]
-    if re.search(r"[/^_{\\:]\s*$|\d,\s*$|[A-Za-z]$", before) or PART.match(after):
+    if PART_BEFORE.search(before) or PART.match(after):
         return None
     number = Decimal(last[0].replace(",", ""))
     negative = re.search(r"(?<![\w)])-$", before)  # the minus of 5-3 subtracts
