@@ -50,7 +50,11 @@ def of_some(name, help, **more):
 
 
 def window_size(text):
-    return text if text == "global" else int(text)
+    """ "32" -> 32, "global" -> "global"; raises ValueError for anything else."""
+    try:
+        return text if text == "global" else int(text)
+    except ValueError as e:
+        raise ValueError("must be a whole number, or global") from e
 
 
 SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.items())

@@ -74,3 +74,30 @@ def test_a_part_of_a_product_a_fraction_or_a_power_is_no_number(response, answer
     assert evaluate.check("number", f"so **{answer}**", answer) is True
     assert evaluate.check("number", f"*{answer}*", answer) is True
     assert evaluate.check("number", f"x = \u2013{answer}", f"-{answer}") is True
+
+
+@pytest.mark.parametrize(
+    "option, value, what",
+    [
+        ("window", "abc", "must be a whole number, or global"),
+        ("lora_targets", "q_proj,", "must be names, separated by one comma each"),
+        ("epochs", "x", "invalid int value"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_what_it_must_be(option, value, what, capsys):
+    with pytest.raises(SystemExit):
+        tabom.main(["train", *flags(model="m", data="d", out="o", **{option: value})])
+    assert what in error_line(capsys)
+
+
+@pytest.mark.parametrize("option", ["window", "lora_rank", "limit"])
+def test_a_number_too_large_for_torch_is_one_line(tiny, option, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", **{option: 10**30})
+    assert tabom.main(["train", *flags(**options)]) == 1
+    assert "must be at most" in error_line(capsys)
+
+
+def test_a_prompt_may_begin_with_two_dashes(bytes_model, capsys):
+    options = dict(model=bytes_model, prompt="--out is what?", max_new_tokens=2, block_length=0)
+    assert tabom.main(["generate", *flags(**options)]) == 0
+    assert last_json(capsys.readouterr().out)["prompt"] == "--out is what?"
