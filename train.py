@@ -184,9 +184,10 @@ def with_adapter(c):
     if c.adapter is not None and c.lora_rank != 0:
         stored = lora.settings(c.adapter)
         known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
-        for name in ("lora_rank", "lora_alpha"):
-            if getattr(c, name) not in (None, known[name]):
-                raise ValueError(f"{flag(name)} {getattr(c, name)}: {c.adapter} has {known[name]}; leave the flag out")
+        for name, value in known.items():
+            given = getattr(c, name)
+            if given not in (None, value) and (name != "lora_targets" or set(given) != set(value)):
+                raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; leave the flag out")
     changes = {}
     for name, value in known.items():
         if getattr(c, name) is None:
@@ -276,7 +277,7 @@ def prepare(c, processes, loaded=None):
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     if more_epochs(c, processes):
-        free.append("epochs")
+        free += ["epochs", "changed_from_recipe"]  # the latter may list the epochs; what else it lists is compared
     runs.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
@@ -397,11 +398,11 @@ def warn_of_options(c, total, unused):
 
 
 def last_metrics(run):
-    """The last line of a run that has nothing left to do; else empty."""
-    if run.done < run.end:
-        return {}
-    for _, row in data.read_rows(run.out / "metrics.jsonl"):
-        last = row
+    """The last line of the log of a run that has nothing left to do; empty for another run, or without a log."""
+    last, file = {}, run.out / "metrics.jsonl"
+    if run.done >= run.end and file.is_file():
+        for _, row in data.read_rows(file):
+            last = row
     return last
 
 

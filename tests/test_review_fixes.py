@@ -1,16 +1,15 @@
 """Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
 
+
 import json
-import os
 
 import pytest
 from helpers import flags, last_json
 
-import data
 import evaluate
+import lora
 import runs
 import tabom
-import train
 
 TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
 
@@ -101,3 +100,33 @@ def test_a_prompt_may_begin_with_two_dashes(bytes_model, capsys):
     options = dict(model=bytes_model, prompt="--out is what?", max_new_tokens=2, block_length=0)
     assert tabom.main(["generate", *flags(**options)]) == 0
     assert last_json(capsys.readouterr().out)["prompt"] == "--out is what?"
+
+
+def test_a_recipe_takes_more_epochs_too(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", recipe="llada-prm12k", warmup=0)
+    assert tabom.main(["train", *flags(**options, epochs=1)]) == 0
+    assert tabom.main(["train", *flags(**options, epochs=2)]) == 0
+    assert last_json(capsys.readouterr().out)["epoch"] == 2
+    assert tabom.main(["train", *flags(**options, epochs=3, lr=1.0)]) == 1
+    assert "lr was 2e-05 and is now 1.0" in error_line(capsys)
+
+
+def test_targets_that_contradict_the_adapter_are_refused(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, **TRAIN)
+    assert tabom.main(["train", *flags(**options, out=tmp_path / "A")]) == 0
+    options.update(adapter=tmp_path / "A" / "epoch-1", out=tmp_path / "R")
+    assert tabom.main(["train", *flags(**options, lora_targets="q_proj")]) == 1
+    assert "--lora-targets ('q_proj',)" in error_line(capsys)
+    assert not (tmp_path / "R").exists()
+    assert tabom.main(["train", *flags(**options, lora_targets="v_proj,q_proj")]) == 0
+    assert set(lora.settings(tmp_path / "R" / "epoch-1").targets) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("damage", ["empty", "gone"])
+def test_a_finished_run_needs_no_log(tiny, trajectories, tmp_path, capsys, damage):
+    words = ["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", **TRAIN)]
+    assert tabom.main(words) == 0
+    log = tmp_path / "R" / "metrics.jsonl"
+    log.write_text("") if damage == "empty" else log.unlink()
+    assert tabom.main(words) == 0
+    assert last_json(capsys.readouterr().out)["checkpoint"] == str(tmp_path / "R" / "epoch-1")
