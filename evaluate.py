@@ -152,7 +152,8 @@ def check(kind, response, answer):
 
     "number": the final number of the response against the answer; None for an answer that is not one plain number.
     "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, the letter chosen for a letter,
-    math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises ValueError for another kind."""
+    math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises
+    ValueError for another kind."""
     if kind not in CHECKS:
         raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:

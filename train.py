@@ -207,6 +207,7 @@ class Run:
     loaded: runs.Loaded
     records: list  # what to train on, sorted by id
     held_out: list  # what only the loss after an epoch is taken of
+    sampling: dict  # decoder settings of the answer to the first of those
     objective: Any  # a function of the model, a batch and generators
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
@@ -269,6 +270,7 @@ def prepare(c, processes, loaded=None):
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded, parameters, processes)
     held_out, records = split_off(records, c)
+    sampling = runs.decoder_settings(runs.DecodeOptions(), loaded) if held_out else {}
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
@@ -303,7 +305,7 @@ def prepare(c, processes, loaded=None):
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     return Run(
-        c, processes, loaded, records, held_out, objective, weights, optimizer, reference, out, last, global_batch,
+        c, processes, loaded, records, held_out, sampling, objective, weights, optimizer, reference, out, last, global_batch,
         steps_per_epoch, total, end, done,
     )  # fmt: skip
 
@@ -446,7 +448,7 @@ def train_step(run, step, epoch, chosen):
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
     sums, tokens = {}, 0
-    more = pair_share(run, epoch, chosen)
+    more = pair_share(run, chosen, epoch)
     mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
@@ -492,28 +494,29 @@ def on_held_out(run):
     m.eval()
     # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
     total, mine = 0.0, run.held_out[processes.index :: processes.count]
+    more = pair_share(run, run.held_out, "held out")
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
-        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators)
+        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators, **more)
         total += losses["loss"].item() * len(records)
     found = dict(held_out_loss=processes.sum([total])[0] / len(run.held_out), sample="")
     if processes.first:
-        settings = runs.decoder_settings(runs.DecodeOptions(), run.loaded)
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
-        found["sample"] = evaluate.answer_batch(run.loaded, example, settings, c.seed, processes.device)[0]["text"]
+        found["sample"] = evaluate.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
     m.train()
     return found
 
 
-def pair_share(run, epoch, chosen):
-    """The argument of tabom that makes the mean of the ranking loss one over the global batch: see share_with_pairs."""
+def pair_share(run, chosen, when):
+    """The argument of tabom that makes the mean of the ranking loss one over all the chosen records: see
+    share_with_pairs. when: the epoch, or "held out": what the windows are drawn for."""
     parameters = run.objective.keywords
     if "pair_share" not in inspect.signature(run.objective).parameters:
         return {}
     batch = data.collate(chosen, run.loaded.m.config.pad_id)
-    # The same keys as in train_step, so the same windows: of all rows, not only of this process's.
-    generators = [data.generator(run.c.seed, epoch, r["id"]) for r in chosen]
+    # The same keys as for the loss, so the same windows: of all rows, not only of this process's.
+    generators = [data.generator(run.c.seed, when, r["id"]) for r in chosen]
     window, starts = parameters["window"], parameters["starts"]
     share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
     return dict(pair_share=share)

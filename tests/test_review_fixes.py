@@ -1,8 +1,6 @@
 """Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
 
 
-import json
-
 import pytest
 from helpers import flags, last_json
 
@@ -130,3 +128,25 @@ def test_a_finished_run_needs_no_log(tiny, trajectories, tmp_path, capsys, damag
     log.write_text("") if damage == "empty" else log.unlink()
     assert tabom.main(words) == 0
     assert last_json(capsys.readouterr().out)["checkpoint"] == str(tmp_path / "R" / "epoch-1")
+
+
+def test_held_out_needs_a_decoder_and_says_so_before_an_epoch(tiny, trajectories, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "DECODERS", {})  # as for a family that this project trains and does not decode
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", held_out=2, **TRAIN)
+    assert tabom.main(["train", *flags(**options)]) == 1
+    assert "no decoder for" in error_line(capsys)
+    assert not (tmp_path / "R").exists()
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny, tmp_path, capsys):
+    file, losses = tmp_path / "t.jsonl", []
+    with open(file, "w") as f:
+        for i in range(8):
+            n = 1 if i % 2 else 6  # a response of one token has no pair to rank
+            row = dict(id=i, prompt_ids=[3, 4], response_ids=[5 + i % 3] * n, order=list(range(n)))
+            f.write(runs.json_line(row))
+    for size in (1, 3, 7):
+        options = dict(TRAIN, window=4, held_out=7, lr=0, batch_size=size)
+        assert tabom.main(["train", *flags(model=tiny, data=file, out=tmp_path / str(size), **options)]) == 0
+        losses.append(last_json(capsys.readouterr().out)["held_out_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
