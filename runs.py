@@ -181,6 +181,22 @@ class Processes:
             self.locks[folder] = f
         return True
 
+    def locked_by_another(self, folder):
+        """Whether another process holds the lock of a folder. It need not be one that this process may write to."""
+        file = Path(folder).resolve() / LOCK
+        if file.parent in self.locks or not file.is_file():
+            return False  # our own lock is left alone: closing the file once more would give it back
+        try:
+            import fcntl  # not on Windows
+
+            with open(file, "rb") as f:
+                fcntl.lockf(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except (ImportError, OSError):  # no locks here
+            return False
+        return False
+
     def unlock(self):
         """Give back all locks: for a process that makes one run after the other."""
         while self.locks:
@@ -390,7 +406,10 @@ def json_line(row):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A text file that appears whole or not at all; compressed where its name ends in .gz."""
+    """A text file that appears whole or not at all; compressed where its name ends in .gz. Raises IsADirectoryError for
+    the path of a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
     beside = path.with_name(path.name + ".tmp")
     opened = gzip.open if path.suffix == ".gz" else open
     try:

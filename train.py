@@ -305,8 +305,8 @@ def prepare(c, processes, loaded=None):
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     return Run(
-        c, processes, loaded, records, held_out, sampling, objective, weights, optimizer, reference, out, last, global_batch,
-        steps_per_epoch, total, end, done,
+        c, processes, loaded, records, held_out, sampling, objective, weights, optimizer, reference, out, last,
+        global_batch, steps_per_epoch, total, end, done,
     )  # fmt: skip
 
 
@@ -601,14 +601,8 @@ def usable_trajectories(c, path, loaded, processes, say):
 
 def check_finished(c, path, meta, there, processes):
     """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
-    if path.is_dir() and (path / runs.LOCK).exists() and processes.first:
-        reader = runs.Processes("cpu", alone=True)
-        try:
-            reader.lock(path)
-        except FileExistsError as e:
-            raise ValueError(f"{path}: distill is still writing into it: wait for it") from e
-        finally:
-            reader.unlock()
+    if path.is_dir() and processes.locked_by_another(path):
+        raise ValueError(f"{path}: distill is still writing into it: wait for it")
     wanted = min(meta.get("prompts", there), c.limit or math.inf)
     if there < wanted and not c.unfinished:
         how = "the same distill command continues it; --unfinished trains on what is there"

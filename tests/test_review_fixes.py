@@ -1,8 +1,11 @@
 """Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
 
 
+import subprocess
+import sys
+
 import pytest
-from helpers import flags, last_json
+from helpers import ROOT, flags, last_json
 
 import evaluate
 import lora
@@ -150,3 +153,37 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny, tmp_path, cap
         assert tabom.main(["train", *flags(model=tiny, data=file, out=tmp_path / str(size), **options)]) == 0
         losses.append(last_json(capsys.readouterr().out)["held_out_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_looking_at_a_lock_neither_writes_nor_gives_it_back(tmp_path):
+    ours, theirs = runs.Processes("cpu", alone=True), runs.Processes("cpu", alone=True)
+    assert not ours.locked_by_another(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert ours.lock(tmp_path)
+    assert not ours.locked_by_another(tmp_path)
+    look = f"import runs; print(runs.Processes('cpu', alone=True).locked_by_another({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+    ours.unlock()
+    assert not theirs.locked_by_another(tmp_path)
+
+
+def test_trajectories_in_a_folder_that_cannot_be_written_to_are_read(trajectories, tmp_path, monkeypatch):
+    (tmp_path / runs.LOCK).touch(0o444)
+    really = open
+
+    def read_only(file, mode="r", *more, **named):
+        if str(file).startswith(str(tmp_path)) and set(mode) & set("wa+"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return really(file, mode, *more, **named)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    assert not runs.Processes("cpu", alone=True).locked_by_another(tmp_path)
+
+
+def test_grade_refuses_a_folder_before_it_grades(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.jsonl").write_text(runs.json_line(dict(answer="#### 3", response="3")))
+    monkeypatch.setattr(evaluate, "verdicts", None)  # not reached
+    options = dict(task="gsm8k", responses=tmp_path / "r.jsonl", out=tmp_path)
+    assert tabom.main(["grade", *flags(**options)]) == 1
+    assert f"{tmp_path} is a folder, not a file" in error_line(capsys)
