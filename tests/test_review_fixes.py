@@ -1,12 +1,12 @@
 """Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
 
-
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT, flags, last_json
 
+import data
 import evaluate
 import lora
 import runs
@@ -187,3 +187,25 @@ def test_grade_refuses_a_folder_before_it_grades(tmp_path, monkeypatch, capsys):
     options = dict(task="gsm8k", responses=tmp_path / "r.jsonl", out=tmp_path)
     assert tabom.main(["grade", *flags(**options)]) == 1
     assert f"{tmp_path} is a folder, not a file" in error_line(capsys)
+
+
+def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, monkeypatch, capsys):
+    file, seen = tmp_path / "d.jsonl", []
+    with open(file, "w") as f:
+        f.write(runs.json_line(dict(prompt="hi", system="Be terse.", history=[["a", "b"]])))
+        f.write(runs.json_line(dict(prompt="ho")))
+    encode = data.encode_prompt
+    monkeypatch.setattr(
+        data, "encode_prompt", lambda tok, talk, *more: seen.append(list(talk)) or encode(tok, talk, *more)
+    )
+    options = dict(model=bytes_model, prompts=file, max_new_tokens=2, block_length=0)
+    assert tabom.main(["generate", *flags(**options)]) == 0
+    assert [turn["content"] for turn in seen[0]] == ["Be terse.", "a", "b", "hi"]
+    assert [turn["content"] for turn in seen[1]] == ["ho"]
+    assert last_json(capsys.readouterr().out)["prompt"] == "ho"
+
+
+def test_a_file_without_prompts_is_an_error(bytes_model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n \n")
+    assert tabom.main(["generate", *flags(model=bytes_model, prompts=tmp_path / "p.txt")]) == 1
+    assert "p.txt: no prompts" in error_line(capsys)
