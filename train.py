@@ -269,6 +269,7 @@ def prepare(c, processes, loaded=None):
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded, parameters, processes)
+    check_context(records, loaded, processes)
     held_out, records = split_off(records, c)
     sampling = runs.decoder_settings(runs.DecodeOptions(), loaded) if held_out else {}
     global_batch = c.global_batch or 4 * processes.count
@@ -577,6 +578,14 @@ def training_records(c, loaded, parameters, processes):
     return records
 
 
+def check_context(records, loaded, processes):
+    """Warn of prompts that, with their response, are longer than what the model was made for."""
+    longest, context = max(map(length, records)), loaded.m.config.max_length
+    if context is not None and longest > context:
+        line = f"a prompt and its response have up to {longest} tokens, the model's context has {context}"
+        runs.warner(processes)(line)
+
+
 def usable_trajectories(c, path, loaded, processes, say):
     """The trajectories that --keep lets through. Raises ValueError where none is left, for another vocabulary, and for
     a distillation that is not finished."""
@@ -603,7 +612,8 @@ def check_finished(c, path, meta, there, processes):
     """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
     if path.is_dir() and processes.locked_by_another(path):
         raise ValueError(f"{path}: distill is still writing into it: wait for it")
-    wanted = min(meta.get("prompts", there), c.limit or math.inf)
+    prompts = meta.get("prompts")
+    wanted = min(prompts if type(prompts) is int else there, c.limit or math.inf)  # a stranger's may be anything
     if there < wanted and not c.unfinished:
         how = "the same distill command continues it; --unfinished trains on what is there"
         raise ValueError(f"{path}: {there} of {wanted} prompts are answered: {how}")

@@ -1,5 +1,6 @@
 """Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import evaluate
 import lora
 import runs
 import tabom
+import train
 
 TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
 
@@ -195,9 +197,12 @@ def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, 
         f.write(runs.json_line(dict(prompt="hi", system="Be terse.", history=[["a", "b"]])))
         f.write(runs.json_line(dict(prompt="ho")))
     encode = data.encode_prompt
-    monkeypatch.setattr(
-        data, "encode_prompt", lambda tok, talk, *more: seen.append(list(talk)) or encode(tok, talk, *more)
-    )
+
+    def seeing(tok, talk, *more):
+        seen.append(list(talk))
+        return encode(tok, talk, *more)
+
+    monkeypatch.setattr(data, "encode_prompt", seeing)
     options = dict(model=bytes_model, prompts=file, max_new_tokens=2, block_length=0)
     assert tabom.main(["generate", *flags(**options)]) == 0
     assert [turn["content"] for turn in seen[0]] == ["Be terse.", "a", "b", "hi"]
@@ -209,3 +214,22 @@ def test_a_file_without_prompts_is_an_error(bytes_model, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("\n \n")
     assert tabom.main(["generate", *flags(model=bytes_model, prompts=tmp_path / "p.txt")]) == 1
     assert "p.txt: no prompts" in error_line(capsys)
+
+
+def test_a_record_beyond_the_context_is_named_in_training(golden, tmp_path, capsys):
+    row = dict(id=0, prompt_ids=[3] * 5000, response_ids=[4, 5], order=[0, 1])
+    m = golden.load()
+    m.config = dataclasses.replace(m.config, max_length=4096)
+    train.check_context([row], runs.Loaded(m, None, None), runs.Processes("cpu", alone=True))
+    assert "up to 5002 tokens, the model's context has 4096" in error_line(capsys)
+    train.check_context([dict(row, prompt_ids=[3])], runs.Loaded(m, None, None), runs.Processes("cpu", alone=True))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_strangers_meta_json_beside_trajectories_is_no_traceback(tiny, trajectories, tmp_path, capsys):
+    folder = tmp_path / "T"
+    folder.mkdir()
+    for file in data.trajectory_files(trajectories):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "meta.json").write_text('{"prompts": "a.jsonl"}')
+    assert tabom.main(["train", *flags(model=tiny, data=folder, out=tmp_path / "R", **TRAIN)]) == 0
