@@ -504,9 +504,7 @@ def from_harness(row):
     if not isinstance(row, dict) or "response" in row or not isinstance(row.get("doc"), dict):
         return row
     response = row.get("resps")
-    while (
-        isinstance(response, list) and response
-    ):  # [["text"]]: one list for the repeats, one for the request's answers
+    while isinstance(response, list) and response:  # [["text"]]: a list of requests, and one of the answers to each
         response = response[0]
     return dict(row["doc"], response=response)
 

@@ -207,10 +207,15 @@ LOCK = "lock"  # the file in a run folder that the lock is on
 
 
 def place_among_processes():
-    """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to."""
+    """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to.
+
+    Raises ValueError for a place that there is not."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"the environment has RANK {rank!r} of WORLD_SIZE {size!r}: unset both, or use torchrun")
+    return int(rank), int(size)
 
 
 def sum_together(gradients):

@@ -213,10 +213,10 @@ def main(argv=None):
     given = vars(command_line(COMMANDS, __doc__.split("\n")[0]).parse_args(argv))
     command = given.pop("command")
     run, options_class = COMMANDS[command]
-    first = runs.place_among_processes()[0] == 0
-    if command in ALONE and not first:
-        return 0
     try:
+        first = runs.place_among_processes()[0] == 0
+        if command in ALONE and not first:
+            return 0
         c = options_class.preset(given) if hasattr(options_class, "preset") else options_class(**given)
         check_values(c)
         result = run(c)

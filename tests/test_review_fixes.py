@@ -233,3 +233,11 @@ def test_a_strangers_meta_json_beside_trajectories_is_no_traceback(tiny, traject
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "meta.json").write_text('{"prompts": "a.jsonl"}')
     assert tabom.main(["train", *flags(model=tiny, data=folder, out=tmp_path / "R", **TRAIN)]) == 0
+
+
+@pytest.mark.parametrize("rank, size", [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "")])
+def test_a_place_among_processes_that_is_none_is_one_line(monkeypatch, capsys, rank, size):
+    for name, value in dict(RANK=rank, WORLD_SIZE=size, MASTER_ADDR="localhost").items():
+        monkeypatch.setenv(name, value)
+    assert tabom.main(["grade", *flags(task="gsm8k", responses="r.jsonl", out="v.jsonl")]) == 1
+    assert "RANK" in error_line(capsys)
