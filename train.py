@@ -44,9 +44,11 @@ def of_some(name, help, **more):
     own = []
     for objective, function in objectives.OBJECTIVES.items():
         parameters = inspect.signature(function).parameters
-        if name in parameters:
+        if name in parameters and parameters[name].default is not None:
             own.append(f"{objective} {parameters[name].default}")
-    return opt(None, f"{help} (default: {', '.join(own)})", own_default=True, **more)
+    if own:
+        help += f" (default: {', '.join(own)})"
+    return opt(None, help, own_default=True, **more)
 
 
 def window_size(text):
@@ -97,7 +99,9 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     weight: float | None = of_some("weight", "lambda: weight of the ranking loss, or of the certainty", low=0)
     ce_weight: float | None = of_some("ce_weight", "weight of the cross-entropy; 0 = ranking alone", low=0)
     entropy_context: str | None = of_some(
-        "entropy_context", "entropies given the window's start, or each token's own step", choices=("window", "step")
+        "entropy_context",
+        "entropies given the window's start, or each token's own step (default: window; step for --ranking kl)",
+        choices=("window", "step"),
     )
     starts: str | None = of_some(
         "starts", "where windows begin: anywhere, or at tokens decoded out of order", choices=("uniform", "non-ltr")
