@@ -330,7 +330,10 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
     """Answer and grade the questions of one benchmark -> its score. about: model, adapter and decoder settings."""
     family, examples = loaded.m.config.family, []
     for i, record in enumerate(questions[: c.limit]):
-        text, ids = prompt_of(c, loaded, task, record, shots)
+        try:
+            text, ids = prompt_of(c, loaded, task, record, shots)
+        except ValueError as e:
+            raise ValueError(f"question {i} of {task}, counted from 0: {e}") from e
         examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
     meta = dict(
         command="evaluate",

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -550,12 +551,13 @@ def checkpoints(out):
     return sorted(found)
 
 
-def last_checkpoint(out):
-    """The folder of the latest intact checkpoint in a run, or None. A damaged one is named on stderr and left alone."""
+def last_checkpoint(out, warn=warnings.warn):
+    """The folder of the latest intact checkpoint in a run, or None. warn(line) names a damaged one, which is left
+    alone."""
     for _, folder in reversed(checkpoints(out)):
         if intact(folder):
             return folder
-        tqdm.write(f"warning: {folder} is damaged: the checkpoint before it is used", sys.stderr)
+        warn(f"{folder} is damaged: the checkpoint before it is used")
     return None
 
 

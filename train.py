@@ -157,7 +157,8 @@ def objective_parameters(c):
     """The parameters of the objective that c (TrainOptions) names: those given and its own defaults; and the names of
     the options that are given and not used.
 
-    Raises ValueError for a window without pairs, or without an adapter where one is needed."""
+    Raises ValueError for a window without pairs, for options that exclude each other, and without an adapter where
+    one is needed."""
     parameters = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
     used, unused = {}, []
     for f in dataclasses.fields(TrainOptions):
@@ -173,6 +174,10 @@ def objective_parameters(c):
     window = used.get("window", "global")
     if window != "global" and window < 2:
         raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
+    if window == "global" and used.get("starts") == "non-ltr":
+        raise ValueError("--starts non-ltr: needs a --window of a number of steps, and not global")
+    if used.get("ranking") == "kl" and used.get("entropy_context") == "window":
+        raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
     if used.get("weight") == 0 and used.get("ce_weight") == 0:
         raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
     if c.lora_rank == 0 and (c.objective == "t3d" or c.adapter):
@@ -267,7 +272,7 @@ def prepare(c, processes, loaded=None):
     """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
     parameters, unused = objective_parameters(c)
-    last = runs.last_checkpoint(Path(c.out))
+    last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
     full = c.lora_rank == 0
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     if loaded is None or full:

@@ -1,6 +1,7 @@
 """Small faults of the commands, each with the input that showed it: python -m pytest tests/test_review_fixes.py"""
 
 import dataclasses
+import gzip
 import subprocess
 import sys
 
@@ -241,3 +242,35 @@ def test_a_place_among_processes_that_is_none_is_one_line(monkeypatch, capsys, r
         monkeypatch.setenv(name, value)
     assert tabom.main(["grade", *flags(task="gsm8k", responses="r.jsonl", out="v.jsonl")]) == 1
     assert "RANK" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(window="global", starts="non-ltr"), dict(ranking="kl", entropy_context="window")]
+)
+def test_options_that_exclude_each_other_leave_no_folder(tiny, trajectories, tmp_path, options, capsys):
+    options = {**TRAIN, **options}
+    assert tabom.main(["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", **options)]) == 1
+    assert "--starts non-ltr" in (line := error_line(capsys)) or "--ranking kl" in line
+    assert not (tmp_path / "R").exists()
+
+
+def test_a_damaged_checkpoint_is_named_by_the_first_process_alone(tiny, trajectories, tmp_path, capsys):
+    options = dict(TRAIN, epochs=2)
+    assert tabom.main(["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", **options)]) == 0
+    (tmp_path / "R" / "epoch-2" / "optimizer.safetensors").unlink()
+    said, processes = [], runs.Processes("cpu", alone=True)
+    assert runs.last_checkpoint(tmp_path / "R", said.append) == tmp_path / "R" / "epoch-1"
+    assert len(said) == 1 and "epoch-2 is damaged" in said[0]
+    processes.index = 1
+    capsys.readouterr()
+    runs.last_checkpoint(tmp_path / "R", runs.warner(processes))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_question_that_cannot_be_asked_is_named(tiny, tmp_path, capsys):
+    (tmp_path / "gsm8k_test.jsonl").write_text(runs.json_line(dict(question="Janet", answer="#### 3")))
+    with gzip.open(tmp_path / "gsm8k_test.jsonl.gz", "wt") as f:
+        f.write((tmp_path / "gsm8k_test.jsonl").read_text())
+    options = dict(model=tiny, tasks="gsm8k", data=tmp_path, out=tmp_path / "E", max_new_tokens=8, block_length=8)
+    assert tabom.main(["evaluate", *flags(**options)]) == 1
+    assert "question 0 of gsm8k" in error_line(capsys)
