@@ -59,8 +59,11 @@ def answer_batch(loaded, examples, settings, seed, device, on_step=None):
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
     generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
     t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
-    if not t.entropy.isfinite().all():
+    decoded = t.response != m.config.mask_id  # [B, N]; --threshold with few --steps may leave masks
+    if not t.entropy[decoded].isfinite().all():
         raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+    t = t._replace(order=t.order.masked_fill(~decoded, -1))
+    t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
     records = []
     for e, response, step, order, entropy, confidence in zip(examples, *(x.tolist() for x in t)):
         record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
@@ -168,7 +171,7 @@ def check(kind, response, answer):
     marked = marked_answer(answer)
     if kind == "auto" and re.fullmatch("[A-Z]", (marked or answer).strip()):
         return final_choice(response) == (marked or answer).strip()
-    gold = plain_number(answer if marked is None else marked)
+    gold = sole_number(answer if marked is None else marked)
     if gold is not None and kind != "math":
         found = final_number(response)
         if found is not None or kind == "number":
@@ -211,7 +214,7 @@ def spelled_plainly(text):
     return text
 
 
-def plain_number(text):
+def sole_number(text):
     """The number that a text consists of, but for space, a dollar sign and a last point: Decimal, or None.
 
     72 apples, 3/4 and 2x are no plain numbers."""
@@ -227,7 +230,7 @@ def final_number(text):
     part of a fraction, a power or a product."""
     marked = marked_answer(text)
     if marked is not None:
-        return plain_number(marked)
+        return sole_number(marked)
     text = spelled_plainly(text)
     found = list(re.finditer(DIGITS, text))
     if not found:
@@ -300,7 +303,7 @@ def evaluate(c, processes=None, loaded=None):
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
     if loaded is None:
         loaded = runs.load_model(c, processes, c.adapter)
-    identity = runs.identity(loaded.folder, c.adapter)
+    identity = runs.content_hashes(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded
     scores = []

@@ -75,7 +75,7 @@ RECIPES = {
 }
 
 
-def shown(recipe):
+def recipe_help(recipe):
     """A recipe in the help of the command line."""
     return f"{recipe['margin']} margin, {recipe['weight']} weight, {recipe['lr']} lr, {recipe['global_batch']} batch"
 
@@ -90,7 +90,7 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     recipe: str | None = opt(
         None,
         "one of the authors' settings; flags on the command line win: "
-        + "; ".join(f"{name}: {shown(recipe)}" for name, recipe in RECIPES.items()),
+        + "; ".join(f"{name}: {recipe_help(recipe)}" for name, recipe in RECIPES.items()),
         choices=tuple(RECIPES),
     )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
@@ -208,7 +208,7 @@ def with_adapter(c):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run between two of its steps."""
 
     c: TrainOptions
@@ -261,7 +261,7 @@ def train(c, processes=None, loaded=None):
                 show(bar, metrics)
             stop = run.processes.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
             if whole or stop or (c.save_every and (step + 1) % c.save_every == 0):
-                save(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
+                save_checkpoint(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
             if stop and step + 1 < run.end:
                 raise KeyboardInterrupt
     steps = max(run.done, run.end)
@@ -269,7 +269,7 @@ def train(c, processes=None, loaded=None):
 
 
 def prepare(c, processes, loaded=None):
-    """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
+    """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
@@ -285,7 +285,7 @@ def prepare(c, processes, loaded=None):
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
 
-    meta = dict(identity(c, records), **parameters, **runs.identity(loaded.folder, c.adapter))
+    meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     if more_epochs(c, processes):
@@ -314,7 +314,7 @@ def prepare(c, processes, loaded=None):
             tqdm.write(f"continuing at step {done} of {total}", sys.stderr)
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
-    return Run(
+    return TrainingRun(
         c, processes, loaded, records, held_out, sampling, objective, weights, optimizer, reference, out, last,
         global_batch, steps_per_epoch, total, end, done,
     )  # fmt: skip
@@ -427,7 +427,7 @@ def show(bar, metrics):
     bar.update()
 
 
-def save(run, step, name):
+def save_checkpoint(run, step, name):
     """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
     run.last = run.out / name
     if run.processes.first:
@@ -614,6 +614,9 @@ def usable_trajectories(c, path, loaded, processes, say):
         finished = sum(bool(r.get("finished")) for r in records)
         wrong = sum(r.get("correct") is False for r in records)
         raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
+    wrong = sum(r.get("correct") is False for r in kept)
+    if wrong:
+        say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
 
 

@@ -110,14 +110,14 @@ def claims(c):
     for seed, name, base in itertools.product(range(c.seeds), rows, bases):
         settings = settings_of(name, c.seed + seed)
         folder = base / "runs" / name / f"seed-{settings['seed']}"
-        check_settings(folder, settings)
+        check_row_settings(folder, settings)
         jobs[folder] = functools.partial(run_of_row, c, alone, base, settings)
         needs[folder] = base
     sweep.share(jobs, processes, alone, needs)
     if not processes.first:
         return None
     found = collect(out)
-    report.write(out / "results", found, loss_curves(out), list(GRID), about(c, out))
+    report.write_report(out / "results", found, loss_curves(out), list(GRID), about(c, out))
     return dict(out=str(out / "results"), runs=len(found), rows=len(report.names_of(found)))
 
 
@@ -165,7 +165,7 @@ def settings_of(name, seed):
     return settings
 
 
-def check_settings(folder, settings):
+def check_row_settings(folder, settings):
     """Raises ValueError for a run that is there already and was made with other settings."""
     before = sweep.result_of(folder)
     if before and before["settings"] != settings:

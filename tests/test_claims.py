@@ -77,9 +77,9 @@ def test_a_finished_experiment_of_an_old_version_is_read(tmp_path):
     assert "| base-0 | 3 | 25.0 | 25.0 | 9 | 5 | 7 |" in text
     assert "| SFT-SD | 1 | 50.0 | 50.0 | +25.0 | - | - |" in text
     assert "| ground truth | 2.0000 |" in text and "| self-distilled | 0.5000 |" in text
-    claims.check_settings(base / "runs" / "SFT-SD" / "seed-0", settings)
+    claims.check_row_settings(base / "runs" / "SFT-SD" / "seed-0", settings)
     with pytest.raises(ValueError, match="was made with .*remove it"):
-        claims.check_settings(base / "runs" / "SFT-SD" / "seed-0", dict(settings, lr=0.5))
+        claims.check_row_settings(base / "runs" / "SFT-SD" / "seed-0", dict(settings, lr=0.5))
 
 
 # --------------------------------------------------------------------------------------------------------- end to end
