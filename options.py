@@ -56,7 +56,7 @@ def name_list(text):
     """ "gsm8k, math500" -> ("gsm8k", "math500"); raises ValueError for an empty name, such as after a last comma."""
     names = tuple(map(str.strip, text.split(",")))
     if "" in names:
-        raise ValueError("must be names, separated by one comma each")
+        raise ValueError("has a comma too many: must be names, separated by commas")
     return names
 
 

@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -553,9 +552,10 @@ def checkpoints(out):
     return sorted(found)
 
 
-def last_checkpoint(out, warn=warnings.warn):
-    """The folder of the latest intact checkpoint in a run, or None. warn(line) names a damaged one, which is left
-    alone."""
+def last_checkpoint(out, warn=None):
+    """The folder of the latest intact checkpoint in a run, or None. A damaged one is left alone, and named on stderr,
+    or by warn(line)."""
+    warn = warn or warner(Processes("cpu", alone=True))
     for _, folder in reversed(checkpoints(out)):
         if intact(folder):
             return folder

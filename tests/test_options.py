@@ -201,7 +201,7 @@ def test_an_option_may_not_be_abbreviated(parser, capsys):
     [
         ("cook", "the following arguments are required: --model"),
         ("cook --model M --minutes x", "argument --minutes: invalid int value: 'x'"),
-        ("cook --model M --spices a,,b", "argument --spices: invalid tuple value: 'a,,b'"),
+        ("cook --model M --spices a,,b", "argument --spices: 'a,,b' has a comma too many"),
         ("cook --model M --pan tin", "invalid choice: 'tin'"),
         ("fly", "invalid choice: 'fly'"),
         ("", "the following arguments are required: cook|wash"),

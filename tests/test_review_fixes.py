@@ -83,7 +83,7 @@ def test_a_part_of_a_product_a_fraction_or_a_power_is_no_number(response, answer
     "option, value, what",
     [
         ("window", "abc", "must be a whole number, or global"),
-        ("lora_targets", "q_proj,", "must be names, separated by one comma each"),
+        ("lora_targets", "q_proj,", "'q_proj,' has a comma too many"),
         ("epochs", "x", "invalid int value"),
     ],
 )
