@@ -155,8 +155,9 @@ def check(kind, response, answer):
     that cannot be told.
 
     "number": the final number of the response against the answer; None for an answer that is not one plain number.
-    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, math for other mathematics, None
-    for prose. "exact": the same text, but for space around it. "none": None. Raises ValueError for another kind."""
+    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, the letter chosen for a letter,
+    math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises
+    ValueError for another kind."""
     if kind not in CHECKS:
         raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:
@@ -169,6 +170,8 @@ def check(kind, response, answer):
     if kind == "exact":
         return response.strip() == answer.strip()
     marked = marked_answer(answer)
+    if kind == "auto" and re.fullmatch("[A-Z]", (marked or answer).strip()):
+        return final_choice(response) == (marked or answer).strip()
     gold = sole_number(answer if marked is None else marked)
     if gold is not None and kind != "math":
         found = final_number(response)
@@ -197,12 +200,17 @@ def marked_answer(text):
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 PLAIN = re.compile(rf"-?\$?-?(?:{DIGITS})")
 # What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
-PART = re.compile(r"\s*/|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|[:,]\d|[A-Za-z](?![A-Za-z])|\(")
+PART = re.compile(
+    r"\s*[/\u00d7\u00b7\u00f7\u2044\u2215\u221a\u03c0]|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|\s*\*\s*\d|\s*pi\b"
+    r"|[:,]\d|[A-Za-z](?![A-Za-z])|\(|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be]"
+)
+# And what stands before one: the signs are those of a product, a quotient, a fraction and a root.
+PART_BEFORE = re.compile(r"[/^_{\\:\u00d7\u00b7\u00f7\u2044\u2215\u221a]\s*$|\d\s*\*\s*$|\d,\s*$|[A-Za-z]\(?$")
 
 
 def spelled_plainly(text):
-    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus sign U+2212."""
-    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\\$", "$")):
+    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus signs U+2212 and U+2013."""
+    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\u2013", "-"), ("\\$", "$")):
         text = text.replace(written, plain)
     return text
 
@@ -230,11 +238,28 @@ def final_number(text):
         return None
     last = found[-1]
     before, after = text[: last.start()].removesuffix("$"), text[last.end() :]
-    if re.search(r"[/^_{\\:]\s*$|\d,\s*$|[A-Za-z]$", before) or PART.match(after):
+    if PART_BEFORE.search(before) or PART.match(after):
         return None
     number = Decimal(last[0].replace(",", ""))
     negative = re.search(r"(?<![\w)])-$", before)  # the minus of 5-3 subtracts
     return number.copy_negate() if negative else number
+
+
+# A capital letter on its own, but for the article in "A dog" and the pronoun in "I think".
+LETTER = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|[AI](?!\s+(?!is\b)[a-z]))(?![\w'])")
+
+
+def final_choice(text):
+    """The letter that a response to a multiple-choice question chooses: that of its marked answer, else the first
+    behind its last word "answer", else its last one; None without any."""
+    marked = marked_answer(text)
+    if marked is not None:
+        text = marked
+    found = LETTER.findall(re.split("answer", text, flags=re.IGNORECASE)[-1])
+    if found:
+        return found[0 if re.search("answer", text, re.IGNORECASE) else -1]
+    found = LETTER.findall(text)
+    return found[-1] if found else None
 
 
 def is_mathematics(answer):
@@ -309,7 +334,10 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
     """Answer and grade the questions of one benchmark -> its score. about: model, adapter and decoder settings."""
     family, examples = loaded.m.config.family, []
     for i, record in enumerate(questions[: c.limit]):
-        text, ids = prompt_of(c, loaded, task, record, shots)
+        try:
+            text, ids = prompt_of(c, loaded, task, record, shots)
+        except ValueError as e:
+            raise ValueError(f"question {i} of {task}, counted from 0: {e}") from e
         examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
     meta = dict(
         command="evaluate",
@@ -483,9 +511,7 @@ def from_harness(row):
     if not isinstance(row, dict) or "response" in row or not isinstance(row.get("doc"), dict):
         return row
     response = row.get("resps")
-    while (
-        isinstance(response, list) and response
-    ):  # [["text"]]: one list for the repeats, one for the request's answers
+    while isinstance(response, list) and response:  # [["text"]]: a list of requests, and one of the answers to each
         response = response[0]
     return dict(row["doc"], response=response)
 

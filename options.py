@@ -10,8 +10,9 @@
     c = TrainOptions(**given)
     check_values(c)                                                         # ValueError for a number out of bounds
 
-A field may state: low and high (the bounds of a number), choices, parse (text -> value), nargs, required. The type is
-read from the annotation: `int | None` takes whole numbers and is None where the flag is absent.
+A field may state: low and high (the bounds of a number), choices, parse (text -> value; its ValueError says what the
+text must be), nargs, required. The type is read from the annotation: `int | None` takes whole numbers and is None where
+the flag is absent.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def name_list(text):
     """ "gsm8k, math500" -> ("gsm8k", "math500"); raises ValueError for an empty name, such as after a last comma."""
     names = tuple(map(str.strip, text.split(",")))
     if "" in names:
-        raise ValueError("an empty name: a comma too many")
+        raise ValueError("has a comma too many: must be names, separated by commas")
     return names
 
 
@@ -65,18 +66,24 @@ def row_list(text):
 
 
 def number_list(text):
-    """ "1, 2" -> (1, 2)"""
-    return tuple(map(int, text.split(",")))
+    """ "1, 2" -> (1, 2); raises ValueError for anything else."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError as e:
+        raise ValueError("must be whole numbers, separated by commas") from e
 
 
 def check_values(c):
-    """Raises ValueError for a number outside the bounds of its field, or one that is not finite."""
+    """Raises ValueError for a number outside the bounds of its field, one that is not finite, and a whole number that
+    does not fit into 64 bits."""
     for f in dataclasses.fields(c):
         low, high, given = f.metadata.get("low"), f.metadata.get("high", math.inf), getattr(c, f.name)
-        if low is None:
-            continue
         for value in given if isinstance(given, tuple) else (given,):
             if value is None or isinstance(value, str):
+                continue
+            if isinstance(value, int) and abs(value) > sys.maxsize:
+                raise ValueError(f"{flag(f.name)} {value}: must be at most {sys.maxsize}")
+            if low is None:
                 continue
             if not low <= value < math.inf:
                 raise ValueError(f"{flag(f.name)} {value}: must be a number of at least {low}")
@@ -91,7 +98,8 @@ def parse_value(f, text, extra=()):
     try:
         value = f.metadata.get("parse", kind(f))(text)
     except ValueError as e:
-        raise ValueError(f"{flag(f.name)} {text!r}: must be {kind(f).__name__}") from e
+        must = str(e) if "parse" in f.metadata else f"must be {kind(f).__name__}"
+        raise ValueError(f"{flag(f.name)} {text!r}: {must}") from e
     allowed = (*(f.metadata.get("choices") or ()), *extra)
     if f.metadata.get("choices") and value not in allowed:
         raise ValueError(f"{flag(f.name)} {text!r}: must be one of {', '.join(allowed)}")
@@ -109,7 +117,8 @@ class Parser(argparse.ArgumentParser):
         command = next((self.commands[word] for word in words if word in self.commands), self)
         for word in words:
             option = word.split("=")[0]
-            if option.startswith("--") and option not in command._option_string_actions:
+            text = " " in option  # a prompt that begins with two dashes, say: argparse takes it as a value, too
+            if option.startswith("--") and not text and option not in command._option_string_actions:
                 command.error(f"unrecognized arguments: {option}{command.nearest(option)}")
         return super().parse_args(words, namespace)
 
@@ -159,15 +168,18 @@ def add_flag(group, f):
     if shown not in (None, ""):
         more["help"] += f" (default {shown})"
     more["help"] = more["help"].replace("%", "%%")
-    parse = more.pop("parse", kind(f))
-    group.add_argument(flag(f.name), default=argparse.SUPPRESS, type=named(parse, f), **more)
+    parse = more.pop("parse", None)
+    parse = saying_why(parse) if parse else kind(f)  # argparse names the types that it knows itself
+    group.add_argument(flag(f.name), default=argparse.SUPPRESS, type=parse, **more)
 
 
-def named(parse, f):
-    """The parser of a field's text, under the name of the field's type: argparse shows it in its errors."""
+def saying_why(parse):
+    """A parser of texts whose ValueError is the message that argparse shows."""
 
     def typed(text):
-        return parse(text)
+        try:
+            return parse(text)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(f"{text!r} {e}") from e
 
-    typed.__name__ = kind(f).__name__
     return typed

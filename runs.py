@@ -183,6 +183,22 @@ class Processes:
             self.locks[folder] = f
         return True
 
+    def locked_by_another(self, folder):
+        """Whether another process holds the lock of a folder. It need not be one that this process may write to."""
+        file = Path(folder).resolve() / LOCK
+        if file.parent in self.locks or not file.is_file():
+            return False  # our own lock is left alone: closing the file once more would give it back
+        try:
+            import fcntl  # not on Windows
+
+            with open(file, "rb") as f:
+                fcntl.lockf(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except (ImportError, OSError):  # no locks here
+            return False
+        return False
+
     def unlock(self):
         """Give back all locks: for a process that makes one run after the other."""
         while self.locks:
@@ -193,10 +209,15 @@ LOCK = "lock"  # the file in a run folder that the lock is on
 
 
 def place_among_processes():
-    """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to."""
+    """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to.
+
+    Raises ValueError for a place that there is not."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"the environment has RANK {rank!r} of WORLD_SIZE {size!r}: unset both, or use torchrun")
+    return int(rank), int(size)
 
 
 def sum_together(gradients):
@@ -392,7 +413,10 @@ def json_line(row):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A text file that appears whole or not at all; compressed where its name ends in .gz."""
+    """A text file that appears whole or not at all; compressed where its name ends in .gz. Raises IsADirectoryError for
+    the path of a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
     beside = path.with_name(path.name + ".tmp")
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -528,12 +552,14 @@ def checkpoints(out):
     return sorted(found)
 
 
-def last_checkpoint(out):
-    """The folder of the latest intact checkpoint in a run, or None. A damaged one is named on stderr and left alone."""
+def last_checkpoint(out, warn=None):
+    """The folder of the latest intact checkpoint in a run, or None. A damaged one is left alone, and named on stderr,
+    or by warn(line)."""
+    warn = warn or warner(Processes("cpu", alone=True))
     for _, folder in reversed(checkpoints(out)):
         if intact(folder):
             return folder
-        tqdm.write(f"warning: {folder} is damaged: the checkpoint before it is used", sys.stderr)
+        warn(f"{folder} is damaged: the checkpoint before it is used")
     return None
 
 

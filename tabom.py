@@ -67,11 +67,14 @@ def answer_prompts(c):
     settings = runs.decoder_settings(c, loaded)
     chats = c.prompt is None and asked is None
     if asked is None:
-        asked = chat_turns() if chats else [c.prompt]
-    start = [{"role": "system", "content": c.system}] if c.system else []
+        asked = chat_turns() if chats else [said(c.prompt)]
+    start = [data.message("system", c.system)] if c.system else []
     talk, result = list(start), {}
-    for turn, prompt in enumerate(asked):
-        talk = (talk if chats else list(start)) + [{"role": "user", "content": prompt}]
+    for turn, messages in enumerate(asked):
+        own = messages[0]["role"] == "system"  # a row's own system turn stands in place of --system
+        if not chats:
+            talk = [] if own else start
+        talk = talk + messages
         try:
             result = answer_turn(c, processes, loaded, settings, talk, turn)
         except ValueError as e:
@@ -82,15 +85,29 @@ def answer_prompts(c):
             continue
         talk.append({"role": "assistant", "content": result["text"]})
         print(result["text"], flush=True)
-        result = dict(prompt=prompt, **result)
+        result = dict(prompt=messages[-1]["content"], **result)
     return dict(**result, decoder=settings)
 
 
+def said(prompt):
+    """A prompt as a conversation of one turn."""
+    return [data.message("user", prompt)]
+
+
 def read_prompts(path):
-    """The prompts of a dataset, or of a text file with one a line."""
-    if Path(path).suffix == ".txt":
-        return list(filter(None, map(str.strip, data.read_text(path).splitlines())))
-    return [example["prompt"] for example in data.read_examples(path)]
+    """The conversations to answer: of a dataset's rows, with their earlier turns, or of the lines of a text file.
+
+    Raises ValueError for a file without any."""
+    if Path(path).suffix != ".txt":
+        return [example["messages"] for example in data.read_examples(path, warn=say)]
+    found = [said(line.strip()) for line in data.read_text(path).splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{path}: no prompts")
+    return found
+
+
+def say(line):
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def answer_turn(c, processes, loaded, settings, talk, turn):
@@ -108,7 +125,7 @@ def answer_turn(c, processes, loaded, settings, talk, turn):
 
 
 def chat_turns():
-    """The lines that a user types, with line editing where the system has it."""
+    """The turns that a user types, one a line, with line editing where the system has it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, input() uses it; Windows has none
     while True:
@@ -117,7 +134,7 @@ def chat_turns():
         except EOFError:
             return
         if line.strip():
-            yield line.strip()
+            yield said(line.strip())
 
 
 class Watch:
@@ -197,10 +214,10 @@ def main(argv=None):
     given = vars(command_line(COMMANDS, __doc__.split("\n")[0], f"tabom {VERSION}").parse_args(argv))
     command = given.pop("command")
     run, options_class = COMMANDS[command]
-    first = runs.place_among_processes()[0] == 0
-    if command in ALONE and not first:
-        return 0
     try:
+        first = runs.place_among_processes()[0] == 0
+        if command in ALONE and not first:
+            return 0
         c = options_class.preset(given) if hasattr(options_class, "preset") else options_class(**given)
         check_values(c)
         result = run(c)

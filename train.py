@@ -44,13 +44,19 @@ def of_some(name, help, **more):
     own = []
     for objective, function in objectives.OBJECTIVES.items():
         parameters = inspect.signature(function).parameters
-        if name in parameters:
+        if name in parameters and parameters[name].default is not None:
             own.append(f"{objective} {parameters[name].default}")
-    return opt(None, f"{help} (default: {', '.join(own)})", own_default=True, **more)
+    if own:
+        help += f" (default: {', '.join(own)})"
+    return opt(None, help, own_default=True, **more)
 
 
 def window_size(text):
-    return text if text == "global" else int(text)
+    """ "32" -> 32, "global" -> "global"; raises ValueError for anything else."""
+    try:
+        return text if text == "global" else int(text)
+    except ValueError as e:
+        raise ValueError("must be a whole number, or global") from e
 
 
 SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.items())
@@ -93,7 +99,9 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     weight: float | None = of_some("weight", "lambda: weight of the ranking loss, or of the certainty", low=0)
     ce_weight: float | None = of_some("ce_weight", "weight of the cross-entropy; 0 = ranking alone", low=0)
     entropy_context: str | None = of_some(
-        "entropy_context", "entropies given the window's start, or each token's own step", choices=("window", "step")
+        "entropy_context",
+        "entropies given the window's start, or each token's own step (default: window; step for --ranking kl)",
+        choices=("window", "step"),
     )
     starts: str | None = of_some(
         "starts", "where windows begin: anywhere, or at tokens decoded out of order", choices=("uniform", "non-ltr")
@@ -149,7 +157,8 @@ def objective_parameters(c):
     """The parameters of the objective that c (TrainOptions) names: those given and its own defaults; and the names of
     the options that are given and not used.
 
-    Raises ValueError for a window without pairs, or without an adapter where one is needed."""
+    Raises ValueError for a window without pairs, for options that exclude each other, and without an adapter where
+    one is needed."""
     parameters = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
     used, unused = {}, []
     for f in dataclasses.fields(TrainOptions):
@@ -165,6 +174,10 @@ def objective_parameters(c):
     window = used.get("window", "global")
     if window != "global" and window < 2:
         raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
+    if window == "global" and used.get("starts") == "non-ltr":
+        raise ValueError("--starts non-ltr: needs a --window of a number of steps, and not global")
+    if used.get("ranking") == "kl" and used.get("entropy_context") == "window":
+        raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
     if used.get("weight") == 0 and used.get("ce_weight") == 0:
         raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
     if c.lora_rank == 0 and (c.objective == "t3d" or c.adapter):
@@ -180,9 +193,10 @@ def with_adapter(c):
     if c.adapter is not None and c.lora_rank != 0:
         stored = lora.settings(c.adapter)
         known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
-        for name in ("lora_rank", "lora_alpha"):
-            if getattr(c, name) not in (None, known[name]):
-                raise ValueError(f"{flag(name)} {getattr(c, name)}: {c.adapter} has {known[name]}; leave the flag out")
+        for name, value in known.items():
+            given = getattr(c, name)
+            if given not in (None, value) and (name != "lora_targets" or set(given) != set(value)):
+                raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; leave the flag out")
     changes = {}
     for name, value in known.items():
         if getattr(c, name) is None:
@@ -202,6 +216,7 @@ class TrainingRun:
     loaded: runs.Loaded
     records: list  # what to train on, sorted by id
     held_out: list  # what only the loss after an epoch is taken of
+    sampling: dict  # decoder settings of the answer to the first of those
     objective: Any  # a function of the model, a batch and generators
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
@@ -257,13 +272,15 @@ def prepare(c, processes, loaded=None):
     """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
     parameters, unused = objective_parameters(c)
-    last = runs.last_checkpoint(Path(c.out))
+    last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
     full = c.lora_rank == 0
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
     records = training_records(c, loaded, parameters, processes)
+    check_context(records, loaded, processes)
     held_out, records = split_off(records, c)
+    sampling = runs.decoder_settings(runs.DecodeOptions(), loaded) if held_out else {}
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
@@ -272,7 +289,7 @@ def prepare(c, processes, loaded=None):
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     if more_epochs(c, processes):
-        free.append("epochs")
+        free += ["epochs", "changed_from_recipe"]  # the latter may list the epochs; what else it lists is compared
     runs.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
@@ -298,8 +315,8 @@ def prepare(c, processes, loaded=None):
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     return TrainingRun(
-        c, processes, loaded, records, held_out, objective, weights, optimizer, reference, out, last, global_batch,
-        steps_per_epoch, total, end, done,
+        c, processes, loaded, records, held_out, sampling, objective, weights, optimizer, reference, out, last,
+        global_batch, steps_per_epoch, total, end, done,
     )  # fmt: skip
 
 
@@ -393,11 +410,11 @@ def warn_of_options(c, total, unused):
 
 
 def last_metrics(run):
-    """The last line of a run that has nothing left to do; else empty."""
-    if run.done < run.end:
-        return {}
-    for _, row in data.read_rows(run.out / "metrics.jsonl"):
-        last = row
+    """The last line of the log of a run that has nothing left to do; empty for another run, or without a log."""
+    last, file = {}, run.out / "metrics.jsonl"
+    if run.done >= run.end and file.is_file():
+        for _, row in data.read_rows(file):
+            last = row
     return last
 
 
@@ -441,7 +458,7 @@ def train_step(run, step, epoch, chosen):
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
     sums, tokens = {}, 0
-    more = pair_share(run, epoch, chosen)
+    more = pair_share(run, chosen, epoch)
     mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
@@ -487,7 +504,7 @@ def on_held_out(run):
     m.eval()
     # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
     total, mine = 0.0, run.held_out[processes.index :: processes.count]
-    more = pair_share(run, "held out", run.held_out)
+    more = pair_share(run, run.held_out, "held out")
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
@@ -495,21 +512,21 @@ def on_held_out(run):
         total += losses["loss"].item() * len(records)
     found = dict(held_out_loss=processes.sum([total])[0] / len(run.held_out), sample="")
     if processes.first:
-        settings = runs.decoder_settings(runs.DecodeOptions(), run.loaded)
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
-        found["sample"] = evaluate.answer_batch(run.loaded, example, settings, c.seed, processes.device)[0]["text"]
+        found["sample"] = evaluate.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
     m.train()
     return found
 
 
-def pair_share(run, epoch, chosen):
-    """The argument of tabom that makes the mean of the ranking loss one over the global batch: see share_with_pairs."""
+def pair_share(run, chosen, when):
+    """The argument of tabom that makes the mean of the ranking loss one over all the chosen records: see
+    share_with_pairs. when: the epoch, or "held out": what the windows are drawn for."""
     parameters = run.objective.keywords
     if "pair_share" not in inspect.signature(run.objective).parameters:
         return {}
     batch = data.collate(chosen, run.loaded.m.config.pad_id)
-    # The same keys as in train_step, so the same windows: of all rows, not only of this process's.
-    generators = [data.generator(run.c.seed, epoch, r["id"]) for r in chosen]
+    # The same keys as for the loss, so the same windows: of all rows, not only of this process's.
+    generators = [data.generator(run.c.seed, when, r["id"]) for r in chosen]
     window, starts = parameters["window"], parameters["starts"]
     share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
     return dict(pair_share=share)
@@ -570,6 +587,14 @@ def training_records(c, loaded, parameters, processes):
     return records
 
 
+def check_context(records, loaded, processes):
+    """Warn of prompts that, with their response, are longer than what the model was made for."""
+    longest, context = max(map(length, records)), loaded.m.config.max_length
+    if context is not None and longest > context:
+        line = f"a prompt and its response have up to {longest} tokens, the model's context has {context}"
+        runs.warner(processes)(line)
+
+
 def usable_trajectories(c, path, loaded, processes, say):
     """The trajectories that --keep lets through. Raises ValueError where none is left, for another vocabulary, and for
     a distillation that is not finished."""
@@ -597,15 +622,10 @@ def usable_trajectories(c, path, loaded, processes, say):
 
 def check_finished(c, path, meta, there, processes):
     """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
-    if path.is_dir() and (path / runs.LOCK).exists() and processes.first:
-        reader = runs.Processes("cpu", alone=True)
-        try:
-            reader.lock(path)
-        except FileExistsError as e:
-            raise ValueError(f"{path}: distill is still writing into it: wait for it") from e
-        finally:
-            reader.unlock()
-    wanted = min(meta.get("prompts", there), c.limit or math.inf)
+    if path.is_dir() and processes.locked_by_another(path):
+        raise ValueError(f"{path}: distill is still writing into it: wait for it")
+    prompts = meta.get("prompts")
+    wanted = min(prompts if type(prompts) is int else there, c.limit or math.inf)  # a stranger's may be anything
     if there < wanted and not c.unfinished:
         how = "the same distill command continues it; --unfinished trains on what is there"
         raise ValueError(f"{path}: {there} of {wanted} prompts are answered: {how}")

@@ -210,7 +210,7 @@ def test_a_value_may_look_like_an_option_or_a_command(parser):
     [
         ("cook", "the following arguments are required: --model"),
         ("cook --model M --minutes x", "argument --minutes: invalid int value: 'x'"),
-        ("cook --model M --spices a,,b", "argument --spices: invalid tuple value: 'a,,b'"),
+        ("cook --model M --spices a,,b", "argument --spices: 'a,,b' has a comma too many"),
         ("cook --model M --pan tin", "invalid choice: 'tin'"),
         ("fly", "invalid choice: 'fly'"),
         ("", "the following arguments are required: cook|wash"),
