@@ -14,6 +14,17 @@ from experiments import tiny as tiny_model
 torch.set_num_threads(1)  # small models are fastest on one thread, and others use the machine too
 
 
+def pytest_collection_modifyitems(config, items):
+    """Exhaustive tests take many minutes and 16 GB of disk: only an -m that names them runs them."""
+    if "exhaustive" in config.option.markexpr:
+        return
+    kept, left_out = [], []
+    for item in items:
+        (left_out if item.get_closest_marker("exhaustive") else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 @pytest.fixture(scope="session", params=["llada", "dream"])
 def golden(request):
     return Golden(request.param)

@@ -17,6 +17,7 @@ from helpers import (
     edit_json,
     fails,
     flags,
+    last_json,
     locked_by_another,
     meta,
     metrics,
@@ -671,3 +672,51 @@ def test_compiled_blocks_train_the_same(tiny, trajectories, trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert metrics(out)[0]["loss"] == pytest.approx(metrics(trained)[0]["loss"], abs=1e-4)
     assert metrics(out)[0]["grad_norm"] == pytest.approx(metrics(trained)[0]["grad_norm"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ while it runs
+
+
+def test_held_out_records_are_not_trained_on_and_their_loss_is_logged(tiny, trajectories, tmp_path, capsys):
+    out = tmp_path / "R"
+    run_train(capsys, model=tiny, data=trajectories, out=out, held_out=4)
+    lines = metrics(out)
+    assert meta(out)["held_out"] == 4
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4]  # 8 records in batches of 5
+    for line in lines:
+        if "held_out_loss" in line:
+            assert line["held_out_loss"] > 0
+            assert isinstance(line["sample"], str)
+    again = tmp_path / "again"
+    run_train(capsys, model=tiny, data=trajectories, out=again, held_out=4, batch_size=1)
+    assert metrics(again)[-1]["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-3)
+    options = dict(model=tiny, data=trajectories, keep="all", out=tmp_path / "S")
+    fails(capsys, "--held-out 12: there are 12 records", "train", held_out=12, **options)
+
+
+def test_held_out_and_trained_on_are_all_records():
+    records = [dict(id=i) for i in range(10)]
+    held_out, rest = train.split_off(records, train.TrainOptions(held_out=3, seed=1))
+    assert len(held_out) == 3
+    assert sorted(r["id"] for r in held_out + rest) == list(range(10))
+    assert train.split_off(records, train.TrainOptions(held_out=3, seed=1)) == (held_out, rest)
+    assert train.split_off(records, train.TrainOptions(held_out=3, seed=2))[0] != held_out
+
+
+def test_a_finished_run_goes_on_with_more_epochs(tiny, trajectories, trained, tmp_path, capsys):
+    out = tmp_path / "R"
+    shutil.copytree(trained, out)
+    words = ["train", *flags(model=tiny, data=trajectories, out=out, **{**TRAIN, "epochs": 3})]
+    assert tabom.main(words) == 0
+    found, errors = capsys.readouterr()
+    assert last_json(found)["step"] == 9
+    assert "--epochs 3, and the run was started with 2" in errors
+    assert "continuing at step 6 of 9" in errors
+    assert [line["step"] for line in metrics(out)] == list(range(1, 10))
+    options = dict(model=tiny, data=trajectories, out=out, **TRAIN)
+    fails(capsys, "holds another run: epochs was 3 and is now 2", "train", **options)
+
+
+def test_a_log_library_that_is_missing_is_one_line(tiny, trajectories, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    fails(capsys, "wandb", "train", model=tiny, data=trajectories, out=tmp_path / "R", log="wandb", **TRAIN)
