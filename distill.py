@@ -29,7 +29,12 @@ class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions)
         "release: also write out/release.jsonl, the kept trajectories as the authors' trainer reads them",
         choices=("ours", "release"),
     )
-    check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    check: str = opt(
+        "auto",
+        "how a response is compared with the answer: by final number, math-verify, exact text or not at all; "
+        "auto: number or math as the answer is, no verdict on prose",
+        choices=evaluate.CHECKS,
+    )
 
 
 def distill(c, processes=None, loaded=None):

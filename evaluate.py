@@ -1,4 +1,4 @@
-"""Step 3: answer questions and grade the answers; and what every command uses that lets a model answer.
+"""Step 3: answer benchmark questions and grade the answers. Other commands decode and check with this file too.
 
     torchrun --nproc_per_node 8 tabom.py evaluate --model M --adapter out/R/epoch-5 --tasks gsm8k,math500 --out out/E
     python tabom.py grade --task gsm8k --responses R.jsonl --out V.jsonl
@@ -77,7 +77,8 @@ def answer_batch(loaded, examples, settings, seed, device, on_step=None):
 
 
 def with_eos_rules(settings, loaded):
-    """Settings with the ids that no response may hold, and with EOS where suppress_eos and eos_last speak of it."""
+    """Arguments of decode.generate: the settings, the ids that no response may hold, and the EOS id in place of
+    suppress_eos and eos_last."""
     settings, eos = dict(settings), loaded.m.config.eos_id
     settings["suppress"] = loaded.never_chosen
     if settings.pop("suppress_eos", False):
@@ -88,16 +89,16 @@ def with_eos_rules(settings, loaded):
 
 
 def check_context(examples, settings, config, warn):
-    """Warn of prompts that, with their response, are longer than what the model was trained for."""
+    """Warn of prompts that, with their response, are longer than the context that the model was trained with."""
     if config.max_length is None:
         return
     longest = max(len(e["prompt_ids"]) for e in examples) + settings["max_new_tokens"]
     if longest > config.max_length:
-        warn(f"prompt and response have up to {longest} tokens, the model's context has {config.max_length}")
+        warn(f"prompt and response have up to {longest} tokens; the model was trained with {config.max_length}")
 
 
 def answer_all(c, processes, loaded, examples, settings, out, judge):
-    """Answer the examples that the folder out does not hold yet, shared over the processes -> how many those were.
+    """Answer the examples whose answers the folder out lacks, split over the processes -> their number.
 
     c: options with seed and batch_size. examples: dicts of id, prompt, answer and prompt_ids. judge(examples, records)
     gives each record its verdict: a dict of correct (True, False or None) and whatever else is worth keeping."""
@@ -141,7 +142,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
 
 
 def show_share(bar, seen, count, steps, step, *_):
-    """Move a bar to `seen` prompts and the share of the next `count` that their decoding has made after a step."""
+    """Move a bar to `seen` prompts, plus the decoded share of the `count` prompts that are being answered."""
     bar.update(seen + count * min(step + 1, steps) // steps - bar.n)
 
 
@@ -151,15 +152,15 @@ CHECKS = ("auto", "number", "math", "exact", "none")
 
 
 def check(kind, response, answer):
-    """Whether a response agrees with the reference answer, or with one of a list of them: True, False, or None where
-    that cannot be told.
+    """Whether a response agrees with the reference answer, or with any of a list of them: True, False, or None where
+    that cannot be decided.
 
     "number": the final number of the response against the answer; None for an answer that is not one plain number.
     "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, the letter chosen for a letter,
     math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises
     ValueError for another kind."""
     if kind not in CHECKS:
-        raise ValueError(f"check {kind!r} is none of {', '.join(CHECKS)}")
+        raise ValueError(f"check {kind!r} is not one of {', '.join(CHECKS)}")
     if kind == "none" or answer is None:
         return None
     if isinstance(answer, list):
@@ -183,7 +184,7 @@ def check(kind, response, answer):
 
 
 def marked_answer(text):
-    """What stands after the last ####, else in the last \\boxed{} whose braces close; None without either."""
+    """The text after the last ####, else inside the last \\boxed{} whose braces close; None without either."""
     if "####" in text:
         return text.rsplit("####", 1)[1]
     start = text.rfind("\\boxed{")
@@ -209,16 +210,16 @@ PART_BEFORE = re.compile(r"[/^_{\\:\u00d7\u00b7\u00f7\u2044\u2215\u221a]\s*$|\d\
 
 
 def spelled_plainly(text):
-    """Numbers as they are typed: LaTeX's 1{,}000 and 1\\,000, and the minus signs U+2212 and U+2013."""
+    """LaTeX's spellings of numbers, 1{,}000 and 1\\,000, and the minus signs U+2212 and U+2013, in plain characters."""
     for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\u2013", "-"), ("\\$", "$")):
         text = text.replace(written, plain)
     return text
 
 
 def sole_number(text):
-    """The number that a text consists of, but for space, a dollar sign and a last point: Decimal, or None.
+    """The number that is all of a text, apart from space, a dollar sign and a final point: Decimal, or None.
 
-    72 apples, 3/4 and 2x are no plain numbers."""
+    "72 apples", "3/4" and "2x" are not plain numbers."""
     text = spelled_plainly(text).strip().strip("$").strip()
     text = text.removeprefix("\\(").removesuffix("\\)").strip().removesuffix(".")
     if not PLAIN.fullmatch(text):
@@ -227,8 +228,8 @@ def sole_number(text):
 
 
 def final_number(text):
-    """The marked answer of a response if it has one, else its last number: Decimal, or None where that is none, or is
-    part of a fraction, a power or a product."""
+    """The marked answer of a response if it has one, else its last number: Decimal; None where there is no number, or
+    where it is part of a fraction, a power or a product."""
     marked = marked_answer(text)
     if marked is not None:
         return sole_number(marked)
@@ -279,15 +280,17 @@ class EvaluateOptions(runs.ModelOptions, runs.DecodeOptions):
     tasks: tuple = opt(("gsm8k",), f"{', '.join(TASKS)}, comma-separated", parse=name_list)
     protocol: str = opt(
         "paper",
-        "prompts and settings: lm-evaluation-harness's with the paper's lengths, with those of the authors' release, "
-        "or each model's own evaluation",
+        "paper: prompts of lm-evaluation-harness, the paper's response lengths; release: the same prompts, lengths and "
+        "graders of the authors' code; official: each model's own evaluation",
         choices=PROTOCOLS,
     )
-    out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-MODELHASH)")
+    out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-HASH)")
     data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
     adapter: str | None = opt(None, "adapter folder")
-    shots: str | None = opt(None, "JSON file of earlier turns: a list of chat messages, or one list for each task")
-    limit: int | None = opt(None, "only the first so many questions of each task", low=1)
+    shots: str | None = opt(
+        None, "JSON file of turns put before each question: a list of chat messages, or an object with a list per task"
+    )
+    limit: int | None = opt(None, "use only the first LIMIT questions of each task", low=1)
     batch_size: int = opt(16, "questions decoded together on each process", low=1)
 
 
@@ -298,7 +301,7 @@ def evaluate(c, processes=None, loaded=None):
     loaded: a runs.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name."""
     unknown = [task for task in c.tasks if task not in TASKS]
     if unknown:
-        raise ValueError(f"--tasks {','.join(unknown)}: known are {', '.join(TASKS)}")
+        raise ValueError(f"--tasks {','.join(unknown)}: unknown; choose among {', '.join(TASKS)}")
     processes = processes or runs.Processes(c.device)
     questions = {task: read_questions(task, c.data) for task in c.tasks}
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
@@ -322,8 +325,8 @@ def evaluate(c, processes=None, loaded=None):
 
 
 def task_settings(c, task, loaded):
-    """A benchmark's decoder settings, with what the command line changes. Its steps are as many as its tokens, also
-    where --max-new-tokens gives another number."""
+    """A benchmark's decoder settings, with the command line's changes. There are as many steps as tokens, also where
+    --max-new-tokens changes the number of tokens."""
     preset = TASKS[task].settings(loaded.m.config.family, c.protocol)
     if c.max_new_tokens:
         preset.update(max_new_tokens=c.max_new_tokens, steps=c.max_new_tokens)
@@ -401,7 +404,7 @@ def read_questions(task, folder=None):
             path = Path(hf_hub_download(repo, file, repo_type="dataset"))
         except Exception as e:  # the hub library raises its own, requests' and httpx's errors
             raise FileNotFoundError(
-                f"{task}: no download of {repo} from the Hub ({type(e).__name__}); use --data"
+                f"{task}: {repo} cannot be downloaded from the Hub ({type(e).__name__}); give its file with --data"
             ) from e
     wanted = {**benchmark.FIELDS, **benchmark.ASKED}
     found = [checked_row(row, where, task, wanted) for where, row in data.read_rows(path)]
@@ -423,7 +426,7 @@ def checked_row(row, where, task, wanted):
 
 
 def fits(value, kind):
-    """Whether a value is of a type; a list of a type in brackets stands for lists of it that are not empty."""
+    """Whether a value is of a type; [str] stands for a list of texts that is not empty."""
     if not isinstance(kind, list):
         return isinstance(value, kind)
     return isinstance(value, list) and bool(value) and all(isinstance(one, kind[0]) for one in value)
@@ -439,7 +442,9 @@ def read_shots(path, task):
         raise ValueError(f"{path}: not valid JSON ({e})") from e
     if isinstance(turns, dict):
         if task not in turns:
-            raise ValueError(f"{path}: no turns for {task}; it has {', '.join(turns)}. An empty list asks without any")
+            raise ValueError(
+                f"{path}: no turns for {task}, only for {', '.join(turns)}; give {task} an empty list for none"
+            )
         turns = turns[task]
     if not isinstance(turns, list):
         raise ValueError(f"{path}: the earlier turns must be a list of messages, found {type(turns).__name__}")
@@ -469,14 +474,14 @@ def digest(rows):
 class GradeOptions:
     """what is graded"""
 
-    task: str = opt(None, ", ".join(TASKS), required=True, choices=tuple(TASKS))
-    responses: str = opt(None, "JSON Lines of the benchmark's fields and a response", required=True)
+    task: str = opt(None, "the benchmark that was answered", required=True, choices=tuple(TASKS))
+    responses: str = opt(None, "JSON Lines file; each line has the benchmark's fields and a response", required=True)
     out: str = opt(None, "file for the same lines with their verdicts", required=True)
-    family: str = opt("dream", "whose prompt the code answers", choices=tuple(runs.DECODERS))
-    protocol: str = opt("paper", "whose grader: see evaluate --protocol", choices=PROTOCOLS)
-    as_is: bool = opt(False, "grade the whole response; without it, up to the stops of the protocol, as evaluate does")
+    family: str = opt("dream", "the model family whose prompts were answered", choices=tuple(runs.DECODERS))
+    protocol: str = opt("paper", "whose grader judges: see evaluate --protocol", choices=PROTOCOLS)
+    as_is: bool = opt(False, "grade the whole response; without it, cut at the protocol's stop texts as in evaluate")
     math_gold: str | None = opt(
-        None, "MATH500's gold answer between dollar signs, or raw as in the release", choices=("latex", "raw")
+        None, "hand MATH500's reference answer to math-verify between dollar signs, or raw", choices=("latex", "raw")
     )
 
 
@@ -516,14 +521,14 @@ def from_harness(row):
     return dict(row["doc"], response=response)
 
 
-# What a record that makes no sense, or a response made to break its grader, may raise.
+# What a malformed record, or a response made to break its grader, may raise.
 FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
 def verdicts(task, records, responses, family="dream", protocol="paper", math_gold=None):
     """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response.
 
-    A record that cannot be graded is wrong, with the fault as its reason: it takes no other with it."""
+    A record that cannot be graded counts as wrong, with the fault as its reason; the others are graded all the same."""
     benchmark = TASKS[task]
     more = dict(gold=math_gold) if task == "math500" else {}
     runs_programs = hasattr(benchmark, "program")
@@ -533,7 +538,7 @@ def verdicts(task, records, responses, family="dream", protocol="paper", math_go
         try:
             result = work(record, response, family, protocol, **more)
             if runs_programs:
-                ast.parse(result[1])  # tests that are no Python are the record's fault
+                ast.parse(result[1])  # tests that are not Python are the record's fault
                 jobs.append((len(found), result))
             found.append(result)
         except FAULTS as e:

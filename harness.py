@@ -34,7 +34,7 @@ class HarnessOptions(runs.ModelOptions, runs.DecodeOptions):
 
     adapter: str | None = opt(None, "adapter folder")
     batch_size: int = opt(1, "prompts decoded together on each process", low=1)
-    prompt_tokens: int = opt(1024, "longer prompts are cut on the left to so many tokens", low=1)
+    prompt_tokens: int = opt(1024, "longer prompts are cut on the left to this many tokens", low=1)
 
 
 def read_options(given):

@@ -15,14 +15,14 @@ batch: a dict of tensors
 `m` is any callable m(ids, attention_mask=None, positions=None) -> logits [B, K, V] at those
 positions, where the logits at a position predict the token at that position.
 
-Every objective asks the same thing, "the logits at these positions, given that these tokens are
-visible", and differs only in which. All return a dict whose "loss", float32 whatever the model's
-dtype, is the mean over the rows of the batch: the loss of a larger batch is the weighted mean of
-its parts (of tabom with `share_with_pairs`). Random draws come from `generator`: one
+Every objective asks for the logits at some positions, given that some tokens are visible; they
+differ in which positions and which tokens. All return a dict whose "loss", float32 whatever the
+model's dtype, is the mean over the rows of the batch: the loss of a larger batch is the weighted
+mean of its parts (of tabom with `share_with_pairs`). Random draws come from `generator`: one
 torch.Generator, or a list of one for each row, whose draws then do not depend on other rows.
 
-Sources: the TABOM paper (Eq. 1 to 11); dInfer, T3D and dParallel; the authors' release for steps,
-starts and the TDS.
+Sources: the TABOM paper (arXiv 2605.11854, Eq. 1 to 11); dInfer (arXiv 2510.08666), T3D (arXiv
+2602.12262) and dParallel (arXiv 2509.26488); the authors' release for steps, starts and the TDS.
 
 Dimensions: B batch, P prompt, N response, S decode steps, W steps of a window, K positions asked
 for, V vocabulary.
@@ -59,9 +59,9 @@ def tabom(
     window, start, starts: see `draw_windows`. margin: gamma of Eq. 8, nats. weight: lambda.
     ranking: "margin", Eq. 8; "listwise", see `listwise_loss`; "kl", Eq. 6 (`boltzmann_kl`), against
         batch["entropy"], the base model's at each token's own step. beta: of these two.
-    entropy_context: "window": all h from the window's start U_t, in the pass of the cross-entropy.
-        "step": each from the context of its own step (Eq. 5), W passes. None: "step" for "kl",
-        which has no other, and "window" for the rest.
+    entropy_context: "window": all h given U_t, what was decoded before the window, from the pass of
+        the cross-entropy. "step": each given what was decoded before its own step (Eq. 5), W passes.
+        None: "step" for "kl", which allows no other, and "window" otherwise.
     pair_share: see `share_with_pairs`. ranking and in_order (share of pairs with h(r) < h(s)) are
     means over the rows that have a pair; ce and entropy (nats) over all rows.
     Raises ValueError for an impossible window, start or choice, and "kl" without entropies."""
@@ -96,7 +96,7 @@ def tabom(
 
 
 def check_ranking(ranking, context, batch):
-    """Raises ValueError for unknown choices, and for "kl" without what it compares with."""
+    """Raises ValueError for unknown choices, and for "kl" without the base model's entropies."""
     if context not in ("window", "step"):
         raise ValueError(f"entropy_context {context!r} is neither 'window' nor 'step'")
     if ranking not in ("margin", "listwise", "kl"):
@@ -129,9 +129,9 @@ def ranking_rows(entropy, margin, real):
 
 
 def listwise_loss(entropy, beta=1.0, real=None):
-    """-log of the probability of a decode order under Plackett and Luce, who draw each token among
-    those not yet decoded with probability softmax(-beta h) -> [...]; exp(-loss) sums to 1 over all
-    W! orders. entropy [..., W] in decode order, nats; real as in `ranking_loss`."""
+    """-log of the probability of a decode order in the Plackett-Luce model -> [...]. The model draws
+    each next token among those not yet decoded with probability softmax(-beta h); exp(-loss) sums
+    to 1 over all W! orders. entropy [..., W] in decode order, nats; real as in `ranking_loss`."""
     W = entropy.shape[-1]
     if real is None:
         real = torch.ones_like(entropy, dtype=torch.bool)
@@ -148,11 +148,11 @@ def boltzmann_kl(entropy, base_entropy, beta=1.0, real=None):
     p(U) = exp(-beta * sum of h over U) / Z, and q* has the base model's own entropies -> [...].
 
     The energy is a sum over U's members: Z = prod (1 + exp(-beta h)), each token is in U on its own
-    with probability sigmoid(-beta h), and the KL is a sum of W. It is 0, with no gradient, where h
-    is the base model's. entropy, base_entropy [..., W] in nats; real as in `ranking_loss`."""
+    with probability sigmoid(-beta h), and the KL is a sum of W terms. It is 0, with gradient 0,
+    where h is the base model's. entropy, base_entropy [..., W] in nats; real as in `ranking_loss`."""
     if real is None:
         real = torch.ones_like(entropy, dtype=torch.bool)
-    # What takes no part may be NaN in a log, and must not reach the gradient.
+    # Entries that are not real may be NaN in a log, and must not reach the gradient.
     x, x_base = -beta * entropy, -beta * torch.where(real, base_entropy, 0.0)
     q = x_base.sigmoid()
     inside = q * (F.logsigmoid(x_base) - F.logsigmoid(x))
@@ -196,7 +196,7 @@ def own_step_entropies(m, batch, first, size, positions, real, h, mask_id=None):
     for s in range(1, int(size.max())):
         column, kept = select(real & (step == s), step)  # [B, k]: where the window has this step
         if column.shape[1] == 0:
-            continue  # it decoded nothing, in no row
+            continue  # no row decoded anything in this step
         visible = decoded_before(batch, first + s)  # U_t and the first s steps of the window
         logp = log_probs(m, batch, visible, positions.gather(1, column), mask_id)
         h = h.scatter(1, column, torch.where(kept, entropy(logp), h.gather(1, column)))
@@ -207,10 +207,10 @@ def draw_windows(batch, window, start=None, starts="uniform", generator=None):
     """The first step and the size, in steps, of a window in each trajectory: two int64 tensors [B].
 
     window W: min(W, S) of a row's S steps, from a start uniform in 0..S - W. starts "non-ltr":
-    uniform among the steps of the positions batch["non_ltr"] (bool [B, N]) in 0..S - 1 - W, if any
-    are there (the release's rule); in a batch without it, of the positions that were not decoded
-    right after their left neighbour. window "global": between two random timesteps, uniform over
-    all pairs of different ones (dInfer; Table 5).
+    uniform among the steps of the positions marked in batch["non_ltr"] (bool [B, N]) that lie in
+    0..S - 1 - W, if there are any (the release's rule); a batch without marks gets them for the
+    positions that were not decoded right after their left neighbour. window "global": between two
+    random timesteps, uniform over all pairs of different ones (dInfer; Table 5).
     start, if given: the start [B] for W, start and end [B, 2] for "global".
     Raises ValueError for a window below 2, unknown starts, a start that leaves the trajectory."""
     if window != "global" and (not isinstance(window, int) or window < 2):
@@ -249,11 +249,11 @@ def draw_start(S, window, marked, generator):
 
 
 def non_ltr_steps(batch):
-    """The different steps, rising, that decoded out of left-to-right order: a list for each row."""
+    """The steps that decoded out of left-to-right order, ascending: a list for each row."""
     marks, order = batch.get("non_ltr"), batch["order"]
     if marks is None:
-        # The prompt, left of the first position, is as if decoded at step -1, and what was decoded
-        # together is in order.
+        # The prompt, left of the first position, counts as decoded at step -1. Tokens decoded
+        # together count as in order.
         left = F.pad(order, (1, 0), value=-1)[:, :-1]  # [B, N]
         after_left = (order - left == 1) | (order - left == 0)
         after_left[:, 1:] &= left[:, 1:] >= 0
@@ -284,7 +284,7 @@ def traj(m, batch, start=None, generator=None, mask_id=None):
 
 def draw_state(steps, start=None, generator=None):
     """How many of a trajectory's steps [B] were made before a random state: uniform in
-    0..steps - 1, int64 [B], or the given start [B]. Raises ValueError for one outside of that."""
+    0..steps - 1, int64 [B], or the given start [B]. Raises ValueError for a start outside them."""
     if start is None:
         rows = zip(steps.tolist(), per_row(generator, len(steps)))
         start = [uniform_int(0, S - 1, g) for S, g in rows]
@@ -298,8 +298,8 @@ def t3d(
     m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None,
     start=None, generator=None, mask_id=None,
 ):  # fmt: skip
-    """T3D: prefer the trajectory's tokens over those that a reference model would choose, at all
-    positions still masked in a random state, and stay consistent with the path
+    """T3D: at all positions still masked in a random state, prefer the trajectory's tokens over
+    those that a reference model would choose (DDO), and stay consistent with the path
     -> dict(loss, ddo, path, ce); loss = ddo + path_weight * path.
 
         d    = mean over the targets of log p - log p_ref: d_real on the trajectory's tokens, d_fake
@@ -344,8 +344,8 @@ def t3d(
 
 
 def disturb(m, batch, share, generator, mask_id):
-    """The ids that masked positions show: the mask, and in a random share of the places a token
-    uniform over the vocabulary: int64 [B, N]."""
+    """The ids that masked positions show: a random share of them a token uniform over the
+    vocabulary, the others the mask: int64 [B, N]."""
     noise = torch.full_like(batch["response_ids"], mask_id)
     for row, n, g in zip(noise, batch["length"].tolist(), per_row(generator, len(noise))):
         place = bernoulli(n, share, g)
@@ -359,10 +359,10 @@ def disturb(m, batch, share, generator, mask_id):
 
 def nelbo(m, batch, mask=None, generator=None, mask_id=None):
     """Eq. 1: mean over the masked positions of -log p(x0 | U), U uniform -> dict(loss, ce, masked):
-    SFT-GT on answers of a dataset, SFT-SD on the model's own.
+    SFT-GT on a dataset's answers, SFT-SD on the model's own responses.
 
-    t ~ U(0, 1) and every position masked with probability t, given that one is masked at least,
-    makes the number of masked positions uniform in 1..N and their place uniform: so it is drawn,
+    The paper draws t ~ U(0, 1) and masks every position with probability t. Given that at least one
+    is masked, their number is uniform in 1..N and their places are uniform: so they are drawn here,
     without t. mask [B, N]: the masked positions, instead of random ones. masked: their share.
     Raises ValueError for a row without a masked position."""
     if mask is None:
@@ -412,7 +412,7 @@ def dparallel(
     right: share of the masked positions whose argmax is right.
 
     Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does
-    not count. Raises ValueError for a block behind the response."""
+    not count. Raises ValueError for a block beyond the response."""
     n, real = batch["length"], was_decoded(batch)
     generators = per_row(generator, len(n))
     if block is None:
@@ -421,7 +421,7 @@ def dparallel(
     begin = torch.as_tensor(block).to(n.device)[:, None] * block_length  # [B, 1]
     if (begin[:, 0] >= n).any():
         blocks = f"blocks {begin[:, 0].tolist()} of {block_length}"
-        raise ValueError(f"{blocks} begin behind responses of {n.tolist()} tokens")
+        raise ValueError(f"{blocks} begin beyond the end of responses of {n.tolist()} tokens")
     place = place_of(real)  # [B, N]
     inside = (place >= begin) & (place < begin + block_length) & real
     if mask is None:
@@ -486,7 +486,7 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
 
 
 def until_last_value(x):
-    """The numbers of x [S] up to the last that is no NaN; None for a NaN between them."""
+    """The numbers of x [S] up to the last that is not NaN; None for a NaN between them."""
     known = (~x.isnan()).nonzero()[:, 0].tolist()
     values = [None] * (known[-1] + 1 if known else 0)
     for step in known:
@@ -503,7 +503,7 @@ def variance_by_step(h, batch, eos_id, eos="so-far"):
 
 
 def entropy_variance(h, least=2):
-    """Population variance of the entropies [..., K] that are no NaN; NaN for fewer than `least`."""
+    """Population variance of the entropies [..., K] that are not NaN; NaN for fewer than `least`."""
     variance = (h - h.nanmean(-1, keepdim=True)).square().nanmean(-1)
     return variance.masked_fill((~h.isnan()).sum(-1) < least, torch.nan)
 
@@ -515,8 +515,8 @@ def replay(m, batch, until=None, mask_id=None):
     given all tokens of the steps before t; NaN once it is decoded. Where each step decoded one
     token, S = N and the diagonal holds each token's own step.
 
-    until [B, N]: the last step at which to look at each position (see `counted_until`), instead of
-    its own. One forward pass a step, with the output head on those masked positions only."""
+    until [B, N]: the last step at which each position is wanted (see `counted_until`), instead of
+    the step that decodes it. One forward pass a step, with the output head on those masked positions only."""
     order, rank = batch["order"], decode_index(batch).argsort(1)  # [B, N]
     until = masked_until(batch) if until is None else torch.minimum(until, masked_until(batch))
     S = int(decode_steps(batch).max())
@@ -540,8 +540,8 @@ def entropies_when_decoded(h, batch):
 
 def windows_of_replay(h, batch, window):
     """A replay [B, S, N] as the windows that TABOM ranks: [B, S, K], [b, t] = h given U_t of the
-    tokens decoded in the W steps from t on, in decode order. NaN behind them, and where t is no
-    start of a window (0..S - W of the row, or 0 alone in a shorter one)."""
+    tokens decoded in the W steps from t on, in decode order. NaN after them, and where no window
+    starts at t (they start at 0..S - W of the row, or at 0 alone in a shorter one)."""
     (B, S, N), steps = h.shape, decode_steps(batch)[:, None]
     start = torch.arange(S, device=h.device).expand(B, S).contiguous()
     step = torch.where(was_decoded(batch), batch["order"], NEVER).sort(1).values  # [B, N]
@@ -555,7 +555,7 @@ def windows_of_replay(h, batch, window):
 
 def inversions(h):
     """How often an earlier token is less certain than a later one. h [..., K]: entropies in decode
-    order, NaN takes no part, such as `entropies_when_decoded` or `windows_of_replay`.
+    order, such as those of `entropies_when_decoded` or `windows_of_replay`; NaN takes no part.
 
     -> dict(inverted, pairs), int64 [K - 1]: of the pairs at distance 1, 2, ... in decode order, how
     many have h(earlier) > h(later), and how many there are."""
@@ -569,8 +569,8 @@ def inversions(h):
 
 @torch.no_grad()
 def masked_loss(m, batch, mask_ratio, generators, mask_id=None):
-    """Cross-entropy at a mask ratio (Figure 3): mean of -log p(x0) in nats over a random share
-    mask_ratio of each response's tokens, rounded and at least one, given the rest: [B]."""
+    """Cross-entropy at a mask ratio (Figure 3): [B], the mean of -log p(x0) in nats over random masked
+    tokens of each response, mask_ratio of them (rounded, at least one), given the others."""
     return masked_nll(m, batch, draw_mask(batch, generators, mask_ratio), mask_id)
 
 
@@ -689,7 +689,7 @@ class Entropy(torch.autograd.Function):
     def forward(ctx, logp):
         ctx.save_for_backward(logp)
         flat, h = logp.reshape(-1, logp.shape[-1]), logp.new_empty(logp.shape[:-1])
-        lowest = torch.finfo(logp.dtype).min  # for -inf, which times p = 0 is no number
+        lowest = torch.finfo(logp.dtype).min  # in place of -inf, because 0 * -inf is NaN
         for x, out in zip(flat.split(Entropy.FEW), h.view(-1).split(Entropy.FEW)):
             torch.sum(x.exp().mul_(x.clamp(min=lowest)), -1, out=out)
         return h.neg_()
@@ -711,7 +711,7 @@ def entropy(logp):
 
 
 def place_of(x):
-    """The number of each position from the left: x [B, N] -> int64 [B, N]."""
+    """The index of each position, from the left: x [B, N] -> int64 [B, N]."""
     return torch.arange(x.shape[1], device=x.device).expand_as(x)
 
 
@@ -747,5 +747,6 @@ def uniform_int(low, high, generator):
 
 
 def bernoulli(n, share, generator):
-    """True with probability share, n times: bool [n]. (Not more: a row's draws are its own.)"""
+    """True with probability share, n times: bool [n]. n is a row's own length, so that its draws do
+    not depend on the padding."""
     return torch.rand(n, generator=generator, device=device_of(generator)) < share

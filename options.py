@@ -1,4 +1,4 @@
-"""Fields of a dataclass become flags of a command line, with their comments as help. A leaf: it knows no command.
+"""Fields of a dataclass become flags of a command line, with their help texts. A leaf: it depends on no command.
 
     @dataclass
     class TrainOptions:

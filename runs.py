@@ -50,34 +50,40 @@ class ModelOptions:
     """the model and the machine"""
 
     model: str = opt(None, "model folder in Hugging Face layout, or Hub repo id", required=True)
-    device: str = opt("auto", "cuda, mps or cpu; auto takes the first that is there")
+    device: str = opt("auto", "cuda, mps or cpu; auto takes the first one available")
     dtype: str = opt("auto", "of the base model; auto: bfloat16 on cuda, else float32", choices=DTYPES)
-    seed: int = opt(0, "every random choice follows from this, whatever the number of processes")
-    compile: bool = opt(False, "compile the blocks of the transformer: faster after a minute, equal but for rounding")
+    seed: int = opt(0, "seed of every random choice, for any number of processes")
+    compile: bool = opt(False, "compile the transformer's blocks: faster after a minute, the same except for rounding")
 
 
 @dataclass
 class DecodeOptions:
-    """the decoder (in brackets what is meant where a flag is absent)"""
+    """the decoder (defaults in brackets)"""
 
-    max_new_tokens: int | None = opt(None, "response length (256)")
-    steps: int | None = opt(None, "decoding steps (as many as tokens)")
-    block_length: int | None = opt(None, "decode blocks of so many tokens from left to right; 0 = one (LLaDA: 32)")
-    strategy: str | None = opt(
-        None, "which tokens to decode next (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
+    max_new_tokens: int | None = opt(None, "response length in tokens (256)")
+    steps: int | None = opt(None, "decoding steps for the whole response (one per token)")
+    block_length: int | None = opt(
+        None, "decode in blocks of this many tokens, left to right; 0 = one block (LLaDA: 32, Dream: 0)"
     )
-    schedule: str | None = opt(None, "how many tokens a step decodes (the family's)", choices=decode.SCHEDULES)
-    temperature: float | None = opt(None, "of the token choice; 0 = the most probable one (Dream: 0.1, LLaDA: 0)")
-    top_p: float | None = opt(None, "choose among the most probable tokens of this total probability (Dream: 0.9)")
-    top_k: int | None = opt(None, "choose among so many tokens")
-    threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
-    tokens_per_step: int | None = opt(None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1)
-    greedy: bool = opt(False, "take the most probable token, whatever the temperature: it only shapes the scores")
-    sample: bool = opt(False, "draw tokens at the temperature, also where a benchmark's protocol is greedy")
-    suppress_eos: bool = opt(False, "never choose EOS: every response fills its budget")
-    eos_last: bool = opt(False, "decode EOS last: positions whose token it is score lowest")
+    strategy: str | None = opt(
+        None, "which masked positions to decode first (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
+    )
+    schedule: str | None = opt(
+        None, "how the tokens are divided among --steps (the family's)", choices=decode.SCHEDULES
+    )
+    temperature: float | None = opt(None, "for drawing tokens; 0 takes the most probable one (Dream: 0.1, LLaDA: 0)")
+    top_p: float | None = opt(None, "draw from the most probable tokens with this total probability (Dream: 0.9)")
+    top_k: int | None = opt(None, "draw from this many of the most probable tokens")
+    threshold: float | None = opt(
+        None, "each step decodes every token of at least this probability, instead of following --schedule"
+    )
+    tokens_per_step: int | None = opt(None, "decode exactly this many tokens a step, instead of --steps", low=1)
+    greedy: bool = opt(False, "take the most probable token; --temperature then only affects which position is next")
+    sample: bool = opt(False, "draw tokens even where a benchmark's protocol takes the most probable one")
+    suppress_eos: bool = opt(False, "never choose EOS: every response has its full length")
+    eos_last: bool = opt(False, "decode EOS last: positions that predict it score lowest")
     approximate_cache: str | None = opt(
-        None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
+        None, "reuse keys and values within a block: faster, but results differ", choices=decode.CACHES
     )
 
 
@@ -86,10 +92,10 @@ class DatasetOptions:
     """the dataset"""
 
     data: str = opt(None, "dataset: .jsonl, .jsonl.gz, .json or .parquet", required=True)
-    prompt_field: str | None = opt(None, "name of the prompt's field, if it is none of the usual ones")
-    answer_field: str | None = opt(None, "name of the answer's field, likewise")
-    limit: int | None = opt(None, "only the first so many rows", low=1)
-    raw: bool = opt(False, "prompts as they are, without the chat template")
+    prompt_field: str | None = opt(None, "name of the prompt's field, where it is not one of the usual names")
+    answer_field: str | None = opt(None, "name of the answer's field, where it is not one of the usual names")
+    limit: int | None = opt(None, "use only the first LIMIT rows", low=1)
+    raw: bool = opt(False, "use prompts as they are, without the chat template")
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -97,7 +103,7 @@ class DatasetOptions:
 
 class Processes:
     """This process among those that torchrun started: its index, its device, the folders that it has locked, and what
-    the processes do together. alone: one of several processes that work each for itself."""
+    the processes do together. alone: each process works for itself, as if there were no others."""
 
     def __init__(self, device="auto", alone=False):
         self.index, self.count = place_among_processes()
@@ -159,10 +165,10 @@ class Processes:
                 bucket, size = [], 0
 
     def lock(self, folder):
-        """Keep other processes out of a folder for as long as this object lives -> whether that is so.
+        """Keep other processes out of a folder for as long as this object lives -> whether it is locked.
 
         False where there are no locks: on Windows, and on some network file systems. Raises FileExistsError where
-        another process is at the folder already."""
+        another process holds the lock."""
         try:
             import fcntl  # not on Windows
         except ImportError:
@@ -175,7 +181,7 @@ class Processes:
             except BlockingIOError as e:
                 f.close()
                 raise FileExistsError(
-                    f"another process is writing into {folder}: wait for it, or choose another --out"
+                    f"another process is writing into {folder}: wait for it to end, or choose another --out"
                 ) from e
             except OSError:  # a file system without locks
                 f.close()
@@ -372,8 +378,9 @@ def own_decoder(folder, known):
 
 
 def open_run(out, meta, processes, free=()):
-    """Make the folder of a run, or continue the same one. What the run is stands in its meta.json; `free` keys may
-    change between two starts. Raises FileExistsError, on every process, for a folder that holds anything else."""
+    """Make the folder of a run, or continue the same run. meta, in its meta.json, identifies the run; only its `free`
+    keys may change between two starts. Raises FileExistsError, on every process, for a folder that holds anything
+    else."""
     out = Path(out)
     same_run(out, meta, free)
     processes.barrier()  # all have looked before one writes
@@ -387,7 +394,7 @@ def open_run(out, meta, processes, free=()):
 
 
 def same_run(out, meta, free=()):
-    """Raises FileExistsError for a folder that holds anything but a beginning of this run; writes nothing."""
+    """Raises FileExistsError for a folder that holds anything but this run, begun earlier; writes nothing."""
     out, meta = Path(out), json.loads(json.dumps(meta))
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, not a folder")
@@ -396,9 +403,9 @@ def same_run(out, meta, free=()):
         differ = [k for k in {**before, **meta} if k not in {*free, "versions"} and before.get(k) != meta.get(k)]
         if differ:
             changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ)
-            raise FileExistsError(f"{out} holds another run: {changes}; choose another --out")
+            raise FileExistsError(f"{out} holds another run: {changes}; use its options, or choose another --out")
     elif out.is_dir() and any(file.suffix != ".tmp" and file.name != LOCK for file in out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and holds no run of ours: choose another --out")
+        raise FileExistsError(f"{out} is not empty and holds no run that could continue: choose another --out")
 
 
 def json_line(row):
@@ -572,8 +579,8 @@ def prune(out, keep):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, SIGTERM, SIGINT and SIGHUP (a closed terminal) do not end the process, but are put into the list that
-    this gives."""
+    """Inside this context, SIGTERM, SIGINT and SIGHUP (a closed terminal) do not end the process: they are appended to
+    the list that it yields."""
     seen, before = [], {}
     if threading.current_thread() is threading.main_thread():
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none

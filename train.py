@@ -44,10 +44,10 @@ def of_some(name, help, **more):
     own = []
     for objective, function in objectives.OBJECTIVES.items():
         parameters = inspect.signature(function).parameters
-        if name in parameters and parameters[name].default is not None:
+        if name in parameters and parameters[name].default is not None:  # None: the help says what it means
             own.append(f"{objective} {parameters[name].default}")
     if own:
-        help += f" (default: {', '.join(own)})"
+        help = f"{help} (default: {', '.join(own)})"
     return opt(None, help, own_default=True, **more)
 
 
@@ -77,7 +77,7 @@ RECIPES = {
 
 def recipe_help(recipe):
     """A recipe in the help of the command line."""
-    return f"{recipe['margin']} margin, {recipe['weight']} weight, {recipe['lr']} lr, {recipe['global_batch']} batch"
+    return f"margin {recipe['margin']}, weight {recipe['weight']}, lr {recipe['lr']}, batch {recipe['global_batch']}"
 
 
 @dataclass
@@ -89,61 +89,78 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     adapter: str | None = opt(None, "adapter folder to start from, instead of a new adapter")
     recipe: str | None = opt(
         None,
-        "one of the authors' settings; flags on the command line win: "
+        "settings of one of the authors' recipes; flags on the command line win: "
         + "; ".join(f"{name}: {recipe_help(recipe)}" for name, recipe in RECIPES.items()),
         choices=tuple(RECIPES),
     )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
-    window: int | str | None = of_some("window", "W: consecutively decoded tokens, or global", parse=window_size)
+    window: int | str | None = of_some(
+        "window", "W, in decode steps; global: between two random steps", parse=window_size
+    )
     margin: float | None = of_some("margin", "gamma of the ranking loss, nats", low=0)
-    weight: float | None = of_some("weight", "lambda: weight of the ranking loss, or of the certainty", low=0)
+    weight: float | None = of_some("weight", "lambda: weight of the ranking loss; dparallel: of the certainty", low=0)
     ce_weight: float | None = of_some("ce_weight", "weight of the cross-entropy; 0 = ranking alone", low=0)
     entropy_context: str | None = of_some(
         "entropy_context",
-        "entropies given the window's start, or each token's own step (default: window; step for --ranking kl)",
+        "where the ranked entropies are taken: all at the window's start, or each at its token's own step "
+        "(default: window; step with --ranking kl)",
         choices=("window", "step"),
     )
     starts: str | None = of_some(
-        "starts", "where windows begin: anywhere, or at tokens decoded out of order", choices=("uniform", "non-ltr")
+        "starts",
+        "windows begin at any step, or at tokens not decoded from left to right",
+        choices=("uniform", "non-ltr"),
     )
     ranking: str | None = of_some(
-        "ranking", "Eq. 8, the likelihood of the order, or Eq. 6 exactly", choices=("margin", "listwise", "kl")
+        "ranking", "ranking loss: Eq. 8, Plackett-Luce, or the exact KL of Eq. 6", choices=("margin", "listwise", "kl")
     )
-    alpha: float | None = of_some("alpha", "weight of the reference's own tokens", low=0)
-    beta: float | None = of_some("beta", "sharpness: of the preference, or of Eq. 4", low=0)
-    path_weight: float | None = of_some("path_weight", "weight of the path consistency", low=0)
-    random_tokens: float | None = of_some("random_tokens", "share of the masks that show a random token", low=0, high=1)
-    reference_steps: int = opt(10, "t3d: the student becomes the reference every so many steps", low=1)
-    block_length: int | None = of_some("block_length", "tokens of a block", low=1)
-    temperature: float | None = of_some("temperature", "of the entropy that is the certainty", low=0.01)
+    alpha: float | None = of_some("alpha", "weight of the term on the tokens that the reference prefers", low=0)
+    beta: float | None = of_some("beta", "tabom: inverse temperature of Eq. 4; t3d: scale of the log-ratios", low=0)
+    path_weight: float | None = of_some("path_weight", "weight of the path consistency term", low=0)
+    random_tokens: float | None = of_some(
+        "random_tokens", "share of masked positions that show a random token instead of the mask", low=0, high=1
+    )
+    reference_steps: int = opt(10, "t3d: optimizer steps after which the student becomes the reference again", low=1)
+    block_length: int | None = of_some("block_length", "block length in tokens", low=1)
+    temperature: float | None = of_some("temperature", "temperature at which the certainty is taken", low=0.01)
     keep: str = opt(
-        "correct", "trajectories to train on (correct: or not checkable)", choices=("correct", "finished", "all")
+        "correct",
+        "trajectories to train on; correct: finished, and not judged wrong",
+        choices=("correct", "finished", "all"),
     )
-    methods: tuple | None = opt(None, "of the authors' files: rows of these decoding methods, or all", parse=name_list)
-    max_prompt_tokens: int | None = opt(None, "cut the user's text on the right to prompts of so many tokens", low=1)
-    unfinished: bool = opt(False, "train on a distillation that is not finished")
+    methods: tuple | None = opt(
+        None, "in files from the authors: use only rows of these decoding methods, or all", parse=name_list
+    )
+    max_prompt_tokens: int | None = opt(
+        None, "prompts longer than this lose the end of the user's text; the template stays whole", low=1
+    )
+    unfinished: bool = opt(False, "accept a distill folder in which some prompts are not answered yet")
     cut_eos: bool = opt(False, "drop the tokens after the first EOS")
     lora_rank: int | None = opt(None, "0 = train all weights (16, or as --adapter has it)", low=0)
-    lora_alpha: float | None = opt(None, "the adapter counts alpha / rank times (16, or as --adapter has it)", low=0)
+    lora_alpha: float | None = opt(None, "the adapter is scaled by alpha / rank (16, or as --adapter has it)", low=0)
     lora_dropout: float = opt(0.0, "dropout before the adapter", low=0)
     lora_targets: tuple | None = opt(
         None, "layers with an adapter, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list
     )
     epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
-    stop_after: int | None = opt(None, "stop after so many of the epochs; the learning rate falls over all", low=1)
-    save_every: int = opt(200, "optimizer steps between further checkpoints; 0 = none", low=0)
-    keep_last: int = opt(1, "keep so many of those; those of epochs are always kept", low=1)
+    stop_after: int | None = opt(
+        None, "stop after this many epochs; the learning rate still follows the cosine over --epochs", low=1
+    )
+    save_every: int = opt(200, "optimizer steps between checkpoints inside an epoch; 0 = none", low=0)
+    keep_last: int = opt(
+        1, "how many of the latest checkpoints inside epochs are kept; those of epochs always are", low=1
+    )
     held_out: int = opt(
         0, "records kept out of training; after each epoch their loss and an answer to the first are logged", low=0
     )
     log: str | None = opt(None, "also log to tensorboard (in --out) or wandb", choices=("tensorboard", "wandb"))
-    skip_nonfinite: bool = opt(False, "drop a step whose loss is not finite, instead of stopping")
+    skip_nonfinite: bool = opt(False, "skip a step whose loss or gradient is not finite, instead of stopping")
     global_batch: int | None = opt(None, "examples per optimizer step, over all processes (4 per process)", low=1)
-    batch_size: int = opt(4, "examples per forward pass on each process; the rest accumulates", low=1)
+    batch_size: int = opt(4, "examples per forward pass on each process; gradients accumulate to --global-batch", low=1)
     lr: float = opt(2e-5, "peak learning rate", low=0)
     final_lr: float = opt(0.0, "learning rate at the end of the cosine", low=0)
     warmup: int = opt(50, "steps of linear warm-up", low=0)
-    weight_decay: float = opt(0.01, "of AdamW", low=0)
+    weight_decay: float = opt(0.01, "weight decay of AdamW", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
 
@@ -215,7 +232,7 @@ class TrainingRun:
     processes: runs.Processes
     loaded: runs.Loaded
     records: list  # what to train on, sorted by id
-    held_out: list  # what only the loss after an epoch is taken of
+    held_out: list  # never trained on; their loss is taken after each epoch
     sampling: dict  # decoder settings of the answer to the first of those
     objective: Any  # a function of the model, a batch and generators
     weights: dict  # name -> parameter that is trained
@@ -226,8 +243,8 @@ class TrainingRun:
     global_batch: int  # examples of an optimizer step
     steps_per_epoch: int
     total: int  # optimizer steps of all epochs, over which the learning rate falls
-    end: int  # the step after which this call stops
-    done: int = 0  # steps that the checkpoint knows
+    end: int  # the step after which this call stops, see --stop-after
+    done: int = 0  # steps made before this call, as the last checkpoint has them
 
 
 def train(c, processes=None, loaded=None):
@@ -519,8 +536,8 @@ def on_held_out(run):
 
 
 def pair_share(run, chosen, when):
-    """The argument of tabom that makes the mean of the ranking loss one over all the chosen records: see
-    share_with_pairs. when: the epoch, or "held out": what the windows are drawn for."""
+    """The argument with which tabom's ranking loss is a mean over all the chosen records (see
+    objectives.share_with_pairs); empty for other objectives. when: the epoch, or "held out"."""
     parameters = run.objective.keywords
     if "pair_share" not in inspect.signature(run.objective).parameters:
         return {}
@@ -538,13 +555,13 @@ def length(record):
 
 
 def without_step(run, metrics, chosen):
-    """The metrics of a step whose loss or gradient is not finite and which is left out, None for what is not finite.
+    """The metrics of a step that is skipped because its loss or gradient is not finite; None for each such value.
 
     Raises ValueError without --skip-nonfinite."""
     what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}"
     what = f"{what}, examples {[r['id'] for r in chosen]}"
     if not run.c.skip_nonfinite:
-        raise ValueError(f"{what}; last good checkpoint: {run.last}")
+        raise ValueError(f"{what}; last good checkpoint: {run.last}; --skip-nonfinite leaves out such steps")
     if run.processes.first:
         tqdm.write(f"warning: {what}: the step is dropped", sys.stderr)
     return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -573,7 +590,9 @@ def training_records(c, loaded, parameters, processes):
         data.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
         kept = examples
     else:
-        raise ValueError(f"{path} has no trajectories, and {c.objective} needs them: distill, or --objective nelbo")
+        raise ValueError(
+            f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
+        )
     fields = ["id", "prompt_ids", "response_ids", "order"]
     if parameters.get("starts") == "non-ltr":
         fields.append("non_ltr")
@@ -613,7 +632,10 @@ def usable_trajectories(c, path, loaded, processes, say):
     if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
         finished = sum(bool(r.get("finished")) for r in records)
         wrong = sum(r.get("correct") is False for r in records)
-        raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
+        raise ValueError(
+            f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong): "
+            "take another --keep, or distill with a larger --max-new-tokens"
+        )
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")

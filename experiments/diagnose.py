@@ -51,9 +51,9 @@ class DiagnoseOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions
     ground_truth: str | None = opt(None, "dataset with answers, for the loss over the mask ratio")
     runs: tuple = opt((), "training runs whose metrics are drawn, comma-separated", parse=name_list)
     out: str = opt(None, "folder for the numbers and pictures, which must not be there yet", required=True)
-    limit: int | None = opt(64, "only the first so many trajectories and answers", low=1)
+    limit: int | None = opt(64, "use only the first LIMIT trajectories and answers", low=1)
     batch_size: int = opt(16, "trajectories replayed together on each process", low=1)
-    window: int = opt(32, "W: compare entropies inside windows of so many tokens", low=2)
+    window: int = opt(32, "W: compare entropies inside windows of this many decode steps", low=2)
     tds_eos: str = opt(
         "so-far",
         "TDS counts positions left of the EOS that stands so far, or of the final one",

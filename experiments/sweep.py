@@ -61,13 +61,19 @@ class SweepOptions(train.TrainOptions):
     )
     validation: str | None = opt(None, "dataset or benchmark that chooses the checkpoint of a run")
     test: tuple = opt((), "datasets or benchmarks that the chosen checkpoint answers, comma-separated", parse=name_list)
-    tokens_per_step: tuple = opt((1,), "test with so many tokens a step, comma-separated", parse=number_list, low=1)
+    tokens_per_step: tuple = opt(
+        (1,), "test with these numbers of tokens a step, comma-separated", parse=number_list, low=1
+    )
     ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
-    metric: str = opt("accuracy", "of the validation; last = no choice", choices=("accuracy", "tds", "last"))
-    rounds: int = opt(1, "distill again with the chosen checkpoint and train on, so many times in all (ReDi)", low=1)
+    metric: str = opt(
+        "accuracy",
+        "what chooses a run's checkpoint, on --validation; last: simply the last",
+        choices=("accuracy", "tds", "last"),
+    )
+    rounds: int = opt(1, "rounds of distilling with the chosen checkpoint and training on (ReDi)", low=1)
     check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
     decode_batch: int = opt(16, "prompts decoded together", low=1)
-    test_limit: int | None = opt(None, "only the first so many questions of each validation and test set", low=1)
+    test_limit: int | None = opt(None, "use only the first TEST_LIMIT questions of each validation and test set", low=1)
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
 
 

@@ -262,7 +262,7 @@ def test_certainty_lowers_the_entropy_of_right_answers_only(toy):
 
 
 def test_dparallel_refuses_a_block_behind_the_response(toy):
-    with pytest.raises(ValueError, match=r"blocks \[4, 8\] of 4 begin behind responses of \[8, 5\]"):
+    with pytest.raises(ValueError, match=r"blocks \[4, 8\] of 4 begin beyond the end of responses of \[8, 5\]"):
         objectives.dparallel(toy(), make_batch([8, 5]), block_length=4, block=[1, 2])
 
 

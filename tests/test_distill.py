@@ -193,7 +193,7 @@ def test_prompts_beyond_the_context_are_named(tiny, puzzles, tmp_path, capsys):
     options = dict(model=short, data=puzzles, limit=1, block_length=2)
     longest = 1 + 36  # a tag and the cells
     err = run(capsys, "distill", out=tmp_path / "T", max_new_tokens=4, **options)[1]
-    assert f"prompt and response have up to {longest + 4} tokens, the model's context has 40" in err
+    assert f"prompt and response have up to {longest + 4} tokens; the model was trained with 40" in err
     err = run(capsys, "distill", out=tmp_path / "S", max_new_tokens=2, **options)[1]
     assert "context" not in err
 

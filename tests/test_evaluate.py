@@ -93,7 +93,7 @@ def test_exact_and_no_check():
     assert evaluate.check("number", "so 7", ["x", "7"]) is True
     assert evaluate.check("number", "7", ["x", "8"]) is None
     assert evaluate.check("none", "abc", "abc") is None
-    with pytest.raises(ValueError, match="check 'fuzzy' is none of"):
+    with pytest.raises(ValueError, match="check 'fuzzy' is not one of"):
         evaluate.check("fuzzy", "a", "a")
 
 
@@ -200,7 +200,7 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, mo
     assert out.startswith("out/evaluate-") and len(data.read_trajectories(tmp_path / out / "ifeval")) == 1
     saved = json.loads((tmp_path / "E" / "results.json").read_text())
     assert saved["scores"] == result["scores"] and saved["command"]["tokens_per_step"] == 2
-    for name, message in (("fly", "--tasks fly: known are"), ("math500", "no dataset file")):
+    for name, message in (("fly", "--tasks fly: unknown; choose among"), ("math500", "no dataset file")):
         assert tabom.main([*words[:7], "--tasks", name]) == 1
         assert message in capsys.readouterr().err
     write(folder / "gsm8k_test.jsonl.gz", [dict(question=f"What is {i}?", answer=f"#### {i + 1}") for i in range(5)])

@@ -154,7 +154,9 @@ def test_a_run_is_opened_again_by_the_same_run_alone(tmp_path):
     assert opened(out, lr=1.0, tags=("x", "y"), limit=5) == out
     assert json.loads((out / "meta.json").read_text()) == dict(lr=1.0, tags=["x", "y"], limit=5)
     opened(out, lr=1.0, tags=("x", "y"), limit=5)
-    with pytest.raises(FileExistsError, match="holds another run: lr was 1.0 and is now 2.0; choose another --out"):
+    with pytest.raises(
+        FileExistsError, match="holds another run: lr was 1.0 and is now 2.0; use its options, or choose another"
+    ):
         opened(out, lr=2.0, tags=("x", "y"), limit=5)
     with pytest.raises(FileExistsError, match="warmup was None and is now 3"):
         opened(out, lr=1.0, tags=("x", "y"), limit=5, warmup=3)
@@ -169,7 +171,7 @@ def test_free_keys_and_versions_may_change(tmp_path):
 
 def test_a_foreign_folder_and_a_file_are_refused(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty and holds no run of ours"):
+    with pytest.raises(FileExistsError, match="is not empty and holds no run that could continue"):
         opened(tmp_path)
     with pytest.raises(FileExistsError, match="is a file, not a folder"):
         opened(tmp_path / "note.txt")
