@@ -30,8 +30,7 @@ import torch
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
-# How Qwen2, and so Dream, splits text before byte-level BPE: contractions, words, single digits,
-# punctuation, space.
+# How Qwen2, and so Dream, splits text: contractions, words, single digits, punctuation, space.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,14 +44,11 @@ NONCHARACTERS = set(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode reserves them fo
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
-    special: {"eos_token": "<|endoftext|>", ...}; template: a text, a dict of named texts, or None.
-    eos_id, mask_id: those of the model's config, which need not be the tokenizer's (`disagreements`).
-
-    size: one more than the largest id. Networks have more rows than that (Dream 152,064 for
-    151,667), which have no text: decode() refuses them, and generation must not choose them
-    (`unused_ids`). stop_ids: every id that ends a response: the EOS of the config and of the
-    tokenizer, the end-of-turn tokens, and the tokenizer's padding, which some models write behind
-    their answer and never their EOS (DiffuCoder)."""
+    special: {"eos_token": "<|endoftext|>", ...}; template: a text, a dict of named texts, or None;
+    eos_id, mask_id: of the model's config. size: the largest id + 1; a network has more rows than that
+    (Dream 152,064 for 151,667), which must not be generated (`unused_ids`). stop_ids: every id that
+    ends a response: the EOS of the config and of the tokenizer, the end-of-turn tokens, and the
+    padding, which some models write behind their answer and never their EOS (DiffuCoder)."""
 
     def __init__(self, backend, special, template, eos_id=None, mask_id=None):
         from tokenizers import AddedToken
@@ -116,7 +112,7 @@ class Tokenizer:
             raise ValueError(f"the tokenizer cannot encode {text!r:.80}: {e}") from e
 
     def decode(self, ids, skip_special=False):
-        """Text of token ids. Raises ValueError for an id that the tokenizer does not have."""
+        """Text of token ids. Raises ValueError for an id beyond the tokenizer's."""
         ids = list(map(int, ids))
         for i in ids:
             if not 0 <= i < self.size:
@@ -150,9 +146,9 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=True, prefix=""):
         """Text of a conversation [{role, content}, ...] by the checkpoint's own chat template.
 
-        prefix: the start of the assistant's answer, which the model continues. It is shown as the
-        template shows an assistant's turn: Dream's keeps a last newline, LLaDA's trims it. Raises
-        ValueError where the checkpoint has no template or the template refuses the messages."""
+        prefix: the start of the answer, which the model continues, as the template shows an assistant's
+        turn: Dream's keeps a last newline, LLaDA's trims it. Raises ValueError where the checkpoint has
+        no template or the template refuses the messages."""
         return self.render(messages, add_generation_prompt, prefix)[0]
 
     def encode_chat(self, messages, add_generation_prompt=True, prefix=""):
@@ -172,25 +168,20 @@ class Tokenizer:
                 turn = {**turn, "content": self.pattern.sub(rf"{mark}\g<0>{mark}", turn["content"])}
             marked.append(turn)
         known = dict(self.special, tools=None, documents=None, messages=marked)
+        self.compiled = self.compiled or compile_template(self.template)
+        try:
+            rendered = self.compiled.render(known, add_generation_prompt=add_generation_prompt)
+        except Exception as e:  # a template is foreign code: whatever it raises is its error
+            raise ValueError(f"the chat template cannot render these messages: {type(e).__name__}: {e}") from e
         text, quoted = "", []
-        for i, piece in enumerate(self.fill_template(known, add_generation_prompt).split(mark)):
+        for i, piece in enumerate(rendered.split(mark)):
             if i % 2:  # between two marks
                 quoted.append((len(text), len(text) + len(piece)))
             text += piece
         return text + prefix, quoted
 
-    def fill_template(self, known, add_generation_prompt):
-        """The template's text with the variables it may use."""
-        if self.compiled is None:
-            self.compiled = compile_template(self.template)
-        try:
-            return self.compiled.render(known, add_generation_prompt=add_generation_prompt)
-        except Exception as e:  # a template is foreign code: whatever it raises is its error
-            raise ValueError(f"the chat template cannot render these messages: {type(e).__name__}: {e}") from e
-
     def end_of_turn(self, messages):
-        """What the template writes behind the assistant's answer to these messages: Dream's
-        "<|im_end|>\\n"."""
+        """What the template writes behind an answer to these messages: Dream's "<|im_end|>\\n"."""
         answer = unused_character(messages)
         text, _ = self.render([*messages, message("assistant", answer)], add_generation_prompt=False)
         if answer not in text:
@@ -209,26 +200,18 @@ def unused_character(messages):
 
 def first_end(ids, stop_ids):
     """The place of the first token that ends a response, or len(ids) where none does."""
-    for i, token in enumerate(ids):
-        if token in stop_ids:
-            return i
-    return len(ids)
+    return next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
 
 
 def cut(text, stops):
     """The text up to the first of the stop strings."""
-    end = len(text)
-    for stop in filter(None, stops):
-        found = text.find(stop)
-        if 0 <= found < end:
-            end = found
-    return text[:end]
+    found = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(found, default=len(text))]
 
 
 def disagreements(tok, config):
-    """Lines about the ids on which a model's config and its tokenizer disagree: EOS, padding, mask.
-
-    config: anything with eos_id, pad_id and mask_id."""
+    """Lines about the ids (EOS, padding, mask) on which a tokenizer and a model's config, anything with
+    eos_id, pad_id and mask_id, disagree."""
     lines = []
     for name in ("eos", "pad", "mask"):
         token = tok.special.get(f"{name}_token")
@@ -239,16 +222,15 @@ def disagreements(tok, config):
 
 
 def load_tokenizer(folder, eos_id=None, mask_id=None):
-    """Tokenizer from tokenizer.json, or from vocab.json and merges.txt. Special tokens and the chat
-    template come from tokenizer_config.json; added_tokens.json, special_tokens_map.json and
-    chat_template.json are read where that does not say, and chat_template.jinja wins over it.
-    eos_id, mask_id: the ids of the model's config.
+    """Tokenizer from tokenizer.json, or from vocab.json and merges.txt; eos_id, mask_id: of the model's
+    config. Special tokens and the chat template come from tokenizer_config.json; added_tokens.json,
+    special_tokens_map.json and chat_template.json are read where that does not say, and
+    chat_template.jinja wins over it.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do
     not fit, and for a special token that is declared and not in the vocabulary."""
     folder = Path(folder)
-    config = read_json_if_any(folder / "special_tokens_map.json")
-    config |= read_json_if_any(folder / "tokenizer_config.json")
+    config = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
     special, declared = {}, {}  # "eos_token" -> text; text -> the key that declares it
     for key, value in config.items():
         for one in value if isinstance(value, list) else [value]:
@@ -269,7 +251,7 @@ def load_tokenizer(folder, eos_id=None, mask_id=None):
         if key in NAMED and backend.token_to_id(token) is None:
             raise ValueError(f"{folder}: {key} {token!r} is not in the tokenizer's vocabulary")
 
-    template = config.get("chat_template") or read_json_if_any(folder / "chat_template.json").get("chat_template")
+    template = config.get("chat_template") or read_json(folder / "chat_template.json", {}).get("chat_template")
     if isinstance(template, list):  # named templates: [{"name": "default", "template": ...}, ...]
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
     if (folder / "chat_template.jinja").is_file():
@@ -278,8 +260,7 @@ def load_tokenizer(folder, eos_id=None, mask_id=None):
 
 
 def load_backend(folder):
-    """The library's tokenizer: of tokenizer.json, or Qwen2's (NFC, the split pattern, byte-level
-    BPE) of vocab.json and merges.txt."""
+    """The library's tokenizer: of tokenizer.json, or Qwen2's of vocab.json and merges.txt."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if (folder / "tokenizer.json").is_file():
@@ -289,15 +270,13 @@ def load_backend(folder):
         return backend
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise FileNotFoundError(f"no tokenizer.json and no vocab.json with merges.txt in {folder}")
-    pairs = []
-    for line in read_text(folder / "merges.txt").split("\n"):
-        if line.strip() and not line.startswith("#version"):
-            pairs.append(tuple(line.rstrip("\r").split(" ")))
+    lines = filter(str.strip, read_text(folder / "merges.txt").split("\n"))
+    pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if not line.startswith("#version")]
     backend = Tokenizer(models.BPE(read_json(folder / "vocab.json"), pairs))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -308,7 +287,7 @@ def add_tokens(backend, folder, config, declared):
     from tokenizers import AddedToken
 
     said = []  # (id, token, file)
-    for text, i in read_json_if_any(folder / "added_tokens.json").items():
+    for text, i in read_json(folder / "added_tokens.json", {}).items():
         said.append((str(i), dict(content=text, special=text in declared), "added_tokens.json"))
     decoder = config.get("added_tokens_decoder") or {}
     for i, token in decoder.items() if isinstance(decoder, dict) else [("", decoder)]:
@@ -333,12 +312,9 @@ def add_tokens(backend, folder, config, declared):
 
 
 def compile_template(template):
-    """A chat template in jinja2's sandbox, with what transformers gives to templates: loop
-    controls, generation tags, raise_exception, strftime_now and its own tojson.
-
-    template: a text, or {name: text}: the only one, or the one called "default"."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
+    """A chat template (of several named ones: "default") in jinja2's sandbox, with what transformers
+    gives to templates: loop controls, generation tags, raise_exception, strftime_now, tojson."""
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if isinstance(template, dict) and template:
@@ -350,27 +326,19 @@ def compile_template(template):
     if not isinstance(template, str):
         raise ValueError("the tokenizer has no chat_template: use an instruct checkpoint, or --raw")
 
-    class Generation(Extension):
-        """{% generation %} marks what the assistant writes; its text is that of the block."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
     def raise_exception(message):
         raise TemplateError(message)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    loops = ["jinja2.ext.loopcontrols"]
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     env.filters["tojson"] = tojson
+    # A generation tag marks what the assistant writes; its text is that of the block.
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     try:
         return env.from_string(template)
     except Exception as e:  # foreign code again
@@ -378,12 +346,11 @@ def compile_template(template):
 
 
 def encode_prompt(tok, messages, raw=False, prefix="", max_tokens=None):
-    """Token ids of a conversation, ready for a response.
+    """Token ids of a conversation, ready for a response. Special tokens that it quotes are text.
 
     raw: the last message's text without the chat template. prefix: the start of the answer (see
     Tokenizer.chat). max_tokens: the last message is cut on its right so that the prompt has at most
-    so many tokens. What the messages say is spelled as text, also where it quotes a special token.
-    Raises ValueError for a prompt of no tokens, and for one that cannot be cut that far."""
+    so many. Raises ValueError for a prompt of no tokens, and for one that cannot be cut that far."""
     if raw:
         ids = tok.encode_text(messages[-1]["content"] + prefix)[:max_tokens]
     else:
@@ -473,16 +440,14 @@ def parse_json(content, where):
         raise ValueError(f"{where}: not valid JSON ({e})") from e
 
 
-def read_json(file):
-    """The JSON object in a file. Raises ValueError for anything else."""
+def read_json(file, missing=None):
+    """The JSON object in a file, or `missing`, if given, where there is no file."""
+    if missing is not None and not Path(file).is_file():
+        return missing
     content = parse_json(read_text(file), file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def read_json_if_any(file):
-    return read_json(file) if file.is_file() else {}
 
 
 def read_rows(path):
@@ -494,22 +459,23 @@ def read_rows(path):
     if not path.is_file():
         raise FileNotFoundError(f"no dataset file {path}")
     if path.suffix == ".parquet":
-        yield from read_parquet(path)
-    elif path.suffix == ".jsonl" or path.name.endswith(".jsonl.gz"):
+        rows = read_parquet(path)
+    elif path.suffix == ".json" and not holds_json_lines(path):
+        rows = read_json_list(path)
+    elif path.suffix in (".json", ".jsonl") or path.name.endswith(".jsonl.gz"):
         yield from read_jsonl(path)
-    elif path.suffix == ".json":
-        yield from read_jsonl(path) if holds_json_lines(path) else read_json_list(path)
+        return
     else:
         raise ValueError(f"{path}: unknown format {path.suffix!r}; use .jsonl, .jsonl.gz, .json or .parquet")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: row {number}", row
 
 
 def holds_json_lines(path):
     """Whether the first line of a file is a whole JSON object and not the file's only line."""
-    with open(path, "rb") as f:
-        try:
-            return isinstance(json.loads(f.readline(MAX_LINE)), dict) and any(map(bytes.strip, f))
-        except (ValueError, RecursionError):
-            return False
+    with open(path, "rb") as f, contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(f.readline(MAX_LINE)), dict) and any(map(bytes.strip, f))
+    return False
 
 
 def read_json_list(path):
@@ -518,8 +484,7 @@ def read_json_list(path):
         rows = rows.get("data", [rows])  # an object without "data" is the only row
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: row {number}", row
+    return rows
 
 
 def read_jsonl(path):
@@ -541,22 +506,17 @@ def read_parquet(path):
         import pyarrow.parquet
     except ImportError as e:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from e
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
             for batch in f.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as e:
         raise ValueError(f"{path}: not a readable parquet file ({e})") from e
 
 
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "answer"), "assistant"),
-    "system": "system",
-}
+ROLES = {"system": "system", **dict.fromkeys(("user", "human", "prompter", "question"), "user")}
+ROLES.update(dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "answer"), "assistant"))
+NEEDS = f"a message needs a role ({', '.join(ROLES)}) and a text content"
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # prompt: its answers in order of preference. The first prompt that a row has is taken.
 FIELDS = {
@@ -571,8 +531,6 @@ FIELDS = {
 }
 LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target")  # where there is no other
 IDS = ("id", "task_id", "unique_id", "key")
-SYSTEM = ("system", "system_prompt")
-CHOICES = ("choices", "options")
 # Columns that look like something the model should see, whatever they hold; and those that need no warning.
 INPUTS = set(
     "system system_prompt choices options context input history tools passage document article story background "
@@ -591,12 +549,12 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=w
     what the model is asked, earlier turns first; prompt: the last of them; answer: a text, a list of
     several right ones, or None.
 
-    Recognises `messages` (or `conversations`) with the usual role names, and the pairs in FIELDS;
-    prompt_field and answer_field name other columns. system and history come before the prompt,
-    context and input join it, choices are lettered below it. Reads no more than `limit` rows. The id
-    is the row's own where all those read differ, else its number from 0. warn(line) is called once
-    for every column that looks like input and is not used. Raises ValueError for an empty dataset,
-    and with file and line for a row that fits nothing."""
+    Recognises `messages` (or `conversations`) and the pairs in FIELDS; prompt_field and answer_field
+    name other columns. system and history come before the prompt, context and input join it, choices
+    are lettered below it. Reads no more than `limit` rows. The id is the row's own where all those
+    read differ, else its number from 0. warn(line) is called once for every column that looks like
+    input and is not used. Raises ValueError for an empty dataset, and with file and line for a row
+    that fits nothing."""
     examples, own, told = [], [], set()
     for where, row in itertools.islice(read_rows(path), limit):
         try:
@@ -617,10 +575,7 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=w
 
 def own_id(row):
     """The id that a row brings along, or None."""
-    for key in IDS:
-        if isinstance(row.get(key), (str, int)):
-            return row[key]
-    return None
+    return next((row[key] for key in IDS if isinstance(row.get(key), (str, int))), None)
 
 
 def number_or_own(records, own):
@@ -634,37 +589,39 @@ def to_example(row, prompt_field=None, answer_field=None):
     """A row as {prompt, messages, answer}."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with named fields, found {row!r:.40}")
-    talk, column, answer = None, prompt_field, None
-    if prompt_field is None:
-        talk = next(filter(None, map(row.get, CONVERSATIONS)), None)
-    if talk is None and prompt_field is None:
-        column = find_prompt(row)
-        talk = row[column] if isinstance(row[column], list) else None
-    choices = find_choices(row)
-    messages = to_messages(talk) if talk else [message("user", full_prompt(row, column, choices))]
-    if column is None and messages[-1]["role"] == "assistant":
-        answer = messages.pop()["content"]
-    if column is not None or answer_field is not None:
+    column, choices, answer = prompt_field or find_prompt(row), find_choices(row), None
+    if isinstance(row.get(column), list) or (column in CONVERSATIONS and prompt_field is None):
+        messages = to_messages(row[column])
+        if messages and messages[-1]["role"] == "assistant":
+            answer = messages.pop()["content"]
+    else:
+        messages = [message("user", full_prompt(row, column, choices))]
+    if answer is None or answer_field is not None:
         answer = find_answer(row, column, answer_field, choices)
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("the conversation has no user turn to answer")
-    messages = earlier_turns(row, messages) + messages
+    system, history = text_of(row.get("system")) or text_of(row.get("system_prompt")), row.get("history")
+    if isinstance(history, list):
+        messages = to_messages(history, "history must hold pairs [user, assistant] or messages") + messages
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, message("system", system))
     return {"prompt": messages[-1]["content"], "messages": messages, "answer": answer}
 
 
 def find_prompt(row):
-    """The first column of FIELDS that holds a text; `prompt` may also hold messages."""
-    for column in FIELDS:
+    """The first column that holds a conversation, or a text where texts are prompts."""
+    for column in (*CONVERSATIONS, *FIELDS):
         value = row.get(column)
-        if isinstance(value, str) or (column == "prompt" and value and isinstance(value, list)):
+        talk = value and (column in CONVERSATIONS or (column == "prompt" and isinstance(value, list)))
+        if talk or (column in FIELDS and isinstance(value, str)):
             return column
     known, has = ", ".join(["messages", *FIELDS]), ", ".join(row) or "no fields"
     raise ValueError(f"no known prompt field ({known}) among {has}; name yours")
 
 
 def full_prompt(row, column, choices):
-    """The prompt column's text with what belongs to it: an instruction's input and context stand
-    behind it, a question's context before it; choices are lettered."""
+    """The prompt column's text with its context (behind an instruction, before a question), input and
+    lettered choices."""
     prompt = row.get(column)
     if not isinstance(prompt, str):
         raise ValueError(f"field {column!r} is missing or not text; the row has {', '.join(row)}")
@@ -682,8 +639,8 @@ def full_prompt(row, column, choices):
 
 
 def find_choices(row):
-    """[(letter, text), ...] of a multiple-choice row: a list (MMLU), a dict of texts and labels
-    (ARC), or a dict of letters (MedQA)."""
+    """[(letter, text), ...] of a row's choices: a list (MMLU), a dict of texts and labels (ARC), or of
+    letters (MedQA)."""
     value, pairs = row.get("choices") or row.get("options"), []
     if isinstance(value, list):
         pairs = zip(string.ascii_uppercase, value)
@@ -699,9 +656,8 @@ def find_choices(row):
 
 
 def find_answer(row, column, name, choices):
-    """The answer to the prompt in a column, or the one in column `name`: text, a list of texts, a
-    choice's letter; None where the row has none. A number is written out; anything else is not what
-    a model should learn to say."""
+    """The answer to the prompt in a column, or the one in column `name`: text, a list of texts, or None
+    where the row has none. A number is written out; anything else is no text to learn."""
     if name is not None and row.get(name) is None:
         raise ValueError(f"field {name!r} is missing; the row has {', '.join(row)}")
     for option in (*FIELDS.get(column, ["answer"]), *LAST_ANSWERS):
@@ -727,8 +683,7 @@ def find_answer(row, column, name, choices):
 
 
 def chosen_letter(value, choices, name):
-    """The letter of a multiple-choice answer, which may be given as a number from 0, as the letter
-    or as the text; an answer in words stays."""
+    """The letter of an answer that is a number from 0, the letter or the text; one in words stays."""
     letters, texts = zip(*choices)
     if type(value) is int and 0 <= value < len(letters):
         return letters[value]
@@ -754,11 +709,14 @@ def text_of(value):
     return text if has_text(text) else ""
 
 
-def to_messages(talk):
-    """[{role, content}, ...] of a conversation with any of the usual names for roles. A content may
-    come in parts, [{"type": "text", "text": ...}]."""
+def to_messages(talk, needs=NEEDS):
+    """[{role, content}, ...] of a list of messages, with any of the usual names, or of [user, assistant]
+    pairs. A content may come in parts, [{"type": "text", "text": ...}]."""
     messages = []
     for turn in talk if isinstance(talk, list) else [talk]:
+        if are_texts(turn) and len(turn) == 2:
+            messages += [message("user", turn[0]), message("assistant", turn[1])]
+            continue
         role = content = None
         if isinstance(turn, dict):
             role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
@@ -767,40 +725,20 @@ def to_messages(talk):
             parts = [part.get("text") if isinstance(part, dict) else None for part in content]
             content = "".join(parts) if are_texts(parts) else None
         if role is None or not isinstance(content, str):
-            needs = f"a role ({', '.join(ROLES)}) and a text content"
-            raise ValueError(f"a message needs {needs}, found {turn!r:.120}")
+            raise ValueError(f"{needs}, found {turn!r:.120}")
         messages.append(message(role, content))
     return messages
 
 
-def earlier_turns(row, messages):
-    """The turns that other columns put before a conversation: system or system_prompt, then
-    history, a list of [user, assistant] pairs or of messages."""
-    turns, history = [], row.get("history")
-    for name in SYSTEM:
-        if not turns and messages[0]["role"] != "system" and has_text(row.get(name)):
-            turns.append(message("system", row[name]))
-    for pair in history if isinstance(history, list) else []:
-        if isinstance(pair, dict):
-            turns += to_messages(pair)
-        elif are_texts(pair) and len(pair) == 2:
-            turns += [message("user", pair[0]), message("assistant", pair[1])]
-        else:
-            raise ValueError(f"history must hold pairs [user, assistant], found {pair!r:.80}")
-    return turns
-
-
 def unused(row, example, answer_field=None):
-    """What a row holds and nobody will see: lines about columns that look like input and are in no
-    message, and about a row whose answer may be in one of them."""
-    said = [turn["content"] for turn in example["messages"]]
-    choices = find_choices(row)
-    used = {answer_field}
+    """Lines about columns that look like input and are in no message, and about a row whose answer may
+    be in one of them."""
+    said, choices = [turn["content"] for turn in example["messages"]], find_choices(row)
+    used, lines, others = {answer_field}, [], []
     if choices and choices[-1][1] in said[-1]:
-        used.update(CHOICES)
+        used |= {"choices", "options"}
     if isinstance(row.get("history"), list):
         used.add("history")
-    lines, others = [], []
     for column, value in row.items():
         text = text_of(value)
         if column in NO_INPUTS or column in used or any(text and text in one for one in said):
@@ -836,21 +774,20 @@ def read_trajectories(
     response_ids and order as lists. order[r] is the decode rank of position r, or its decode step:
     equal numbers were decoded together, -1 never was.
 
-    The authors' files are read as they are: records of them also have prompt, text, non_ltr (a list
-    of positions, or None), method and data_source. They need tok, whose template renders the prompt
-    (cut to max_prompt_tokens); methods: only rows of these decoding methods. warn(line) is called
-    for every row of theirs that cannot be used. Raises FileNotFoundError, or ValueError with file
-    and line: a broken line, a missing field, lists of different lengths, an id that is there twice,
-    ids beyond vocab_size (trajectories of another model), a mask token (mask_id) that counts as
-    decoded."""
+    Records of the authors' files also have prompt, text, non_ltr (a list of positions, or None), method
+    and data_source. They need tok, whose template renders the prompt (cut to max_prompt_tokens);
+    methods: only rows of these; warn(line) is called for every row of theirs that cannot be used.
+    Raises FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of
+    different lengths, an id that is there twice, ids beyond vocab_size (trajectories of another model),
+    a mask token (mask_id) that counts as decoded."""
     files = trajectory_files(path)
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or a file of it")
     records, released, own, first, theirs = [], [], [], {}, False
     for where, row in itertools.chain.from_iterable(map(read_rows, files)):
-        theirs = theirs or is_release(row)  # their rows need not all look like theirs
+        theirs = theirs or whose(row) == "theirs"  # their rows need not all look like theirs
         try:
-            if not theirs or is_ours(row):
+            if not theirs or whose(row) == "ours":
                 records.append(check_record(row, vocab_size, mask_id))
                 key = row["id"]
                 if key in first:
@@ -874,27 +811,21 @@ def by_id(record):
     return isinstance(record["id"], str), record["id"]
 
 
-def is_ours(row):
-    return isinstance(row, dict) and ("response_ids" in row or "prompt_ids" in row)
-
-
-def is_release(row):
-    """Whether a row is one of the authors' trajectory files."""
-    if not isinstance(row, dict) or is_ours(row):
-        return False
-    return not RELEASE_KEYS.isdisjoint(row) or row.get("method") in RELEASE_METHODS
+def whose(row):
+    """ "ours" or "theirs" for a row of our or of the authors' trajectory files, else None."""
+    if not isinstance(row, dict):
+        return None
+    if "response_ids" in row or "prompt_ids" in row:
+        return "ours"
+    return "theirs" if RELEASE_KEYS & row.keys() or row.get("method") in RELEASE_METHODS else None
 
 
 def holds_trajectories(path):
-    """Whether a path is a trajectory folder, or a file whose first row is a trajectory rather than a
-    prompt."""
+    """Whether a path is a trajectory folder, or a file whose first row is a trajectory and no prompt."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no trajectories and no dataset at {path}")
-    if path.is_dir():
-        return True
-    _, first = next(read_rows(path), (None, None))
-    return is_release(first) or (isinstance(first, dict) and "response_ids" in first)
+    return path.is_dir() or whose(next(read_rows(path), (None, None))[1]) is not None
 
 
 def check_record(record, vocab_size=None, mask_id=None):
@@ -908,16 +839,17 @@ def check_record(record, vocab_size=None, mask_id=None):
         raise ValueError(f"not a trajectory: {', '.join(missing)} missing; has {', '.join(record) or 'nothing'}")
     prompt, response, order = record["prompt_ids"], record["response_ids"], record["order"]
     N = len(response)
-    if not prompt or not response or not are_integers(prompt + response, 0):
+    if not prompt or not response or not are_numbers(prompt + response, 0):
         raise ValueError("prompt_ids and response_ids must be lists of ids, and not empty")
-    if len(order) != N or not are_integers(order, -1) or max(order) < 0:
+    if len(order) != N or not are_numbers(order, -1) or max(order) < 0:
         what = f"order must give each of the {N} response tokens its decode rank or step"
         raise ValueError(f"{what}, from 0, or -1 for one that was never decoded")
     for key in PER_TOKEN:
-        if record.get(key) is not None and not are_numbers(record[key], N):
+        values = [0] * N if record.get(key) is None else record[key]
+        if not are_numbers(values, -MAX_STEP, kinds=(int, float)) or len(values) != N:
             raise ValueError(f"{key} must be a list of {N} numbers, one a response token")
     places = record.get("non_ltr")
-    if places is not None and not (isinstance(places, list) and are_integers(places, 0, N - 1)):
+    if places is not None and not are_numbers(places, 0, N - 1):
         raise ValueError(f"non-left-to-right positions must be among 0 to {N - 1}")
     for key in ("finished", "correct"):
         if type(record.get(key)) not in (bool, type(None)):
@@ -932,15 +864,9 @@ def check_record(record, vocab_size=None, mask_id=None):
     return record
 
 
-def are_integers(values, low, high=MAX_STEP):
-    return all(type(i) is int and low <= i <= high for i in values)
-
-
-def are_numbers(values, n):
-    """Whether a value is a list of n finite numbers."""
-    if not isinstance(values, list) or len(values) != n:
-        return False
-    return all(type(x) in (int, float) and abs(x) <= MAX_STEP for x in values)
+def are_numbers(values, low, high=MAX_STEP, kinds=(int,)):
+    """Whether a value is a list of finite numbers from low to high."""
+    return isinstance(values, list) and all(type(x) in kinds and low <= x <= high for x in values)
 
 
 def usable(record, keep="correct"):
@@ -957,16 +883,11 @@ def cut_at_eos(record, stop_ids):
     n = first_end(record["response_ids"], stop_ids) + 1
     if n >= len(record["response_ids"]):
         return record
-    shorter = dict(record)
-    for key in PER_TOKEN:
-        if record.get(key) is not None:
-            shorter[key] = record[key][:n]
-    if shorter.get("non_ltr") is not None:
+    shorter = {**record, **{key: record[key][:n] for key in PER_TOKEN if record.get(key) is not None}}
+    if record.get("non_ltr") is not None:
         shorter["non_ltr"] = [r for r in record["non_ltr"] if r < n]
-    if shorter.get("order") is not None:
-        new = {-1: -1}
-        for old in sorted(set(shorter["order"]) - {-1}):
-            new[old] = len(new) - 1
+    if record.get("order") is not None:
+        new = {-1: -1, **dict(zip(sorted(set(shorter["order"]) - {-1}), itertools.count()))}
         shorter["order"] = [new[old] for old in shorter["order"]]
     return shorter
 
@@ -993,11 +914,9 @@ RELEASE_LENGTH = 256  # tokens of a response in the authors' files
 
 
 def read_release(row, tok, methods=None, max_prompt_tokens=None):
-    """A row of the authors' trajectory files -> (record without id, None), (None, why it cannot be
-    used), or (None, None) where it is of another method.
-
-    A row without response_token_ids gets those of its text, as the model would write it. A row
-    without a decoding_order for every token counts as decoded from left to right."""
+    """A row of the authors' files -> (record without id, None), (None, why it cannot be used), or
+    (None, None) where it is of another method. A row without response_token_ids gets those of its
+    text; one without a decoding_order for every token counts as decoded from left to right."""
     if tok is None:
         raise ValueError("the authors' files need the model's tokenizer for their prompts")
     if not isinstance(row, dict):
@@ -1013,7 +932,7 @@ def read_release(row, tok, methods=None, max_prompt_tokens=None):
     prompt_ids = encode_prompt(tok, messages, max_tokens=max_prompt_tokens)
     if not response:
         response = encode_answer(tok, messages, text)
-    if not isinstance(response, list) or not are_integers(response, 0):
+    if not are_numbers(response, 0):
         raise ValueError(f"response_token_ids must be a list of ids, found {response!r:.80}")
     if not isinstance(order, list) or len(order) < len(response):
         order = range(len(response))
@@ -1050,29 +969,21 @@ def release_methods(family, method=None):
 
 
 def to_release_format(record, pad_id, method="entropy"):
-    """A record of ours as a row of the authors' trajectory files, whose trainer takes it: its last
-    user turn (earlier turns have no place there), the response padded to 256 tokens, and the decode
-    step of every position."""
+    """A record of ours as a row that the authors' trainer takes: its last user turn (earlier turns have
+    no place there), the response padded to 256 tokens, and the decode step of every position."""
     missing = max(0, RELEASE_LENGTH - len(record["response_ids"]))
     steps = record.get("step") or record["order"]
-    return dict(
-        id=record["id"],
-        prompt=record["prompt"],
-        response=record.get("text", ""),
-        response_token_ids=record["response_ids"] + [pad_id] * missing,
-        decoding_order=steps + [-1] * missing,
-        non_ltr_positions=non_ltr_positions(steps),
-        method=method,
-        data_source=record.get("data_source") or "",
-    )
+    row = dict(id=record["id"], prompt=record["prompt"], response=record.get("text", ""))
+    row.update(response_token_ids=record["response_ids"] + [pad_id] * missing, decoding_order=steps + [-1] * missing)
+    row.update(non_ltr_positions=non_ltr_positions(steps), method=method)
+    return dict(row, data_source=record.get("data_source") or "")
 
 
 # ------------------------------------------------------------------------------------------ batches
 
 
 def generator(*keys, device="cpu"):
-    """A torch.Generator whose seed depends on all keys, such as (seed, epoch, example), and on
-    nothing else."""
+    """A torch.Generator whose seed depends on all keys, such as (seed, epoch, example), alone."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -1094,24 +1005,20 @@ def pad_left(rows, pad_id):
 
 
 def collate(records, pad_id):
-    """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on
-    the right: prompt_ids, prompt_mask [B, P], response_ids, order [B, N] and length [B], all int64.
-    Padding has the order -1.
-
-    Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has its own
-    computed); where all have their entropies, entropy is a float32 tensor [B, N] with 0 for
-    padding. A record without an order (a reference answer) counts as decoded from left to right."""
+    """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on the
+    right: prompt_ids, prompt_mask [B, P], response_ids, order [B, N] and length [B], all int64. Padding
+    has the order -1; a record without an order (a reference answer) counts as decoded from left to
+    right. Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has its own
+    computed); where all have entropies, entropy is a float32 tensor [B, N] with 0 for padding."""
     prompt_ids, prompt_mask = pad_left([r["prompt_ids"] for r in records], pad_id)
     length = torch.tensor([len(r["response_ids"]) for r in records])  # [B]
     response = torch.full((len(records), int(length.max())), pad_id)  # [B, N]
     order = torch.full_like(response, -1)  # [B, N]
-    batch = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask)
-    batch.update(response_ids=response, order=order, length=length)
+    batch = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, response_ids=response, order=order, length=length)
     if any(r.get("non_ltr") is not None for r in records):
         batch["non_ltr"] = torch.zeros_like(response, dtype=torch.bool)  # [B, N]
     if all(r.get("entropy") is not None for r in records):
         batch["entropy"] = torch.zeros(response.shape)  # [B, N]
-
     for b, record in enumerate(records):
         n = len(record["response_ids"])
         steps = record.get("order") or list(range(n))
