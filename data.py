@@ -45,10 +45,10 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     special: {"eos_token": "<|endoftext|>", ...}; template: a text, a dict of named texts, or None;
-    eos_id, mask_id: of the model's config. size: the largest id + 1; a network has more rows than that
-    (Dream 152,064 for 151,667), which must not be generated (`unused_ids`). stop_ids: every id that
-    ends a response: the EOS of the config and of the tokenizer, the end-of-turn tokens, and the
-    padding, which some models write behind their answer and never their EOS (DiffuCoder)."""
+    eos_id, mask_id: of the model's config. size: the largest id + 1; a network has more rows (Dream
+    152,064 for 151,667), which must not be generated (`unused_ids`). stop_ids: every id that ends a
+    response: the EOS of the config and of the tokenizer, the end-of-turn tokens, and the padding,
+    which some models write behind their answer and never their EOS (DiffuCoder)."""
 
     def __init__(self, backend, special, template, eos_id=None, mask_id=None):
         from tokenizers import AddedToken
@@ -146,9 +146,9 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=True, prefix=""):
         """Text of a conversation [{role, content}, ...] by the checkpoint's own chat template.
 
-        prefix: the start of the answer, which the model continues, as the template shows an assistant's
-        turn: Dream's keeps a last newline, LLaDA's trims it. Raises ValueError where the checkpoint has
-        no template or the template refuses the messages."""
+        prefix: the start of the answer, which the model continues, as the template shows it: Dream's
+        keeps a last newline, LLaDA's trims it. Raises ValueError where the checkpoint has no template
+        or the template refuses the messages."""
         return self.render(messages, add_generation_prompt, prefix)[0]
 
     def encode_chat(self, messages, add_generation_prompt=True, prefix=""):
@@ -210,8 +210,8 @@ def cut(text, stops):
 
 
 def disagreements(tok, config):
-    """Lines about the ids (EOS, padding, mask) on which a tokenizer and a model's config, anything with
-    eos_id, pad_id and mask_id, disagree."""
+    """Lines about the ids on which a tokenizer and a model's config (anything with eos_id, pad_id and
+    mask_id) disagree."""
     lines = []
     for name in ("eos", "pad", "mask"):
         token = tok.special.get(f"{name}_token")
@@ -222,10 +222,10 @@ def disagreements(tok, config):
 
 
 def load_tokenizer(folder, eos_id=None, mask_id=None):
-    """Tokenizer from tokenizer.json, or from vocab.json and merges.txt; eos_id, mask_id: of the model's
-    config. Special tokens and the chat template come from tokenizer_config.json; added_tokens.json,
-    special_tokens_map.json and chat_template.json are read where that does not say, and
-    chat_template.jinja wins over it.
+    """Tokenizer from tokenizer.json, or from vocab.json and merges.txt; eos_id, mask_id: of the
+    model's config. Special tokens and the chat template come from tokenizer_config.json;
+    added_tokens.json, special_tokens_map.json and chat_template.json are read where that does not
+    say, and chat_template.jinja wins over it.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do
     not fit, and for a special token that is declared and not in the vocabulary."""
@@ -235,9 +235,11 @@ def load_tokenizer(folder, eos_id=None, mask_id=None):
     for key, value in config.items():
         for one in value if isinstance(value, list) else [value]:
             text = one.get("content") if isinstance(one, dict) else one  # an AddedToken is a dict
-            if isinstance(text, str) and text and key.endswith("_token"):
+            if not isinstance(text, str) or not text:
+                continue
+            if key.endswith("_token"):
                 special[key] = text
-            if isinstance(text, str) and text and key in (*NAMED, "additional_special_tokens"):
+            if key in (*NAMED, "additional_special_tokens"):
                 declared[text] = key
     try:
         backend = load_backend(folder)
@@ -317,10 +319,11 @@ def compile_template(template):
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    if isinstance(template, dict) and template:
-        only = list(template.values()) if len(template) == 1 else []
+    if isinstance(template, dict) and len(template) == 1:
+        (template,) = template.values()
+    elif isinstance(template, dict) and template:
         names = ", ".join(map(str, template))
-        template = template.get("default", *only)
+        template = template.get("default")
         if template is None:
             raise ValueError(f"the tokenizer's chat templates are {names}; none of them is called default")
     if not isinstance(template, str):
@@ -400,7 +403,9 @@ def encode_answer(tok, messages, answer, raw=False):
         end = tok.end_of_turn(messages)
         ids = tok.encode(answer + end, [found.span() for found in tok.pattern.finditer(answer)])
     ids = ids[: first_end(ids, tok.stop_ids) + 1]  # some templates go on behind the end of the turn
-    return ids if ids[-1:] == [tok.eos_id] else [*ids, tok.eos_id]
+    if ids[-1:] != [tok.eos_id]:
+        ids.append(tok.eos_id)
+    return ids
 
 
 def encode_examples(tok, examples, raw=False, max_tokens=None, answers=False):
@@ -489,7 +494,7 @@ def read_json_list(path):
 
 def read_jsonl(path):
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        with {".gz": gzip.open}.get(path.suffix, open)(path, "rb") as f:
             for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
                 where = f"{path}:{number}"
                 if len(line) > MAX_LINE:
@@ -531,7 +536,7 @@ FIELDS = {
 }
 LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target")  # where there is no other
 IDS = ("id", "task_id", "unique_id", "key")
-# Columns that look like something the model should see, whatever they hold; and those that need no warning.
+# Columns that look like input, whatever they hold; and those that need no warning.
 INPUTS = set(
     "system system_prompt choices options context input history tools passage document article story background "
     "premise hypothesis schema starter_code".split()
@@ -545,9 +550,9 @@ NO_INPUTS = OTHERS.union(CONVERSATIONS, IDS, LAST_ANSWERS, *FIELDS.values()) - I
 
 
 def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=warnings.warn):
-    """The prompts of a dataset: [{id, where, prompt, messages, answer}]. where: "file:line"; messages:
-    what the model is asked, earlier turns first; prompt: the last of them; answer: a text, a list of
-    several right ones, or None.
+    """The prompts of a dataset: [{id, where, prompt, messages, answer}]. where: "file:line";
+    messages: what the model is asked, earlier turns first; prompt: the last of them; answer: a text,
+    a list of several right ones, or None.
 
     Recognises `messages` (or `conversations`) and the pairs in FIELDS; prompt_field and answer_field
     name other columns. system and history come before the prompt, context and input join it, choices
@@ -579,7 +584,7 @@ def own_id(row):
 
 
 def number_or_own(records, own):
-    """Give the records their own ids, if each has one and all differ; otherwise they keep their numbers."""
+    """Give the records their own ids if each has one and all differ; else they keep their numbers."""
     if None not in own and len(set(map(str, own))) == len(own):
         for record, key in zip(records, own):
             record["id"] = key
@@ -620,8 +625,8 @@ def find_prompt(row):
 
 
 def full_prompt(row, column, choices):
-    """The prompt column's text with its context (behind an instruction, before a question), input and
-    lettered choices."""
+    """The prompt column's text with its context (behind an instruction, before a question), input
+    and lettered choices."""
     prompt = row.get(column)
     if not isinstance(prompt, str):
         raise ValueError(f"field {column!r} is missing or not text; the row has {', '.join(row)}")
@@ -633,20 +638,22 @@ def full_prompt(row, column, choices):
     if more and column != "input":
         prompt = f"{prompt}\n{more}"
     for letter, text in choices:
-        labelled = text.startswith((f"{letter})", f"{letter}.", f"{letter}:"))
-        prompt += f"\n{text}" if labelled else f"\n{letter}. {text}"
+        if not text.startswith((f"{letter})", f"{letter}.", f"{letter}:")):
+            text = f"{letter}. {text}"
+        prompt += f"\n{text}"
     return prompt
 
 
 def find_choices(row):
-    """[(letter, text), ...] of a row's choices: a list (MMLU), a dict of texts and labels (ARC), or of
-    letters (MedQA)."""
+    """[(letter, text), ...] of a row's choices: a list (MMLU), a dict of texts and labels (ARC), or
+    of letters (MedQA)."""
     value, pairs = row.get("choices") or row.get("options"), []
     if isinstance(value, list):
         pairs = zip(string.ascii_uppercase, value)
+    elif isinstance(value, dict) and are_texts(value.get("label")) and are_texts(value.get("text")):
+        pairs = zip(value["label"], value["text"])
     elif isinstance(value, dict):
-        arc = are_texts(value.get("label")) and are_texts(value.get("text"))
-        pairs = zip(value["label"], value["text"]) if arc else value.items()
+        pairs = value.items()
     choices = []
     for letter, text in pairs:
         if not isinstance(letter, str) or type(text) not in (str, int, float):
@@ -656,8 +663,8 @@ def find_choices(row):
 
 
 def find_answer(row, column, name, choices):
-    """The answer to the prompt in a column, or the one in column `name`: text, a list of texts, or None
-    where the row has none. A number is written out; anything else is no text to learn."""
+    """The answer to the prompt in a column, or the one in column `name`: text, a list of texts, or
+    None where the row has none. A number is written out; anything else is no text to learn."""
     if name is not None and row.get(name) is None:
         raise ValueError(f"field {name!r} is missing; the row has {', '.join(row)}")
     for option in (*FIELDS.get(column, ["answer"]), *LAST_ANSWERS):
@@ -710,8 +717,8 @@ def text_of(value):
 
 
 def to_messages(talk, needs=NEEDS):
-    """[{role, content}, ...] of a list of messages, with any of the usual names, or of [user, assistant]
-    pairs. A content may come in parts, [{"type": "text", "text": ...}]."""
+    """[{role, content}, ...] of a list of messages, with any of the usual names, or of pairs [user,
+    assistant]. A content may come in parts, [{"type": "text", "text": ...}]."""
     messages = []
     for turn in talk if isinstance(talk, list) else [talk]:
         if are_texts(turn) and len(turn) == 2:
@@ -731,8 +738,8 @@ def to_messages(talk, needs=NEEDS):
 
 
 def unused(row, example, answer_field=None):
-    """Lines about columns that look like input and are in no message, and about a row whose answer may
-    be in one of them."""
+    """Lines about columns that look like input and are in no message, and about a row whose answer
+    may be in one of them."""
     said, choices = [turn["content"] for turn in example["messages"]], find_choices(row)
     used, lines, others = {answer_field}, [], []
     if choices and choices[-1][1] in said[-1]:
@@ -770,16 +777,16 @@ def trajectory_files(path):
 def read_trajectories(
     path, vocab_size=None, tok=None, methods=None, mask_id=None, max_prompt_tokens=None, warn=warnings.warn
 ):
-    """The records of a trajectory folder or file, checked and sorted by id: dicts with id, prompt_ids,
-    response_ids and order as lists. order[r] is the decode rank of position r, or its decode step:
-    equal numbers were decoded together, -1 never was.
+    """The records of a trajectory folder or file, checked and sorted by id: dicts with id,
+    prompt_ids, response_ids and order as lists. order[r] is the decode rank of position r, or its
+    decode step: equal numbers were decoded together, -1 never was.
 
-    Records of the authors' files also have prompt, text, non_ltr (a list of positions, or None), method
-    and data_source. They need tok, whose template renders the prompt (cut to max_prompt_tokens);
-    methods: only rows of these; warn(line) is called for every row of theirs that cannot be used.
-    Raises FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of
-    different lengths, an id that is there twice, ids beyond vocab_size (trajectories of another model),
-    a mask token (mask_id) that counts as decoded."""
+    Records of the authors' files also have prompt, text, non_ltr (a list of positions, or None),
+    method and data_source. They need tok, whose template renders the prompt (cut to
+    max_prompt_tokens); methods: only rows of these; warn(line) is called for every row of theirs that
+    cannot be used. Raises FileNotFoundError, or ValueError with file and line: a broken line, a
+    missing field, lists of different lengths, an id that is there twice, ids beyond vocab_size
+    (trajectories of another model), a mask token (mask_id) that counts as decoded."""
     files = trajectory_files(path)
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or a file of it")
@@ -812,16 +819,16 @@ def by_id(record):
 
 
 def whose(row):
-    """ "ours" or "theirs" for a row of our or of the authors' trajectory files, else None."""
-    if not isinstance(row, dict):
-        return None
-    if "response_ids" in row or "prompt_ids" in row:
+    """Whose trajectory a row is: "ours", "theirs" (the authors'), or None for anything else."""
+    if isinstance(row, dict) and ("response_ids" in row or "prompt_ids" in row):
         return "ours"
-    return "theirs" if RELEASE_KEYS & row.keys() or row.get("method") in RELEASE_METHODS else None
+    if isinstance(row, dict) and (RELEASE_KEYS & row.keys() or row.get("method") in RELEASE_METHODS):
+        return "theirs"
+    return None
 
 
 def holds_trajectories(path):
-    """Whether a path is a trajectory folder, or a file whose first row is a trajectory and no prompt."""
+    """Whether a path is a trajectory folder, or a file whose first row is a trajectory."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no trajectories and no dataset at {path}")
@@ -845,8 +852,9 @@ def check_record(record, vocab_size=None, mask_id=None):
         what = f"order must give each of the {N} response tokens its decode rank or step"
         raise ValueError(f"{what}, from 0, or -1 for one that was never decoded")
     for key in PER_TOKEN:
-        values = [0] * N if record.get(key) is None else record[key]
-        if not are_numbers(values, -MAX_STEP, kinds=(int, float)) or len(values) != N:
+        values = record.get(key)
+        fits = values is None or (are_numbers(values, -MAX_STEP, kinds=(int, float)) and len(values) == N)
+        if not fits:
             raise ValueError(f"{key} must be a list of {N} numbers, one a response token")
     places = record.get("non_ltr")
     if places is not None and not are_numbers(places, 0, N - 1):
@@ -870,8 +878,8 @@ def are_numbers(values, low, high=MAX_STEP, kinds=(int,)):
 
 
 def usable(record, keep="correct"):
-    """Whether a trajectory is trained on. keep: "correct" = finished, and correct where that could be
-    checked; "finished" = a token that ends it came within the budget; "all"."""
+    """Whether a trajectory is trained on. keep: "correct" = finished, and correct where that could
+    be checked; "finished" = a token that ends it came within the budget; "all"."""
     if keep == "all":
         return True
     return bool(record.get("finished")) and (keep == "finished" or record.get("correct") is not False)
@@ -902,7 +910,7 @@ def non_ltr_positions(order):
     return found
 
 
-# The authors' files: fields that only they have, methods, and {prompt: responses in order of preference}.
+# The authors' files: fields that only they have, methods, {prompt: responses by preference}.
 RELEASE_KEYS = {"response_token_ids", "decoding_order", "non_ltr_positions", "gen_text"}
 RELEASE_METHODS = ("entropy", "default", "credit", "topk_margin")
 RELEASE_FIELDS = {
@@ -969,8 +977,8 @@ def release_methods(family, method=None):
 
 
 def to_release_format(record, pad_id, method="entropy"):
-    """A record of ours as a row that the authors' trainer takes: its last user turn (earlier turns have
-    no place there), the response padded to 256 tokens, and the decode step of every position."""
+    """A record of ours as a row that the authors' trainer takes: its last user turn (earlier turns
+    have no place there), the response padded to 256 tokens, the decode step of every position."""
     missing = max(0, RELEASE_LENGTH - len(record["response_ids"]))
     steps = record.get("step") or record["order"]
     row = dict(id=record["id"], prompt=record["prompt"], response=record.get("text", ""))
@@ -1005,11 +1013,11 @@ def pad_left(rows, pad_id):
 
 
 def collate(records, pad_id):
-    """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on the
-    right: prompt_ids, prompt_mask [B, P], response_ids, order [B, N] and length [B], all int64. Padding
-    has the order -1; a record without an order (a reference answer) counts as decoded from left to
-    right. Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has its own
-    computed); where all have entropies, entropy is a float32 tensor [B, N] with 0 for padding."""
+    """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on
+    the right: prompt_ids, prompt_mask [B, P], response_ids, order [B, N], length [B], all int64.
+    Padding has the order -1; a record without an order (a reference answer) counts as decoded from
+    left to right. Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has
+    its own computed); where all have entropies, entropy is float32 [B, N] with 0 for padding."""
     prompt_ids, prompt_mask = pad_left([r["prompt_ids"] for r in records], pad_id)
     length = torch.tensor([len(r["response_ids"]) for r in records])  # [B]
     response = torch.full((len(records), int(length.max())), pad_id)  # [B, N]
