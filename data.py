@@ -38,7 +38,6 @@ QWEN2_SPLIT = (
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA's and Dream's; they end a response as EOS does
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-NONCHARACTERS = set(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode reserves them for use inside programs
 
 
 class Tokenizer:
@@ -165,7 +164,7 @@ class Tokenizer:
         mark, marked = unused_character(messages), []
         for turn in messages:
             if isinstance(turn.get("content"), str):
-                turn = {**turn, "content": self.pattern.sub(rf"{mark}\g<0>{mark}", turn["content"])}
+                turn = {**turn, "content": self.pattern.sub(lambda found: mark + found[0] + mark, turn["content"])}
             marked.append(turn)
         known = dict(self.special, tools=None, documents=None, messages=marked)
         self.compiled = self.compiled or compile_template(self.template)
@@ -194,8 +193,12 @@ def message(role, content):
 
 
 def unused_character(messages):
-    """A character that no message holds. Raises ValueError where they hold all 32."""
-    return min(NONCHARACTERS - set("".join(str(turn.get("content")) for turn in messages)))
+    """A character that no message holds."""
+    said = "".join([str(turn.get("content")) for turn in messages])
+    for character in map(chr, range(0xFDD0, 0xFDF0)):  # Unicode reserves them for use inside programs
+        if character not in said:
+            return character
+    raise ValueError("the messages hold all of Unicode's noncharacters U+FDD0 to U+FDEF")
 
 
 def first_end(ids, stop_ids):
@@ -751,7 +754,7 @@ def unused(row, example, answer_field=None):
         if column in NO_INPUTS or column in used or any(text and text in one for one in said):
             continue
         # A few words in a row are something to read; one word is a label.
-        words = text == value and (len(text.split()) > 2 or column in FIELDS)
+        words = text != "" and text == value and (len(text.split()) > 2 or column in FIELDS)
         holds = isinstance(value, (str, list, dict)) and value not in ("", [], {}, "[]", "{}")
         if words or (column in INPUTS and holds):
             lines.append(f"the column {column!r} looks like input, and is not used")
@@ -820,9 +823,11 @@ def by_id(record):
 
 def whose(row):
     """Whose trajectory a row is: "ours", "theirs" (the authors'), or None for anything else."""
-    if isinstance(row, dict) and ("response_ids" in row or "prompt_ids" in row):
+    if not isinstance(row, dict):
+        return None
+    if "response_ids" in row or "prompt_ids" in row:
         return "ours"
-    if isinstance(row, dict) and (RELEASE_KEYS & row.keys() or row.get("method") in RELEASE_METHODS):
+    if RELEASE_KEYS & row.keys() or row.get("method") in RELEASE_METHODS:
         return "theirs"
     return None
 
