@@ -12,8 +12,8 @@ entropy as the score).
 
 Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
 tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`), but for its credit
-fusion, which is left out; Fast-dLLM (arXiv 2505.22618) for thresholds and approximate caches. Their
-tokens and steps are reproduced exactly at temperature 0, and with greedy at any temperature.
+fusion, which is left out; Fast-dLLM (arXiv 2505.22618) for thresholds. Their tokens and steps are
+reproduced exactly at temperature 0, and with greedy at any temperature.
 
 `m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L or P, V] in
 which logits[:, i] predicts token i.
@@ -29,7 +29,6 @@ import torch
 
 STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
 SCHEDULES = ("dream", "llada")
-CACHES = ("prefix", "dual")
 SLAB = 2**23  # logits that are copied at once: bounds the memory that a step needs beside them
 
 
@@ -70,17 +69,16 @@ class Settings:
     suppress: tuple | None = None  # ids that are never chosen, such as those of no real token
     last: tuple | None = None  # ids whose positions come last, scored as if the ids did not exist
     stop: tuple | None = None  # ids that end a row after the block that holds one
-    approximate_cache: str | None = None  # "prefix" or "dual": see Reuse
 
     def __post_init__(self):
         for name in ("max_new_tokens", "steps", "block_length", "tokens_per_step", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
-        for name, known in (("strategy", STRATEGIES), ("schedule", SCHEDULES), ("approximate_cache", (None, *CACHES))):
+        for name, known in (("strategy", STRATEGIES), ("schedule", SCHEDULES)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(filter(None, known))}")
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be a number of at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -158,7 +156,7 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
 
     A position that is given the mask token stays masked, as in the official decoders; suppress the
     token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with a
-    threshold or an approximate cache.
+    threshold.
     Raises ValueError for settings, prompts or generators that do not fit together, TypeError for
     settings that do not exist.
     """
@@ -170,7 +168,6 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
     steps = s.limit // s.blocks  # of each block
     for block in range(s.blocks):
         start, end = block * s.length, (block + 1) * s.length
-        reuse = Reuse(run, start, end)
         for i in range(steps):
             masked = run.candidates(start, end)  # [B, N]
             count = masked.sum(1).cpu()  # [B], all that the host has to know of a step
@@ -180,7 +177,7 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
                 run.now.fill_(block * steps + i)
             best = quota(s, i, steps, count)  # [B]
             if best.any():  # Dream's first step often decodes nothing, and then needs no model
-                run.step(masked, count, best, reuse)
+                run.step(masked, count, best)
                 if on_step is not None:
                     on_step(int(run.now.max()), run.response, run.entropy)
             run.now += count.gt(0).to(run.now.device)
@@ -235,28 +232,23 @@ class Run:
         """Which positions may be decoded now, in the block from start to end: bool [B, N]."""
         masked = (self.response == self.mask_id) & ~self.stopped[:, None]
         masked[:, end:] = False
-        if self.settings.threshold is not None or self.settings.approximate_cache is not None:
+        if self.settings.threshold is not None:
             masked[:, :start] = False
         return masked
 
-    def step(self, masked, count, best, reuse):
+    def step(self, masked, count, best):
         """Run the model once, and decode the best [B] so many of the masked positions [B, N].
 
         count [B]: how many positions are masked."""
         s = self.settings
-        # Rows that are done cost nothing, nor do rows that wait, unless a cache must keep them.
-        active = best
-        if s.approximate_cache is not None:
-            active = count
-        rows = active.nonzero()[:, 0]  # [R]
+        rows = best.nonzero()[:, 0]  # [R]; rows that are done cost nothing, nor do rows that wait
         K, rows = int(count[rows].max()), rows.to(masked.device)
         masked, best = masked[rows], best.to(masked.device)[rows]
         place, number = numbered(masked, K)  # [R, K], [R, N]
-        more = reuse.arguments(rows)
-        more["attention_mask"] = None
-        if self.attention_mask is not None:
-            more["attention_mask"] = self.attention_mask[rows]
-        logits = self.m(self.ids[rows], positions=self.P + place, **more)  # [R, K, V]
+        attention_mask = self.attention_mask
+        if attention_mask is not None:
+            attention_mask = attention_mask[rows]
+        logits = self.m(self.ids[rows], attention_mask=attention_mask, positions=self.P + place)  # [R, K, V]
 
         # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
         #    everything is [R, N], and means nothing where it is not masked.
@@ -325,35 +317,6 @@ def describe(logits, row, number, token):
         entropy.append(-(logp.exp() * logp).sum(-1))
         confidence.append(logp.gather(-1, chosen[:, None])[:, 0].exp())
     return torch.cat(entropy), torch.cat(confidence)
-
-
-class Reuse:
-    """Arguments for the model in the steps of one block: none, or those of an approximate cache.
-
-    With a cache, the first step of the block computes all keys and values. The later ones compute
-    them anew for the block and what follows ("prefix"), or for the block alone ("dual"). That is
-    faster, and not the same result: outside of it the model does not see what the block has become.
-    It needs a model that takes cache and span, as model.py's does."""
-
-    def __init__(self, run, start, end):
-        self.m, self.kind = run.m, run.settings.approximate_cache
-        self.cache, self.rows = None, None  # the rows that the cache holds
-        self.span = (run.P + start, run.P + run.N)
-        if self.kind == "dual":
-            self.span = (run.P + start, run.P + end)
-
-    def arguments(self, rows):
-        """Keyword arguments for a step in which rows [R] are not done: never more than in the last."""
-        if self.kind is None:
-            return {}
-        rows, before = rows.tolist(), self.rows
-        self.rows = rows
-        if self.cache is None:
-            self.cache = self.m.new_cache()
-            return dict(cache=self.cache, span=None)
-        if rows != before:
-            self.cache.keep(list(map(before.index, rows)))
-        return dict(cache=self.cache, span=self.span)
 
 
 # ---------------------------------------------------------------------------------------- choosing

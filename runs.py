@@ -74,9 +74,6 @@ class DecodeOptions:
     sample: bool = opt(False, "draw tokens at the temperature, also where a benchmark's protocol is greedy")
     suppress_eos: bool = opt(False, "never choose EOS: every response fills its budget")
     eos_last: bool = opt(False, "decode EOS last: positions whose token it is score lowest")
-    approximate_cache: str | None = opt(
-        None, "reuse keys and values inside a block: faster, other results", choices=decode.CACHES
-    )
 
 
 @dataclass
