@@ -540,7 +540,7 @@ def test_a_row_that_waits_in_a_step_runs_no_model_and_draws_nothing(toy):
     m, generators = toy(), seeds(1, 2)
     before = generators[1].get_state()
     run = decode.Run(m, PROMPT.expand(2, -1), None, 12, generators, decode.Settings(6, temperature=1.0))
-    run.step(run.candidates(0, 6), torch.tensor([6, 6]), torch.tensor([2, 0]))
+    run.step(0, run.candidates(0), torch.tensor([6, 6]), torch.tensor([2, 0]))
     assert (run.response != 12).sum(1).tolist() == [2, 0]
     assert [len(ids) for ids, _, _ in m.calls] == [1]
     assert torch.equal(generators[1].get_state(), before)
