@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import decode
 
 PROMPT = torch.tensor([1, 5, 2, 7, 3])
+SCHEDULES = ("dream", "llada")  # the others: test_sdar.py
 OFFICIAL, RELEASE = [], []  # (family, number) of every case of the official decoders, and of the authors' release
 for family in ("llada", "dream"):
     cases = json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]
@@ -239,7 +240,7 @@ def test_top_p_over_a_large_flat_vocabulary(toy, top_p):
     equal(t, naive(m, PROMPT, max_new_tokens=6, response=t.response[0], **options))
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("strategy", ["entropy", "confidence", "margin"])
 @pytest.mark.parametrize("chosen", [dict(top_p=0.8), dict(top_k=4), dict(top_p=0.9, top_k=3)], ids=str)
 def test_scores_at_a_temperature(toy, strategy, schedule, chosen):
@@ -344,7 +345,7 @@ def test_tokens_per_step_of_llada(toy, tokens, steps, block, expected):
     assert per_step(t, steps) == expected
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("threshold, expected", [(1.0, [1] * 12), (0.0, [4] * 3)])
 def test_threshold_at_its_ends(toy, schedule, threshold, expected):
     options = dict(max_new_tokens=12, block_length=4, strategy="confidence", schedule=schedule, threshold=threshold)
@@ -360,7 +361,7 @@ def test_with_a_threshold_steps_are_the_most_that_are_taken(toy):
         assert (block < 6).sum() == 2  # no later block decodes what one has left
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_probability_equal_to_the_threshold_reaches_it(schedule):
     m = fixed(torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -0.1, -torch.inf], [0.0, 0.0, -torch.inf]]))
     options = dict(max_new_tokens=3, strategy="confidence", schedule=schedule, threshold=0.5)
@@ -387,7 +388,7 @@ def test_dream_ignores_the_strategy_beside_a_threshold_and_llada_compares_its_sc
         (12, 4, 9, [4] * 3),
     ],
 )
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_exactly_so_many_tokens_each_step(toy, schedule, tokens, block, each, expected):
     m = toy()
     options = dict(max_new_tokens=tokens, block_length=block, tokens_per_step=each, schedule=schedule)
@@ -403,7 +404,7 @@ def test_left_decodes_from_left_to_right(toy):
 
 
 @pytest.mark.parametrize("strategy", ["entropy", "confidence", "margin"])
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_positions_of_the_last_tokens_are_decoded_last(strategy, schedule):
     logits = torch.tensor([9.0, 0.0, 0.0, -50.0]).repeat(6, 1)
     logits[[1, 4]] = torch.tensor([0.0, 1.0, 0.5, -50.0])  # unsure, but of something else than token 0
@@ -494,7 +495,7 @@ def test_ties_go_to_the_leftmost():
 @given(
     seed=st.integers(0, 99),
     strategy=st.sampled_from(decode.STRATEGIES),
-    schedule=st.sampled_from(decode.SCHEDULES),
+    schedule=st.sampled_from(SCHEDULES),
     blocks=st.sampled_from([1, 2, 3]),
     steps=st.integers(1, 5),
     threshold=st.none() | st.floats(0, 1),
@@ -610,7 +611,7 @@ def chi_square(counts, p):
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, -9.0])
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     "options, tokens",
     [
