@@ -14,6 +14,8 @@ import evaluate
 import runs
 from options import opt
 
+RELEASE_METHODS = {"confidence": "default", "margin": "topk_margin"}  # what the authors' files call our strategies
+
 
 @dataclass
 class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions):
@@ -58,8 +60,9 @@ def distill(c, processes=None, loaded=None):
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
     if c.format == "release" and processes.first:
         with runs.atomic_file(out / "release.jsonl") as f:
+            method = RELEASE_METHODS.get(settings["strategy"], settings["strategy"])
             for record in filter(data.usable, records):
-                f.write(runs.json_line(data.to_release_format(record, loaded.m.config.pad_id, settings["strategy"])))
+                f.write(runs.json_line(data.to_release_format(record, loaded.m.config.pad_id, method)))
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -83,7 +86,7 @@ def identity(c, processes, loaded, settings):
         answer_field=c.answer_field,
         limit=c.limit,
         raw=c.raw,
-        **runs.identity(loaded.folder, c.adapter),
+        **runs.content_hashes(loaded.folder, c.adapter),
         data_sha256=runs.fingerprint(c.data),
         dtype=runs.resolve_dtype(c, processes),
         decoder=settings,

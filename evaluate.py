@@ -59,8 +59,11 @@ def answer_batch(loaded, examples, settings, seed, device, on_step=None):
     ids, mask = (x.to(device) for x in data.pad_left([e["prompt_ids"] for e in examples], m.config.pad_id))
     generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
     t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
-    if not t.entropy.isfinite().all():
+    decoded = t.response != m.config.mask_id  # [B, N]; --threshold with few --steps may leave masks
+    if not t.entropy[decoded].isfinite().all():
         raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+    t = t._replace(order=t.order.masked_fill(~decoded, -1))
+    t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
     records = []
     for e, response, step, order, entropy, confidence in zip(examples, *(x.tolist() for x in t)):
         record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
@@ -109,7 +112,9 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
     todo = [e for e in examples if json.dumps(e["id"]) not in done]
     todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
     starts = range(0, len(todo), c.batch_size)[processes.index :: processes.count]
-    mine = sum(len(todo[i : i + c.batch_size]) for i in starts)
+    mine = len(starts) * c.batch_size
+    if len(starts) and starts[-1] + c.batch_size > len(todo):  # the last batch is smaller
+        mine -= starts[-1] + c.batch_size - len(todo)
     steps = settings.get("steps") or -(-settings["max_new_tokens"] // settings["tokens_per_step"])
     with (
         open(out / f"trajectories-{processes.index:05d}.jsonl", "a", encoding="utf-8") as f,
@@ -163,7 +168,7 @@ def check(kind, response, answer):
     if kind == "exact":
         return response.strip() == answer.strip()
     marked = marked_answer(answer)
-    gold = plain_number(answer if marked is None else marked)
+    gold = sole_number(answer if marked is None else marked)
     if gold is not None and kind != "math":
         found = final_number(response)
         if found is not None or kind == "number":
@@ -201,7 +206,7 @@ def spelled_plainly(text):
     return text
 
 
-def plain_number(text):
+def sole_number(text):
     """The number that a text consists of, but for space, a dollar sign and a last point: Decimal, or None.
 
     72 apples, 3/4 and 2x are no plain numbers."""
@@ -217,7 +222,7 @@ def final_number(text):
     part of a fraction, a power or a product."""
     marked = marked_answer(text)
     if marked is not None:
-        return plain_number(marked)
+        return sole_number(marked)
     text = spelled_plainly(text)
     found = list(re.finditer(DIGITS, text))
     if not found:
@@ -273,7 +278,7 @@ def evaluate(c, processes=None, loaded=None):
     shots = {task: read_shots(c.shots, task) for task in c.tasks}
     if loaded is None:
         loaded = runs.load_model(c, processes, c.adapter)
-    identity = runs.identity(loaded.folder, c.adapter)
+    identity = runs.content_hashes(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded
     scores = []
@@ -321,9 +326,12 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
     out = runs.open_run(out, meta, processes, free=("limit",))
 
     def judge(batch, records):
-        texts = [TASKS[task].trim(graded_text(c, loaded, r), family, c.protocol) for r in records]
-        found = verdicts(task, [e["record"] for e in batch], texts, family, c.protocol)
-        return [dict(v, response=text) for v, text in zip(found, texts)]
+        texts, asked = [], []
+        for example, record in zip(batch, records):
+            texts.append(TASKS[task].trim(graded_text(c, loaded, record), family, c.protocol))
+            asked.append(example["record"])
+        found = verdicts(task, asked, texts, family, c.protocol)
+        return [dict(verdict, response=text) for verdict, text in zip(found, texts)]
 
     answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
     found = data.read_trajectories(out)[: len(examples)]
@@ -376,7 +384,10 @@ def read_questions(task, folder=None):
 
 def checked_row(row, where, task, wanted):
     """The row, if it has the wanted fields. Raises ValueError with its place and what is missing."""
-    wrong = [name for name, kind in wanted.items() if not isinstance(row, dict) or not fits(row.get(name), kind)]
+    wrong = []
+    for name, kind in wanted.items():
+        if not isinstance(row, dict) or not fits(row.get(name), kind):
+            wrong.append(name)
     if wrong:
         raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; {task} needs {', '.join(wanted)}")
     return row
@@ -397,9 +408,15 @@ def read_shots(path, task):
         turns = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from e
-    turns = turns.get(task, []) if isinstance(turns, dict) else turns
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
-        raise ValueError(f"{path}: the earlier turns must be a list of messages with a role and a content")
+    if isinstance(turns, dict):
+        if task not in turns:
+            raise ValueError(f"{path}: no turns for {task}; it has {', '.join(turns)}. An empty list asks without any")
+        turns = turns[task]
+    if not isinstance(turns, list):
+        raise ValueError(f"{path}: the earlier turns must be a list of messages, found {type(turns).__name__}")
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise ValueError(f"{path}: an earlier turn must have a role and a content, found {turn!r:.80}")
     return turns
 
 
@@ -450,7 +467,10 @@ def grade(c):
         raise ValueError(f"{source}: no responses to grade")
     out.parent.mkdir(parents=True, exist_ok=True)
     with runs.atomic_file(out) as f:  # opened before the work: a place that cannot be written to costs nothing
-        texts = [r["response"] if c.as_is else benchmark.trim(r["response"], c.family, c.protocol) for r in records]
+        texts = []
+        for record in records:
+            whole = record["response"]
+            texts.append(whole if c.as_is else benchmark.trim(whole, c.family, c.protocol))
         found = verdicts(c.task, records, texts, c.family, c.protocol, c.math_gold)
         for row, verdict in zip(rows, found):
             f.write(runs.json_line({**row, **verdict}))
@@ -508,17 +528,20 @@ def not_graded(record, fault):
 
 def score(task, found):
     """Accuracy in percent with its 95 % Wilson interval; for IFEval (prompt level, strict) also its other three."""
-    right, n = sum(v["correct"] is True for v in found), len(found)
+    n, right, not_judged = len(found), 0, 0
+    for verdict in found:
+        right += verdict["correct"] is True
+        not_judged += str(verdict.get("reason", "")).startswith("not graded")
     result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=wilson(right, n))
-    not_judged = sum(str(v.get("reason", "")).startswith("not graded") for v in found)
     if not_judged:
         result["not_graded"] = not_judged
     if task == "ifeval":
-        strict, loose = [], []
-        for v in found:
-            strict += v["strict"]
-            loose += v["loose"]
-        result["prompt_loose"] = round(100 * sum(all(v["loose"]) for v in found) / n, 2)
+        strict, loose, prompts_loose = [], [], 0
+        for verdict in found:
+            strict += verdict["strict"]
+            loose += verdict["loose"]
+            prompts_loose += all(verdict["loose"])
+        result["prompt_loose"] = round(100 * prompts_loose / n, 2)
         result["instruction_strict"] = round(100 * sum(strict) / len(strict), 2)
         result["instruction_loose"] = round(100 * sum(loose) / len(loose), 2)
     return result

@@ -1,12 +1,13 @@
-"""Our decoding as a model of lm-evaluation-harness: its command line, its tasks and its scores (pip install lm_eval).
+"""Our decoding as a model of lm-evaluation-harness (pip install lm_eval): its tasks and its scores.
 
     python harness.py run --model tabom --model_args pretrained=M,adapter=A,max_new_tokens=256,greedy=True \\
         --tasks gsm8k --apply_chat_template --batch_size 16
 
---model_args are the fields of HarnessOptions, named like the flags of tabom.py, with pretrained instead of model. What
-they leave open is the model family's own (runs.DECODERS). Of a task's generation_kwargs, `until` cuts the text, and
-max_gen_toks is its length where max_new_tokens is not given; the others have no part in it. Under torchrun the
-questions are shared over the processes. Source: lm_eval.api.model.LM, version 0.4.13.
+--model_args are the fields of HarnessOptions, named like the flags of tabom.py, with pretrained
+instead of model. What they leave open is the model family's own (runs.DECODERS). Of a task's
+generation_kwargs, `until` cuts the text, and max_gen_toks is its length where max_new_tokens is not
+given; the others have no part in it. Under torchrun the questions are shared over the processes.
+Source: lm_eval.api.model.LM, version 0.4.13.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from options import check_values, kind, opt, parse_value
 
 
 @dataclasses.dataclass
-class HarnessOptions(runs.DecodeOptions, runs.ModelOptions):
+class HarnessOptions(runs.ModelOptions, runs.DecodeOptions):
     """--model_args, and the harness's own --batch_size and --device"""
 
     adapter: str | None = opt(None, "adapter folder")
@@ -37,16 +38,22 @@ class HarnessOptions(runs.DecodeOptions, runs.ModelOptions):
 
 
 def read_options(given):
-    """{"pretrained": M, "greedy": True, ...} -> HarnessOptions. Raises ValueError, which names what is wrong."""
-    fields = {"pretrained" if f.name == "model" else f.name: f for f in dataclasses.fields(HarnessOptions)}
-    found = {}
+    """{"pretrained": M, "greedy": True, ...} -> HarnessOptions.
+
+    Raises ValueError for a name that it does not know, and for a value of another type."""
+    fields, found = {f.name: f for f in dataclasses.fields(HarnessOptions)}, {}
+    fields["pretrained"] = fields.pop("model")
     for name, value in given.items():
         if name not in fields:
             raise ValueError(f"--model_args {name}: known are {', '.join(fields)}")
+        if value is None:
+            continue
         f = fields[name]
-        if kind(f) is bool and value not in (True, False):
+        if kind(f) is not bool:
+            value = parse_value(f, str(value))
+        elif value not in (True, False):
             raise ValueError(f"--model_args {name}={value}: must be True or False")
-        found[f.name] = value if kind(f) is bool else parse_value(f, str(value))
+        found[f.name] = value
     if "model" not in found:
         raise ValueError("--model_args needs pretrained=M, a model folder or a Hub repo id")
     c = HarnessOptions(**found)
@@ -55,24 +62,34 @@ def read_options(given):
 
 
 class Answers:
-    """What the harness asks of a model. `main` adds its base class LM, which this file can do without."""
+    """What the harness asks of a model. `main` adds its base class LM, so that this file imports without it."""
 
-    # Two flags of the harness mean nothing here: no code of a checkpoint is ever run, and batches have one size.
-    # Without --device it says "cuda:0", also to each of several processes, and where there is none.
+    # Two flags of the harness mean nothing here: no code of a checkpoint is ever run, and batches
+    # have one size. Without --device the harness says "cuda:0", to every process, also where there
+    # is no GPU: that is our "auto".
     def __init__(self, device=None, trust_remote_code=None, max_batch_size=None, **model_args):
         super().__init__()
-        self.c = read_options({**model_args, "device": "auto" if device in (None, "cuda:0") else device})
+        if device not in (None, "cuda:0"):
+            model_args["device"] = device
+        self.c = read_options(model_args)
         self.processes = runs.Processes(self.c.device)
         self.loaded = runs.load_model(self.c, self.processes, self.c.adapter)
-        self.warn, self._device = runs.warner(self.processes), self.processes.device
+        self.warn, self.cuts = runs.warner(self.processes), False
         self._rank, self._world_size = self.processes.index, self.processes.count
+        self._device = self.processes.device
+
+    @classmethod
+    def create_from_arg_obj(cls, model_args, others=None):
+        """--model_args, and what the harness sets beside them: where both say something, the former."""
+        return cls(**{**(others or {}), **model_args})
 
     def generate_until(self, requests):
         """The text of an answer to every request (prompt, generation_kwargs), cut at its `until` strings."""
         groups, copies, texts = {}, Counter(), [None] * len(requests)
         for place, request in enumerate(requests):
             prompt, kwargs = request.args
-            # A question's number decides what is drawn, as in evaluate.py; asked again, it is drawn anew.
+            # A question's number is the seed of its answer, as in evaluate.py; asked again, it has
+            # another one.
             number, question = request.doc_id, (request.task_name, request.doc_id, request.idx)
             if copies[question]:
                 number = (number, copies[question])
@@ -87,40 +104,50 @@ class Answers:
             examples.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding
             for i in range(0, len(examples), self.c.batch_size):
                 batch = examples[i : i + self.c.batch_size]
-                records = evaluate.answer_batch(self.loaded, batch, settings, self.c.seed, self._device)
+                seed, device = self.c.seed, self._device
+                records = evaluate.answer_batch(self.loaded, batch, settings, seed, device)
                 for e, record in zip(batch, records):
                     text = texts[e["place"]] = data.cut(record["text"], stops)
-                    self.cache_hook.add_partial("generate_until", requests[e["place"]].args, text)
+                    asked = requests[e["place"]].args
+                    self.cache_hook.add_partial("generate_until", asked, text)  # for --use_cache
                 bar.update(len(batch))
         bar.close()
         return texts
 
     def settings(self, until=(), max_gen_toks=None, **others):
         """(arguments of decode.generate, stop strings) for a task's generation_kwargs."""
-        preset = None if max_gen_toks is None else dict(max_new_tokens=max_gen_toks)
-        return runs.decoder_settings(self.c, self.loaded, preset), [until] if isinstance(until, str) else until or ()
+        preset = {}
+        if max_gen_toks is not None:
+            preset["max_new_tokens"] = max_gen_toks
+        if isinstance(until, str):
+            until = [until]
+        return runs.decoder_settings(self.c, self.loaded, preset), until or ()
 
     def prompt_ids(self, prompt):
+        """Token ids of a prompt, cut on the left. The first one that is cut is warned of."""
         ids, most = self.loaded.tok.encode(prompt), self.c.prompt_tokens
         if not ids:
             raise ValueError("an empty prompt: the model needs at least one token to answer")
-        if len(ids) > most:
-            self.warn(f"a prompt of {len(ids)} tokens is cut on the left to {most} (--model_args prompt_tokens)")
+        if len(ids) > most and not self.cuts:
+            self.cuts = True
+            self.warn(f"a prompt of {len(ids)} tokens is cut on the left to {most} (prompt_tokens)")
         return ids[-most:]
 
     def loglikelihood(self, requests):
-        raise ValueError("a masked diffusion model has no left-to-right likelihood: choose generate_until tasks")
+        why = "a masked diffusion model has no left-to-right likelihood"
+        raise ValueError(f"{why}: choose tasks whose output_type is generate_until")
 
     loglikelihood_rolling = loglikelihood
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """Text of a conversation; without a generation prompt, its last turn is to be continued."""
         if add_generation_prompt:
             return self.loaded.tok.chat(chat_history)
-        return self.loaded.tok.chat(chat_history[:-1], prefix=chat_history[-1]["content"])  # a task's gen_prefix
+        return self.loaded.tok.chat(chat_history[:-1], prefix=chat_history[-1]["content"])
 
     def chat_template(self, chat_template=False):
         if isinstance(chat_template, str):
-            raise ValueError(f"--apply_chat_template {chat_template}: takes no name, the template is the checkpoint's")
+            raise ValueError(f"--apply_chat_template {chat_template}: takes no name, a checkpoint has one")
         return str(self.loaded.tok.template)
 
     @property
@@ -139,9 +166,9 @@ class Answers:
 
 def import_lm_eval():
     """(the harness's command line, LM, register_model). Raises ImportError, which says what to install."""
-    # The harness's tasks import Hugging Face's `evaluate`, and would find our evaluate.py. This file has all modules
-    # that it needs, so ours gives up the name, and the folder goes to the end of the path: processes that the harness
-    # starts may import this file again.
+    # The harness's tasks import Hugging Face's `evaluate`, and would find our evaluate.py. This file
+    # has imported all that it needs, so ours gives up the name, and its folder goes to the end of
+    # the path, where processes that the harness starts find the other modules.
     folder = Path(__file__).resolve().parent
     for entry in list(sys.path):
         if Path(entry).resolve() == folder:

@@ -477,7 +477,7 @@ def parse_config(raw, where="config.json"):
         raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; this code knows {known}")
     values = read_values(raw, family)
     values["rope_theta"], wrong = read_rope(raw)
-    wrong += check_values(values, family) + check_keys(raw, family)
+    wrong += check_config_values(values, family) + check_keys(raw, family)
     if not wrong:
         wrong = check_together(values, raw, family)
     if wrong:
@@ -533,7 +533,7 @@ def read_rope(raw):
     return theta, wrong
 
 
-def check_values(values, family):
+def check_config_values(values, family):
     """What is wrong with the single fields: missing, of another type, or of no sensible size."""
     wrong = []
     for f in dataclasses.fields(Config):

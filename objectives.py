@@ -258,7 +258,7 @@ def non_ltr_steps(batch):
         after_left = (order - left == 1) | (order - left == 0)
         after_left[:, 1:] &= left[:, 1:] >= 0
         marks = ~after_left
-    marks = marks.bool() & usable(batch)
+    marks = marks.bool() & was_decoded(batch)
     return [row[marked].unique().tolist() for row, marked in zip(order, marks)]
 
 
@@ -367,19 +367,19 @@ def nelbo(m, batch, mask=None, generator=None, mask_id=None):
     Raises ValueError for a row without a masked position."""
     if mask is None:
         mask = draw_mask(batch, generator)
-    mask = mask & usable(batch)
+    mask = mask & was_decoded(batch)
     if not mask.any(1).all():
         raise ValueError("mask: every row needs a masked position")
     loss = masked_nll(m, batch, mask, mask_id).mean()
-    share = mask.sum(1) / usable(batch).sum(1)
+    share = mask.sum(1) / was_decoded(batch).sum(1)
     return dict(loss=loss, ce=loss.detach(), masked=share.mean())
 
 
 def draw_mask(batch, generator, ratio=None):
     """Random masked positions, bool [B, N]: ratio of the tokens of each row, rounded and at least
     one, or a uniform number of them."""
-    mask = torch.zeros_like(usable(batch))
-    for row, can_mask, g in zip(mask, usable(batch), per_row(generator, len(mask))):
+    mask = torch.zeros_like(was_decoded(batch))
+    for row, can_mask, g in zip(mask, was_decoded(batch), per_row(generator, len(mask))):
         place = can_mask.nonzero()[:, 0]
         n = len(place)
         if n:
@@ -392,7 +392,7 @@ def draw_mask(batch, generator, ratio=None):
 def masked_nll(m, batch, mask, mask_id=None):
     """Mean of -log p(x0) over the masked positions [B, N] of each row, given the others: [B]."""
     positions, asked = select(mask, place_of(mask))  # [B, K]
-    logp = log_probs(m, batch, usable(batch) & ~mask, positions, mask_id)  # [B, K, V]
+    logp = log_probs(m, batch, was_decoded(batch) & ~mask, positions, mask_id)  # [B, K, V]
     return masked_mean(nll(logp, batch, positions), asked)
 
 
@@ -413,7 +413,7 @@ def dparallel(
 
     Source: the dParallel paper. Our reading: a pass that masks nothing (a short last block) does
     not count. Raises ValueError for a block behind the response."""
-    n, real = batch["length"], usable(batch)
+    n, real = batch["length"], was_decoded(batch)
     generators = per_row(generator, len(n))
     if block is None:
         rows = zip(n.tolist(), generators)
@@ -465,7 +465,7 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
     -> dict(tds: float, rows: one value a trajectory, per_step: one a step, curves: of each row).
 
     eos "so-far", the release's: at each step the positions left of the leftmost EOS that stands
-    there at that moment; a step with fewer than two has no value; per_step and curves end with the
+    there at that moment; a step with fewer than two has no value (None); per_step and curves end with the
     step that decoded the leftmost EOS of the final response (Figure 2). "final": at every step the
     positions before the final response's first EOS; one alone has the variance 0.
     h: a replay [B, S, N] of all positions, if made already; else one forward pass a step."""
@@ -480,9 +480,18 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
     return dict(
         tds=rows.nanmean().item(),
         rows=rows.tolist(),
-        per_step=per_step[~per_step.isnan()].tolist(),
-        curves=[row[~row.isnan()].tolist() for row in shown],
+        per_step=until_last_value(per_step),
+        curves=list(map(until_last_value, shown)),
     )
+
+
+def until_last_value(x):
+    """The numbers of x [S] up to the last that is no NaN; None for a NaN between them."""
+    known = (~x.isnan()).nonzero()[:, 0].tolist()
+    values = [None] * (known[-1] + 1 if known else 0)
+    for step in known:
+        values[step] = x[step].item()
+    return values
 
 
 def variance_by_step(h, batch, eos_id, eos="so-far"):
@@ -526,7 +535,7 @@ def entropies_when_decoded(h, batch):
     """Of a replay [B, S, N], each token's entropy at its own step, in decode order: [B, N]."""
     step = in_decode_order(masked_until(batch), batch)  # [B, N]
     own = h.gather(1, step.clamp(min=0)[:, None])[:, 0]
-    return own.masked_fill(~in_decode_order(usable(batch), batch), torch.nan)
+    return own.masked_fill(~in_decode_order(was_decoded(batch), batch), torch.nan)
 
 
 def windows_of_replay(h, batch, window):
@@ -535,7 +544,7 @@ def windows_of_replay(h, batch, window):
     start of a window (0..S - W of the row, or 0 alone in a shorter one)."""
     (B, S, N), steps = h.shape, decode_steps(batch)[:, None]
     start = torch.arange(S, device=h.device).expand(B, S).contiguous()
-    step = torch.where(usable(batch), batch["order"], NEVER).sort(1).values  # [B, N]
+    step = torch.where(was_decoded(batch), batch["order"], NEVER).sort(1).values  # [B, N]
     begin = torch.searchsorted(step, start)  # [B, S]: tokens decoded before t
     count = torch.searchsorted(step, start + window) - begin
     count = torch.where(start <= (steps - window).clamp(min=0), count, 0)
@@ -573,14 +582,14 @@ def valid(batch):
     return place_of(batch["response_ids"]) < batch["length"][:, None]
 
 
-def usable(batch):
+def was_decoded(batch):
     """True at the tokens that were decoded, which can be visible or a target: bool [B, N]."""
     return valid(batch) & (batch["order"] >= 0)
 
 
 def decode_steps(batch):
     """S of each trajectory, int64 [B]. Raises ValueError for one in which nothing was decoded."""
-    steps = torch.where(usable(batch), batch["order"], -1).amax(1) + 1
+    steps = torch.where(was_decoded(batch), batch["order"], -1).amax(1) + 1
     if (steps == 0).any():
         rows = (steps == 0).nonzero()[:, 0].tolist()
         raise ValueError(f"order: nothing was decoded (all -1) in rows {rows}: leave them out")
@@ -590,7 +599,7 @@ def decode_steps(batch):
 def decoded_before(batch, step):
     """U: the response tokens decoded before a step (one number, or [B]), bool [B, N]."""
     step = torch.as_tensor(step, device=batch["order"].device)
-    return usable(batch) & (batch["order"] < step[..., None])
+    return was_decoded(batch) & (batch["order"] < step[..., None])
 
 
 def context_and_targets(batch, first, size):
@@ -598,7 +607,7 @@ def context_and_targets(batch, first, size):
     `size` [B] steps from there on, in decode order, equal steps by position: [B, K]; and which of
     them are real."""
     since = batch["order"] - first[:, None]  # [B, N], steps since the state
-    following = (since >= 0) & (since < size[:, None]) & usable(batch)
+    following = (since >= 0) & (since < size[:, None]) & was_decoded(batch)
     return decoded_before(batch, first), *select(following, batch["order"])
 
 
@@ -613,7 +622,7 @@ def masked_until(batch):
 def counted_until(batch, eos_id, eos):
     """The last step at which each position counts for the TDS, int64 [B, N], -1 = at none; see
     `tds`. Raises ValueError for an eos other than "so-far" and "final"."""
-    until, is_eos = masked_until(batch), usable(batch) & (batch["response_ids"] == eos_id)
+    until, is_eos = masked_until(batch), was_decoded(batch) & (batch["response_ids"] == eos_id)
     if eos == "final":
         return torch.where(is_eos.cumsum(1) == 0, until, -1)
     if eos != "so-far":
@@ -625,7 +634,7 @@ def counted_until(batch, eos_id, eos):
 
 def first_eos_step(batch, eos_id):
     """The step that decoded the leftmost EOS of the final response, or NEVER: int64 [B]."""
-    is_eos = usable(batch) & (batch["response_ids"] == eos_id)
+    is_eos = was_decoded(batch) & (batch["response_ids"] == eos_id)
     leftmost = is_eos.int().argmax(1, keepdim=True)  # [B, 1]
     return torch.where(is_eos.any(1), batch["order"].gather(1, leftmost)[:, 0], NEVER)
 

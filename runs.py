@@ -58,15 +58,17 @@ class ModelOptions:
 
 @dataclass
 class DecodeOptions:
-    """the decoder (where a flag is absent: the model family's own, see DECODERS in runs.py)"""
+    """the decoder (in brackets what is meant where a flag is absent)"""
 
     max_new_tokens: int | None = opt(None, "response length (256)")
     steps: int | None = opt(None, "decoding steps (as many as tokens)")
-    block_length: int | None = opt(None, "decode blocks of so many tokens from left to right; 0 = one block")
-    strategy: str | None = opt(None, "which tokens to decode next", choices=decode.STRATEGIES)
-    schedule: str | None = opt(None, "how many tokens a step decodes", choices=decode.SCHEDULES)
-    temperature: float | None = opt(None, "of the token choice; 0 = the most probable one")
-    top_p: float | None = opt(None, "choose among the most probable tokens of this total probability")
+    block_length: int | None = opt(None, "decode blocks of so many tokens from left to right; 0 = one (LLaDA: 32)")
+    strategy: str | None = opt(
+        None, "which tokens to decode next (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
+    )
+    schedule: str | None = opt(None, "how many tokens a step decodes (the family's)", choices=decode.SCHEDULES)
+    temperature: float | None = opt(None, "of the token choice; 0 = the most probable one (Dream: 0.1, LLaDA: 0)")
+    top_p: float | None = opt(None, "choose among the most probable tokens of this total probability (Dream: 0.9)")
     top_k: int | None = opt(None, "choose among so many tokens")
     threshold: float | None = opt(None, "decode every token at least so probable at once, instead of the schedule")
     tokens_per_step: int | None = opt(None, "decode exactly so many tokens a step, instead of --steps (Table 4)", low=1)
@@ -306,8 +308,9 @@ def decoder_settings(c, loaded, preset=None):
     known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
     flags = {}
     for name in known:
-        if getattr(c, name) not in (None, False):
-            flags[name] = getattr(c, name)
+        value = getattr(c, name)
+        if value is not None and value is not False:  # 0 is a value: --temperature 0, --block-length 0
+            flags[name] = value
     settings = {}
     for layer in (DECODERS[family], preset or {}, own_decoder(loaded.folder, known), flags):
         paced = "steps" in layer or "tokens_per_step" in layer
@@ -441,7 +444,7 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def identity(folder, adapter=None):
+def content_hashes(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
     adapter_sha256 = None if adapter is None else fingerprint(lora.adapter_folder(adapter))
     return dict(model_sha256=fingerprint(folder), adapter_sha256=adapter_sha256)

@@ -188,12 +188,13 @@ COMMANDS = {
     "diagnose": (diagnose.diagnose, diagnose.DiagnoseOptions),
     "claims": (claims.claims, claims.ClaimsOptions),
 }
+VERSION = "0.2.0"
 ALONE = ("generate", "grade", "merge")  # nothing to share: under torchrun the first process does them
 
 
 def main(argv=None):
     """Run a command -> exit status. An error is one line on stderr."""
-    given = vars(command_line(COMMANDS, __doc__.split("\n")[0]).parse_args(argv))
+    given = vars(command_line(COMMANDS, __doc__.split("\n")[0], f"tabom {VERSION}").parse_args(argv))
     command = given.pop("command")
     run, options_class = COMMANDS[command]
     first = runs.place_among_processes()[0] == 0

@@ -69,7 +69,7 @@ RECIPES = {
 }
 
 
-def shown(recipe):
+def recipe_help(recipe):
     """A recipe in the help of the command line."""
     return f"{recipe['margin']} margin, {recipe['weight']} weight, {recipe['lr']} lr, {recipe['global_batch']} batch"
 
@@ -84,7 +84,7 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     recipe: str | None = opt(
         None,
         "one of the authors' settings; flags on the command line win: "
-        + "; ".join(f"{name}: {shown(recipe)}" for name, recipe in RECIPES.items()),
+        + "; ".join(f"{name}: {recipe_help(recipe)}" for name, recipe in RECIPES.items()),
         choices=tuple(RECIPES),
     )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
@@ -194,7 +194,7 @@ def with_adapter(c):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run between two of its steps."""
 
     c: TrainOptions
@@ -222,6 +222,7 @@ def train(c, processes=None, loaded=None):
     adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises ValueError
     for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that holds another
     run."""
+    # All that can fail on account of the user's input is in prepare(): from here on there are only steps.
     run = prepare(c, processes or runs.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
     also_log = open_log(c, run) if first else None
@@ -245,7 +246,7 @@ def train(c, processes=None, loaded=None):
                 show(bar, metrics)
             stop = run.processes.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
             if whole or stop or (c.save_every and (step + 1) % c.save_every == 0):
-                save(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
+                save_checkpoint(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
             if stop and step + 1 < run.end:
                 raise KeyboardInterrupt
     steps = max(run.done, run.end)
@@ -253,7 +254,7 @@ def train(c, processes=None, loaded=None):
 
 
 def prepare(c, processes, loaded=None):
-    """The Run that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
+    """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out))
@@ -267,7 +268,7 @@ def prepare(c, processes, loaded=None):
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
 
-    meta = dict(identity(c, records), **parameters, **runs.identity(loaded.folder, c.adapter))
+    meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     if more_epochs(c, processes):
@@ -281,13 +282,13 @@ def prepare(c, processes, loaded=None):
         objective = functools.partial(objective, reference=reference)
         if c.adapter:
             reference.update()
-    fused = processes.device.type == "cuda"
+    fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
     out = runs.open_run(c.out, meta, processes, free)
     if processes.first:
         warn_of_options(c, total, unused)
-    loaded.m.train()
+    loaded.m.train()  # for dropout, and T3D's random tokens
     loaded.m.gradient_checkpointing = c.gradient_checkpointing
     done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
     if processes.first:
@@ -296,7 +297,7 @@ def prepare(c, processes, loaded=None):
             tqdm.write(f"continuing at step {done} of {total}", sys.stderr)
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
-    return Run(
+    return TrainingRun(
         c, processes, loaded, records, held_out, objective, weights, optimizer, reference, out, last, global_batch,
         steps_per_epoch, total, end, done,
     )  # fmt: skip
@@ -306,7 +307,7 @@ def trainable(c, m, last):
     """The weights to train, by name: all of them, or those of an adapter, new or as in a checkpoint."""
     if c.lora_rank == 0:
         m.requires_grad_(True)
-    elif last or c.adapter:
+    elif last or c.adapter:  # the checkpoint before the adapter: a continued run is past its start
         lora.load(m, last or c.adapter)
         for layer in lora.layers(m).values():
             layer.dropout = c.lora_dropout
@@ -331,6 +332,7 @@ def identity(c, records):
     for name, value in RECIPES.get(c.recipe, {}).items():
         if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
+    # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
 
@@ -354,8 +356,10 @@ def split_off(records, c):
     if c.held_out >= len(records):
         raise ValueError(f"--held-out {c.held_out}: there are {len(records)} records, and none would be trained on")
     chosen = set(data.epoch_order(len(records), c.seed, "held out")[: c.held_out])
-    held_out = [r for i, r in enumerate(records) if i in chosen]
-    return held_out, [r for i, r in enumerate(records) if i not in chosen]
+    parts = [], []
+    for i, record in enumerate(records):
+        parts[i not in chosen].append(record)
+    return parts
 
 
 def open_log(c, run):
@@ -406,12 +410,12 @@ def show(bar, metrics):
     bar.update()
 
 
-def save(run, step, name):
+def save_checkpoint(run, step, name):
     """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
     run.last = run.out / name
     if run.processes.first:
         shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
-        with runs.atomic_folder(run.last) as beside:
+        with runs.atomic_folder(run.last) as beside:  # a kill leaves the checkpoint before it whole
             runs.write_checkpoint(beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference)
         runs.prune(run.out, run.c.keep_last)
     run.processes.barrier()
@@ -432,6 +436,7 @@ def global_batch_of(run, epoch, i):
 def train_step(run, step, epoch, chosen):
     """One optimizer step on the records of a global batch -> its line of metrics.jsonl."""
     begun, c, processes = time.time(), run.c, run.processes
+    # Only dropout draws from the global state: all else has a generator that depends on the example alone.
     torch.manual_seed(data.generator(c.seed, step, processes.index, "dropout").initial_seed())
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
@@ -444,6 +449,8 @@ def train_step(run, step, epoch, chosen):
         losses = run.objective(
             run.loaded.m, runs.batch_of(records, run.loaded, processes), generator=generators, **more
         )
+        # The loss of the global batch is the mean over its rows; this is the share of these rows in it. Backward adds
+        # to the gradients that are there, so that no forward pass has to hold the whole batch.
         share = len(records) / len(chosen)
         (losses["loss"] * share).backward()
         for name, value in losses.items():
@@ -454,20 +461,20 @@ def train_step(run, step, epoch, chosen):
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
     *means, tokens = processes.sum([*(sums.get(name, 0.0) for name in names), tokens])
     weights = list(run.weights.values())
-    processes.sum_gradients(weights)
+    processes.sum_gradients(weights)  # a sum, not a mean: each process's part has its share in it already
 
     # 3. the step
     lr = learning_rate(step, run.total, c)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf).item()  # of the whole batch's gradient
     metrics = dict(step=step + 1, epoch=epoch + 1, **dict(zip(names, means)), grad_norm=norm, lr=lr)
     metrics["tokens_per_second"] = round(tokens / (time.time() - begun), 1)
-    if math.isfinite(metrics["loss"] + norm):
+    if math.isfinite(metrics["loss"] + norm):  # the same on every process: the sums are
         run.optimizer.step()
     else:
         metrics = without_step(run, metrics, chosen)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)  # a dropped step must not leave its gradient to the next one
     return metrics
 
 
@@ -478,6 +485,7 @@ def on_held_out(run):
     The same windows are drawn after every epoch, so that the losses compare."""
     c, processes, m = run.c, run.processes, run.loaded.m
     m.eval()
+    # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
     total, mine = 0.0, run.held_out[processes.index :: processes.count]
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
@@ -499,6 +507,7 @@ def pair_share(run, epoch, chosen):
     if "pair_share" not in inspect.signature(run.objective).parameters:
         return {}
     batch = data.collate(chosen, run.loaded.m.config.pad_id)
+    # The same keys as in train_step, so the same windows: of all rows, not only of this process's.
     generators = [data.generator(run.c.seed, epoch, r["id"]) for r in chosen]
     window, starts = parameters["window"], parameters["starts"]
     share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
@@ -506,6 +515,7 @@ def pair_share(run, epoch, chosen):
 
 
 def length(record):
+    """Tokens of a record's prompt and response."""
     return len(record["prompt_ids"]) + len(record["response_ids"])
 
 
@@ -524,7 +534,7 @@ def without_step(run, metrics, chosen):
 
 def learning_rate(step, total, c):
     """Linear warm-up from 0 to the peak, then a cosine to the final rate; step counts from 0."""
-    if step < c.warmup:
+    if step < c.warmup:  # the first step has the rate 0, as in the release
         return c.lr * step / c.warmup
     done = (step - c.warmup) / max(total - c.warmup, 1)
     return c.final_lr + (c.lr - c.final_lr) * (1 + math.cos(math.pi * done)) / 2
@@ -537,6 +547,7 @@ def training_records(c, loaded, parameters, processes):
     """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
     id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for."""
     path, say = Path(c.data), runs.warner(processes)
+    # A dataset's answers have no decode order, and only Eq. 1 does without one.
     if data.holds_trajectories(path):
         kept = usable_trajectories(c, path, loaded, processes, say)
     elif c.objective == "nelbo":
@@ -573,10 +584,13 @@ def usable_trajectories(c, path, loaded, processes, say):
         raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")
     check_finished(c, path, meta, len(records), processes)
     kept = [r for r in records if data.usable(r, c.keep)]
-    if not kept:
+    if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
         finished = sum(bool(r.get("finished")) for r in records)
         wrong = sum(r.get("correct") is False for r in records)
         raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong)")
+    wrong = sum(r.get("correct") is False for r in kept)
+    if wrong:
+        say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
 
 

@@ -42,6 +42,7 @@ from options import opt, row_list
 # with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
 TRAINING = dict(epochs=3, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
+PINNED = dict(weight_decay=0.0, cut_eos=True)  # as the committed results were made; not train's defaults
 ROWS = {
     "SFT-GT": dict(objective=sweep.GROUND_TRUTH),
     "SFT-SD": dict(objective="nelbo"),
@@ -109,14 +110,14 @@ def claims(c):
     for seed, name, base in itertools.product(range(c.seeds), rows, bases):
         settings = settings_of(name, c.seed + seed)
         folder = base / "runs" / name / f"seed-{settings['seed']}"
-        check_settings(folder, settings)
+        check_row_settings(folder, settings)
         jobs[folder] = functools.partial(run_of_row, c, alone, base, settings)
         needs[folder] = base
     sweep.share(jobs, processes, alone, needs)
     if not processes.first:
         return None
     found = collect(out)
-    report.write(out / "results", found, loss_curves(out), list(GRID), about(c, out))
+    report.write_report(out / "results", found, loss_curves(out), list(GRID), about(c, out))
     return dict(out=str(out / "results"), runs=len(found), rows=len(report.names_of(found)))
 
 
@@ -152,7 +153,8 @@ def about(c, out):
     commands = [row for _, row in data.read_rows(out / "commands.jsonl")]
     machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
     sizes = QUICK if c.quick else SIZES
-    return dict(commands=commands, setting=SETTING, training=TRAINING, sizes=sizes, machine=machine)
+    training = {**TRAINING, **PINNED}
+    return dict(commands=commands, setting=SETTING, training=training, sizes=sizes, machine=machine)
 
 
 def settings_of(name, seed):
@@ -163,7 +165,7 @@ def settings_of(name, seed):
     return settings
 
 
-def check_settings(folder, settings):
+def check_row_settings(folder, settings):
     """Raises ValueError for a run that is there already and was made with other settings."""
     before = sweep.result_of(folder)
     if before and before["settings"] != settings:
@@ -234,6 +236,7 @@ def of_base(c, base):
         device="cpu",
         compile=c.compile,
         **TRAINING,
+        **PINNED,
     )
 
 

@@ -84,14 +84,14 @@ def diagnose(c, processes=None):
     if not processes.first:
         return None
     with runs.atomic_folder(c.out) as beside:
-        write(beside, found, metrics)
+        write_results(beside, found, metrics)
     summary = [one["summary"] for one in found]
     if summary:
         print(summary_table(summary, c.window))
     return dict(out=str(c.out), models=summary)
 
 
-def write(folder, found, metrics):
+def write_results(folder, found, metrics):
     """The JSON Lines and pictures. found: what measure_model gave for each model; metrics: {run:
     lines}."""
     tables = {}
@@ -192,7 +192,7 @@ def records_of(c, processes, loaded):
     stored = data.holds_trajectories(c.data)
     given = []
     for name in field_names(runs.DecodeOptions):
-        if getattr(c, name) not in (None, False):
+        if getattr(c, name) is not None and getattr(c, name) is not False:
             given.append(flag(name))
     if stored and not c.fresh and given:
         raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")

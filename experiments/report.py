@@ -1,6 +1,6 @@
 """Tables, intervals and pictures of the runs of claims.py, all computed from the stored runs.
 
-    report.write(folder, found, losses, grid, about)    # found: (row, base model, seed) -> result
+    report.write_report(folder, found, losses, grid, about)    # found: (row, base model, seed) -> result
     python -m experiments.report experiments/results    # tables and pictures of a folder, again
 
     results.json     how the experiment was run, and every run with its scores
@@ -94,7 +94,7 @@ def measures(result):
 def scores_of(result, name, tokens_per_step=1):
     """The scores of a run on the test set of that stem. Raises KeyError if it was not tested so."""
     for one in result["tests"]:
-        if sweep.stem(one["source"]) == name and one["tokens_per_step"] == tokens_per_step:
+        if sweep.source_name(one["source"]) == name and one["tokens_per_step"] == tokens_per_step:
             return one["scores"]
     raise KeyError(f"{name} with {tokens_per_step} tokens per step")
 
@@ -371,7 +371,7 @@ def accuracy_curves(found, names):
 # ---------------------------------------------------------------------------------------- a folder
 
 
-def write(folder, found, losses, grid, about):
+def write_report(folder, found, losses, grid, about):
     """Write results.json, the tables and the pictures, and print the tables. losses: rows of the
     cross-entropy over the mask ratio. grid: the names of the rows of Table 9. about: what else
     results.json says of the experiment."""

@@ -222,11 +222,11 @@ def measure(kind, family, size, way, device, dtype, steps, batch_size, repeat):
     g = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, 1000, (batch_size, PROMPT), generator=g).to(device)
     if kind == "train":
-        call, tokens = training(m, prompt, way, g), TRAINED * (PROMPT + NEW)
+        call, tokens = step_of(m, prompt, way, g), TRAINED * (PROMPT + NEW)
         call()  # warm up: libraries set up buffers of their own, which are not ours
         found = fastest(m, device, repeat, call, calls=3)
         return dict(found, tokens_per_second=tokens / found["seconds"], outside=None, response=None)
-    call = functools.partial(decoding(family, way), m, prompt)
+    call = functools.partial(decoder_of(family, way), m, prompt)
     call(steps=4)
     found = fastest(m, device, repeat, functools.partial(call, steps=steps))
     found["tokens_per_second"] = batch_size * NEW / found["seconds"]
@@ -250,7 +250,7 @@ def fastest(m, device, repeat, call, calls=1):
     return dict(best, memory=memory.peak())
 
 
-def decoding(family, way):
+def decoder_of(family, way):
     """A function of a model, prompts [B, P] and steps that decodes in one way: plain or ours."""
     if way == "plain" and family == "llada":
         return functools.partial(plain_llada, new=NEW, block_length=32)
@@ -268,7 +268,7 @@ def decoding(family, way):
     return ours
 
 
-def training(m, prompt, way, g):
+def step_of(m, prompt, way, g):
     """A function that makes a TABOM step at batch 4 and window 32: forward, backward, AdamW on a
     LoRA of rank 16."""
     lora.inject(m)

@@ -80,7 +80,10 @@ def sweep(c):
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
-        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), processes)
+        distilling = runs.Processes(c.device)
+        distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), distilling)
+        distilling.unlock()  # who trains on them sees by the lock that they are finished
+        processes.barrier()
 
     alone = runs.Processes(c.device, alone=True)
     bench = Workbench(c, alone)
@@ -110,9 +113,9 @@ def check_sweep(c, grid):
         raise ValueError(f"--metric {c.metric} needs --validation; --metric last takes the last checkpoint")
     stems = set()
     for source in c.test:
-        if stem(source) in stems:
-            raise ValueError(f"--test has two sets called {stem(source)}: rename one")
-        stems.add(stem(source))
+        if source_name(source) in stems:
+            raise ValueError(f"--test has two sets called {source_name(source)}: rename one")
+        stems.add(source_name(source))
     if c.rounds > 1 and c.lora_rank == 0:
         raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
     prompts = not data.holds_trajectories(c.data)
@@ -134,11 +137,11 @@ def identity(c):
     for source in (c.data, c.ground_truth, c.validation, *c.test):
         if source is not None and source not in evaluate.TASKS:
             contents[str(source)] = list(map(runs.fingerprint, data.trajectory_files(source)))
-    base = runs.identity(model.resolve(c.model), c.adapter)
+    base = runs.content_hashes(model.resolve(c.model), c.adapter)
     return dict(command="sweep", **settings, **base, contents=contents, versions=runs.versions())
 
 
-def stem(source):
+def source_name(source):
     """data/test_in.jsonl.gz -> test_in"""
     return Path(source).name.split(".")[0]
 
@@ -257,7 +260,7 @@ def expand(c):
 
 def grid_options():
     """Name -> field of the options of train that a grid may vary: neither switches nor lists, and
-    not what is the same in all runs."""
+    not what is the same in all runs (a recipe sets options before the grid does)."""
     same = {"out", "adapter", "recipe", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
     found = {}
     for f in dataclasses.fields(train.TrainOptions):
@@ -433,9 +436,9 @@ def answer_tests(bench, checkpoint, folder, seed):
     tokens_per_step and scores. The first scores also say how the answers are ordered."""
     found = []
     for source, at_once in itertools.product(bench.c.test, bench.c.tokens_per_step):
-        where = folder / f"test-{stem(source)}"
+        where = folder / f"test-{source_name(source)}"
         if at_once != 1:
-            where = folder / f"test-{stem(source)}-{at_once}"
+            where = folder / f"test-{source_name(source)}-{at_once}"
         scores = answer_set(bench, checkpoint, source, where, seed, at_once)
         if not found:
             scores.update(order_of_answers(bench, checkpoint, source, where))
@@ -545,8 +548,8 @@ def score_title(score):
     if score["measure"] != "test %":
         return score["measure"]
     if score["tokens_per_step"] == 1:
-        return f"{stem(score['source'])} %"
-    return f"{stem(score['source'])}, {score['tokens_per_step']} a step %"
+        return f"{source_name(score['source'])} %"
+    return f"{source_name(score['source'])}, {score['tokens_per_step']} a step %"
 
 
 def score_cell(score):

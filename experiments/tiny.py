@@ -1,6 +1,8 @@
 """The tiny model of the experiments: LLaDA's layout, 372,960 parameters, a token per character.
 
     python -m experiments.tiny out/tiny [--seed 0]    # to out/tiny/tiny: 21 minutes on one core
+    python -m experiments.tiny out/random --tokenizer FOLDER    # random weights under a real vocabulary: to try
+                                                      # commands on real prompts without a large model
     tiny.write_start(folder, seed)                    # the model before training, and its tokenizer
     tiny.retrain(folder, seed)                        # trained on easy puzzles by train.py
 
@@ -129,6 +131,7 @@ def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, pro
             batch_size=64,
             lr=3e-3,
             warmup=50,
+            weight_decay=0.0,
             seed=seed,
         ),
         processes,
@@ -140,14 +143,35 @@ def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, pro
     return {**result, "tiny": str(folder / "tiny")}
 
 
+def write_random(folder, source, seed=0):
+    """A model of Dream's layout with random weights and the tokenizer of another folder: it answers nonsense, and runs
+    every command on real prompts -> what it is. Raises ValueError for a tokenizer without a mask or an EOS token."""
+    source, folder = Path(source), Path(folder)
+    runs.must_be_free(folder)
+    tok = data.load_tokenizer(source)
+    if tok.mask_id is None or tok.eos_id is None:
+        raise ValueError(f"{source}: the tokenizer names no mask_token or no eos_token, which a masked model needs")
+    raw = dict(model_type="Dream", architectures=["DreamModel"], hidden_act="silu", rope_theta=1e6, rms_norm_eps=1e-6)
+    raw.update(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128)
+    raw.update(vocab_size=-(-tok.size // 64) * 64, max_position_embeddings=4096, tie_word_embeddings=False)
+    pad_id = tok.eos_id if tok.pad_id is None else tok.pad_id
+    raw.update(mask_token_id=tok.mask_id, eos_token_id=tok.eos_id, pad_token_id=pad_id, initializer_range=0.3)
+    with runs.atomic_folder(folder) as beside:
+        m = model.create(raw, data.generator(seed, "random"))
+        model.save(m, beside)
+        runs.copy_extras(source, beside)
+    return dict(model=str(folder), parameters=sum(p.numel() for p in m.parameters()), vocabulary=tok.size)
+
+
 def main(argv=None):
     """The command line -> exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tiny", description=__doc__.split("\n")[0])
     parser.add_argument("out", help="folder; the trained model is in its subfolder tiny")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="train nothing: random weights under the tokenizer of this model folder")
     c = parser.parse_args(argv)
     try:
-        result = retrain(c.out, c.seed)
+        result = write_random(c.out, c.tokenizer, c.seed) if c.tokenizer else retrain(c.out, c.seed)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import BYTES_CONFIG, Golden, Toy, flags
+from helpers import BYTES_CONFIG, TRAIN, Golden, Toy, flags
 
 import model
 import tabom
@@ -12,6 +12,17 @@ from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
 
 torch.set_num_threads(1)  # small models are fastest on one thread, and others use the machine too
+
+
+def pytest_collection_modifyitems(config, items):
+    """Exhaustive tests take many minutes and 16 GB of disk: only an -m that names them runs them."""
+    if "exhaustive" in config.option.markexpr:
+        return
+    kept, left_out = [], []
+    for item in items:
+        (left_out if item.get_closest_marker("exhaustive") else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(scope="session", params=["llada", "dream"])
@@ -42,6 +53,14 @@ def puzzles(tmp_path_factory):
 def trajectories(tiny, puzzles, tmp_path_factory):
     out = tmp_path_factory.mktemp("T") / "T"
     assert tabom.main(["distill", *flags(model=tiny, data=puzzles, out=out, check="exact")]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, trajectories, tmp_path_factory):
+    """A run of TRAIN: 6 steps, 2 epochs. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("R") / "R"
+    assert tabom.main(["train", *flags(model=tiny, data=trajectories, out=out, **TRAIN)]) == 0
     return out
 
 

@@ -22,6 +22,7 @@ def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
     assert not unused
     assert all(parameters[k] == v for k, v in settings.items() if k not in ("objective", "seed"))
     assert made.seed == 3
+    assert made.weight_decay == 0 and made.cut_eos  # as the committed results were made
     assert (made.epochs, made.lr) == (claims.TRAINING["epochs"], claims.TRAINING["lr"])
 
 
@@ -76,9 +77,9 @@ def test_a_finished_experiment_of_an_old_version_is_read(tmp_path):
     assert "| base-0 | 3 | 25.0 | 25.0 | 9 | 5 | 7 |" in text
     assert "| SFT-SD | 1 | 50.0 | 50.0 | +25.0 | - | - |" in text
     assert "| ground truth | 2.0000 |" in text and "| self-distilled | 0.5000 |" in text
-    claims.check_settings(base / "runs" / "SFT-SD" / "seed-0", settings)
+    claims.check_row_settings(base / "runs" / "SFT-SD" / "seed-0", settings)
     with pytest.raises(ValueError, match="was made with .*remove it"):
-        claims.check_settings(base / "runs" / "SFT-SD" / "seed-0", dict(settings, lr=0.5))
+        claims.check_row_settings(base / "runs" / "SFT-SD" / "seed-0", dict(settings, lr=0.5))
 
 
 # --------------------------------------------------------------------------------------------------------- end to end

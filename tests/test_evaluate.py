@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import evaluate
+import model
 import runs
 import tabom
 from benchmarks import gsm8k
@@ -232,6 +233,19 @@ def test_shots_come_before_the_question(bytes_model, tmp_path):
     (record,) = data.read_trajectories(tmp_path / "E" / "gsm8k")
     text = data.load_tokenizer(bytes_model).decode(record["prompt_ids"])
     assert text.startswith("user: one\nassistant: two\nuser: Q: What?")
+
+
+def test_what_was_never_decoded_has_the_order_minus_one(bytes_model):
+    m, tok = model.load(bytes_model), data.load_tokenizer(bytes_model)
+    settings = dict(max_new_tokens=8, steps=2, threshold=1.0)
+    texts, (record,) = evaluate.answer(m, tok, ["one"], settings)
+    masks = [r for r, token in enumerate(record["response_ids"]) if token == m.config.mask_id]
+    assert len(masks) == 6
+    for r in range(8):
+        assert (record["order"][r] == -1) == (r in masks)
+    assert sorted(record["order"])[6:] == [0, 1]
+    data.check_record(record, "here", m.config.vocab_size, m.config.mask_id)
+    assert texts == [record["text"]]
 
 
 # ------------------------------------------------------------------------------------------------------------ grade

@@ -1,4 +1,7 @@
-"""The readers of foreign files against more than 10,000 broken ones: python -m pytest tests/test_fuzz.py
+"""The readers of foreign files against broken ones.
+
+python -m pytest tests/test_fuzz.py                             # 600 files
+python -m pytest -m "not exhaustive" tests/test_fuzz.py         # more than 10,000
 
 Whatever a file holds, a reader gives an answer or one of the errors that the command line prints as one line; anything
 else, and a hang, is a failure. Half of the inputs are random, half are good files with a few things changed."""
@@ -25,12 +28,21 @@ import model
 import runs
 
 ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # what tabom.main() turns into one line
-SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 TINY = FOLDER / "llada-tiny"
 
 
-def fuzz(count):
-    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=SLOW, derandomize=True)
+@pytest.fixture(params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def fuzz(request):
+    """A decorator that calls the function below it with `count` examples of the strategies, or with a twentieth."""
+
+    def decorate(count, *strategies):
+        if request.param == "few":
+            count //= 20
+        some = settings(max_examples=count, deadline=None, database=None, suppress_health_check=SLOW, derandomize=True)
+        return lambda check: given(*strategies)(some(check))()
+
+    return decorate
 
 
 def survives(read, *arguments, **options):
@@ -104,57 +116,62 @@ def read_all(path):
     survives(data.holds_trajectories, path)
 
 
-@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".parquet", ".txt"]), st.booleans())
-@fuzz(1500)
-def test_random_bytes_as_a_dataset(place, content, suffix, packed):
-    path = place / f"a{suffix}"
-    path.write_bytes(gzip.compress(content, 1) if packed else content)
-    read_all(path)
+def test_random_bytes_as_a_dataset(fuzz, place):
+    @fuzz(
+        1500,
+        st.binary(max_size=200),
+        st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".parquet", ".txt"]),
+        st.booleans(),
+    )
+    def check(content, suffix, packed):
+        path = place / f"a{suffix}"
+        path.write_bytes(gzip.compress(content, 1) if packed else content)
+        read_all(path)
 
 
-@given(st.lists(values, max_size=4), st.sampled_from([".jsonl", ".json"]))
-@fuzz(2000)
-def test_random_rows_as_a_dataset(place, rows, suffix):
-    path = place / f"b{suffix}"
-    text = "\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps(rows)
-    path.write_text(text, encoding="utf-8")
-    read_all(path)
+def test_random_rows_as_a_dataset(fuzz, place):
+    @fuzz(2000, st.lists(values, max_size=4), st.sampled_from([".jsonl", ".json"]))
+    def check(rows, suffix):
+        path = place / f"b{suffix}"
+        text = "\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps(rows)
+        path.write_text(text, encoding="utf-8")
+        read_all(path)
 
 
 RECORD = dict(id="a", prompt="x", answer="y", prompt_ids=[3, 4], response_ids=[5, 6, 1], order=[2, 0, 1], finished=True)
 
 
-@given(st.integers(0, 2**40))
-@fuzz(1500)
-def test_a_damaged_trajectory(place, seed):
-    path = place / "c.jsonl"
-    good = json.dumps(RECORD).encode()
-    bad = json.dumps(changed(RECORD, seed)).encode() if seed % 2 else mutated(good, seed)
-    path.write_bytes(good.replace(b'"a"', b'"b"') + b"\n" + bad + b"\n")
-    try:
-        records = data.read_trajectories(path, 64)
-    except ERRORS:
-        return
-    for r in records:  # what was accepted can be trained on
-        data.usable(r)
-        data.collate([data.cut_at_eos(r, {1})], 0)
+def test_a_damaged_trajectory(fuzz, place):
+    @fuzz(1500, st.integers(0, 2**40))
+    def check(seed):
+        path = place / "c.jsonl"
+        good = json.dumps(RECORD).encode()
+        bad = json.dumps(changed(RECORD, seed)).encode() if seed % 2 else mutated(good, seed)
+        path.write_bytes(good.replace(b'"a"', b'"b"') + b"\n" + bad + b"\n")
+        try:
+            records = data.read_trajectories(path, 64)
+        except ERRORS:
+            return
+        for r in records:  # what was accepted can be trained on
+            data.usable(r)
+            data.collate([data.cut_at_eos(r, {1})], 0)
 
 
 AUTHORS = dict(method="entropy", question="L12.", answer="1", gen_text="1", response_token_ids=[5, 6, 1])
 AUTHORS.update(decoding_order=[1, 0, -1], non_ltr_positions=[0], data_source="x", messages=[])
 
 
-@given(st.integers(0, 2**40))
-@fuzz(800)
-def test_a_damaged_trajectory_of_the_authors(place, tiny, seed):
-    tok, path, said = tokenizer_of(tiny), place / "d.jsonl", []
-    path.write_text(json.dumps(AUTHORS) + "\n" + json.dumps(changed(AUTHORS, seed)) + "\n")
-    try:
-        records = data.read_trajectories(path, 64, tok, {"entropy"}, tok.mask_id, 8, said.append)
-    except ERRORS:
-        return
-    assert len(records) >= 1
-    data.collate([data.cut_at_eos(r, tok.stop_ids) for r in records], 0)
+def test_a_damaged_trajectory_of_the_authors(fuzz, place, tiny):
+    @fuzz(800, st.integers(0, 2**40))
+    def check(seed):
+        tok, path, said = tokenizer_of(tiny), place / "d.jsonl", []
+        path.write_text(json.dumps(AUTHORS) + "\n" + json.dumps(changed(AUTHORS, seed)) + "\n")
+        try:
+            records = data.read_trajectories(path, 64, tok, {"entropy"}, tok.mask_id, 8, said.append)
+        except ERRORS:
+            return
+        assert len(records) >= 1
+        data.collate([data.cut_at_eos(r, tok.stop_ids) for r in records], 0)
 
 
 @functools.cache
@@ -162,11 +179,11 @@ def tokenizer_of(folder):
     return data.load_tokenizer(folder)
 
 
-@given(st.integers(0, 2**40))
-@fuzz(1500)
-def test_a_damaged_config(seed):
-    raw = json.loads((FOLDER / ("llada-tiny", "dream-tiny")[seed % 2] / "config.json").read_text())
-    survives(model.parse_config, changed(raw, seed))
+def test_a_damaged_config(fuzz):
+    @fuzz(1500, st.integers(0, 2**40))
+    def check(seed):
+        raw = json.loads((FOLDER / ("llada-tiny", "dream-tiny")[seed % 2] / "config.json").read_text())
+        survives(model.parse_config, changed(raw, seed))
 
 
 def copied(place, source, name):
@@ -176,41 +193,42 @@ def copied(place, source, name):
     return folder
 
 
-@given(st.integers(0, 2**40))
-@fuzz(1000)
-def test_a_damaged_model_folder(place, seed):
+def test_a_damaged_model_folder(fuzz, place):
     """config.json, the header of model.safetensors, or an index that was written by somebody else."""
-    folder = copied(place, TINY, "model")
-    file = folder / ("config.json", "model.safetensors", "model.safetensors.index.json")[seed % 3]
-    good = file.read_bytes() if file.exists() else None
-    if file.name == "config.json":
-        file.write_text(json.dumps(changed(json.loads(good), seed)))
-    elif good is not None:
-        header = 8 + int.from_bytes(good[:8], "little")
-        file.write_bytes(mutated(good[:header], seed) + good[header:])
-    else:
-        names = {f"model.transformer.{i}": "model.safetensors" for i in range(3)}
-        file.write_text(json.dumps(changed(dict(metadata={}, weight_map=names), seed)))
-    try:
-        survives(model.load, folder)
-    finally:
-        file.unlink() if good is None else file.write_bytes(good)
+
+    @fuzz(1000, st.integers(0, 2**40))
+    def check(seed):
+        folder = copied(place, TINY, "model")
+        file = folder / ("config.json", "model.safetensors", "model.safetensors.index.json")[seed % 3]
+        good = file.read_bytes() if file.exists() else None
+        if file.name == "config.json":
+            file.write_text(json.dumps(changed(json.loads(good), seed)))
+        elif good is not None:
+            header = 8 + int.from_bytes(good[:8], "little")
+            file.write_bytes(mutated(good[:header], seed) + good[header:])
+        else:
+            names = {f"model.transformer.{i}": "model.safetensors" for i in range(3)}
+            file.write_text(json.dumps(changed(dict(metadata={}, weight_map=names), seed)))
+        try:
+            survives(model.load, folder)
+        finally:
+            file.unlink() if good is None else file.write_bytes(good)
 
 
-@given(st.integers(0, 2**40))
-@fuzz(1000)
-def test_a_damaged_adapter(place, golden_model, seed):
-    folder = copied(place, TINY / "adapter", "adapter")
-    file = folder / ("adapter_config.json", "adapter_model.safetensors")[seed % 2]
-    good = file.read_bytes()
-    if file.suffix == ".json":
-        file.write_text(json.dumps(changed(json.loads(good), seed)))
-    else:
-        file.write_bytes(mutated(good[:600], seed) + good[600:])
-    try:
-        survives(lora.load, golden_model(), folder)
-    finally:
-        file.write_bytes(good)
+def test_a_damaged_adapter(fuzz, place, golden_model):
+    @fuzz(1000, st.integers(0, 2**40))
+    def check(seed):
+        folder = copied(place, TINY / "adapter", "adapter")
+        file = folder / ("adapter_config.json", "adapter_model.safetensors")[seed % 2]
+        good = file.read_bytes()
+        if file.suffix == ".json":
+            file.write_text(json.dumps(changed(json.loads(good), seed)))
+        else:
+            file.write_bytes(mutated(good[:600], seed) + good[600:])
+        try:
+            survives(lora.load, golden_model(), folder)
+        finally:
+            file.write_bytes(good)
 
 
 @pytest.fixture(scope="module")
@@ -219,24 +237,24 @@ def golden_model():
     return lambda: loaded if not lora.layers(loaded) else model.load(TINY)
 
 
-@given(st.integers(0, 2**40))
-@fuzz(800)
-def test_a_damaged_tokenizer(place, tiny, seed):
-    folder = copied(place, tiny, "tokenizer")
-    file = folder / ("tokenizer_config.json", "tokenizer.json")[seed % 2]
-    good = file.read_bytes()
-    file.write_bytes(json.dumps(changed(json.loads(good), seed)).encode() if seed % 4 < 2 else mutated(good, seed))
+def test_a_damaged_tokenizer(fuzz, place, tiny):
+    @fuzz(800, st.integers(0, 2**40))
+    def check(seed):
+        folder = copied(place, tiny, "tokenizer")
+        file = folder / ("tokenizer_config.json", "tokenizer.json")[seed % 2]
+        good = file.read_bytes()
+        file.write_bytes(json.dumps(changed(json.loads(good), seed)).encode() if seed % 4 < 2 else mutated(good, seed))
 
-    def use():
-        tok = data.load_tokenizer(folder)
-        ids = data.encode_prompt(tok, [dict(role="user", content="L12.")])
-        tok.response_text(ids)
-        tok.unused_ids(32)
+        def use():
+            tok = data.load_tokenizer(folder)
+            ids = data.encode_prompt(tok, [dict(role="user", content="L12.")])
+            tok.response_text(ids)
+            tok.unused_ids(32)
 
-    try:
-        survives(use)
-    finally:
-        file.write_bytes(good)
+        try:
+            survives(use)
+        finally:
+            file.write_bytes(good)
 
 
 PIECES = [
@@ -256,32 +274,32 @@ PIECES = [
 PIECES += [" raise_exception('x') ", " range(10**9) ", "|tojson", "|length", " % ", "__class__", ".__init__", " tools "]
 
 
-@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=14))
-@fuzz(1000)
-def test_a_foreign_chat_template(tiny, pieces):
-    tok = data.load_tokenizer(tiny)
-    tok.template, tok.compiled = "".join(pieces), None
-    survives(tok.chat, [dict(role="user", content="L12.")])
+def test_a_foreign_chat_template(fuzz, tiny):
+    @fuzz(1000, st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=14))
+    def check(pieces):
+        tok = data.load_tokenizer(tiny)
+        tok.template, tok.compiled = "".join(pieces), None
+        survives(tok.chat, [dict(role="user", content="L12.")])
 
 
-@given(st.integers(0, 2**40))
-@fuzz(500)
-def test_a_damaged_checkpoint_is_none(place, seed):
-    out = place / "run"
-    folder = out / "epoch-1"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainer.json").write_text(json.dumps(dict(step=3)))
-    (folder / "optimizer.safetensors").write_bytes(b"x" * 40)
-    hashes = {name: runs.fingerprint(folder / name) for name in ("trainer.json", "optimizer.safetensors")}
-    (folder / "manifest.json").write_text(json.dumps(hashes))
-    assert runs.last_checkpoint(out) == folder
-    file = folder / ("trainer.json", "optimizer.safetensors", "manifest.json")[seed % 3]
-    good = file.read_bytes()
-    file.write_bytes(mutated(good, seed))
-    if file.read_bytes().strip() != good and file.name != "manifest.json":
-        assert runs.last_checkpoint(out) is None
-    else:
-        survives(runs.last_checkpoint, out)
+def test_a_damaged_checkpoint_is_none(fuzz, place):
+    @fuzz(500, st.integers(0, 2**40))
+    def check(seed):
+        out = place / "run"
+        folder = out / "epoch-1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer.json").write_text(json.dumps(dict(step=3)))
+        (folder / "optimizer.safetensors").write_bytes(b"x" * 40)
+        hashes = {name: runs.fingerprint(folder / name) for name in ("trainer.json", "optimizer.safetensors")}
+        (folder / "manifest.json").write_text(json.dumps(hashes))
+        assert runs.last_checkpoint(out) == folder
+        file = folder / ("trainer.json", "optimizer.safetensors", "manifest.json")[seed % 3]
+        good = file.read_bytes()
+        file.write_bytes(mutated(good, seed))
+        if file.read_bytes().strip() != good and file.name != "manifest.json":
+            assert runs.last_checkpoint(out) is None
+        else:
+            survives(runs.last_checkpoint, out)
 
 
 QUESTIONS = {
@@ -293,23 +311,25 @@ QUESTIONS = {
 }
 
 
-@given(st.integers(0, 2**40), st.sampled_from(sorted(QUESTIONS)), st.sampled_from(["dream", "llada"]))
-@fuzz(1000)
-def test_a_damaged_benchmark(place, seed, task, family):
-    path = place / evaluate.TASKS[task].FILE
-    path.write_bytes(gzip.compress(json.dumps(changed(QUESTIONS[task], seed)).encode(), 1))
+def test_a_damaged_benchmark(fuzz, place):
+    @fuzz(1000, st.integers(0, 2**40), st.sampled_from(sorted(QUESTIONS)), st.sampled_from(["dream", "llada"]))
+    def check(seed, task, family):
+        path = place / evaluate.TASKS[task].FILE
+        path.write_bytes(gzip.compress(json.dumps(changed(QUESTIONS[task], seed)).encode(), 1))
 
-    def use():
-        rows = evaluate.read_questions(task, place)
-        for row in rows:
-            evaluate.TASKS[task].ask(row, family)
-        if task in ("gsm8k", "ifeval"):
-            evaluate.score(task, evaluate.verdicts(task, rows, ["4, or"] * len(rows), family))
-        elif task != "math500":  # what would run the programs is replaced
-            with mock.patch("benchmarks.execute.run_many", lambda jobs: [dict(passed=False, reason="")] * len(jobs)):
-                evaluate.verdicts(task, rows, ["```python\ndef f(x): return x\n```"] * len(rows), family)
+        def use():
+            rows = evaluate.read_questions(task, place)
+            for row in rows:
+                evaluate.TASKS[task].ask(row, family)
+            if task in ("gsm8k", "ifeval"):
+                evaluate.score(task, evaluate.verdicts(task, rows, ["4, or"] * len(rows), family))
+            elif task != "math500":  # what would run the programs is replaced
+                with mock.patch(
+                    "benchmarks.execute.run_many", lambda jobs: [dict(passed=False, reason="")] * len(jobs)
+                ):
+                    evaluate.verdicts(task, rows, ["```python\ndef f(x): return x\n```"] * len(rows), family)
 
-    survives(use)
+        survives(use)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")

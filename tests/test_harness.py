@@ -2,6 +2,7 @@
 
 What the harness calls is tested without it; two slow tests run its own command line where it is installed."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -103,7 +104,8 @@ def test_prompts_are_cut_on_the_left(bytes_model, capsys):
     assert lm.loaded.tok.decode(lm.prompt_ids("1234567")) == "34567"
     assert "7 tokens is cut on the left to 5" in capsys.readouterr().err
     assert lm.loaded.tok.decode(lm.prompt_ids("12345")) == "12345"
-    assert not capsys.readouterr().err
+    assert lm.loaded.tok.decode(lm.prompt_ids("1234567")) == "34567"
+    assert not capsys.readouterr().err  # one warning is enough
     assert len(answers(bytes_model).prompt_ids("x" * 2000)) == 1024
     with pytest.raises(ValueError, match="an empty prompt"):
         lm.prompt_ids("")
@@ -132,13 +134,22 @@ def test_model_args_are_flags():
     c = harness.read_options(given)
     assert (c.model, c.adapter, c.max_new_tokens, c.top_p, c.greedy, c.sample) == ("M", "A", 64, 1.0, True, False)
     assert (c.batch_size, c.prompt_tokens, c.steps) == (1, 1024, None)
+    assert harness.read_options(dict(pretrained="M", adapter=None, batch_size=None)).batch_size == 1
+
+
+def test_what_the_harness_sets_beside_model_args_gives_way(bytes_model):
+    given, others = dict(pretrained=bytes_model, batch_size=4, device="cpu"), dict(batch_size=1, device="cuda:0")
+    c = harness.Answers.create_from_arg_obj(given, dict(others, max_batch_size=None)).c
+    assert (c.batch_size, c.device) == (4, "cpu")
+    c = harness.Answers.create_from_arg_obj(dict(pretrained=bytes_model), others).c
+    assert (c.batch_size, c.device) == (1, "auto")  # without --device it says cuda:0, whatever is there
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
         (dict(adapter="A"), "needs pretrained=M"),
-        (dict(pretrained="M", max_length=5), "--model_args max_length: known are pretrained, device, dtype"),
+        (dict(pretrained="M", max_length=5), "--model_args max_length: known are max_new_tokens, steps"),
         (dict(pretrained="M", greedy=2), "greedy=2: must be True or False"),
         (dict(pretrained="M", steps=0.5), "--steps '0.5': must be int"),
         (dict(pretrained="M", strategy="best"), "--strategy 'best': must be one of entropy"),
@@ -167,6 +178,8 @@ def test_the_harness_finds_the_package_evaluate(tmp_path):
     api = tmp_path / "lm_eval" / "api"
     api.mkdir(parents=True)
     (tmp_path / "evaluate.py").write_text("NAME = 'the package'\n")
+    (tmp_path / "lm_eval" / "__init__.py").touch()
+    (api / "__init__.py").touch()
     (api / "model.py").write_text("class LM:\n    pass\n")
     registry = "KNOWN = {}\n\ndef register_model(name):\n    return lambda cls: KNOWN.update({name: cls})\n"
     (api / "registry.py").write_text(registry)
@@ -201,10 +214,14 @@ def tasks(tmp_path_factory):
     """A folder with two tasks, one of which begins the assistant's answer, and with the questions as GSM8K's file."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = [json.dumps(dict(question=q, answer=f"#### {i}")) for i, q in enumerate(QUESTIONS)]
-    (folder / "gsm8k_test.jsonl").write_text("\n".join(lines) + "\n")
-    task = TASK.format(name="plain", file=folder / "gsm8k_test.jsonl")
+    file = folder / "gsm8k_test.jsonl.gz"
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    task = TASK.format(name="plain", file=file)
     (folder / "plain.yaml").write_text(task)
-    (folder / "begun.yaml").write_text(task.replace("task: plain", "task: begun") + 'gen_prefix: "Well,"\n')
+    begun = task.replace("task: plain", "task: begun") + 'gen_prefix: "Well,"\n'
+    (folder / "begun.yaml").write_text(begun + "process_docs: !function begun.same\n")
+    # As the harness's own code tasks do: the package must be found, not evaluate.py of this project.
+    (folder / "begun.py").write_text("import evaluate\n\nevaluate.load\n\ndef same(docs):\n    return docs\n")
     return folder
 
 
@@ -223,7 +240,7 @@ def test_the_real_harness_gets_the_texts_of_evaluate(bytes_model, tasks, tmp_pat
     written = [f"{name}={value}" for name, value in dict(args, pretrained=bytes_model).items()]
     words = ["run", "--model", "tabom", "--model_args", ",".join(written), "--tasks", "plain,begun", "--device", "cpu"]
     words += ["--include_path", tasks, "--apply_chat_template", "--batch_size", "2", "--log_samples"]
-    done = command(*words, "--output_path", tmp_path / "H", processes=processes)
+    done = command(*words, "--output_path", tmp_path / "H", processes=processes, HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("|exact_match") == 2  # one table, also from two processes
     texts, prompts = samples(tmp_path / "H", "plain")
@@ -243,7 +260,7 @@ def test_the_real_harness_shows_an_error_as_one_line(bytes_model, tasks):
     task = (tasks / "plain.yaml").read_text().replace("generate_until", "loglikelihood_rolling")
     (tasks / "likelihood.yaml").write_text(task.replace("task: plain", "task: likelihood").split("generation_kw")[0])
     words = ["run", "--model", "tabom", "--model_args", f"pretrained={bytes_model}", "--tasks", "likelihood"]
-    done = command(*words, "--include_path", tasks)
+    done = command(*words, "--include_path", tasks, HF_HOME=str(tasks / "cache"))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: a masked diffusion model has no left-to-right")
     assert "Traceback" not in done.stderr

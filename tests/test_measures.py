@@ -227,7 +227,7 @@ def test_variances_need_two_entropies():
 def test_replay_equals_the_loop(m, name):
     batch = BATCHES[name]
     h = objectives.replay(m, batch)
-    steps = int(torch.where(objectives.usable(batch), batch["order"], -1).max()) + 1
+    steps = int(torch.where(objectives.was_decoded(batch), batch["order"], -1).max()) + 1
     assert h.shape == (3, steps, 7)
     for b in range(3):
         _, order = row_of(batch, b)
@@ -244,7 +244,7 @@ def test_replay_equals_the_loop(m, name):
 def test_replay_runs_once_a_step_and_the_head_on_masked_positions_only(toy):
     batch, m = stepped_batch(4), toy(vocab=302)
     objectives.replay(m, batch)
-    assert len(m.calls) == int(torch.where(objectives.usable(batch), batch["order"], -1).max()) + 1
+    assert len(m.calls) == int(torch.where(objectives.was_decoded(batch), batch["order"], -1).max()) + 1
     for t, (_, _, positions) in enumerate(m.calls):
         most = max(len(masked_at(row_of(batch, b)[1], t)) for b in range(3))
         assert positions.shape == (3, most)

@@ -22,6 +22,7 @@ import pytest
 from style import module_name, sources
 
 import evaluate
+import harness
 import tabom
 from options import command_line
 
@@ -52,7 +53,7 @@ EXPERIMENTS = re.findall(r"python -m experiments\.(\w+)([^\n`]*)", TEXT)
 # What a line may begin with, besides a command of the project.
 OTHERS = ("pip install -r requirements.txt", "pytest", "echo ")
 # Flags of other programs: torchrun, lm-evaluation-harness, and every parser's own.
-THEIRS = {"--nproc_per_node", "--model_args", "--log_samples", "--help"}
+THEIRS = {"--nproc_per_node", "--model_args", "--log_samples", "--apply_chat_template", "--batch_size", "--help"}
 
 
 @functools.cache
@@ -108,6 +109,16 @@ def test_an_experiment_has_the_flags(module, arguments):
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))))
 def test_a_named_flag_exists(flag):
     assert flag in flags_of_commands()
+
+
+def test_the_arguments_of_the_harness_are_known():
+    given = re.findall(r"--model_args (\S+)", "\n".join(LINES))
+    assert given
+    for text in given:
+        values = dict(pair.split("=") for pair in text.split(","))
+        for name, value in values.items():
+            values[name] = {"True": True, "False": False}.get(value, value)  # as the harness reads them
+        harness.read_options(values)
 
 
 def test_a_flag_that_no_command_has_is_noticed():

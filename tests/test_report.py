@@ -141,7 +141,7 @@ def test_a_folder_stores_the_runs_and_makes_the_rest_from_them_again(tmp_path, c
     for ratio in (0.5, 1.0):
         losses.append(dict(model="base", data="ground truth", mask_ratio=ratio, base_models=2, loss=ratio, loss_se=0.1))
     folder = tmp_path / "results"
-    report.write(folder, small_experiment(), losses, ["TABOM, window 4"], dict(sizes=dict(test=9)))
+    report.write_report(folder, small_experiment(), losses, ["TABOM, window 4"], dict(sizes=dict(test=9)))
     saved = json.loads((folder / "results.json").read_text())
     assert set(saved) == {"sizes", "versions", "grid", "losses", "runs"}
     assert len(saved["runs"]) == 8 and not any("name" in r or "checkpoints" in r for r in saved["runs"])

@@ -78,6 +78,7 @@ def test_what_an_objective_does_not_use_makes_no_run():
         ("model=a,b", "--over model=a,b: --model is the same in all runs of a sweep; a grid takes "),
         ("lora-targets=q_proj", "--lora-targets is the same in all runs"),
         ("cut_eos=true", "--cut-eos is the same in all runs"),
+        ("recipe=dream-prm12k", "--recipe is the same in all runs"),
         ("decode_batch=8", "--decode-batch is an option of the sweep, not of its runs"),
         ("window=8,x", "--window 'x': must be"),
         ("seed=0,", "--seed '': must be int"),

@@ -96,3 +96,14 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and "is there already" in line
     assert captured.out == ""
+
+
+def test_random_weights_under_a_real_tokenizer(tmp_path, capsys):
+    words = ["--tokenizer", str(tiny_model.TINY), "--seed", "3"]
+    assert tiny_model.main([str(tmp_path / "random"), *words]) == 0
+    m, tok = model.load(tmp_path / "random"), data.load_tokenizer(tmp_path / "random")
+    assert (m.config.family, m.config.mask_id) == ("dream", tok.mask_id)
+    assert tok.size <= m.config.vocab_size
+    assert tok.template == data.load_tokenizer(tiny_model.TINY).template
+    assert tiny_model.main([str(tmp_path / "random"), *words]) == 1
+    assert "is there already" in capsys.readouterr().err

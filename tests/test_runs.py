@@ -1,0 +1,643 @@
+"""runs.py: processes and locks, run folders, files that appear whole, checkpoints, models with their decoders.
+
+python -m pytest tests/test_runs.py"""
+
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import changed_model, edit_json, fails, locked_by_another
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import data
+import lora
+import model
+import runs
+from experiments import tiny as tiny_model
+
+ALONE = runs.Processes("cpu")
+NO_LOCKS = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def test_one_process_shares_nothing():
+    assert (ALONE.index, ALONE.count, ALONE.first, ALONE.shows) == (0, 1, True, True)
+    assert ALONE.sum([1, 2.5]) == [1, 2.5]
+    assert ALONE.gather([3, 4]) == [3, 4]
+    p = torch.zeros(2, requires_grad=True)
+    ALONE.sum_gradients([p])
+    assert p.grad is None
+
+
+def test_the_place_among_others_is_torchruns(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    alone = runs.Processes("cpu", alone=True)  # works for itself, and does not draw a bar
+    assert (alone.index, alone.count, alone.first, alone.shows) == (0, 1, True, False)
+    monkeypatch.setattr(runs.dist, "init_process_group", lambda *a, **k: None)
+    third = runs.Processes("cpu")
+    assert (third.index, third.count, third.first, third.shows) == (2, 3, False, False)
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """One of three processes that all hold the same: a sum over them is three times its own."""
+    messages = []
+
+    def all_reduce(tensor):
+        messages.append(tensor.numel())
+        tensor.mul_(3)
+
+    processes = runs.Processes("cpu")
+    processes.count = 3
+    monkeypatch.setattr(runs.dist, "all_reduce", all_reduce)
+    return processes, messages
+
+
+def test_gradients_of_all_processes_are_added_up(three):
+    processes, messages = three
+    a, b, c = (torch.zeros(n, requires_grad=True) for n in (4, 2, 3))
+    a.grad, c.grad = torch.arange(4.0), torch.ones(3)
+    processes.sum_gradients([a, b, c])
+    assert a.grad.tolist() == [0, 3, 6, 9]
+    assert b.grad.tolist() == [0, 0]  # this process had no example for it
+    assert c.grad.tolist() == [3, 3, 3]
+    assert messages == [9]  # one message
+    assert processes.sum([1.0, 2.0]) == [3.0, 6.0]
+
+
+def test_a_message_holds_at_most_the_parameter_that_fills_it(three):
+    processes, messages = three
+    parameters = []
+    for n in (5, 2**24, 7):
+        p = torch.zeros(n, requires_grad=True)
+        p.grad = torch.zeros(1).expand(n).clone() if n > 10 else torch.ones(n)
+        parameters.append(p)
+    processes.sum_gradients(parameters)
+    assert messages == [5 + 2**24, 7]
+    assert parameters[2].grad.tolist() == [3] * 7
+
+
+@pytest.mark.parametrize("device", ["warp9", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_an_error(device):
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used here: "):
+        runs.Processes(device)
+
+
+def test_only_the_first_process_warns(capsys):
+    runs.warner(ALONE)("careful")
+    assert capsys.readouterr().err == "warning: careful\n"
+    other = runs.Processes("cpu")
+    other.index = 1
+    runs.warner(other)("careful")
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ locks
+
+
+@NO_LOCKS
+def test_a_folder_that_another_process_writes_into_is_locked(tmp_path):
+    processes = runs.Processes("cpu")
+    with locked_by_another(tmp_path), pytest.raises(FileExistsError, match="another process is writing into"):
+        processes.lock(tmp_path)
+    assert processes.lock(tmp_path)  # now it is free
+    assert processes.lock(tmp_path)  # and ours, as often as we ask
+    assert list(processes.locks) == [tmp_path.resolve()]
+    processes.unlock()
+    assert processes.locks == {}
+    with locked_by_another(tmp_path):  # our lock is given back
+        pass
+
+
+@NO_LOCKS
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    import fcntl  # not on Windows
+
+    def refuse(*arguments):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    processes = runs.Processes("cpu")
+    assert processes.lock(tmp_path) is False
+    assert processes.locks == {}
+
+
+# ------------------------------------------------------------------------------------------------------ run folders
+
+
+def opened(out, free=(), **meta):
+    processes = runs.Processes("cpu")
+    try:
+        return runs.open_run(out, meta, processes, free)
+    finally:
+        processes.unlock()
+
+
+def test_a_run_is_opened_again_by_the_same_run_alone(tmp_path):
+    out = tmp_path / "a" / "R"
+    assert opened(out, lr=1.0, tags=("x", "y"), limit=5) == out
+    assert json.loads((out / "meta.json").read_text()) == dict(lr=1.0, tags=["x", "y"], limit=5)
+    opened(out, lr=1.0, tags=("x", "y"), limit=5)
+    with pytest.raises(FileExistsError, match="holds another run: lr was 1.0 and is now 2.0; choose another --out"):
+        opened(out, lr=2.0, tags=("x", "y"), limit=5)
+    with pytest.raises(FileExistsError, match="warmup was None and is now 3"):
+        opened(out, lr=1.0, tags=("x", "y"), limit=5, warmup=3)
+    assert json.loads((out / "meta.json").read_text())["lr"] == 1.0
+
+
+def test_free_keys_and_versions_may_change(tmp_path):
+    opened(tmp_path / "R", lr=1.0, limit=5, versions=dict(torch="2"))
+    opened(tmp_path / "R", free=("limit",), lr=1.0, limit=9, versions=dict(torch="3"))
+    assert json.loads((tmp_path / "R" / "meta.json").read_text())["limit"] == 9
+
+
+def test_a_foreign_folder_and_a_file_are_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty and holds no run of ours"):
+        opened(tmp_path)
+    with pytest.raises(FileExistsError, match="is a file, not a folder"):
+        opened(tmp_path / "note.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["note.txt"]
+
+
+def test_what_a_kill_leaves_of_a_first_start_is_no_hindrance(tmp_path):
+    for name in ("lock", "meta.json.tmp"):
+        (tmp_path / name).touch()
+    assert opened(tmp_path, lr=1.0) == tmp_path
+
+
+def test_a_meta_file_that_is_no_json_is_one_line(tmp_path):
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match="meta.json: not valid JSON"):
+        opened(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- files that appear whole
+
+
+@pytest.mark.parametrize("name, opener", [("a.txt", open), ("a.txt.gz", gzip.open)])
+def test_a_file_appears_whole_or_not_at_all(tmp_path, name, opener):
+    file = tmp_path / name
+    with runs.atomic_file(file) as f:
+        f.write("é 1\n")
+        assert not file.exists()
+    with opener(file, "rt", encoding="utf-8") as f:
+        assert f.read() == "é 1\n"
+    before = file.read_bytes()
+    with pytest.raises(ZeroDivisionError), runs.atomic_file(file) as f:
+        f.write("half")
+        raise ZeroDivisionError
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "new"
+    (tmp_path / "new.tmp").mkdir()  # of a process that was killed
+    (tmp_path / "new.tmp" / "torn").touch()
+    with pytest.raises(ZeroDivisionError), runs.atomic_folder(folder) as beside:
+        (beside / "half").touch()
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    with runs.atomic_folder(folder) as beside:
+        (beside / "whole").touch()
+        assert not folder.exists()
+    assert os.listdir(tmp_path) == ["new"]
+    assert os.listdir(folder) == ["whole"]
+
+
+def test_a_place_that_is_taken_is_refused(tmp_path):
+    runs.must_be_free(tmp_path / "nothing")
+    runs.must_be_free(tmp_path)  # an empty folder is free
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="is there already: choose another --out"):
+            runs.must_be_free(place)
+    with pytest.raises(FileExistsError), runs.atomic_folder(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@given(st.dictionaries(st.text(max_size=4), st.text(st.characters(), max_size=8) | st.integers(), max_size=4))
+def test_any_row_is_one_line_that_is_read_back(row):
+    line = runs.json_line(row)
+    assert line.endswith("\n")
+    assert json.loads(line) == row
+    assert line.encode().count(b"\n") == 1
+
+
+def test_text_is_written_as_it_is_but_for_lone_surrogates():
+    assert runs.json_line(dict(text="für ∀")) == '{"text": "für ∀"}\n'
+    assert runs.json_line(dict(text="ü\ud800")) == '{"text": "\\u00fc\\ud800"}\n'
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    file = tmp_path / "a.jsonl"
+    for content, kept in ((b"1\n2\n3", b"1\n2\n"), (b"1\n2\n", b"1\n2\n"), (b"1", b""), (b"", b"")):
+        file.write_bytes(content)
+        runs.drop_torn_line(file)
+        assert file.read_bytes() == kept
+
+
+def test_a_log_is_cut_back_to_what_a_checkpoint_knows(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    runs.keep_lines(file, 3)  # no log yet
+    assert not file.exists()
+    file.write_text("1\n2\n3\n4")
+    for count, kept in ((3, "1\n2\n3\n"), (9, "1\n2\n3\n"), (0, "")):
+        runs.keep_lines(file, count)
+        assert file.read_text() == kept
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+
+def test_a_fingerprint_is_of_names_and_contents(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "x.safetensors").write_bytes(b"123")
+    assert runs.fingerprint(a) == runs.fingerprint(b)
+    (b / "notes.md").write_text("read by nobody")
+    assert runs.fingerprint(a) == runs.fingerprint(b)
+    (b / "x.safetensors").rename(b / "y.safetensors")
+    assert runs.fingerprint(a) != runs.fingerprint(b)
+    (b / "y.safetensors").rename(b / "x.safetensors")
+    (b / "config.json").write_text("{ }")
+    assert runs.fingerprint(a) != runs.fingerprint(b)
+
+
+def test_a_file_has_the_fingerprint_of_its_content(tmp_path):
+    (tmp_path / "a.jsonl").write_text("1\n")
+    (tmp_path / "b.jsonl").write_text("1\n")
+    assert runs.fingerprint(tmp_path / "a.jsonl") == runs.fingerprint(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").write_text("2\n")
+    assert runs.fingerprint(tmp_path / "a.jsonl") != runs.fingerprint(tmp_path / "b.jsonl")
+
+
+def test_large_models_that_differ_in_a_tensor_are_told_apart(tmp_path):
+    """A large file is sampled: what fine-tuning changes is far more than one sample."""
+    file = tmp_path / "model.safetensors"
+    content = bytearray(random.Random(0).randbytes(20 * 2**20))
+    file.write_bytes(content)
+    before = runs.fingerprint(tmp_path)
+    content[9 * 2**20 : 11 * 2**20] = bytes(2**21)
+    file.write_bytes(content)
+    assert runs.fingerprint(tmp_path) != before
+
+
+def test_what_a_run_depends_on(tiny, trained):
+    without = runs.identity(tiny)
+    assert without == dict(model_sha256=runs.fingerprint(tiny), adapter_sha256=None)
+    adapter = runs.identity(tiny, trained / "epoch-1")["adapter_sha256"]
+    assert adapter == runs.fingerprint(trained / "epoch-1")
+    assert adapter != runs.fingerprint(trained / "epoch-2")
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def adapted(tiny, folder):
+    """(model with the adapter of a checkpoint, its weights, an optimizer without state)"""
+    m = lora.load(model.load(tiny), folder)
+    found = {name: p for name, p in m.named_parameters() if p.requires_grad}
+    return m, found, torch.optim.AdamW(found.values(), lr=1.0)
+
+
+def test_a_checkpoint_is_written_and_restored(tiny, trained, tmp_path):
+    m, found, optimizer = adapted(tiny, trained / "epoch-1")
+    assert runs.restore(trained / "epoch-1", found, optimizer) == 3
+    loaded = runs.Loaded(m, None, tiny)
+    (tmp_path / "epoch-9").mkdir()
+    runs.write_checkpoint(tmp_path / "epoch-9", loaded, "base", found, optimizer, 3)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "trainer.json"):
+        assert (tmp_path / "epoch-9" / name).read_bytes() == (trained / "epoch-1" / name).read_bytes(), name
+    assert runs.intact(tmp_path / "epoch-9")
+    assert runs.checkpoints(tmp_path) == [(3, tmp_path / "epoch-9")]
+
+
+def test_an_optimizer_of_other_weights_is_refused(tiny, trained, tmp_path):
+    _, found, optimizer = adapted(tiny, trained / "epoch-1")
+    folder = tmp_path / "epoch-1"
+    shutil.copytree(trained / "epoch-1", folder)
+    state = load_file(folder / "optimizer.safetensors")
+    some = next(iter(state))
+    save_file({("other" if name == some else name): tensor for name, tensor in state.items()},
+              folder / "optimizer.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="its optimizer state has no .*: not a checkpoint of this run"):
+        runs.restore(folder, found, optimizer)
+    del state[some]
+    save_file(state, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="not a checkpoint of this run: remove it"):
+        runs.restore(folder, found, optimizer)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path, capsys, damage):
+    out = tmp_path / "R"
+    shutil.copytree(trained, out)
+    file = out / "epoch-2" / ("manifest.json" if "manifest" in damage else "optimizer.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage in ("truncate", "manifest"):
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.unlink()
+    assert not runs.intact(out / "epoch-2")
+    assert runs.last_checkpoint(out) == out / "epoch-1"
+    assert f"{out / 'epoch-2'} is damaged: the checkpoint before it is used" in capsys.readouterr().err
+
+
+def fake_checkpoint(folder, step):
+    folder.mkdir()
+    (folder / "trainer.json").write_text(json.dumps(dict(step=step)))
+
+
+def test_checkpoints_are_sorted_by_step_and_pruned_between_epochs(tmp_path):
+    for name, step in (("step-10", 10), ("epoch-1", 4), ("step-9", 9), ("step-2", 2), ("epoch-2", 8)):
+        fake_checkpoint(tmp_path / name, step)
+    fake_checkpoint(tmp_path / "epoch-3.tmp", 12)  # half written
+    fake_checkpoint(tmp_path / "epoch-4", "x")  # not ours
+    (tmp_path / "epoch-5").mkdir()
+    names = [folder.name for _, folder in runs.checkpoints(tmp_path)]
+    assert names == ["step-2", "epoch-1", "epoch-2", "step-9", "step-10"]
+    runs.prune(tmp_path, 1)
+    names = [folder.name for _, folder in runs.checkpoints(tmp_path)]
+    assert names == ["epoch-1", "epoch-2", "step-10"]
+    runs.prune(tmp_path, 5)
+    assert len(runs.checkpoints(tmp_path)) == 3
+
+
+def test_no_run_has_no_checkpoint(tmp_path):
+    assert runs.checkpoints(tmp_path / "nothing") == []
+    assert runs.last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_signals_are_collected_inside_and_as_before_outside():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with runs.stop_signals() as seen:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_another_thread_leaves_signals_alone():
+    found = []
+
+    def enter():
+        with runs.stop_signals() as seen:
+            found.append((seen, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    thread.join()
+    assert found == [([], before)]
+
+
+# ------------------------------------------------------------------------------------------------- the decoder's layers
+
+
+def settings(tmp_path, family="llada", preset=None, own=None, **options):
+    """decoder_settings for a model of a family, whose folder says `own` about its decoder."""
+    if own is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(dict(tabom=own)))
+    loaded = SimpleNamespace(m=SimpleNamespace(config=SimpleNamespace(family=family)), folder=tmp_path)
+    return runs.decoder_settings(runs.DecodeOptions(**options), loaded, preset)
+
+
+def test_each_family_has_its_decoder(tmp_path):
+    """Table 8 of the paper; distillation has 256 new tokens in 256 steps."""
+    dream, llada = settings(tmp_path, "dream"), settings(tmp_path, "llada")
+    assert (dream["strategy"], dream["schedule"], dream["block_length"]) == ("entropy", "dream", None)
+    assert (dream["temperature"], dream["top_p"]) == (0.1, 0.9)
+    assert (llada["strategy"], llada["schedule"], llada["block_length"]) == ("confidence", "llada", 32)
+    assert llada["temperature"] == 0
+    for found in (dream, llada):
+        assert (found["max_new_tokens"], found["steps"]) == (256, 256)
+
+
+def test_a_family_without_a_decoder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no decoder for 'bert' models; there is one for dream, llada"):
+        settings(tmp_path, "bert")
+
+
+def test_flags_win_over_the_model_and_that_over_the_benchmark(tmp_path):
+    preset, own = dict(temperature=0.3, top_k=9, strategy="margin"), dict(temperature=0.5, top_k=5)
+    found = settings(tmp_path, preset=preset, own=own, temperature=0.7)
+    assert (found["temperature"], found["top_k"], found["strategy"]) == (0.7, 5, "margin")
+
+
+def test_steps_follow_the_length_that_is_nearest_to_them(tmp_path):
+    preset = dict(max_new_tokens=512, steps=128, block_length=64)
+    assert settings(tmp_path, preset=preset)["steps"] == 128
+    assert settings(tmp_path, preset=preset, max_new_tokens=64)["steps"] == 64  # the preset's were for another length
+    assert settings(tmp_path, preset=preset, steps=256)["steps"] == 256
+    paced = settings(tmp_path, preset=preset, tokens_per_step=2)
+    assert paced["tokens_per_step"] == 2
+    assert "steps" not in paced
+    assert "tokens_per_step" not in settings(tmp_path, own=dict(tokens_per_step=2), steps=64)
+
+
+def test_block_length_0_is_one_block_and_sample_is_not_greedy(tmp_path):
+    assert settings(tmp_path, block_length=0)["block_length"] is None
+    assert settings(tmp_path, preset=dict(greedy=True))["greedy"] is True
+    assert settings(tmp_path, preset=dict(greedy=True), sample=True)["greedy"] is False
+    assert settings(tmp_path, suppress_eos=True)["suppress_eos"] is True
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(max_new_tokens=32, block_length=8, steps=30), "steps 30 do not divide by the 4 blocks"),
+        (dict(block_length=5), "block_length 5 does not divide"),
+        (dict(max_new_tokens=0), "max_new_tokens 0"),
+        (dict(temperature=float("nan")), "temperature nan must be"),
+        (dict(top_p=1.5), "top_p 1.5"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (dict(steps=8, foo=1), "has foo; the decoder settings are max_new_tokens"),
+        ([1], "must be an object of decoder settings"),
+        ("x", "must be an object of decoder settings"),
+        (dict(max_new_tokens="x"), "has max_new_tokens 'x', which must be int"),
+        (dict(max_new_tokens=True), "has max_new_tokens True, which must be int"),
+        (dict(top_p="1"), "has top_p '1', which must be float"),
+    ],
+)
+def test_a_models_own_decoder_settings_are_checked(tmp_path, own, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, own=own)
+
+
+def test_a_whole_number_is_a_float_too(tmp_path):
+    assert settings(tmp_path, own=dict(temperature=0))["temperature"] == 0
+
+
+def test_own_settings_of_null_are_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"tabom": null}')
+    with pytest.raises(ValueError, match="must be an object of decoder settings"):
+        settings(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def load(folder, **options):
+    return runs.load_model(runs.ModelOptions(model=str(folder), **options), ALONE)
+
+
+def test_a_model_comes_with_its_tokenizer_and_its_folder(tiny, capsys):
+    loaded = load(tiny)
+    assert loaded.folder == tiny
+    assert loaded.tok.size == loaded.m.config.vocab_size == len(tiny_model.vocabulary())
+    assert loaded.never_chosen == [0]  # the mask token
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_of_the_network_that_are_no_token_are_never_chosen(tiny, tmp_path):
+    wide = changed_model(tmp_path, tiny)
+    model.save(model.create({**tiny_model.config(), "vocab_size": 20, "embedding_size": 20}), wide)
+    assert load(wide).never_chosen == [0, 18, 19]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(eos_token_id=3), "eos_token_id is 3 in config.json, the tokenizer has 1 (<|endoftext|>)"),
+        (dict(pad_token_id=4), "pad_token_id is 4 in config.json, the tokenizer has 2 (<|pad|>)"),
+        (dict(mask_token_id=5), "mask_token_id is 5 in config.json, the tokenizer has 0 (<|mask|>)"),
+    ],
+)
+def test_a_config_and_a_tokenizer_that_disagree_are_named(tiny, tmp_path, capsys, changes, message):
+    folder = changed_model(tmp_path, tiny, lambda f: edit_json(f / "config.json", **changes))
+    load(folder)
+    assert capsys.readouterr().err == f"warning: {folder}: {message}\n"
+
+
+def test_the_dtype_is_the_one_asked_for_or_the_best_of_the_device(tiny):
+    auto, asked = runs.ModelOptions(), runs.ModelOptions(dtype="float16")
+    cuda = SimpleNamespace(device=torch.device("cuda"))
+    assert runs.resolve_dtype(auto, ALONE) == "float32"
+    assert runs.resolve_dtype(auto, cuda) == "bfloat16"
+    assert runs.resolve_dtype(auto, cuda, "float32") == "float32"
+    assert runs.resolve_dtype(asked, cuda, "float32") == "float16"
+    assert {p.dtype for p in load(tiny, dtype="bfloat16").m.parameters()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_of_either_kind_is_loaded(tiny, trained, tmp_path):
+    c = runs.ModelOptions(model=str(tiny))
+    assert lora.layers(runs.load_checkpoint(c, ALONE, None).m) == {}
+    assert len(lora.layers(runs.load_checkpoint(c, ALONE, trained / "epoch-1").m)) == 8
+    other = model.create(tiny_model.config(), torch.Generator().manual_seed(5))
+    model.save(other, tmp_path / "full")
+    loaded = runs.load_checkpoint(c, ALONE, tmp_path / "full")
+    assert loaded.folder == tiny  # the tokenizer's
+    for ours, theirs in zip(loaded.m.parameters(), other.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_small_models_use_one_thread_unless_told_otherwise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    small, large = torch.nn.Linear(3, 4), torch.nn.Linear(runs.SMALL, 1, device="meta")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    runs.one_thread_if_small(small)
+    assert asked == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    runs.one_thread_if_small(large)
+    assert asked == []
+    runs.one_thread_if_small(small)
+    assert asked == [1]
+
+
+def test_a_batch_is_on_the_device_of_its_process(tiny, trajectories):
+    records = data.read_trajectories(trajectories)[:3]
+    batch = runs.batch_of(records, load(tiny), ALONE)
+    assert batch["response_ids"].shape == (3, tiny_model.ANSWER)
+    assert batch["order"][1].tolist() == records[1]["order"]
+
+
+# ----------------------------------------------------------------------------------------------------- broken models
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def misshape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.transformer.wte.weight"] = torch.zeros(3, 4)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def index_of_a_missing_shard(folder):
+    names = load_file(folder / "model.safetensors")
+    index = dict(weight_map=dict.fromkeys(names, "model-00001-of-00002.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def fewer_rows(folder):
+    model.save(model.create({**tiny_model.config(), "vocab_size": 12, "embedding_size": 12}), folder)
+
+
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json in .*changed"),
+    "family": (lambda f: edit_json(f / "config.json", model_type="gpt5"), "model_type is 'gpt5'; this code knows"),
+    "setting": (lambda f: edit_json(f / "config.json", alibi=True), "alibi is True, supported is False"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "truncated": (lambda f: truncate(f / "model.safetensors"), "truncated or not a safetensors file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "no shard": (index_of_a_missing_shard, "missing model-00001-of-00002.safetensors"),
+    "shape": (misshape, r"model\.transformer\.wte\.weight is \[3, 4\], the config wants \[18, 96\]"),
+    "vocabulary": (
+        lambda f: edit_json(f / "config.json", vocab_size=9, embedding_size=9),
+        r"wte\.weight is \[18, 96\]",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"no tokenizer\.json"),
+    "rows": (fewer_rows, "tokenizer has ids up to 17, the model only 12"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_model_folders_are_one_line(tiny, tmp_path, name):
+    change, message = BROKEN[name]
+    with pytest.raises((ValueError, OSError)) as error:
+        load(changed_model(tmp_path, tiny, change))
+    assert re.search(message, " ".join(str(error.value).split()))
+
+
+def test_nothing_is_written_for_a_bad_model(tiny, puzzles, tmp_path, capsys):
+    broken = changed_model(tmp_path, tiny, misshape)
+    fails(capsys, r"wte\.weight is \[3, 4\]", "distill", model=broken, data=puzzles, out=tmp_path / "T")
+    assert not (tmp_path / "T").exists()
+
+
+@pytest.mark.parametrize("name", ["/no/where", "./nowhere", "nowhere"])
+def test_no_such_model(name):
+    with pytest.raises(OSError, match="no model folder .*where"):
+        load(name)
