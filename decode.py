@@ -3,8 +3,8 @@
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256)  # Dream
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="llada",
                         strategy="confidence", block_length=32)  # LLaDA
-    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="sdar",
-                        strategy="confidence")  # SDAR, in blocks of m.config.block_length
+    # SDAR, or A2D with "a2d": blocks of m.config.block_length
+    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="sdar", strategy="confidence")
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, tokens_per_step=2)  # faster
     t.response, t.step, t.order, t.entropy, t.confidence  # each [B, N]
 
@@ -51,7 +51,7 @@ class Trajectory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode: the keyword arguments of generate().
+    """How to decode: the keyword arguments of generate(). Raises ValueError for what does not fit together.
 
     A threshold takes the place of the schedule. "dream" compares the largest probability of each
     position with it, whatever the strategy, temperature, top_p and top_k are; "llada" the strategy's
@@ -65,15 +65,13 @@ class Settings:
     the score it replaces it and is in nats: the tokens of least entropy whose entropies sum to less.
     "a2d" counts blocks from the end of the prompt and cuts the last one at N. With both, steps are
     divided evenly among the blocks, rounded up; None = as many as a block has tokens.
-
-    Raises ValueError, which names what is wrong, for settings that do not fit together.
     """
 
     max_new_tokens: int  # N, the length of every response
     steps: int | None = None  # for the whole response, the same number for each block; None = N
     strategy: str = "entropy"  # first: low entropy, high confidence, large margin, random, or left
-    schedule: str = "dream"  # tokens of each step: see quota(). "dream", "sdar" score after temperature etc.
-    block_length: int | None = None  # decode blocks of so many tokens in turn; None = the model's or one
+    schedule: str = "dream"  # see quota(); "dream" and "sdar" score after temperature and so on
+    block_length: int | None = None  # decode blocks of so many tokens in turn; None = one, or the model's
     tokens_per_step: int | None = None  # exactly so many each step, from the first step on
     temperature: float = 0.0  # of drawing a token; 0 = the most probable one
     top_p: float | None = None  # draw from the most probable tokens whose sum just exceeds this
@@ -97,7 +95,7 @@ class Settings:
             raise ValueError(f"temperature {self.temperature} must be a number of at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.threshold is not None and not 0 <= self.threshold <= (1 if not self.bounded else float("inf")):
+        if self.threshold is not None and not 0 <= self.threshold <= (float("inf") if self.bounded else 1):
             raise ValueError(f"threshold {self.threshold} must be a probability between 0 and 1")
         for other in ("steps", "threshold"):
             if self.tokens_per_step is not None and getattr(self, other) is not None:
@@ -114,11 +112,11 @@ class Settings:
 
     def check_blocks(self):
         """Raises ValueError for blocks that do not divide the response, or the steps."""
+        N, L = self.max_new_tokens, self.length
         if self.schedule == "sdar" and self.block_length is None:
             raise ValueError("schedule 'sdar' needs a block_length: that of the model's training, such as 4")
-        if self.schedule in BLOCKWISE:
+        if self.schedule in BLOCKWISE:  # any length and number of steps will do
             return
-        N, L = self.max_new_tokens, self.length
         if N % L:
             raise ValueError(
                 f"block_length {L} does not divide max_new_tokens {N}; nearest below: {divisor_below(N, L)}"
@@ -133,15 +131,14 @@ class Settings:
 
     @property
     def blocks(self):
-        """Number of blocks."""
-        blocks = -(-self.max_new_tokens // self.length)
-        return blocks + (self.schedule == "sdar")  # the first one may be mostly prompt
+        """Number of blocks, at most: with "sdar" a prompt may fill most of the first."""
+        return -(-self.max_new_tokens // self.length) + (self.schedule == "sdar")
 
     @property
     def each(self):
         """The most steps of a block."""
         if self.schedule not in BLOCKWISE:
-            return (self.steps or self.max_new_tokens) // self.blocks
+            return self.limit // self.blocks
         if self.steps is None or self.bounded:
             return self.length
         return -(-self.steps // -(-self.max_new_tokens // self.length))
@@ -156,7 +153,7 @@ class Settings:
     @property
     def fixed(self):
         """Whether each block begins at a fixed step, rather than as soon as the one before is done."""
-        return self.schedule not in BLOCKWISE and self.threshold is None and self.tokens_per_step is None
+        return self.schedule not in BLOCKWISE and self.threshold is self.tokens_per_step is None
 
     @property
     def bounded(self):
@@ -165,7 +162,7 @@ class Settings:
 
     @property
     def raw(self):
-        """Whether scores are those of the model's own distribution, without temperature, top_p and top_k."""
+        """Whether scores are of the model's own distribution, not the one that is drawn from."""
         return self.schedule in ("llada", "a2d")
 
     @property
@@ -197,17 +194,16 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
     A position that is given the mask token stays masked, as in the official decoders; suppress the
     token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with a
     threshold, "sdar" or "a2d".
-    Raises ValueError for settings, prompts or generators that do not fit together, or blocks that are
-    not those of the model's attention, TypeError for settings that do not exist.
+    Raises ValueError for settings, prompts or generators that do not fit together or to the blocks of
+    the model's attention, TypeError for settings that do not exist.
     """
-    own = getattr(getattr(m, "config", None), "block_length", None)  # None: attention is not block-causal
+    # The blocks of the model's attention, where that is block-causal
+    own = getattr(getattr(m, "config", None), "block_length", None)
     if settings.get("schedule") in BLOCKWISE and settings.get("block_length") is None:
         settings["block_length"] = own
     s = Settings(**settings)
     if s.schedule in BLOCKWISE and own not in (None, s.length):
-        raise ValueError(
-            f"block_length {s.length}, but attention is causal from block to block of {own}: set m.config.block_length"
-        )
+        raise ValueError(f"block_length {s.length}, but the model's attention has {own}: set m.config.block_length")
     generators = check_inputs(prompt_ids, prompt_mask, generator)
     if mask_id is None:
         mask_id = m.config.mask_id
@@ -272,12 +268,11 @@ class Run:
         length = P  # of each prompt, an int or [B]
         if prompt_mask is not None:
             length = prompt_mask.long().sum(1)
+        # How many tokens of a prompt are in the response's first block: [B] on the host, and [B, 1].
         W, tail = N, torch.zeros(B, dtype=torch.long)
         if settings.schedule == "sdar":
-            W = N + settings.length - 1
-            tail += torch.as_tensor(length).cpu() % settings.length
-        self.P, self.N, self.W = P, N, W
-        self.tail, self.shift = tail, tail[:, None].to(device)  # prompt tokens in the first block, [B], [B, 1]
+            W, tail = N + settings.length - 1, tail + torch.as_tensor(length).cpu() % settings.length
+        self.P, self.N, self.W, self.tail, self.shift = P, N, W, tail, tail[:, None].to(device)
         self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, W), mask_id)), dim=1)  # [B, P + W]
         self.response = self.ids[:, P:]  # a view: decoding writes into ids
         self.attention_mask = None
@@ -288,14 +283,13 @@ class Run:
         self.confidence = self.entropy.clone()
         self.now = torch.zeros(B, dtype=torch.long, device=device)  # the step that each row is at
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)  # rows with a stop token
-
-        self.origin, self.cache = None, None
+        self.cache, self.origin = None, None
         if block_length is not None and settings.schedule in BLOCKWISE:
             if settings.schedule == "a2d":
                 self.origin = length
-            if hasattr(m, "new_cache"):  # another model computes everything at every step
+            if hasattr(m, "new_cache"):  # any other model computes all tokens at every step
                 self.cache = m.new_cache(B, P + W)
-        self.known = torch.zeros(B, dtype=torch.long)  # columns whose keys and values will not change
+                self.known = torch.zeros(B, dtype=torch.long)  # columns whose keys and values are final
 
     def candidates(self, block):
         """Which positions may be decoded now, in this block: bool [B, W]."""
@@ -306,23 +300,24 @@ class Run:
             masked &= (at >= start) & (start < self.N)
         return masked
 
-    def arguments(self, block, rows, rows_on_host):
-        """The ids and the other arguments for the model in a step of this block with these rows [R]."""
-        end, more = self.P + self.W, {}
+    def inputs(self, block, rows, host):
+        """The ids, and the arguments beside them, for a step of rows [R] in this block.
+
+        host: the same rows, on the host."""
+        end, more = self.P + self.W, dict(attention_mask=None)
+        if self.cache is not None:
+            # The first step of a block computes the one before it as well: its last tokens were masks
+            # in the step that decoded them. Rows of other lengths have their blocks at other columns.
+            begin = self.P + block * self.settings.length - self.tail[host]  # [R]
+            end = min(end, int(begin.max()) + self.settings.length)
+            more.update(cache=self.cache.of(rows), start=int(self.known[host].min()))
+            self.known[host] = begin
         if self.origin is not None:
             more["origin"] = self.origin
-            if isinstance(self.origin, torch.Tensor):
-                more["origin"] = self.origin[rows]
-        if self.cache is not None:
-            # What a row has finished since its last step is computed once more, as the final tokens
-            # see each other. Rows of different prompts begin a block at different columns.
-            begin = self.P + block * self.settings.length - self.tail[rows_on_host]  # [R]
-            end = min(end, int(begin.max()) + self.settings.length)
-            more.update(cache=self.cache.of(rows), start=int(self.known[rows_on_host].min()))
-            self.known[rows_on_host] = begin
-        more["attention_mask"] = None
         if self.attention_mask is not None:
             more["attention_mask"] = self.attention_mask[rows, :end]
+            if self.origin is not None:  # [B], where prompts differ in length
+                more["origin"] = self.origin[rows]
         return self.ids[rows, :end], more
 
     def step(self, block, masked, count, best):
@@ -334,7 +329,7 @@ class Run:
         K, rows = int(count[host].max()), host.to(masked.device)
         masked, best = masked[rows], best.to(masked.device)[rows]
         place, number = numbered(masked, K)  # [R, K], [R, W]
-        ids, more = self.arguments(block, rows, host)
+        ids, more = self.inputs(block, rows, host)
         logits = self.m(ids, positions=self.P + place, **more)  # [R, K, V]
 
         # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
@@ -366,7 +361,7 @@ class Run:
     def reached(self, score, nth):
         """Which positions reach the threshold, of those with a score, which is the nth: bool [R, W]."""
         s = self.settings
-        if s.bounded:
+        if s.bounded:  # entropies, the least first, of this position and those before it
             total = -score.sort(dim=1, descending=True).values.cumsum(1)
             return total.gather(1, nth) < s.threshold
         if s.schedule == "sdar":
@@ -387,10 +382,8 @@ class Run:
     def trajectory(self):
         """The finished Trajectory."""
         self.decoded_at[self.response == self.mask_id] = self.settings.limit
-        found = []
-        for field in (self.response.clone(), self.decoded_at, self.entropy, self.confidence):
-            found.append(field[:, : self.N])
-        response, step, entropy, confidence = found
+        response, step = self.response[:, : self.N].clone(), self.decoded_at[:, : self.N]
+        entropy, confidence = self.entropy[:, : self.N], self.confidence[:, : self.N]
         return Trajectory(response, step, decode_order(step, entropy), entropy, confidence)
 
 
@@ -482,37 +475,31 @@ def filtered(logits, s):
     ids is None where p is over the whole vocabulary."""
     temperature = s.temperature or 1.0  # 0 is for the token only
     if s.top_k is not None or (s.top_p is not None and s.top_p < 1):
-        return nucleus(logits, temperature, s.top_p, s.top_k, s.schedule == "sdar")
+        return nucleus(logits, temperature, s)
     if s.raw:
         logits = logits.float()  # Dream draws in the model's dtype, LLaDA in a wider one
     return (logits / temperature).softmax(-1), None
 
 
-def nucleus(logits, temperature, top_p, top_k, top_k_first=False):
+def nucleus(logits, temperature, s):
     """The tokens that top_p and top_k leave of softmax(logits / temperature), best first.
-
-    top_k_first: top_p is of the sum of what top_k has left, as SDAR does it.
 
     -> probabilities (0 where removed) and ids, [K, n] each. top_p removes what lies beyond the best
     tokens whose sum exceeds it; the token that crosses it stays. The vocabulary is not sorted: the
     best 64 are enough as a rule, and more are taken until every position has crossed."""
     logits = logits.float()
-    limit = logits.shape[-1]
-    if top_k is not None:
-        limit = min(top_k, limit)
-    if top_p is None:
-        top_p = 1
+    limit = min(s.top_k or logits.shape[-1], logits.shape[-1])
     most = logits.amax(-1, keepdim=True)
-    # Less than exp(-80) adds nothing to the total, and numbers that underflow are slow on CPUs.
     whole = logits
-    if top_k_first and top_k is not None:
+    if s.schedule == "sdar" and limit < logits.shape[-1]:  # top_p is a share of what top_k leaves
         whole = logits.topk(limit, dim=-1).values
+    # Less than exp(-80) adds nothing to the total, and numbers that underflow are slow on CPUs.
     total = (whole - most).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
     n = min(64, limit)
     while True:
         best, ids = logits.topk(n, dim=-1)  # [K, n]
         p = ((best - most) / temperature).exp() / total
-        keep = p.cumsum(-1) - p <= top_p  # the sum before the token
+        keep = p.cumsum(-1) - p <= (s.top_p or 1)  # the sum before the token
         keep[:, 0] = True
         if n == limit or not keep[:, -1].any():
             p = p.masked_fill(~keep, 0.0)

@@ -295,8 +295,8 @@ def test_blocks_of_one_token_are_a_causal_model(qwen3):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(schedule="sdar", block_length=8), "block_length 8, but .* of 4: set m.config.block_length"),
-        (dict(schedule="a2d", block_length=2), "block_length 2, but .* of 4"),
+        (dict(schedule="sdar", block_length=8), "block_length 8, but .* has 4: set m.config.block_length"),
+        (dict(schedule="a2d", block_length=2), "block_length 2, but .* has 4"),
         (dict(schedule="sdar", strategy="confidence", threshold=1.5), "threshold 1.5"),
         (dict(schedule="sdar", strategy="entropy", threshold=-1.0), "threshold -1.0"),
         (dict(schedule="sdar", tokens_per_step=2, steps=4), "tokens_per_step 2 and steps 4"),
