@@ -20,8 +20,8 @@ samplers). Their tokens and steps are reproduced exactly at temperature 0, and w
 temperature.
 
 `m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L or P, V] in
-which logits[:, i] predicts token i. Where model.py's attention is block-causal (m.config.block_length),
-"sdar" and "a2d" keep the keys and values of finished blocks, which is exact: a step computes one block.
+which logits[:, i] predicts token i. Where attention is block-causal (m.config.block_length), "sdar"
+and "a2d" keep keys and values of finished blocks (m.new_cache), which is exact: a step computes one.
 
 Dimensions: B batch, P prompt, N response, V vocabulary, W positions after the prompt: N, or with
 "sdar" room for a last block that ends beyond N; in one step R rows that are not done, K masked
@@ -51,27 +51,25 @@ class Trajectory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode: the keyword arguments of generate(). Raises ValueError for what does not fit together.
+    """How to decode: the keyword arguments of generate(). Raises ValueError for what does not fit.
 
     A threshold takes the place of the schedule. "dream" compares the largest probability of each
-    position with it, whatever the strategy, temperature, top_p and top_k are; "llada" the strategy's
+    position with it, whatever strategy, temperature, top_p and top_k are; the others the strategy's
     score (the probability, the margin, or minus the entropy, which can only reach 0). If none
     reaches it, the best one is decoded. steps are then the most that are taken: N where not given,
-    as with tokens_per_step.
+    as with tokens_per_step. With "sdar" it adds to the schedule: all tokens of a higher score, and the
+    scheduled number at least; but for the entropy, where it is in nats: the tokens of least entropy
+    whose entropies sum to less.
 
-    "sdar" counts blocks from the first real token of a row, so that the end of a prompt may share one
-    with the beginning of the response; the last block is decoded whole and cut. Its threshold adds to
-    the schedule: all tokens of a higher score, and the scheduled number at least. With the entropy as
-    the score it replaces it and is in nats: the tokens of least entropy whose entropies sum to less.
-    "a2d" counts blocks from the end of the prompt and cuts the last one at N. With both, steps are
-    divided evenly among the blocks, rounded up; None = as many as a block has tokens.
-    """
+    "sdar" counts blocks from the first token of a prompt, whose end may share one with the response,
+    and decodes the last one whole before it is cut. "a2d" counts from the end of the prompt. With
+    both, each block has steps / blocks, rounded up; None = as many as it has tokens."""
 
     max_new_tokens: int  # N, the length of every response
     steps: int | None = None  # for the whole response, the same number for each block; None = N
     strategy: str = "entropy"  # first: low entropy, high confidence, large margin, random, or left
     schedule: str = "dream"  # see quota(); "dream" and "sdar" score after temperature and so on
-    block_length: int | None = None  # decode blocks of so many tokens in turn; None = one, or the model's
+    block_length: int | None = None  # decode so many tokens, then the next; None = one block, or the model's
     tokens_per_step: int | None = None  # exactly so many each step, from the first step on
     temperature: float = 0.0  # of drawing a token; 0 = the most probable one
     top_p: float | None = None  # draw from the most probable tokens whose sum just exceeds this
@@ -98,10 +96,9 @@ class Settings:
         if self.threshold is not None and not 0 <= self.threshold <= (float("inf") if self.bounded else 1):
             raise ValueError(f"threshold {self.threshold} must be a probability between 0 and 1")
         for other in ("steps", "threshold"):
-            if self.tokens_per_step is not None and getattr(self, other) is not None:
-                raise ValueError(
-                    f"tokens_per_step {self.tokens_per_step} and {other} {getattr(self, other)}: give one of them"
-                )
+            n, value = self.tokens_per_step, getattr(self, other)
+            if n is not None and value is not None:
+                raise ValueError(f"tokens_per_step {n} and {other} {value}: give one of them")
         for name in ("suppress", "last", "stop"):
             if getattr(self, name) is not None:  # any collection of ids; a tuple can be compared
                 ids = tuple(map(int, getattr(self, name)))
@@ -153,7 +150,8 @@ class Settings:
     @property
     def fixed(self):
         """Whether each block begins at a fixed step, rather than as soon as the one before is done."""
-        return self.schedule not in BLOCKWISE and self.threshold is self.tokens_per_step is None
+        paced = self.threshold is not None or self.tokens_per_step is not None
+        return not paced and self.schedule not in BLOCKWISE
 
     @property
     def bounded(self):
@@ -192,10 +190,10 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
     settings: the fields of Settings.
 
     A position that is given the mask token stays masked, as in the official decoders; suppress the
-    token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with a
-    threshold, "sdar" or "a2d".
-    Raises ValueError for settings, prompts or generators that do not fit together or to the blocks of
-    the model's attention, TypeError for settings that do not exist.
+    token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with
+    a threshold, "sdar" or "a2d".
+    Raises ValueError for settings, prompts or generators that do not fit together, or blocks that are
+    not the model's, TypeError for settings that do not exist.
     """
     # The blocks of the model's attention, where that is block-causal
     own = getattr(getattr(m, "config", None), "block_length", None)
@@ -232,9 +230,8 @@ def quota(s, i, steps, count):
 
     "dream": int(n (1 - later/now)) of n, with now and later neighbours in linspace(1, 1e-3,
     steps + 1), and all of them at the last step. "llada", "sdar": L // steps of a block of L, and one
-    more in the first L % steps. "a2d": an even share of what is left, rounded; a step without a token
-    is left out and not counted. With a threshold, those that do not reach it: one, or with "sdar" the
-    best so many of all."""
+    more in the first L % steps. "a2d": an even share of what is left, rounded; a step without any is
+    left out and not counted. With a threshold: one, or with "sdar" as without."""
     if s.threshold is not None and (s.bounded or s.schedule != "sdar"):
         return count.clamp(max=1)
     if s.tokens_per_step is not None:
@@ -242,12 +239,12 @@ def quota(s, i, steps, count):
     if s.schedule in ("llada", "sdar"):
         return count.clamp(max=s.length // steps + (i < s.length % steps))
     if s.schedule == "a2d":
-        # In float32, as the official code: the rounding decides which way an exact half falls.
+        # In float32, as the official code: the rounding decides which way a half falls.
         later, now = 1 - (1 - torch.tensor([steps - i - 1.0, steps - i]) / steps)
         return (count.float() * (1 - later / now)).round().long()
     if i == steps - 1:
         return count
-    # In float32, as the official code: the rounding decides what int() cuts off.
+    # In float32, as there: the rounding decides what int() cuts off.
     now, later = torch.linspace(1, 1e-3, steps + 1)[i : i + 2]
     return (count.float() * (1 - later / now)).long()
 
@@ -263,21 +260,19 @@ class Run:
     def __init__(self, m, prompt_ids, prompt_mask, mask_id, generators, settings, block_length=None):
         (B, P), N, device = prompt_ids.shape, settings.max_new_tokens, prompt_ids.device
         self.m, self.mask_id, self.generators, self.settings = m, mask_id, generators, settings
-        if prompt_mask is not None and prompt_mask.bool().all():
-            prompt_mask = None  # models are faster without one
-        length = P  # of each prompt, an int or [B]
-        if prompt_mask is not None:
-            length = prompt_mask.long().sum(1)
-        # How many tokens of a prompt are in the response's first block: [B] on the host, and [B, 1].
-        W, tail = N, torch.zeros(B, dtype=torch.long)
+        W, tail, length = N, torch.zeros(B, dtype=torch.long), P
         if settings.schedule == "sdar":
-            W, tail = N + settings.length - 1, tail + torch.as_tensor(length).cpu() % settings.length
-        self.P, self.N, self.W, self.tail, self.shift = P, N, W, tail, tail[:, None].to(device)
-        self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, W), mask_id)), dim=1)  # [B, P + W]
-        self.response = self.ids[:, P:]  # a view: decoding writes into ids
-        self.attention_mask = None
-        if prompt_mask is not None:
+            W = N + settings.length - 1
+        self.attention_mask = None  # models are faster without one
+        if prompt_mask is not None and not prompt_mask.bool().all():
             self.attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, W)), dim=1)
+            length = prompt_mask.long().sum(1)  # [B]
+        if settings.schedule == "sdar":
+            tail += torch.as_tensor(length).cpu() % settings.length
+        self.P, self.N, self.W = P, N, W
+        self.tail, self.shift = tail, tail[:, None].to(device)  # prompt tokens in the first block, [B], [B, 1]
+        self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, W), mask_id)), dim=1)
+        self.response = self.ids[:, P:]  # [B, W], a view: decoding writes into ids [B, P + W]
         self.decoded_at = torch.full((B, W), settings.limit, device=device)
         self.entropy = torch.full((B, W), float("nan"), device=device)
         self.confidence = self.entropy.clone()
@@ -306,8 +301,8 @@ class Run:
         host: the same rows, on the host."""
         end, more = self.P + self.W, dict(attention_mask=None)
         if self.cache is not None:
-            # The first step of a block computes the one before it as well: its last tokens were masks
-            # in the step that decoded them. Rows of other lengths have their blocks at other columns.
+            # The first step of a block computes the one before it as well: its last tokens were
+            # masks when they were decoded. Blocks of rows of other lengths are at other columns.
             begin = self.P + block * self.settings.length - self.tail[host]  # [R]
             end = min(end, int(begin.max()) + self.settings.length)
             more.update(cache=self.cache.of(rows), start=int(self.known[host].min()))
@@ -446,9 +441,8 @@ def choose_slab(logits, noise, s):
         p, ids = filtered(without(logits, s.last), s)
     score = rate(s.score, p, ids, token)
     if s.last is not None:
-        worst = 0.0
-        if s.score == "entropy":  # for which 0 would be the best
-            worst = torch.finfo(score.dtype).min
+        # Of the entropy, 0 would be the best.
+        worst = torch.finfo(score.dtype).min if s.score == "entropy" else 0.0
         score = score.masked_fill(member(token, s.last), worst)
     return token, score
 
@@ -470,9 +464,7 @@ def rate(score, p, ids, token):
 
 
 def filtered(logits, s):
-    """What temperature, top_p and top_k leave of logits [K, V]: p and ids, [K, n] each.
-
-    ids is None where p is over the whole vocabulary."""
+    """What temperature, top_p and top_k leave of logits [K, V]: p and ids [K, n]; ids None = all."""
     temperature = s.temperature or 1.0  # 0 is for the token only
     if s.top_k is not None or (s.top_p is not None and s.top_p < 1):
         return nucleus(logits, temperature, s)
@@ -511,9 +503,8 @@ def draw(p, ids, noise):
     """A token of each of K distributions p, ids [K, n], by noise [K] in [0, 1): [K].
 
     The first one at which the cumulated sum exceeds the noise."""
-    wide = torch.float64
-    if p.device.type == "mps":  # Apple's GPUs have nothing wider than float32
-        wide = torch.float32
+    # Apple's GPUs have nothing wider than float32
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
     total = p.cumsum(-1, dtype=wide)
     at = torch.searchsorted(total, noise[:, None].to(wide) * total[:, -1:], right=True)  # [K, 1]
     at = at.clamp(max=p.shape[-1] - 1)
