@@ -3,6 +3,8 @@
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256)  # Dream
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="llada",
                         strategy="confidence", block_length=32)  # LLaDA
+    # SDAR, or A2D with "a2d": blocks of m.config.block_length
+    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="sdar", strategy="confidence")
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, tokens_per_step=2)  # faster
     t.response, t.step, t.order, t.entropy, t.confidence  # each [B, N]
 
@@ -12,14 +14,18 @@ entropy as the score).
 
 Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
 tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`), but for its credit
-fusion, which is left out; Fast-dLLM (arXiv 2505.22618) for thresholds and approximate caches. Their
-tokens and steps are reproduced exactly at temperature 0, and with greedy at any temperature.
+fusion, which is left out; Fast-dLLM (arXiv 2505.22618) for thresholds; JetAstra/SDAR generate.py and
+its OpenCompass wrapper, but for their overwriting of prompts; ZHZisZZ/dllm (A2D: the MDLM and BD3LM
+samplers). Their tokens and steps are reproduced exactly at temperature 0, and with greedy at any
+temperature.
 
 `m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L or P, V] in
-which logits[:, i] predicts token i.
+which logits[:, i] predicts token i. Where attention is block-causal (m.config.block_length), "sdar"
+and "a2d" keep keys and values of finished blocks (m.new_cache), which is exact: a step computes one.
 
-Dimensions: B batch, P prompt, N response, V vocabulary; in one step R rows that are not done,
-K masked positions of the row that has most of them, Q tokens decoded.
+Dimensions: B batch, P prompt, N response, V vocabulary, W positions after the prompt: N, or with
+"sdar" room for a last block that ends beyond N; in one step R rows that are not done, K masked
+positions of the row that has most of them, Q tokens decoded.
 """
 
 import dataclasses
@@ -28,8 +34,8 @@ from typing import NamedTuple
 import torch
 
 STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
-SCHEDULES = ("dream", "llada")
-CACHES = ("prefix", "dual")
+SCHEDULES = ("dream", "llada", "sdar", "a2d")
+BLOCKWISE = ("sdar", "a2d")  # those that finish a block before the next one begins
 SLAB = 2**23  # logits that are copied at once: bounds the memory that a step needs beside them
 
 
@@ -45,22 +51,25 @@ class Trajectory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode: the keyword arguments of generate().
+    """How to decode: the keyword arguments of generate(). Raises ValueError for what does not fit.
 
     A threshold takes the place of the schedule. "dream" compares the largest probability of each
-    position with it, whatever the strategy, temperature, top_p and top_k are; "llada" the strategy's
+    position with it, whatever strategy, temperature, top_p and top_k are; the others the strategy's
     score (the probability, the margin, or minus the entropy, which can only reach 0). If none
     reaches it, the best one is decoded. steps are then the most that are taken: N where not given,
-    as with tokens_per_step.
+    as with tokens_per_step. With "sdar" it adds to the schedule: all tokens of a higher score, and the
+    scheduled number at least; but for the entropy, where it is in nats: the tokens of least entropy
+    whose entropies sum to less.
 
-    Raises ValueError, which names what is wrong, for settings that do not fit together.
-    """
+    "sdar" counts blocks from the first token of a prompt, whose end may share one with the response,
+    and decodes the last one whole before it is cut. "a2d" counts from the end of the prompt. With
+    both, each block has steps / blocks, rounded up; None = as many as it has tokens."""
 
     max_new_tokens: int  # N, the length of every response
     steps: int | None = None  # for the whole response, the same number for each block; None = N
     strategy: str = "entropy"  # first: low entropy, high confidence, large margin, random, or left
-    schedule: str = "dream"  # tokens of each step: see quota(). "dream" scores after temperature etc.
-    block_length: int | None = None  # decode blocks of so many tokens in turn; None = one block
+    schedule: str = "dream"  # see quota(); "dream" and "sdar" score after temperature and so on
+    block_length: int | None = None  # decode so many tokens, then the next; None = one block, or the model's
     tokens_per_step: int | None = None  # exactly so many each step, from the first step on
     temperature: float = 0.0  # of drawing a token; 0 = the most probable one
     top_p: float | None = None  # draw from the most probable tokens whose sum just exceeds this
@@ -70,28 +79,26 @@ class Settings:
     suppress: tuple | None = None  # ids that are never chosen, such as those of no real token
     last: tuple | None = None  # ids whose positions come last, scored as if the ids did not exist
     stop: tuple | None = None  # ids that end a row after the block that holds one
-    approximate_cache: str | None = None  # "prefix" or "dual": see Reuse
 
     def __post_init__(self):
         for name in ("max_new_tokens", "steps", "block_length", "tokens_per_step", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
-        for name, known in (("strategy", STRATEGIES), ("schedule", SCHEDULES), ("approximate_cache", (None, *CACHES))):
+        for name, known in (("strategy", STRATEGIES), ("schedule", SCHEDULES)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(filter(None, known))}")
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be a number of at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= (float("inf") if self.bounded else 1):
             raise ValueError(f"threshold {self.threshold} must be a probability between 0 and 1")
         for other in ("steps", "threshold"):
-            if self.tokens_per_step is not None and getattr(self, other) is not None:
-                raise ValueError(
-                    f"tokens_per_step {self.tokens_per_step} and {other} {getattr(self, other)}: give one of them"
-                )
+            n, value = self.tokens_per_step, getattr(self, other)
+            if n is not None and value is not None:
+                raise ValueError(f"tokens_per_step {n} and {other} {value}: give one of them")
         for name in ("suppress", "last", "stop"):
             if getattr(self, name) is not None:  # any collection of ids; a tuple can be compared
                 ids = tuple(map(int, getattr(self, name)))
@@ -103,6 +110,10 @@ class Settings:
     def check_blocks(self):
         """Raises ValueError for blocks that do not divide the response, or the steps."""
         N, L = self.max_new_tokens, self.length
+        if self.schedule == "sdar" and self.block_length is None:
+            raise ValueError("schedule 'sdar' needs a block_length: that of the model's training, such as 4")
+        if self.schedule in BLOCKWISE:  # any length and number of steps will do
+            return
         if N % L:
             raise ValueError(
                 f"block_length {L} does not divide max_new_tokens {N}; nearest below: {divisor_below(N, L)}"
@@ -117,18 +128,40 @@ class Settings:
 
     @property
     def blocks(self):
-        """Number of blocks."""
-        return self.max_new_tokens // self.length
+        """Number of blocks, at most: with "sdar" a prompt may fill most of the first."""
+        return -(-self.max_new_tokens // self.length) + (self.schedule == "sdar")
+
+    @property
+    def each(self):
+        """The most steps of a block."""
+        if self.schedule not in BLOCKWISE:
+            return self.limit // self.blocks
+        if self.steps is None or self.bounded:
+            return self.length
+        return -(-self.steps // -(-self.max_new_tokens // self.length))
 
     @property
     def limit(self):
         """The most steps that decoding can take."""
+        if self.schedule in BLOCKWISE:
+            return self.each * self.blocks
         return self.steps or self.max_new_tokens
 
     @property
     def fixed(self):
         """Whether each block begins at a fixed step, rather than as soon as the one before is done."""
-        return self.threshold is None and self.tokens_per_step is None
+        paced = self.threshold is not None or self.tokens_per_step is not None
+        return not paced and self.schedule not in BLOCKWISE
+
+    @property
+    def bounded(self):
+        """Whether the threshold is one of cumulated entropy, in nats."""
+        return self.schedule == "sdar" and self.strategy == "entropy" and self.threshold is not None
+
+    @property
+    def raw(self):
+        """Whether scores are of the model's own distribution, not the one that is drawn from."""
+        return self.schedule in ("llada", "a2d")
 
     @property
     def draws(self):
@@ -140,7 +173,7 @@ class Settings:
         """What positions are compared by: the strategy, or "largest", the largest probability."""
         if self.threshold is None:
             return self.strategy
-        if self.schedule == "llada" and self.strategy in ("entropy", "confidence", "margin"):
+        if self.schedule != "dream" and self.strategy in ("entropy", "confidence", "margin"):
             return self.strategy
         return "largest"
 
@@ -157,35 +190,38 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
     settings: the fields of Settings.
 
     A position that is given the mask token stays masked, as in the official decoders; suppress the
-    token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with a
-    threshold or an approximate cache.
-    Raises ValueError for settings, prompts or generators that do not fit together, TypeError for
-    settings that do not exist.
+    token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with
+    a threshold, "sdar" or "a2d".
+    Raises ValueError for settings, prompts or generators that do not fit together, or blocks that are
+    not the model's, TypeError for settings that do not exist.
     """
+    # The blocks of the model's attention, where that is block-causal
+    own = getattr(getattr(m, "config", None), "block_length", None)
+    if settings.get("schedule") in BLOCKWISE and settings.get("block_length") is None:
+        settings["block_length"] = own
     s = Settings(**settings)
+    if s.schedule in BLOCKWISE and own not in (None, s.length):
+        raise ValueError(f"block_length {s.length}, but the model's attention has {own}: set m.config.block_length")
     generators = check_inputs(prompt_ids, prompt_mask, generator)
     if mask_id is None:
         mask_id = m.config.mask_id
-    run = Run(m, prompt_ids, prompt_mask, mask_id, generators, s)
-    steps = s.limit // s.blocks  # of each block
+    run = Run(m, prompt_ids, prompt_mask, mask_id, generators, s, own)
     for block in range(s.blocks):
-        start, end = block * s.length, (block + 1) * s.length
-        reuse = Reuse(run, start, end)
-        for i in range(steps):
-            masked = run.candidates(start, end)  # [B, N]
+        for i in range(s.each):
+            masked = run.candidates(block)  # [B, W]
             count = masked.sum(1).cpu()  # [B], all that the host has to know of a step
             if not count.any():
                 break
             if s.fixed:
-                run.now.fill_(block * steps + i)
-            best = quota(s, i, steps, count)  # [B]
+                run.now.fill_(block * s.each + i)
+            best = quota(s, i, s.each, count)  # [B]
             if best.any():  # Dream's first step often decodes nothing, and then needs no model
-                run.step(masked, count, best, reuse)
+                run.step(block, masked, count, best)
                 if on_step is not None:
-                    on_step(int(run.now.max()), run.response, run.entropy)
-            run.now += count.gt(0).to(run.now.device)
+                    on_step(int(run.now.max()), run.response[:, : run.N], run.entropy[:, : run.N])
+            run.now += best.gt(0).to(run.now.device)
         if s.stop is not None:
-            run.stopped |= member(run.response[:, :end], s.stop).any(1)
+            run.stopped |= member(run.response, s.stop).any(1)
     return run.trajectory()
 
 
@@ -193,17 +229,22 @@ def quota(s, i, steps, count):
     """How many tokens step i of a block's `steps` decodes in rows of `count` [B] masked: int64 [B].
 
     "dream": int(n (1 - later/now)) of n, with now and later neighbours in linspace(1, 1e-3,
-    steps + 1), and all of them at the last step. "llada": L // steps of a block of L, and one more in
-    the first L % steps. With a threshold, those that do not reach it: one."""
-    if s.threshold is not None:
+    steps + 1), and all of them at the last step. "llada", "sdar": L // steps of a block of L, and one
+    more in the first L % steps. "a2d": an even share of what is left, rounded; a step without any is
+    left out and not counted. With a threshold: one, or with "sdar" as without."""
+    if s.threshold is not None and (s.bounded or s.schedule != "sdar"):
         return count.clamp(max=1)
     if s.tokens_per_step is not None:
         return count.clamp(max=s.tokens_per_step)
-    if s.schedule == "llada":
+    if s.schedule in ("llada", "sdar"):
         return count.clamp(max=s.length // steps + (i < s.length % steps))
+    if s.schedule == "a2d":
+        # In float32, as the official code: the rounding decides which way a half falls.
+        later, now = 1 - (1 - torch.tensor([steps - i - 1.0, steps - i]) / steps)
+        return (count.float() * (1 - later / now)).round().long()
     if i == steps - 1:
         return count
-    # In float32, as the official code: the rounding decides what int() cuts off.
+    # In float32, as there: the rounding decides what int() cuts off.
     now, later = torch.linspace(1, 1e-3, steps + 1)[i : i + 2]
     return (count.float() * (1 - later / now)).long()
 
@@ -214,68 +255,96 @@ def quota(s, i, steps, count):
 class Run:
     """One call of generate(): the tokens, the log, and the step that decodes some more of them.
 
-    All tensors are written in place."""
+    All tensors are written in place. block_length: that of the model's attention, or None."""
 
-    def __init__(self, m, prompt_ids, prompt_mask, mask_id, generators, settings):
+    def __init__(self, m, prompt_ids, prompt_mask, mask_id, generators, settings, block_length=None):
         (B, P), N, device = prompt_ids.shape, settings.max_new_tokens, prompt_ids.device
-        self.m, self.mask_id, self.generators = m, mask_id, generators
-        self.settings, self.P, self.N = settings, P, N
-        self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, N), mask_id)), dim=1)  # [B, P + N]
-        self.response = self.ids[:, P:]  # a view: decoding writes into ids
+        self.m, self.mask_id, self.generators, self.settings = m, mask_id, generators, settings
+        W, tail, length = N, torch.zeros(B, dtype=torch.long), P
+        if settings.schedule == "sdar":
+            W = N + settings.length - 1
         self.attention_mask = None  # models are faster without one
         if prompt_mask is not None and not prompt_mask.bool().all():
-            self.attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, N)), dim=1)
-        self.decoded_at = torch.full((B, N), settings.limit, device=device)
-        self.entropy = torch.full((B, N), float("nan"), device=device)
+            self.attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, W)), dim=1)
+            length = prompt_mask.long().sum(1)  # [B]
+        if settings.schedule == "sdar":
+            tail += torch.as_tensor(length).cpu() % settings.length
+        self.P, self.N, self.W = P, N, W
+        self.tail, self.shift = tail, tail[:, None].to(device)  # prompt tokens in the first block, [B], [B, 1]
+        self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, W), mask_id)), dim=1)
+        self.response = self.ids[:, P:]  # [B, W], a view: decoding writes into ids [B, P + W]
+        self.decoded_at = torch.full((B, W), settings.limit, device=device)
+        self.entropy = torch.full((B, W), float("nan"), device=device)
         self.confidence = self.entropy.clone()
         self.now = torch.zeros(B, dtype=torch.long, device=device)  # the step that each row is at
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)  # rows with a stop token
+        self.cache, self.origin = None, None
+        if block_length is not None and settings.schedule in BLOCKWISE:
+            if settings.schedule == "a2d":
+                self.origin = length
+            if hasattr(m, "new_cache"):  # any other model computes all tokens at every step
+                self.cache = m.new_cache(B, P + W)
+                self.known = torch.zeros(B, dtype=torch.long)  # columns whose keys and values are final
 
-    def candidates(self, start, end):
-        """Which positions may be decoded now, in the block from start to end: bool [B, N]."""
-        masked = (self.response == self.mask_id) & ~self.stopped[:, None]
-        masked[:, end:] = False
-        if self.settings.threshold is not None or self.settings.approximate_cache is not None:
-            masked[:, :start] = False
+    def candidates(self, block):
+        """Which positions may be decoded now, in this block: bool [B, W]."""
+        s, at = self.settings, torch.arange(self.W, device=self.response.device)
+        start = block * s.length - self.shift  # [B, 1]
+        masked = (self.response == self.mask_id) & ~self.stopped[:, None] & (at < start + s.length)
+        if s.schedule in BLOCKWISE or s.threshold is not None:
+            masked &= (at >= start) & (start < self.N)
         return masked
 
-    def step(self, masked, count, best, reuse):
-        """Run the model once, and decode the best [B] so many of the masked positions [B, N].
+    def inputs(self, block, rows, host):
+        """The ids, and the arguments beside them, for a step of rows [R] in this block.
+
+        host: the same rows, on the host."""
+        end, more = self.P + self.W, dict(attention_mask=None)
+        if self.cache is not None:
+            # The first step of a block computes the one before it as well: its last tokens were
+            # masks when they were decoded. Blocks of rows of other lengths are at other columns.
+            begin = self.P + block * self.settings.length - self.tail[host]  # [R]
+            end = min(end, int(begin.max()) + self.settings.length)
+            more.update(cache=self.cache.of(rows), start=int(self.known[host].min()))
+            self.known[host] = begin
+        if self.origin is not None:
+            more["origin"] = self.origin
+        if self.attention_mask is not None:
+            more["attention_mask"] = self.attention_mask[rows, :end]
+            if self.origin is not None:  # [B], where prompts differ in length
+                more["origin"] = self.origin[rows]
+        return self.ids[rows, :end], more
+
+    def step(self, block, masked, count, best):
+        """Run the model once, and decode the best [B] so many of the masked positions [B, W].
 
         count [B]: how many positions are masked."""
         s = self.settings
-        # Rows that are done cost nothing, nor do rows that wait, unless a cache must keep them.
-        active = best
-        if s.approximate_cache is not None:
-            active = count
-        rows = active.nonzero()[:, 0]  # [R]
-        K, rows = int(count[rows].max()), rows.to(masked.device)
+        host = best.nonzero()[:, 0]  # [R]; rows that are done cost nothing, nor do rows that wait
+        K, rows = int(count[host].max()), host.to(masked.device)
         masked, best = masked[rows], best.to(masked.device)[rows]
-        place, number = numbered(masked, K)  # [R, K], [R, N]
-        more = reuse.arguments(rows)
-        more["attention_mask"] = None
-        if self.attention_mask is not None:
-            more["attention_mask"] = self.attention_mask[rows]
-        logits = self.m(self.ids[rows], positions=self.P + place, **more)  # [R, K, V]
+        place, number = numbered(masked, K)  # [R, K], [R, W]
+        ids, more = self.inputs(block, rows, host)
+        logits = self.m(ids, positions=self.P + place, **more)  # [R, K, V]
 
         # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
-        #    everything is [R, N], and means nothing where it is not masked.
+        #    everything is [R, W], and means nothing where it is not masked.
         noise = torch.zeros_like(place, dtype=torch.float32)
         if s.draws:
             noise = self.noise(rows).gather(1, place)
         token, score = choose(logits, noise, s)  # [R, K]
-        token, score = token.gather(1, number), score.gather(1, number)  # [R, N]
+        token, score = token.gather(1, number), score.gather(1, number)  # [R, W]
         if s.score == "random":
             score = self.noise(rows)
         elif s.score == "left":
-            score = -torch.arange(float(self.N), device=score.device).expand(len(rows), -1)
+            score = -torch.arange(float(self.W), device=score.device).expand(len(rows), -1)
 
         # 2. Pick the best ones. The sort is stable: of equal scores the leftmost comes first.
         score = score.masked_fill(~masked, -torch.inf)
         nth = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = the best
         picked = nth < best[:, None]
         if s.threshold is not None:
-            picked |= score >= s.threshold
+            picked |= self.reached(score, nth)
         r, n = (picked & masked).nonzero(as_tuple=True)  # [Q]
 
         # 3. Write them down, with what the model's whole untempered distribution said.
@@ -284,30 +353,40 @@ class Run:
         self.decoded_at[at] = self.now[rows[r]]
         self.entropy[at], self.confidence[at] = describe(logits, r, number[r, n], token[r, n])
 
+    def reached(self, score, nth):
+        """Which positions reach the threshold, of those with a score, which is the nth: bool [R, W]."""
+        s = self.settings
+        if s.bounded:  # entropies, the least first, of this position and those before it
+            total = -score.sort(dim=1, descending=True).values.cumsum(1)
+            return total.gather(1, nth) < s.threshold
+        if s.schedule == "sdar":
+            return score > s.threshold
+        return score >= s.threshold
+
     def noise(self, rows):
-        """Noise in [0, 1) for the response of each row, from the row's own generator: [R, N]."""
-        noise = torch.empty(len(rows), self.N, device=rows.device)
+        """Noise in [0, 1) for the response of each row, from the row's own generator: [R, W]."""
+        noise = torch.empty(len(rows), self.W, device=rows.device)
         for row, b in zip(noise, rows.tolist()):
             g = self.generators[b]
             if g is None:
                 row.uniform_()
             else:  # it may be on another device
-                row.copy_(torch.rand(self.N, generator=g, device=g.device))
+                row.copy_(torch.rand(self.W, generator=g, device=g.device))
         return noise
 
     def trajectory(self):
         """The finished Trajectory."""
         self.decoded_at[self.response == self.mask_id] = self.settings.limit
-        order = decode_order(self.decoded_at, self.entropy)
-        response = self.response.clone()
-        return Trajectory(response, self.decoded_at, order, self.entropy, self.confidence)
+        response, step = self.response[:, : self.N].clone(), self.decoded_at[:, : self.N]
+        entropy, confidence = self.entropy[:, : self.N], self.confidence[:, : self.N]
+        return Trajectory(response, step, decode_order(step, entropy), entropy, confidence)
 
 
 def numbered(masked, K):
-    """Number the masked positions [R, N] of each row from left to right, at most K of them.
+    """Number the masked positions [R, W] of each row from left to right, at most K of them.
 
     -> the position of each number, [R, K], a row's first one again where it has fewer than K; and the
-    number of each position, [R, N], which means nothing where it is not masked."""
+    number of each position, [R, W], which means nothing where it is not masked."""
     number = (masked.cumsum(1) - 1).clamp(min=0)
     place = masked.int().argsort(dim=1, descending=True, stable=True)[:, :K]
     return torch.where(masked.gather(1, place), place, place[:, :1]), number
@@ -325,35 +404,6 @@ def describe(logits, row, number, token):
         entropy.append(-(logp.exp() * logp).sum(-1))
         confidence.append(logp.gather(-1, chosen[:, None])[:, 0].exp())
     return torch.cat(entropy), torch.cat(confidence)
-
-
-class Reuse:
-    """Arguments for the model in the steps of one block: none, or those of an approximate cache.
-
-    With a cache, the first step of the block computes all keys and values. The later ones compute
-    them anew for the block and what follows ("prefix"), or for the block alone ("dual"). That is
-    faster, and not the same result: outside of it the model does not see what the block has become.
-    It needs a model that takes cache and span, as model.py's does."""
-
-    def __init__(self, run, start, end):
-        self.m, self.kind = run.m, run.settings.approximate_cache
-        self.cache, self.rows = None, None  # the rows that the cache holds
-        self.span = (run.P + start, run.P + run.N)
-        if self.kind == "dual":
-            self.span = (run.P + start, run.P + end)
-
-    def arguments(self, rows):
-        """Keyword arguments for a step in which rows [R] are not done: never more than in the last."""
-        if self.kind is None:
-            return {}
-        rows, before = rows.tolist(), self.rows
-        self.rows = rows
-        if self.cache is None:
-            self.cache = self.m.new_cache()
-            return dict(cache=self.cache, span=None)
-        if rows != before:
-            self.cache.keep(list(map(before.index, rows)))
-        return dict(cache=self.cache, span=self.span)
 
 
 # ---------------------------------------------------------------------------------------- choosing
@@ -384,16 +434,15 @@ def choose_slab(logits, noise, s):
     if s.score in ("random", "left"):
         return token, noise  # the distribution does not matter
 
-    # "dream" scores the distribution that tokens are drawn from, "llada" the model's own.
-    if s.schedule == "llada" or s.score == "largest":
+    # "dream" and "sdar" score the distribution that tokens are drawn from, the others the model's own.
+    if s.raw or s.score == "largest":
         p, ids = without(logits, s.last).softmax(-1), None  # in the model's dtype, as officially
     elif s.last is not None or not s.draws:
         p, ids = filtered(without(logits, s.last), s)
     score = rate(s.score, p, ids, token)
     if s.last is not None:
-        worst = 0.0
-        if s.score == "entropy":  # for which 0 would be the best
-            worst = torch.finfo(score.dtype).min
+        # Of the entropy, 0 would be the best.
+        worst = torch.finfo(score.dtype).min if s.score == "entropy" else 0.0
         score = score.masked_fill(member(token, s.last), worst)
     return token, score
 
@@ -415,37 +464,34 @@ def rate(score, p, ids, token):
 
 
 def filtered(logits, s):
-    """What temperature, top_p and top_k leave of logits [K, V]: p and ids, [K, n] each.
-
-    ids is None where p is over the whole vocabulary."""
+    """What temperature, top_p and top_k leave of logits [K, V]: p and ids [K, n]; ids None = all."""
     temperature = s.temperature or 1.0  # 0 is for the token only
     if s.top_k is not None or (s.top_p is not None and s.top_p < 1):
-        return nucleus(logits, temperature, s.top_p, s.top_k)
-    if s.schedule == "llada":
+        return nucleus(logits, temperature, s)
+    if s.raw:
         logits = logits.float()  # Dream draws in the model's dtype, LLaDA in a wider one
     return (logits / temperature).softmax(-1), None
 
 
-def nucleus(logits, temperature, top_p, top_k):
+def nucleus(logits, temperature, s):
     """The tokens that top_p and top_k leave of softmax(logits / temperature), best first.
 
     -> probabilities (0 where removed) and ids, [K, n] each. top_p removes what lies beyond the best
     tokens whose sum exceeds it; the token that crosses it stays. The vocabulary is not sorted: the
     best 64 are enough as a rule, and more are taken until every position has crossed."""
     logits = logits.float()
-    limit = logits.shape[-1]
-    if top_k is not None:
-        limit = min(top_k, limit)
-    if top_p is None:
-        top_p = 1
+    limit = min(s.top_k or logits.shape[-1], logits.shape[-1])
     most = logits.amax(-1, keepdim=True)
+    whole = logits
+    if s.schedule == "sdar" and limit < logits.shape[-1]:  # top_p is a share of what top_k leaves
+        whole = logits.topk(limit, dim=-1).values
     # Less than exp(-80) adds nothing to the total, and numbers that underflow are slow on CPUs.
-    total = (logits - most).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
+    total = (whole - most).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
     n = min(64, limit)
     while True:
         best, ids = logits.topk(n, dim=-1)  # [K, n]
         p = ((best - most) / temperature).exp() / total
-        keep = p.cumsum(-1) - p <= top_p  # the sum before the token
+        keep = p.cumsum(-1) - p <= (s.top_p or 1)  # the sum before the token
         keep[:, 0] = True
         if n == limit or not keep[:, -1].any():
             p = p.masked_fill(~keep, 0.0)
@@ -457,9 +503,8 @@ def draw(p, ids, noise):
     """A token of each of K distributions p, ids [K, n], by noise [K] in [0, 1): [K].
 
     The first one at which the cumulated sum exceeds the noise."""
-    wide = torch.float64
-    if p.device.type == "mps":  # Apple's GPUs have nothing wider than float32
-        wide = torch.float32
+    # Apple's GPUs have nothing wider than float32
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
     total = p.cumsum(-1, dtype=wide)
     at = torch.searchsorted(total, noise[:, None].to(wide) * total[:, -1:], right=True)  # [K, 1]
     at = at.clamp(max=p.shape[-1] - 1)

@@ -91,6 +91,7 @@ def identity(c, processes, loaded, settings):
         answer_field=c.answer_field,
         limit=c.limit,
         raw=c.raw,
+        block_causal=c.block_causal,
         **runs.content_hashes(loaded.folder, c.adapter),
         data_sha256=runs.fingerprint(c.data),
         dtype=runs.resolve_dtype(c, processes),

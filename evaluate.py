@@ -85,6 +85,8 @@ def with_eos_rules(settings, loaded):
         settings["suppress"].append(eos)
     if settings.pop("eos_last", False):
         settings["last"] = [eos]
+    if settings.get("schedule") in decode.BLOCKWISE and loaded.m.config.block_length is not None:
+        settings["stop"] = sorted(loaded.tok.stop_ids)  # what a finished block ends, later blocks cannot change
     return settings
 
 
@@ -346,6 +348,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         command="evaluate",
         task=task,
         protocol=c.protocol,
+        block_causal=c.block_causal,
         **about,
         dtype=runs.resolve_dtype(c, processes),
         seed=c.seed,

@@ -201,27 +201,40 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of every block for the tokens of one batch, [B, K, L, E] each, as they were
-    when computed."""
+    """Keys and values of every block of the network for the tokens of one batch, [B, K, L, E] each.
 
-    def __init__(self):
+    Where attention is block-causal, those of a finished block of tokens never change: a call then
+    computes only what comes after them."""
+
+    def __init__(self, rows, length):
+        self.size = rows, length  # B and L
         self.kept = {}  # attention module -> (keys, values)
+        self.chosen = None  # the rows that a call holds; None = all
+
+    def of(self, rows):
+        """This cache for a call with only the rows [R] of the batch, none of them twice."""
+        part = Cache(*self.size)
+        part.kept = self.kept  # the same storage
+        if len(rows) < self.size[0]:
+            part.chosen = rows
+        return part
 
     @torch.compiler.disable  # it would be compiled anew for every block
     def put(self, owner, k, v, start):
-        """Store what was computed anew for the tokens from `start` on -> keys and values of all
-        tokens."""
-        if owner in self.kept:
-            for old, new in zip(self.kept[owner], (k, v)):
-                old[:, :, start : start + new.shape[2]] = new
-        else:
-            self.kept[owner] = (k.contiguous(), v.contiguous())
-        return self.kept[owner]
-
-    def keep(self, rows):
-        """Forget the rows of the batch that are not among these."""
-        for owner, (k, v) in self.kept.items():
-            self.kept[owner] = (k[rows], v[rows])
+        """Store k and v [R, K, n, E] of the n tokens from `start` on -> keys and values of all tokens
+        up to the last of these, [R, K, start + n, E] each."""
+        end, found = start + k.shape[2], []
+        if owner not in self.kept:
+            shape = (self.size[0], k.shape[1], self.size[1], k.shape[3])
+            self.kept[owner] = (k.new_zeros(shape), v.new_zeros(shape))
+        for every, new in zip(self.kept[owner], (k, v)):
+            if self.chosen is None:
+                every[:, :, start:end] = new
+                found.append(every[:, :, :end])
+            else:  # the price of leaving rows out is a copy of the others
+                every[self.chosen, :, start:end] = new
+                found.append(every[self.chosen, :, :end])
+        return found
 
 
 class Transformer(nn.Module):
@@ -240,49 +253,50 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
-    def forward(self, ids, attention_mask=None, positions=None, cache=None, span=None):
+    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
         meaning, nor has Dream's first real token after left padding (its logits come from the
         padding before it).
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
-        cache, span: approximate inference (see decode.py). A first call with an empty Cache()
-            fills it; a call with span = (start, end) computes only those tokens anew, and takes
-            the keys and values of the others from there. positions are needed then, and count from
-            the start of ids as ever.
+        origin: the place in its row, an int or [B], at which a block of block-causal attention
+            begins; the blocks before and after follow from it.
+        cache, start: from new_cache(), for decoding. Only the tokens from `start` on are computed,
+            and logits are [B, L - start, V] without positions. Keys and values of the tokens before
+            come from earlier calls, in which their blocks had to be finished.
         """
-        c, first, length = self.config, 0, ids.shape[1]
+        c = self.config
         index = self.index(ids, attention_mask)  # [1 or B, L]
-        mask = self.visible(index, attention_mask)
-        cos, sin = self.rope(index, self.embed.weight.dtype)  # [1 or B, 1, L, E]
-        if span is not None:
-            # Dream predicts a token one place before it.
-            first, end = span[0] - (c.shifted and span[0] > 0), span[1]
-            ids, cos, sin = ids[:, first:end], cos[:, :, first:end], sin[:, :, first:end]
-            if c.block_length is not None:
-                mask = mask[:, :, first:end]
-        x = self.embed(ids)  # [B, L, D]
+        mask = self.visible(index, attention_mask, origin, start)
+        cos, sin = self.rope(index[:, start:], self.embed.weight.dtype)  # [1 or B, 1, L - start, E]
+        x = self.embed(ids[:, start:])  # [B, L - start, D]
         if c.shifted:
             # Dream was adapted from an autoregressive model: token i is predicted at i - 1.
             if positions is None:
-                positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
+                positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
-        at = None if positions is None else positions - first
+        at = None if positions is None else positions - start
         for block in self.layers:
             # The last block computes only the places where the head runs.
             last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, first, last, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, cache, start, last, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache, first, last)
+                x = block(x, cos, sin, mask, cache, start, last)
         x = self.norm(x)
         if c.tied:
             return F.linear(x, self.embed.weight)
         return self.head(x)
 
-    def new_cache(self):
-        return Cache()
+    def new_cache(self, rows, length):
+        """An empty Cache for a batch of so many rows of so many tokens.
+
+        Raises ValueError where it could not be exact: keys change, or a token is predicted from the
+        block before its own."""
+        if self.config.block_length is None or self.config.shifted:
+            raise ValueError(f"no exact cache for {self.config.family} without blocks: set config.block_length")
+        return Cache(rows, length)
 
     def index(self, ids, attention_mask):
         """The place of each token in its row, [1 or B, L]."""
@@ -290,17 +304,25 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def visible(self, index, attention_mask):
-        """Which keys a query sees: None for all, [B, 1, 1, L] the real ones, [1 or B, 1, L, L]
-        where blocks count."""
+    def visible(self, index, attention_mask, origin=0, start=0):
+        """Which keys the queries from `start` on see: None for all, [B, 1, 1, L] the real ones,
+        [1 or B, 1, L - start, L] where blocks count."""
         # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
         # empty row is NaN.
         real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         if self.config.block_length is None:
             return real
-        block = index // self.config.block_length
+        if isinstance(origin, torch.Tensor):
+            origin = origin[:, None]
+        elif real is None:
+            # Without padding a token's place is its column. Queries that are all in the last block
+            # see everything, and attention is faster without a mask.
+            last = index.shape[1] - 1
+            if (start - origin) // self.config.block_length == (last - origin) // self.config.block_length:
+                return None
+        block = (index - origin) // self.config.block_length  # [1 or B, L]; below 0 before the origin
         # A query sees its own block and those before it.
-        past = block[:, None, None, :] <= block[:, None, :, None]
+        past = block[:, None, None, :] <= block[:, None, start:, None]
         return past if real is None else past & real
 
     def rope(self, index, dtype):

@@ -54,6 +54,9 @@ class ModelOptions:
     dtype: str = opt("auto", "of the base model; auto: bfloat16 on cuda, else float32", choices=DTYPES)
     seed: int = opt(0, "seed of every random choice, for any number of processes")
     compile: bool = opt(False, "compile the transformer's blocks: faster after a minute, the same except for rounding")
+    block_causal: int | None = opt(
+        None, "attention is causal from block to block of this many tokens (A2D: 32 for bd3lm models)", low=1
+    )
 
 
 @dataclass
@@ -63,7 +66,8 @@ class DecodeOptions:
     max_new_tokens: int | None = opt(None, "response length in tokens (256)")
     steps: int | None = opt(None, "decoding steps for the whole response (one per token)")
     block_length: int | None = opt(
-        None, "decode in blocks of this many tokens, left to right; 0 = one block (LLaDA: 32, Dream: 0)"
+        None,
+        "decode in blocks of this many tokens, left to right; 0 = one (LLaDA 32, Dream 0, SDAR the model's)",
     )
     strategy: str | None = opt(
         None, "which masked positions to decode first (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
@@ -82,9 +86,6 @@ class DecodeOptions:
     sample: bool = opt(False, "draw tokens even where a benchmark's protocol takes the most probable one")
     suppress_eos: bool = opt(False, "never choose EOS: every response has its full length")
     eos_last: bool = opt(False, "decode EOS last: positions that predict it score lowest")
-    approximate_cache: str | None = opt(
-        None, "reuse keys and values within a block: faster, but results differ", choices=decode.CACHES
-    )
 
 
 @dataclass
@@ -270,6 +271,10 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
     m = model.load(weights or folder, dtype=dtype, device=processes.device)
+    if c.block_causal is not None:
+        if m.config.family not in ("sdar", "a2d"):
+            raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")
+        m.config.block_length = c.block_causal
     one_thread_if_small(m)
     tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
     for line in data.disagreements(tok, m.config):
@@ -320,19 +325,23 @@ def batch_of(records, loaded, processes):
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 
-# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation).
+# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation; SDAR's and dllm's own
+# evaluation). Where attention is block-causal, its blocks are the decoder's.
 DECODERS = {
     "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
     "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
+    "sdar": dict(strategy="confidence", schedule="sdar", temperature=0.0, max_new_tokens=256),
+    "a2d": dict(strategy="confidence", schedule="a2d", temperature=0.0, block_length=32, max_new_tokens=256),
 }
 
 
 def decoder_settings(c, loaded, preset=None):
     """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
-    of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids.
+    of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids. Where the
+    model's attention is block-causal, a block length that is asked for becomes its own: m.config.block_length is set.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
-    family = loaded.m.config.family
+    family, blocks = loaded.m.config.family, getattr(loaded.m.config, "block_length", None)
     if family not in DECODERS:
         raise ValueError(f"{loaded.folder}: no decoder for {family!r} models; there is one for {', '.join(DECODERS)}")
     known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
@@ -341,8 +350,10 @@ def decoder_settings(c, loaded, preset=None):
         value = getattr(c, name)
         if value is not None and value is not False:  # 0 is a value: --temperature 0, --block-length 0
             flags[name] = value
-    settings = {}
-    for layer in (DECODERS[family], preset or {}, own_decoder(loaded.folder, known), flags):
+    settings, base = {}, DECODERS[family]
+    if blocks is not None:
+        base = dict(base, block_length=blocks)
+    for layer in (base, preset or {}, own_decoder(loaded.folder, known), flags):
         paced = "steps" in layer or "tokens_per_step" in layer
         if paced or "max_new_tokens" in layer:  # the layer below said its steps for another length, or this one anew
             settings.pop("steps", None)
@@ -351,11 +362,16 @@ def decoder_settings(c, loaded, preset=None):
         settings.update(layer)
     if c.sample:
         settings["greedy"] = False
-    settings["block_length"] = settings.get("block_length") or None
+    settings["block_length"] = settings.get("block_length") or blocks
     if "tokens_per_step" not in settings:
-        settings.setdefault("steps", settings["max_new_tokens"])
+        steps, length = settings["max_new_tokens"], settings["block_length"]
+        if settings["schedule"] in decode.BLOCKWISE and length is not None:
+            steps = length * -(-steps // length)  # a last block that is not whole has as many steps as the others
+        settings.setdefault("steps", steps)
     rules = ("suppress_eos", "eos_last")
     decode.Settings(**{k: v for k, v in settings.items() if k not in rules})
+    if blocks is not None:
+        loaded.m.config.block_length = settings["block_length"]
     return settings
 
 

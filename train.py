@@ -294,6 +294,8 @@ def prepare(c, processes, loaded=None):
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
+    if loaded.m.config.block_length is not None:
+        raise ValueError(f"{c.model}: training needs attention over everything, and this model's is causal by blocks")
     records = training_records(c, loaded, parameters, processes)
     check_context(records, loaded, processes)
     held_out, records = split_off(records, c)

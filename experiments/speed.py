@@ -26,8 +26,6 @@ cancels out in part; on a machine that others use, only a factor means anything,
     *_memory_ratio      bytes of ours / bytes of the plain way, on model b: below 1, ours needs less.
                         The larger of both families
     train_speedup       as decode_speedup_*, of a training step; the smaller of both families
-    cache_speedup_*     seconds of exact decoding / with an approximate cache, on model a, LLaDA
-    cache_agreement_*   share of tokens as in exact decoding; random weights, which say little
 
 Dimensions: B batch, P prompt, N response, L = P + N, K masked positions, V vocabulary.
 """
@@ -219,8 +217,7 @@ def measure(kind, family, size, way, device, dtype, steps, batch_size, repeat):
     seconds of a step, outside (the share of it outside the body), tokens_per_second, memory (the
     peak in bytes) and response.
 
-    kind: decode or train. way: plain, ours, or a cache of decode.CACHES. outside and response are
-    None in training."""
+    kind: decode or train. way: plain or ours. outside and response are None in training."""
     m = small(family, size, device, model.DTYPES[dtype])
     g = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, 1000, (batch_size, PROMPT), generator=g).to(device)
@@ -254,8 +251,7 @@ def fastest(m, device, repeat, call, calls=1):
 
 
 def decoder_of(family, way):
-    """A function of a model, prompts [B, P] and steps that decodes in one way: plain, ours, or ours
-    with a cache."""
+    """A function of a model, prompts [B, P] and steps that decodes in one way: plain or ours."""
     if way == "plain" and family == "llada":
         return functools.partial(plain_llada, new=NEW, block_length=32)
     if way == "plain":
@@ -263,8 +259,6 @@ def decoder_of(family, way):
     own = dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9)
     if family == "llada":
         own = dict(strategy="confidence", schedule="llada", block_length=32)
-    if way in decode.CACHES:
-        own["approximate_cache"] = way
 
     def ours(m, prompt, steps):
         g = [torch.Generator(prompt.device).manual_seed(b) for b in range(len(prompt))]
@@ -315,14 +309,13 @@ CASES += [("train", family, "b") for family in FAMILIES]
 
 
 def bench(c):
-    """Every case in both ways, and the approximate caches -> the ratios. Prints a table of each."""
+    """Every case in both ways -> the ratios. Prints a table."""
     found = {}
     for case in CASES:
         for way in ("ours", "plain"):
             found[*case, way] = worker(c, *case, way)
     print(speed_table(found))
     result = ratios(found)
-    result.update(caches(c))
     for name, value in result.items():
         result[name] = round(value, 4)
     return result
@@ -344,22 +337,6 @@ def ratios(found):
     result["decode_memory_ratio"] = max(memory["decode"])
     result["train_speedup"] = min(speed)
     result["train_memory_ratio"] = max(memory["train"])
-    return result
-
-
-def caches(c):
-    """Speed-up and agreement of each approximate cache, decoding one token a step."""
-    exact = worker(c, "decode", "llada", "a", "ours", steps=NEW)
-    print("\n| approximate cache, llada, blocks of 32 | s per step | speed-up | tokens as in exact decoding % |")
-    print("| --- | --- | --- | --- |")
-    result = {}
-    for name in decode.CACHES:
-        one = worker(c, "decode", "llada", "a", name, steps=NEW)
-        same = torch.tensor(one["response"]) == torch.tensor(exact["response"])
-        same = same.float().mean().item()
-        speedup = exact["seconds"] / one["seconds"]
-        print(f"| {name} | {one['seconds']:.3f} | {speedup:.2f} | {100 * same:.1f} |")
-        result.update({f"cache_speedup_{name}": speedup, f"cache_agreement_{name}": same})
     return result
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import decode
-import model
 
 PROMPT = torch.tensor([1, 5, 2, 7, 3])
+SCHEDULES = ("dream", "llada")  # the others: test_sdar.py
 OFFICIAL, RELEASE = [], []  # (family, number) of every case of the official decoders, and of the authors' release
 for family in ("llada", "dream"):
     cases = json.loads((FOLDER / f"{family}-tiny" / "expected.json").read_text())["cases"]
@@ -240,7 +240,7 @@ def test_top_p_over_a_large_flat_vocabulary(toy, top_p):
     equal(t, naive(m, PROMPT, max_new_tokens=6, response=t.response[0], **options))
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("strategy", ["entropy", "confidence", "margin"])
 @pytest.mark.parametrize("chosen", [dict(top_p=0.8), dict(top_k=4), dict(top_p=0.9, top_k=3)], ids=str)
 def test_scores_at_a_temperature(toy, strategy, schedule, chosen):
@@ -345,7 +345,7 @@ def test_tokens_per_step_of_llada(toy, tokens, steps, block, expected):
     assert per_step(t, steps) == expected
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("threshold, expected", [(1.0, [1] * 12), (0.0, [4] * 3)])
 def test_threshold_at_its_ends(toy, schedule, threshold, expected):
     options = dict(max_new_tokens=12, block_length=4, strategy="confidence", schedule=schedule, threshold=threshold)
@@ -361,7 +361,7 @@ def test_with_a_threshold_steps_are_the_most_that_are_taken(toy):
         assert (block < 6).sum() == 2  # no later block decodes what one has left
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_probability_equal_to_the_threshold_reaches_it(schedule):
     m = fixed(torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -0.1, -torch.inf], [0.0, 0.0, -torch.inf]]))
     options = dict(max_new_tokens=3, strategy="confidence", schedule=schedule, threshold=0.5)
@@ -388,7 +388,7 @@ def test_dream_ignores_the_strategy_beside_a_threshold_and_llada_compares_its_sc
         (12, 4, 9, [4] * 3),
     ],
 )
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_exactly_so_many_tokens_each_step(toy, schedule, tokens, block, each, expected):
     m = toy()
     options = dict(max_new_tokens=tokens, block_length=block, tokens_per_step=each, schedule=schedule)
@@ -404,7 +404,7 @@ def test_left_decodes_from_left_to_right(toy):
 
 
 @pytest.mark.parametrize("strategy", ["entropy", "confidence", "margin"])
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_positions_of_the_last_tokens_are_decoded_last(strategy, schedule):
     logits = torch.tensor([9.0, 0.0, 0.0, -50.0]).repeat(6, 1)
     logits[[1, 4]] = torch.tensor([0.0, 1.0, 0.5, -50.0])  # unsure, but of something else than token 0
@@ -495,7 +495,7 @@ def test_ties_go_to_the_leftmost():
 @given(
     seed=st.integers(0, 99),
     strategy=st.sampled_from(decode.STRATEGIES),
-    schedule=st.sampled_from(decode.SCHEDULES),
+    schedule=st.sampled_from(SCHEDULES),
     blocks=st.sampled_from([1, 2, 3]),
     steps=st.integers(1, 5),
     threshold=st.none() | st.floats(0, 1),
@@ -541,7 +541,7 @@ def test_a_row_that_waits_in_a_step_runs_no_model_and_draws_nothing(toy):
     m, generators = toy(), seeds(1, 2)
     before = generators[1].get_state()
     run = decode.Run(m, PROMPT.expand(2, -1), None, 12, generators, decode.Settings(6, temperature=1.0))
-    run.step(run.candidates(0, 6), torch.tensor([6, 6]), torch.tensor([2, 0]), decode.Reuse(run, 0, 6))
+    run.step(0, run.candidates(0), torch.tensor([6, 6]), torch.tensor([2, 0]))
     assert (run.response != 12).sum(1).tolist() == [2, 0]
     assert [len(ids) for ids, _, _ in m.calls] == [1]
     assert torch.equal(generators[1].get_state(), before)
@@ -611,7 +611,7 @@ def chi_square(counts, p):
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, -9.0])
 
 
-@pytest.mark.parametrize("schedule", decode.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     "options, tokens",
     [
@@ -680,7 +680,6 @@ def test_chance_comes_from_the_generator_alone(toy, options):
         (dict(block_length=4, steps=2, threshold=0.5), "steps 2 .* 3 blocks of 4"),
         (dict(strategy="entrpy"), "entrpy.*entropy, confidence, margin, random, left"),
         (dict(schedule="cosine"), "cosine.*dream, llada"),
-        (dict(approximate_cache="all"), "'all'.*prefix, dual"),
         (dict(temperature=-1.0), "^temperature -1.0 must be a number of at least 0$"),
         (dict(temperature=math.nan), "^temperature nan must"),
         (dict(top_p=0.0), "^top_p 0.0 must be above 0 and at most 1$"),
@@ -721,67 +720,6 @@ def test_settings_check_themselves_without_a_model():
             call(max_new_tokens=12, temperatur=1.0)
         with pytest.raises(TypeError, match="max_new_tokens"):
             call(steps=12)
-
-
-# -------------------------------------------------------------------------------------------- approximate caches
-
-
-def one_layer(golden):
-    """A model of one block, in which keys and values depend on their own token only: caches are exact."""
-    layers = "n_layers" if golden.family == "llada" else "num_hidden_layers"
-    raw = json.loads((golden.folder / "config.json").read_text()) | {layers: 1}
-    m = model.create(raw, torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(m.head.weight, std=1.0, generator=torch.Generator().manual_seed(1))
-    return m
-
-
-PADDED = dict(
-    prompt_ids=torch.tensor([[7, 7, 11, 12, 13], [21, 22, 23, 24, 25]]),
-    prompt_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
-)
-
-
-@pytest.mark.parametrize("cache", decode.CACHES)
-@pytest.mark.parametrize("options", [dict(), dict(threshold=0.5)], ids=str)
-def test_a_cache_is_exact_where_keys_depend_on_their_own_token(golden, cache, options):
-    m = one_layer(golden)
-    options = dict(max_new_tokens=12, steps=12, block_length=4, **options)
-    exact = decode.generate(m, **PADDED, **options)
-    equal(decode.generate(m, **PADDED, **options, approximate_cache=cache), exact)
-
-
-@pytest.mark.parametrize("cache", decode.CACHES)
-def test_a_cached_decoder_computes_only_a_span(golden, cache):
-    m, lengths = golden.load(), []
-    m.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-    options = dict(max_new_tokens=12, steps=12, block_length=4, schedule="llada", approximate_cache=cache)
-    t = decode.generate(m, **PADDED, **options, suppress=[m.config.mask_id])
-    assert (t.response != m.config.mask_id).all()
-    extra = int(m.config.shifted)  # Dream predicts a token from the one before it
-    spans = (4, 4, 4) if cache == "dual" else (12, 8, 4)
-    assert lengths == [n for span in spans for n in (17, *[span + extra] * 3)]
-    for b in range(2):  # each row as if it were alone
-        real = PADDED["prompt_mask"][b].bool()
-        alone = decode.generate(m, PADDED["prompt_ids"][b : b + 1, real], **options, suppress=[m.config.mask_id])
-        equal(alone, one_row(t, b))
-
-
-@pytest.mark.parametrize("cache", decode.CACHES)
-def test_a_cache_with_rows_of_different_numbers_of_masks(golden, cache):
-    m = golden.load()
-    prompts = torch.randint(0, 290, (6, 5), generator=torch.Generator().manual_seed(0))
-    options = dict(max_new_tokens=12, steps=12, block_length=4, threshold=0.2, suppress=[m.config.mask_id])
-    t = decode.generate(m, prompts, **options, approximate_cache=cache)
-    assert len({tuple(row.sort().values.tolist()) for row in t.step}) > 1  # they do not go in step
-    for b in range(6):
-        alone = decode.generate(m, prompts[b : b + 1], **options, approximate_cache=cache)
-        equal(alone, one_row(t, b))
-
-
-def test_one_step_for_each_block_leaves_nothing_to_approximate(golden):
-    m, options = golden.load(), dict(max_new_tokens=12, steps=3, block_length=4)
-    options["suppress"] = [m.config.mask_id]  # a token that stays masked is not tried again under a cache
-    equal(decode.generate(m, **PADDED, **options, approximate_cache="dual"), decode.generate(m, **PADDED, **options))
 
 
 def test_rows_that_are_done_leave_the_batch(toy):

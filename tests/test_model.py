@@ -196,18 +196,85 @@ def test_the_grid_counts_real_tokens(qwen3, side, block):
 
 
 @torch.no_grad()
-def test_a_span_of_blocks_is_exact_where_the_past_is_finished(qwen3):
+@pytest.mark.parametrize("qwen3", ["a2d"], indirect=True)
+def test_official_blocks_that_end_with_the_row(qwen3):
     folder, e = qwen3
-    m, ids = model.load(folder), e["logits.ids"][:, :16].clone()
-    m.config.block_length = 4
-    positions = torch.arange(16).expand_as(ids)
-    cache = m.new_cache()
-    m(ids, positions=positions, cache=cache)
-    ids[:, 12:] += 1  # the last block changes: the keys of those before it do not
-    close(m(ids, positions=positions[:, 12:], cache=cache, span=(12, 16)), m(ids)[:, 12:])
+    m, ids, mask = model.load(folder), e["ended.ids"], e["ended.mask"]
+    m.config.block_length = json.loads((folder / "expected.json").read_text())["ended"]["block"]
+    logits = m(ids, mask, origin=mask.sum(1))
+    for b, real in enumerate(mask.bool()):
+        close(logits[b, real], e["ended.aligned"][b, real])
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("origin", [0, 2, 7, 30])
+def test_a_block_begins_at_the_origin(qwen3, origin):
+    folder, e = qwen3
+    m, ids = model.load(folder), e["logits.ids"][:1, :13]
+    m.config.block_length = 4
+    logits = m(ids, origin=origin)
+    close(m(ids, origin=torch.tensor([origin])), logits)
+    ends = [n for n in range(1, 13) if (n - origin) % 4 == 0]
+    assert len(ends) == 3
+    for end in ends:  # nothing beyond the end of a block is seen in it
+        close(m(ids[:, :end], origin=origin), logits[:, :end])
+        assert not torch.allclose(m(ids[:, : end - 1], origin=origin)[:, -1], logits[:, end - 2], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- the cache
+
+
+def padded_rows(m, ids, lengths):
+    """Left-padded rows of these lengths, and their mask."""
+    L = max(lengths)
+    out, mask = torch.full((len(lengths), L), m.config.pad_id), torch.zeros(len(lengths), L, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        out[b, L - n :], mask[b, L - n :] = ids[b % len(ids), :n], 1
+    return out, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("calls", [[(0, 16)], [(0, 8), (8, 16)], [(0, 6), (4, 12), (8, 12), (8, 16)]], ids=str)
+@pytest.mark.parametrize("lengths", [[16, 16], [16, 11, 3]], ids=str)
+def test_the_cache_is_exact_where_the_past_is_finished(qwen3, calls, lengths):
+    folder, e = qwen3
+    m = model.load(folder)
+    m.config.block_length = 4
+    ids, mask = padded_rows(m, e["logits.ids"], lengths)
+    if len(set(lengths)) == 1:
+        mask = None
+    origin = 16 if mask is None else mask.sum(1)  # blocks of all rows end in the same columns
+    cache = m.new_cache(len(lengths), 16)
+    exact = m(ids, mask, origin=origin)
+    for start, end in calls:
+        seen = None if mask is None else mask[:, :end]
+        logits = m(ids[:, :end], seen, origin=origin, cache=cache, start=start)
+        if end % 4 == 0:  # else the last block is not whole, and a later call computes it again
+            for b, n in enumerate(lengths):
+                real = max(start, 16 - n)
+                close(logits[b, real - start :], exact[b, real:end])
+
+
+@torch.no_grad()
+def test_a_cache_keeps_rows_that_a_call_leaves_out(qwen3):
+    folder, e = qwen3
+    m, ids = model.load(folder), torch.cat((e["logits.ids"][:, :12], e["logits.ids"][:1, 4:16]))
+    m.config.block_length = 4
+    cache = m.new_cache(3, 12)
+    m(ids[:, :4], cache=cache)
+    some = torch.tensor([0, 2])
+    m(ids[some, :8], cache=cache.of(some), start=4)
+    close(m(ids[1:2, :8], cache=cache.of(torch.tensor([1])), start=4), m(ids[1:2])[:, 4:8])
+    positions = torch.tensor([[9], [8], [11]])
+    expected = m(ids, positions=positions)
+    close(m(ids, positions=positions, cache=cache.of(torch.arange(3)), start=8), expected)
+
+
+def test_no_cache_where_keys_change(golden):
+    with pytest.raises(ValueError, match="block_length"):
+        golden.load().new_cache(1, 4)
+
+
 def test_attention_can_be_replaced_on_one_model(golden):
     m, other, calls = golden.load(), golden.load(), []
 
@@ -744,16 +811,3 @@ print((peak() - before - max(sizes)) / sum(sizes))
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.15
-
-
-def test_a_cache_over_the_whole_sequence_changes_nothing(golden):
-    m, ids = golden.load(), golden.expected["logits.ids"]
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    cache, exact = m.new_cache(), m(ids, positions=positions)
-    torch.testing.assert_close(m(ids, positions=positions, cache=cache), exact)
-    torch.testing.assert_close(m(ids, positions=positions, cache=cache, span=(0, ids.shape[1])), exact)
-    torch.testing.assert_close(m(ids, positions=positions[:, 5:8], cache=cache, span=(5, 8)), exact[:, 5:8])
-    changed = ids.clone()
-    changed[:, 6] += 1
-    near = m(changed, positions=positions[:, 5:8], cache=cache, span=(5, 8))
-    assert not torch.allclose(near, exact[:, 5:8]) and not torch.allclose(near, m(changed)[:, 5:8])  # approximate

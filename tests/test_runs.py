@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import changed_model, edit_json, fails, locked_by_another
+from helpers import FOLDER, changed_model, edit_json, fails, locked_by_another
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -420,11 +420,12 @@ def test_another_thread_leaves_signals_alone():
 # ------------------------------------------------------------------------------------------------- the decoder's layers
 
 
-def settings(tmp_path, family="llada", preset=None, own=None, **options):
+def settings(tmp_path, family="llada", preset=None, own=None, config=None, **options):
     """decoder_settings for a model of a family, whose folder says `own` about its decoder."""
     if own is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(dict(tabom=own)))
-    loaded = SimpleNamespace(m=SimpleNamespace(config=SimpleNamespace(family=family)), folder=tmp_path)
+    config = config or SimpleNamespace(family=family, block_length=None)
+    loaded = SimpleNamespace(m=SimpleNamespace(config=config), folder=tmp_path)
     return runs.decoder_settings(runs.DecodeOptions(**options), loaded, preset)
 
 
@@ -440,8 +441,33 @@ def test_each_family_has_its_decoder(tmp_path):
 
 
 def test_a_family_without_a_decoder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no decoder for 'bert' models; there is one for dream, llada"):
+    with pytest.raises(ValueError, match="no decoder for 'bert' models; there is one for dream, llada, sdar, a2d"):
         settings(tmp_path, "bert")
+
+
+def test_a_block_causal_model_and_its_decoder_have_the_same_blocks(tmp_path):
+    for family, blocks in (("sdar", 4), ("a2d", 32)):
+        config = SimpleNamespace(family=family, block_length=blocks)
+        found = settings(tmp_path, config=config)
+        assert (found["schedule"], found["strategy"], found["block_length"]) == (family, "confidence", blocks)
+        assert config.block_length == blocks
+        assert settings(tmp_path, config=config, preset=dict(block_length=None))["block_length"] == blocks
+        assert settings(tmp_path, config=config, block_length=8)["block_length"] == 8
+        assert config.block_length == 8
+        assert settings(tmp_path, config=config, block_length=0)["block_length"] == 8
+        assert settings(tmp_path, config=config, max_new_tokens=20)["steps"] == 24  # one token each, in whole blocks
+
+
+def test_blocks_of_the_decoder_do_not_make_a_model_block_causal(tmp_path):
+    config = SimpleNamespace(family="a2d", block_length=None)
+    assert settings(tmp_path, config=config)["block_length"] == 32
+    assert settings(tmp_path, config=config, block_length=16)["block_length"] == 16
+    assert config.block_length is None
+
+
+def test_sdar_needs_blocks(tmp_path):
+    with pytest.raises(ValueError, match="'sdar' needs a block_length"):
+        settings(tmp_path, "sdar")
 
 
 def test_flags_win_over_the_model_and_that_over_the_benchmark(tmp_path):
@@ -522,6 +548,18 @@ def test_a_model_comes_with_its_tokenizer_and_its_folder(tiny, capsys):
     assert loaded.tok.size == loaded.m.config.vocab_size == len(tiny_model.vocabulary())
     assert loaded.never_chosen == [0]  # the mask token
     assert capsys.readouterr().err == ""
+
+
+def test_block_causal_is_said_for_models_whose_files_do_not_say_it(tiny, tmp_path):
+    with pytest.raises(ValueError, match="--block-causal 4: llada models see everything"):
+        load(tiny, block_causal=4)
+    raw = json.loads((FOLDER / "a2d-tiny" / "config.json").read_text())
+    rows = len(tiny_model.vocabulary())
+    raw |= dict(vocab_size=rows, mask_token_id=0, eos_token_id=1, pad_token_id=2, bos_token_id=2)
+    folder = changed_model(tmp_path, tiny)
+    model.save(model.create(raw), folder)
+    assert load(folder).m.config.block_length is None
+    assert load(folder, block_causal=4).m.config.block_length == 4
 
 
 def test_rows_of_the_network_that_are_no_token_are_never_chosen(tiny, tmp_path):
