@@ -244,7 +244,7 @@ def test_what_was_never_decoded_has_the_order_minus_one(bytes_model):
     for r in range(8):
         assert (record["order"][r] == -1) == (r in masks)
     assert sorted(record["order"])[6:] == [0, 1]
-    data.check_record(record, "here", m.config.vocab_size, m.config.mask_id)
+    data.check_record(record, m.config.vocab_size, m.config.mask_id)
     assert texts == [record["text"]]
 
 
