@@ -681,8 +681,8 @@ def find_answer(row, column, name, choices):
     if name == "solutions" and isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)  # APPS writes its list of programs as JSON text
-        if value == []:
-            return None
+    if name in ("answers", "solutions") and value == []:
+        return None
     if choices:
         return chosen_letter(value, choices, name)
     if isinstance(value, str) or are_texts(value):

@@ -252,11 +252,10 @@ def non_ltr_steps(batch):
     """The steps that decoded out of left-to-right order, ascending: a list for each row."""
     marks, order = batch.get("non_ltr"), batch["order"]
     if marks is None:
-        # The prompt, left of the first position, counts as decoded at step -1. Tokens decoded
-        # together count as in order.
+        # The prompt, left of the first position, counts as decoded at step -1.
         left = F.pad(order, (1, 0), value=-1)[:, :-1]  # [B, N]
-        after_left = (order - left == 1) | (order - left == 0)
-        after_left[:, 1:] &= left[:, 1:] >= 0
+        after_left = order - left == 1
+        after_left[:, 1:] &= left[:, 1:] >= 0  # a neighbour that was never decoded
         marks = ~after_left
     marks = marks.bool() & was_decoded(batch)
     return [row[marked].unique().tolist() for row, marked in zip(order, marks)]

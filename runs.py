@@ -400,12 +400,17 @@ def open_run(out, meta, processes, free=()):
     out = Path(out)
     same_run(out, meta, free)
     processes.barrier()  # all have looked before one writes
+    problem = None
     if processes.first:
-        out.mkdir(parents=True, exist_ok=True)
-        processes.lock(out)
-        with atomic_file(out / "meta.json") as f:
-            f.write(json.dumps(meta, indent=2) + "\n")
-    processes.barrier()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            processes.lock(out)
+            with atomic_file(out / "meta.json") as f:
+                f.write(json.dumps(meta, indent=2) + "\n")
+        except OSError as e:  # the others would wait for ever
+            problem = e
+    if processes.sum([problem is not None])[0]:
+        raise problem or FileExistsError(f"{out}: the first process cannot use this folder")
     return out
 
 

@@ -84,8 +84,9 @@ def answer_prompts(c):
             talk.pop()
             continue
         talk.append({"role": "assistant", "content": result["text"]})
-        print(result["text"], flush=True)
         result = dict(prompt=messages[-1]["content"], **result)
+        # Of many answers each is a line of JSON: a text may have several lines.
+        print(result["text"] if c.prompts is None else json.dumps(result, ensure_ascii=False), flush=True)
     return dict(**result, decoder=settings)
 
 

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -288,6 +289,8 @@ def train(c, processes=None, loaded=None):
 def prepare(c, processes, loaded=None):
     """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
+    if c.log is not None and importlib.util.find_spec(c.log) is None:
+        raise ImportError(f"--log {c.log} needs a package that is not here: pip install {c.log}")
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
     full = c.lora_rank == 0
@@ -440,7 +443,7 @@ def last_metrics(run):
 def show(bar, metrics):
     loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
     if "held_out_loss" in metrics:
-        bar.write(f"epoch {metrics['epoch']}: held-out loss {metrics['held_out_loss']:.3f}", sys.stderr)
+        bar.write(f"epoch {metrics['epoch']}: held-out loss {metrics['held_out_loss']}", sys.stderr)
         bar.write(f"  answers: {metrics['sample'][:200]!r}", sys.stderr)
     bar.set_postfix_str(f"loss {loss}, {metrics['tokens_per_second']:.0f} tokens/s")
     bar.update()
@@ -529,7 +532,8 @@ def on_held_out(run):
         generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
         losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators, **more)
         total += losses["loss"].item() * len(records)
-    found = dict(held_out_loss=processes.sum([total])[0] / len(run.held_out), sample="")
+    mean = processes.sum([total])[0] / len(run.held_out)
+    found = dict(held_out_loss=round(mean, 6) if math.isfinite(mean) else None, sample="")  # JSON has no NaN
     if processes.first:
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
         found["sample"] = evaluate.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
@@ -638,6 +642,8 @@ def usable_trajectories(c, path, loaded, processes, say):
             f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong): "
             "take another --keep, or distill with a larger --max-new-tokens"
         )
+    if (c.methods or c.max_prompt_tokens) and "method" not in kept[0]:
+        say("--methods and --max-prompt-tokens act on the authors' files: these have their prompts already")
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")

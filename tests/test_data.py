@@ -861,3 +861,13 @@ def test_orders_and_generators_follow_from_their_keys_alone():
     torch.manual_seed(2)
     assert torch.equal(a, torch.rand(4, generator=data.generator(0, 1, "x")))
     assert not torch.equal(a, torch.rand(4, generator=data.generator(0, 1, "y")))
+
+
+def test_a_question_without_an_answer_is_a_row_like_any_other(tmp_path):
+    rows = [
+        dict(question="Who?", context="Ann.", answers=dict(text=["Ann"])),
+        dict(question="Why?", answers=dict(text=[])),
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [e["answer"] for e in data.read_examples(tmp_path / "d.jsonl", warn=lambda line: None)]
+    assert answers == [["Ann"], None]

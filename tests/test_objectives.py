@@ -408,11 +408,11 @@ def test_starts_of_steps_are_uniform():
 
 
 def naive_non_ltr(order):
-    """Steps of the positions that were not decoded right after (or together with) their left neighbour."""
+    """Steps of the positions that were not decoded right after their left neighbour."""
     steps = set()
     for r, step in enumerate(order):
         left = order[r - 1] if r else -1
-        in_order = step - left in (0, 1) and (left >= 0 or r == 0)
+        in_order = step - left == 1 and (left >= 0 or r == 0)
         if step >= 0 and not in_order:
             steps.add(step)
     return sorted(steps)

@@ -1,6 +1,7 @@
 """The command line, and its two short commands, generate and merge: python -m pytest tests/test_tabom.py"""
 
 import io
+import json
 import sys
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ def test_every_prompt_of_a_file_is_answered_by_itself(tiny, tmp_path, capsys):
     for file in (text, dataset):
         assert tabom.main(["generate", *flags(model=tiny, prompts=file)]) == 0
         *answers, result = capsys.readouterr().out.splitlines()
-        assert answers == alone
+        assert [json.loads(line)["text"] for line in answers] == alone
+        assert [json.loads(line)["prompt"] for line in answers] == ["L12", "L34"]
         assert last_json(result)["prompt"] == "L34"
     fails(capsys, "--prompt and --prompts: give one of them", "generate", model=tiny, prompt="L", prompts=text)
     fails(capsys, "no file|No such file", "generate", model=tiny, prompts=tmp_path / "none.txt")
