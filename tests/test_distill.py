@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import changed_model, decoded, edit_json, fails, flags, last_json, meta, run, shell, write_lines
+from helpers import TRAIN, changed_model, decoded, edit_json, fails, flags, last_json, meta, run, shell, write_lines
 
 import data
 import decode
@@ -216,6 +216,31 @@ def test_the_authors_format_holds_the_kept_trajectories(tiny, prose, tmp_path, c
         assert row["decoding_order"] == record["step"] + [-1] * 252
         assert (row["prompt"], row["method"]) == (record["prompt"], "entropy")
     assert distill(capsys, **options)["new"] == 0  # the file is no trajectory file of ours
+
+
+@pytest.mark.parametrize(
+    "strategy, method", [("entropy", "entropy"), ("confidence", "default"), ("margin", "topk_margin")]
+)
+def test_the_authors_format_has_their_names_of_decoders(tiny, prose, tmp_path, capsys, monkeypatch, strategy, method):
+    all_end(monkeypatch)
+    options = dict(model=tiny, data=prose, max_new_tokens=2, block_length=2, check="none", format="release")
+    distill(capsys, strategy=strategy, out=tmp_path / "T", **options)
+    rows = [row for _, row in data.read_rows(tmp_path / "T" / "release.jsonl")]
+    assert {row["method"] for row in rows} == {method}
+
+
+def test_what_was_never_decoded_has_no_order_and_is_trained_around(tiny, prose, tmp_path, capsys):
+    """A threshold that nothing reaches decodes one token a step, and two steps leave six masks."""
+    options = dict(model=tiny, data=prose, max_new_tokens=8, block_length=8, check="none")
+    distill(capsys, threshold=1.0, steps=2, out=tmp_path / "T", **options)
+    for record in data.read_trajectories(tmp_path / "T", mask_id=0):
+        masked = [token == 0 for token in record["response_ids"]]
+        assert sum(masked) == 6
+        for hidden, order, h, p in zip(masked, record["order"], record["entropy"], record["confidence"]):
+            assert hidden == (order == -1)
+            assert not hidden or (h, p) == (0, 0)
+    train = dict(TRAIN, epochs=1, data=tmp_path / "T", out=tmp_path / "R")
+    assert run(capsys, "train", model=tiny, **train)[0]["examples"] == 4
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

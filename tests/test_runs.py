@@ -395,12 +395,15 @@ def test_no_run_has_no_checkpoint(tmp_path):
 
 
 def test_signals_are_collected_inside_and_as_before_outside():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stops = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP"):
+        stops.append(signal.SIGHUP)  # a closed terminal
+    before = list(map(signal.getsignal, stops))
     with runs.stop_signals() as seen:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        assert seen == [signal.SIGTERM, signal.SIGINT]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        for number in stops:
+            signal.raise_signal(number)
+        assert seen == stops
+    assert list(map(signal.getsignal, stops)) == before
 
 
 def test_another_thread_leaves_signals_alone():

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -734,6 +735,41 @@ def test_a_finished_run_goes_on_with_more_epochs(tiny, trajectories, trained, tm
     assert [line["step"] for line in metrics(out)] == list(range(1, 10))
     options = dict(model=tiny, data=trajectories, out=out, **TRAIN)
     fails(capsys, "holds another run: epochs was 3 and is now 2", "train", **options)
+
+
+def test_metrics_go_to_other_libraries_too(tiny, trajectories, tmp_path, capsys, monkeypatch):
+    """Stand-ins for tensorboard and wandb note what they are given."""
+    given = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == tmp_path / "tensorboard" / "tensorboard"
+
+        def add_scalar(self, name, value, step):
+            given.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    wandb = SimpleNamespace(init=lambda **settings: given.append(settings["config"]["lr"]))
+    wandb.log = lambda line, step: given.append((line["loss"], step))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    losses = {}
+    for log in ("tensorboard", "wandb"):
+        given.clear()
+        run_train(capsys, model=tiny, data=trajectories, out=tmp_path / log, log=log, epochs=1)
+        losses[log] = list(given)
+    lines = metrics(tmp_path / "wandb")
+    assert losses["wandb"] == [TRAIN["lr"]] + [(line["loss"], line["step"]) for line in lines]
+    for line in lines:
+        assert ("loss", line["loss"], line["step"]) in losses["tensorboard"]
+
+
+def test_wrong_answers_that_are_trained_on_are_named(tiny, trajectories, tmp_path, capsys):
+    options = dict(TRAIN, epochs=1, model=tiny, data=trajectories, out=tmp_path / "R")
+    err = run(capsys, "train", **options)[1]
+    assert "12 of 12 trajectories are wrong and are trained on: --keep correct leaves them out" in err
 
 
 def test_a_log_library_that_is_missing_is_one_line(tiny, trajectories, tmp_path, capsys, monkeypatch):
