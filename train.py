@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import json
 import math
@@ -289,8 +289,11 @@ def train(c, processes=None, loaded=None):
 def prepare(c, processes, loaded=None):
     """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
-    if c.log is not None and importlib.util.find_spec(c.log) is None:
-        raise ImportError(f"--log {c.log} needs a package that is not here: pip install {c.log}")
+    if c.log is not None:
+        try:  # before the folder is made
+            importlib.import_module(LOGS[c.log])
+        except ImportError as e:
+            raise ImportError(f"--log {c.log} needs a package that is not here: pip install {c.log}") from e
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
     full = c.lora_rank == 0
@@ -399,6 +402,9 @@ def split_off(records, c):
     for i, record in enumerate(records):
         parts[i not in chosen].append(record)
     return parts
+
+
+LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # --log -> the module that it needs
 
 
 def open_log(c, run):
