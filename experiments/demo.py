@@ -1,6 +1,6 @@
 """The whole method on puzzles and a tiny model: distill, train, and an evaluation before and after.
 
-    python tabom.py demo                          # about two minutes on 2 CPU cores
+    python tabom.py demo                          # about three minutes on one CPU core
     python tabom.py demo --quick                  # a few puzzles: shows that it runs
     python tabom.py demo --data-only out/puzzles  # only the datasets
 
