@@ -971,16 +971,6 @@ def release_texts(row):
     return said.get("user"), said.get("assistant")
 
 
-def release_methods(family, method=None):
-    """The methods whose rows the release trains on, or None for all of them. method: its filter;
-    None = its default. For LLaDA "entropy" stands for three."""
-    if method == "all":
-        return None
-    if family == "llada" and method in (None, "entropy"):
-        return {"entropy", "default", "credit"}
-    return {method or "entropy"}
-
-
 def to_release_format(record, pad_id, method="entropy"):
     """A record of ours as a row that the authors' trainer takes: its last user turn (earlier turns
     have no place there), the response padded to 256 tokens, the decode step of every position."""

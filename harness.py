@@ -12,14 +12,12 @@ Source: lm_eval.api.model.LM, version 0.4.13.
 
 import dataclasses
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -191,11 +189,8 @@ def main():
         register_model("tabom")(type("TabomLM", (Answers, LM), {}))
         cli_evaluate()
         return 0
-    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as e:  # torch's are RuntimeErrors
-        if os.environ.get("TABOM_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
-        return 1
+    except runs.ERRORS as e:
+        return runs.tell(e)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -213,6 +214,15 @@ class Processes:
 
 
 LOCK = "lock"  # the file in a run folder that the lock is on
+ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # of bad input; torch raises the last
+
+
+def tell(error):
+    """Write an error as one line to stderr -> the exit status 1. TABOM_DEBUG=1 raises it instead."""
+    if os.environ.get("TABOM_DEBUG"):
+        raise error
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return 1
 
 
 def place_among_processes():

@@ -18,7 +18,6 @@ stderr. TABOM_DEBUG=1 shows the traceback of an error.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 import data
 import decode
@@ -228,11 +226,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped" + ("" if command in ALONE else "; the same command continues"), file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as e:  # torch's are RuntimeErrors
-        if os.environ.get("TABOM_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
-        return 1
+    except runs.ERRORS as e:
+        return runs.tell(e)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

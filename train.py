@@ -289,11 +289,7 @@ def train(c, processes=None, loaded=None):
 def prepare(c, processes, loaded=None):
     """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
-    if c.log is not None:
-        try:  # before the folder is made
-            importlib.import_module(LOGS[c.log])
-        except ImportError as e:
-            raise ImportError(f"--log {c.log} needs a package that is not here: pip install {c.log}") from e
+    check_log(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
     full = c.lora_rank == 0
@@ -313,9 +309,13 @@ def prepare(c, processes, loaded=None):
     meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
     meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
-    if more_epochs(c, processes):
+    before = epochs_before(c)
+    if before:
         free += ["epochs", "changed_from_recipe"]  # the latter may list the epochs; what else it lists is compared
     runs.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
+    if before:
+        line = f"--epochs {c.epochs}, and the run was started with {before}"
+        runs.warner(processes)(f"{line}: the learning rate follows the longer cosine")
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
@@ -379,16 +379,11 @@ def identity(c, records):
     return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
 
 
-def more_epochs(c, processes):
-    """Whether c asks for more epochs than the run in its folder was started with: the learning rate then goes on along
-    the longer cosine."""
+def epochs_before(c):
+    """The epochs that the run in c's folder was started with, if c asks for more; else 0."""
     meta = Path(c.out) / "meta.json"
     before = data.read_json(meta).get("epochs") if meta.is_file() else None
-    if type(before) is not int or c.epochs <= before:
-        return False
-    line = f"--epochs {c.epochs}, and the run was started with {before}: the learning rate follows the longer cosine"
-    runs.warner(processes)(line)
-    return True
+    return before if type(before) is int and before < c.epochs else 0
 
 
 def split_off(records, c):
@@ -405,6 +400,16 @@ def split_off(records, c):
 
 
 LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # --log -> the module that it needs
+
+
+def check_log(c):
+    """Raises ImportError, before a folder is made, where the library of --log is not installed."""
+    if c.log is None:
+        return
+    try:
+        importlib.import_module(LOGS[c.log])
+    except ImportError as e:
+        raise ImportError(f"--log {c.log} needs a package that is not here: pip install {c.log}") from e
 
 
 def open_log(c, run):

@@ -151,14 +151,6 @@ def measure_model(c, processes, checkpoint):
     return result
 
 
-def order_of(c, processes, checkpoint, trajectories, limit, window, margin, loaded=None):
-    """own_order() of a checkpoint; None is the base model. c: options with a model, or more. loaded: the checkpoint, if
-    it is loaded already."""
-    if loaded is None:
-        loaded = runs.load_checkpoint(c, processes, checkpoint)
-    return own_order(loaded, processes, trajectories, limit, window, margin)
-
-
 def own_order(loaded, processes, trajectories, limit, window, margin):
     """How a model orders the first of its own trajectories -> a dict of means, None where no
     trajectory has a value:

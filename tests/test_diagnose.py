@@ -129,10 +129,11 @@ def test_own_order_has_the_window_and_margin_it_is_given(tiny, trajectories):
     """The slow way: every window of every trajectory that holds no EOS, one after the other."""
     processes, limit = runs.Processes("cpu"), 2
     options = runs.ModelOptions(model=str(tiny), device="cpu")
+    loaded = runs.load_model(options, processes)
     records = data.read_trajectories(trajectories)[:limit]
     m = model.load(tiny)
     for window, margin in ((3, 0.1), (6, 0.4)):
-        found = diagnose.order_of(options, processes, None, trajectories, limit, window, margin)
+        found = diagnose.own_order(loaded, processes, trajectories, limit, window, margin)
         losses, least, pairs, inverted = [], [], 0, 0
         for record in records:
             batch = data.collate([record], m.config.pad_id)
@@ -166,7 +167,9 @@ def test_responses_of_eos_alone_have_no_order(tiny, trajectories, tmp_path):
             record["response_ids"][0] = eos_id
             f.write(json.dumps(record) + "\n")
     options = runs.ModelOptions(model=str(tiny), device="cpu")
-    found = diagnose.order_of(options, runs.Processes("cpu"), None, tmp_path / "T.jsonl", 3, 8, 0.2)
+    processes = runs.Processes("cpu")
+    loaded = runs.load_model(options, processes)
+    found = diagnose.own_order(loaded, processes, tmp_path / "T.jsonl", 3, 8, 0.2)
     for name in ("ranking", "ranking_least", "inversions_step", "inversions_window"):
         assert found[name] is None
 
