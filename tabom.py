@@ -217,7 +217,7 @@ def main(argv=None):
         first = runs.place_among_processes()[0] == 0
         if command in ALONE and not first:
             return 0
-        c = options_class.preset(given) if hasattr(options_class, "preset") else options_class(**given)
+        c = options_class(**given)  # only of the flags that are there: a recipe sets the others
         check_values(c)
         result = run(c)
         if first:

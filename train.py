@@ -81,6 +81,24 @@ def recipe_help(recipe):
     return f"margin {recipe['margin']}, weight {recipe['weight']}, lr {recipe['lr']}, batch {recipe['global_batch']}"
 
 
+def follows_recipe(cls):
+    """Decorates a class of options: `recipe` sets what its constructor is not given, from Python as on the command line.
+
+    The constructor raises ValueError for a recipe that there is not."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def made(self, **given):
+        name = given.get("recipe")
+        if name not in (None, *RECIPES):
+            raise ValueError(f"--recipe {name}: must be one of {', '.join(RECIPES)}")
+        plain(self, **{**RECIPES.get(name, {}), **given})
+
+    cls.__init__ = made
+    return cls
+
+
+@follows_recipe
 @dataclass
 class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     """training"""
@@ -165,11 +183,6 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
 
-    @classmethod
-    def preset(cls, given):
-        """The options that flags (a dict of those given) make, and the recipe that they name."""
-        return cls(**{**RECIPES.get(given.get("recipe"), {}), **given})
-
 
 def objective_parameters(c):
     """The parameters of the objective that c (TrainOptions) names: those given and its own defaults; and the names of
@@ -213,8 +226,13 @@ def with_adapter(c):
         known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
         for name, value in known.items():
             given = getattr(c, name)
-            if given not in (None, value) and (name != "lora_targets" or set(given) != set(value)):
-                raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; leave the flag out")
+            if given in (None, value) or (name == "lora_targets" and set(given) == set(value)):
+                continue
+            way_out = "leave the flag out"
+            if RECIPES.get(c.recipe, {}).get(name) == given:  # nobody gave the flag
+                as_flag = ",".join(value) if name == "lora_targets" else value
+                way_out = f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag}, or start from another adapter"
+            raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; {way_out}")
     changes = {}
     for name, value in known.items():
         if getattr(c, name) is None:

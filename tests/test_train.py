@@ -2,6 +2,7 @@
 
 python -m pytest tests/test_train.py"""
 
+import dataclasses
 import functools
 import json
 import re
@@ -461,12 +462,38 @@ def test_the_table_has_every_recipe():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_recipe_sets_the_whole_table(name):
-    c = train.TrainOptions.preset(dict(model="M", data="D", out="O", recipe=name))
+    c = train.TrainOptions(model="M", data="D", out="O", recipe=name)
     assert (c.methods, c.margin, c.weight, c.lr, c.global_batch, c.starts) == TABLE[name]
     assert (c.window, c.epochs, c.warmup, c.max_prompt_tokens) == (32, 5, 50, 256)
     assert (c.lora_rank, c.lora_alpha, c.lora_targets) == (16, 16, ("q_proj", "v_proj"))
     assert (c.weight_decay, c.clip, c.final_lr, c.keep) == (0.01, 1.0, 0.0, "all")
     assert (c.objective, c.cut_eos) == ("tabom", False)
+
+
+def test_a_recipe_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="--recipe dream: must be one of dream-prm12k, "):
+        train.TrainOptions(recipe="dream")
+
+
+def test_options_that_are_made_of_options_keep_every_value():
+    """Also one that is the default, where the recipe has another."""
+    c = train.TrainOptions(recipe="dream-ling-coder", lr=2e-5)
+    assert (c.lr, c.margin) == (2e-5, 0.1)
+    assert dataclasses.replace(c, epochs=1) == train.TrainOptions(recipe="dream-ling-coder", lr=2e-5, epochs=1)
+
+
+def test_a_recipe_and_an_adapter_of_another_shape(tiny, release, tmp_path, capsys):
+    """The error names the recipe, and its way out works."""
+    quick = dict(lr=0.0, epochs=1, keep="all")
+    run_train(capsys, model=tiny, data=release, out=tmp_path / "A", lora_rank=3, lora_targets="q_proj", **quick)
+    start = dict(model=tiny, data=release, recipe="llada-ling-coder", adapter=tmp_path / "A" / "epoch-1", methods="all")
+    message = "--lora-rank 16: .* has 3; --recipe llada-ling-coder asks for it: add --lora-rank 3, or start from another"
+    fails(capsys, message, "train", out=tmp_path / "R", **start)
+    message = "--lora-targets .*: add --lora-targets q_proj,"
+    fails(capsys, message, "train", out=tmp_path / "R", lora_rank=3, **start)
+    shape = dict(lora_rank=3, lora_targets="q_proj", epochs=1)
+    run(capsys, "train", out=tmp_path / "R", **start, **shape)
+    assert meta(tmp_path / "R")["changed_from_recipe"]["lora_rank"] == 3
 
 
 def test_flags_win_over_the_recipe_and_stand_in_meta(tiny, release, tmp_path, capsys):
@@ -482,9 +509,9 @@ def test_flags_win_over_the_recipe_and_stand_in_meta(tiny, release, tmp_path, ca
 
 
 def test_only_what_was_changed_of_a_recipe_is_written_down():
-    followed = train.TrainOptions.preset(dict(recipe="dream-prm12k", margin=0.1, batch_size=1))
-    changed = train.TrainOptions.preset(dict(recipe="dream-prm12k", margin=0.3, batch_size=1))
-    without = train.TrainOptions.preset(dict(margin=0.3))
+    followed = train.TrainOptions(recipe="dream-prm12k", margin=0.1, batch_size=1)
+    changed = train.TrainOptions(recipe="dream-prm12k", margin=0.3, batch_size=1)
+    without = train.TrainOptions(margin=0.3)
     assert "changed_from_recipe" not in train.identity(followed, [])
     assert train.identity(changed, [])["changed_from_recipe"] == dict(margin=0.3)
     assert "changed_from_recipe" not in train.identity(without, [])
@@ -495,7 +522,7 @@ def test_only_what_was_changed_of_a_recipe_is_written_down():
 
 def prepared_records(tmp_path, **options):
     """The records that a run of these options trains on."""
-    c = train.TrainOptions.preset(dict(keep="all", out=str(tmp_path / "R"), **options))
+    c = train.TrainOptions(keep="all", out=str(tmp_path / "R"), **options)
     loaded = runs.load_model(c, runs.Processes("cpu"))
     parameters, _ = train.objective_parameters(c)
     return train.training_records(c, loaded, parameters, runs.Processes("cpu"))
