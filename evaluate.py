@@ -157,7 +157,8 @@ def check(kind, response, answer):
     """Whether a response agrees with the reference answer, or with any of a list of them: True, False, or None where
     that cannot be decided.
 
-    "number": the final number of the response against the answer; None for an answer that is not one plain number.
+    "number": the final number of the response against the answer, without percent signs; None for an answer that is
+    not one plain number.
     "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, the letter chosen for a letter,
     math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises
     ValueError for another kind."""
@@ -172,6 +173,8 @@ def check(kind, response, answer):
         return True in verdicts
     if kind == "exact":
         return response.strip() == answer.strip()
+    if kind == "number":  # 12\% and 12 % are 12; math-verify, which auto asks, knows that they may be 0.12 too
+        response, answer = PERCENT.sub("", response), PERCENT.sub("", answer)
     marked = marked_answer(answer)
     if kind == "auto" and re.fullmatch("[A-Z]", (marked or answer).strip()):
         return final_choice(response) == (marked or answer).strip()
@@ -200,6 +203,7 @@ def marked_answer(text):
     return None
 
 
+PERCENT = re.compile(r"(?<=\d)\s*\\?%")
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 PLAIN = re.compile(rf"-?\$?-?(?:{DIGITS})")
 # What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
@@ -305,19 +309,20 @@ def evaluate(c, processes=None, loaded=None):
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: unknown; choose among {', '.join(TASKS)}")
     processes = processes or runs.Processes(c.device)
-    questions = {task: read_questions(task, c.data) for task in c.tasks}
-    shots = {task: read_shots(c.shots, task) for task in c.tasks}
+    tasks = list(dict.fromkeys(c.tasks))  # one that is named twice is answered once
+    questions = {task: read_questions(task, c.data) for task in tasks}
+    shots = {task: read_shots(c.shots, task) for task in tasks}
     if loaded is None:
         loaded = runs.load_model(c, processes, c.adapter)
     identity = runs.content_hashes(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
-    settings = {task: task_settings(c, task, loaded) for task in c.tasks}  # before anything is decoded
+    settings = {task: task_settings(c, task, loaded) for task in tasks}  # before anything is decoded
     scores = []
-    for task in c.tasks:
+    for task in tasks:
         about = dict(identity, decoder=settings[task])
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
-        shown = dict(command=vars(c) | dict(tasks=list(c.tasks)), scores=scores, versions=grader_versions())
+        shown = dict(command=vars(c) | dict(tasks=tasks), scores=scores, versions=grader_versions())
         with runs.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         if processes.shows:
@@ -562,12 +567,13 @@ def not_graded(record, fault):
 
 
 def score(task, found):
-    """Accuracy in percent with its 95 % Wilson interval; for IFEval (prompt level, strict) also its other three."""
+    """Accuracy and its 95 % Wilson interval, in percent; for IFEval (prompt level, strict) also its other three."""
     n, right, not_judged = len(found), 0, 0
     for verdict in found:
         right += verdict["correct"] is True
         not_judged += str(verdict.get("reason", "")).startswith("not graded")
-    result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=wilson(right, n))
+    interval = [round(100 * share, 2) for share in wilson(right, n)]
+    result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=interval)
     if not_judged:
         result["not_graded"] = not_judged
     if task == "ifeval":
@@ -595,7 +601,7 @@ def score_table(scores):
     lines = ["| task | n | score % | 95 % interval | finished % | tokens, steps, block | protocol | shots | seed |"]
     lines.append("| --- " * 9 + "|")
     for r in scores:
-        low, high = (f"{100 * x:.1f}" for x in r["interval"])
+        low, high = (f"{x:.1f}" for x in r["interval"])
         d = r["decoder"]
         pace = d.get("steps") or f"{d['tokens_per_step']} a step"
         decoding = f"{d['max_new_tokens']}, {pace}, {d['block_length'] or '-'}"

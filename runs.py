@@ -213,6 +213,7 @@ class Processes:
             self.locks.popitem()[1].close()
 
 
+SHOWN = 5  # so many differences does the error for another run's folder name
 LOCK = "lock"  # the file in a run folder that the lock is on
 ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # of bad input; torch raises the last
 
@@ -431,9 +432,13 @@ def same_run(out, meta, free=()):
         raise FileExistsError(f"{out} is a file, not a folder")
     if (out / "meta.json").is_file():
         before = data.read_json(out / "meta.json")
+        if "command" not in free and before.get("command") != meta.get("command"):  # hardly anything else would be the same
+            raise FileExistsError(f"{out} holds a run of {before.get('command')}: choose another --out")
         differ = [k for k in {**before, **meta} if k not in {*free, "versions"} and before.get(k) != meta.get(k)]
         if differ:
-            changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ)
+            changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ[:SHOWN])
+            if len(differ) > SHOWN:
+                changes = f"{changes}, and {len(differ) - SHOWN} more"
             raise FileExistsError(f"{out} holds another run: {changes}; use its options, or choose another --out")
     elif out.is_dir() and any(file.suffix != ".tmp" and file.name != LOCK for file in out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no run that could continue: choose another --out")

@@ -64,6 +64,13 @@ def read(path):
         ("3/4", "\\boxed{\\frac{3}{4}}", None),  # not one number
         ("72", "72 apples", None),
         ("72", None, None),
+        ("\\boxed{12\\%}", "12", True),
+        ("\\boxed{12}", "\\boxed{12\\%}", True),
+        ("It rose by 12 %.", "12%", True),
+        ("12% of 50 is 6", "6", True),
+        ("\\boxed{12\\%}", "13\\%", False),
+        ("\\boxed{\\frac{1}{2}\\%}", "2", False),
+        ("50%", "half, 50%", None),
     ],
 )
 def test_number_check(response, answer, verdict):
@@ -79,6 +86,8 @@ def test_number_check(response, answer, verdict):
         ("\\boxed{\\frac{8}{2}}", "4", True),  # no plain number, but one that math-verify can compare
         ("\\boxed{(1, 2)}", "(1,2)", True),
         ("Paris", "The capital of France is Paris", None),
+        ("\\boxed{12\\%}", "12", True),
+        ("\\boxed{12}", "12\\%", True),
     ],
 )
 def test_auto_check_takes_what_can_tell(response, answer, verdict):
@@ -183,7 +192,7 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, mo
     kinds = dict(instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
     write(folder / "ifeval.jsonl.gz", [dict(key=i, prompt="No commas.", **kinds) for i in range(3)])
     words = ["evaluate", "--model", str(bytes_model), "--data", str(folder), "--out", str(tmp_path / "E")]
-    words += ["--tasks", "gsm8k, ifeval", "--max-new-tokens", "8", "--block-length", "8", "--tokens-per-step", "2"]
+    words += ["--tasks", "gsm8k, ifeval, gsm8k", "--max-new-tokens", "8", "--block-length", "8", "--tokens-per-step", "2"]
     assert tabom.main([*words, "--limit", "2"]) == 0
     assert tabom.main(words) == 0
     out = capsys.readouterr().out
@@ -260,7 +269,9 @@ def test_grade_agrees_with_the_reference_verdicts(task, name, key, tmp_path, cap
     out = tmp_path / "V.jsonl"
     assert tabom.main(["grade", "--task", task, "--responses", str(REAL / f"{name}.jsonl.gz"), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert last_json(capsys.readouterr().out)["n"] == len(rows)
+    result = last_json(capsys.readouterr().out)
+    low, high = result["interval"]
+    assert result["n"] == len(rows) and low < result["score"] < high < 100  # all three in percent
     assert sum(row["correct"] == bool(row[key]) for row in rows) >= 0.995 * len(rows)
 
 
@@ -293,7 +304,8 @@ def test_grade_runs_programs_and_writes_every_line_back(tmp_path, capsys):
         str(tmp_path / "V.jsonl"),
     ]
     assert tabom.main(words) == 0
-    assert last_json(capsys.readouterr().out)["correct"] == 1
+    result = last_json(capsys.readouterr().out)
+    assert (result["correct"], result["score"], result["interval"]) == (1, 50.0, [9.45, 90.55])
     found = [json.loads(line) for line in (tmp_path / "V.jsonl").read_text().splitlines()]
     assert [(v["mine"], v["correct"]) for v in found] == [(1, True), (2, False)]
     assert all(row.items() <= v.items() for row, v in zip(rows, found))

@@ -163,6 +163,15 @@ def test_a_run_is_opened_again_by_the_same_run_alone(tmp_path):
     assert json.loads((out / "meta.json").read_text())["lr"] == 1.0
 
 
+def test_the_folder_of_another_command_or_of_many_differences_is_named_shortly(tmp_path):
+    opened(tmp_path / "R", command="train", **dict.fromkeys("abcdefgh", 1))
+    with pytest.raises(FileExistsError, match="R holds a run of train: choose another --out$"):
+        opened(tmp_path / "R", command="distill", lr=1.0)
+    with pytest.raises(FileExistsError, match="e was 1 and is now 2, and 3 more; use its options"):
+        opened(tmp_path / "R", command="train", **dict.fromkeys("abcdefgh", 2))
+    opened(tmp_path / "R", free=("command",), command="claims", **dict.fromkeys("abcdefgh", 1))
+
+
 def test_free_keys_and_versions_may_change(tmp_path):
     opened(tmp_path / "R", lr=1.0, limit=5, versions=dict(torch="2"))
     opened(tmp_path / "R", free=("limit",), lr=1.0, limit=9, versions=dict(torch="3"))
