@@ -455,6 +455,8 @@ def open_log(c, run):
 def warn_of_options(c, total, unused):
     if c.warmup >= total:
         tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
+    if c.lr == c.final_lr == 0:
+        tqdm.write("warning: --lr 0 trains nothing: the weights stay as they are", sys.stderr)
     if unused:
         flags = ", ".join(map(flag, unused))
         tqdm.write(f"warning: {flags}: not used by --objective {c.objective}", sys.stderr)
@@ -676,7 +678,19 @@ def usable_trajectories(c, path, loaded, processes, say):
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
-    return [data.cut_at_eos(r, tok.stop_ids) for r in kept] if c.cut_eos else kept
+    if c.cut_eos:
+        kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
+    gaps = sum(map(has_gap, kept))
+    if gaps and c.objective != "nelbo":
+        what = "steps in which nothing was decoded: a window of them has fewer tokens, and an empty one trains on nothing"
+        say(f"{gaps} of {len(kept)} trajectories have {what}")
+    return kept
+
+
+def has_gap(record):
+    """Whether a trajectory has steps, before its last one, in which nothing was decoded."""
+    steps = set(record["order"]) - {-1}
+    return len(steps) <= max(steps)
 
 
 def check_finished(c, path, meta, there, processes):

@@ -528,6 +528,37 @@ def prepared_records(tmp_path, **options):
     return train.training_records(c, loaded, parameters, runs.Processes("cpu"))
 
 
+def test_steps_in_which_nothing_was_decoded_are_counted_and_train_on_nothing(tiny, trajectories, tmp_path, capsys):
+    """Most windows of 2 steps are empty where every tenth step decoded a token: their loss is 0, and no NaN."""
+    rows = []
+    for i, record in enumerate(data.read_trajectories(trajectories)):
+        far = [10 * step for step in record["order"]] if i < 5 else record["order"]
+        rows.append(dict(record, order=far))
+    file = write_lines(tmp_path / "gaps.jsonl", rows)
+    options = dict(model=tiny, data=file, keep="all", global_batch=2, batch_size=1, epochs=1, warmup=0)
+    _, err = run(capsys, "train", out=tmp_path / "R", window=2, **options)
+    assert "warning: 5 of 12 trajectories have steps in which nothing was decoded" in err
+    for line in metrics(tmp_path / "R"):
+        for name in ("loss", "ce", "ranking", "grad_norm"):
+            assert line[name] >= 0  # a NaN is not
+    _, err = run(capsys, "train", out=tmp_path / "N", objective="nelbo", lr=0, **options)
+    assert "nothing was decoded" not in err
+    assert "warning: --lr 0 trains nothing" in err
+
+
+@pytest.mark.parametrize("ranking", ["margin", "listwise", "kl"])
+def test_a_batch_of_empty_windows_has_the_loss_0(tiny, ranking):
+    m = lora.inject(model.load(tiny), rank=2)
+    batch = dict(prompt_ids=torch.tensor([[3, 4]] * 2), prompt_mask=torch.ones(2, 2, dtype=torch.long))
+    batch.update(response_ids=torch.tensor([[5, 6, 7]] * 2), order=torch.tensor([[0, 9, 19]] * 2))
+    batch.update(length=torch.tensor([3, 3]), entropy=torch.ones(2, 3))
+    out = objectives.tabom(m, batch, window=4, ranking=ranking, start=torch.tensor([2, 12]))
+    out["loss"].backward()
+    assert out["loss"].item() == out["ce"].item() == out["ranking"].item() == 0
+    for name, p in lora.tensors(m).items():
+        assert p.grad is None or (p.grad == 0).all(), name
+
+
 def test_methods_choose_rows_of_the_authors_files(tiny, release, tmp_path):
     choose = functools.partial(prepared_records, tmp_path, model=str(tiny), data=str(release))
     assert len(choose()) == len(choose(methods=("all",))) == 12
