@@ -432,7 +432,7 @@ def same_run(out, meta, free=()):
         raise FileExistsError(f"{out} is a file, not a folder")
     if (out / "meta.json").is_file():
         before = data.read_json(out / "meta.json")
-        if "command" not in free and before.get("command") != meta.get("command"):  # hardly anything else would be the same
+        if "command" not in free and before.get("command") != meta.get("command"):  # the rest differs anyway
             raise FileExistsError(f"{out} holds a run of {before.get('command')}: choose another --out")
         differ = [k for k in {**before, **meta} if k not in {*free, "versions"} and before.get(k) != meta.get(k)]
         if differ:

@@ -82,7 +82,7 @@ def recipe_help(recipe):
 
 
 def follows_recipe(cls):
-    """Decorates a class of options: `recipe` sets what its constructor is not given, from Python as on the command line.
+    """A class of options whose `recipe` sets what the constructor is not given, from Python as on the command line.
 
     The constructor raises ValueError for a recipe that there is not."""
     plain = cls.__init__
@@ -682,8 +682,8 @@ def usable_trajectories(c, path, loaded, processes, say):
         kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
     gaps = sum(map(has_gap, kept))
     if gaps and c.objective != "nelbo":
-        what = "steps in which nothing was decoded: a window of them has fewer tokens, and an empty one trains on nothing"
-        say(f"{gaps} of {len(kept)} trajectories have {what}")
+        what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
+        say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
     return kept
 
 

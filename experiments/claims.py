@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node 2 tabom.py claims                      # hours, and the same command
     python tabom.py claims --rows "SFT-SD;TABOM" --seeds 1           # continues; only these rows
+    torchrun --nproc_per_node 8 tabom.py claims --model M --data theirs.jsonl --recipe dream-prm12k \
+        --test gsm8k,humaneval --out out/C                           # on trajectories that are there
 
 tiny.retrain makes every base model from random weights, with a seed of its own, and each has its
 own puzzles. Its hard in-domain puzzles are distilled once. Every row of the tables trains on the
@@ -35,8 +37,9 @@ from pathlib import Path
 import data
 import distill
 import runs
+import train
 from experiments import diagnose, puzzles, report, stats, sweep, tiny
-from options import opt, row_list
+from options import name_list, opt, row_list
 
 # TABOM's own settings, with which the order of answers is measured too; and what every row trains
 # with.
@@ -85,6 +88,13 @@ class ClaimsOptions:
     rows: tuple | None = opt(None, "only these rows of the tables, separated by ;", parse=row_list)
     compile: bool = opt(False, "compile the blocks of the transformer; faster, equal but for rounding")
     seed: int = opt(0, "of the tasks and of the training")
+    data: str | None = opt(None, "no puzzles: trajectories of --model, of distill or of the authors")
+    model: str | None = opt(None, "with --data: the model whose trajectories they are")
+    test: tuple = opt((), "with --data: datasets or benchmarks to answer, comma-separated", parse=name_list)
+    benchmarks: str | None = opt(None, "with --data: folder with the benchmarks' files, else from the Hub")
+    ground_truth: str | None = opt(None, "with --data: dataset whose answers SFT-GT trains on; without it no SFT-GT")
+    recipe: str | None = opt(None, "with --data: settings of all rows, as in train", choices=tuple(train.RECIPES))
+    methods: tuple | None = opt(None, "with --data: as in train", parse=name_list)
 
 
 def claims(c):
@@ -94,6 +104,8 @@ def claims(c):
     for name in rows:
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
+    if c.data or c.model or c.test:
+        return on_trajectories(c)
     processes, alone = runs.Processes("cpu"), runs.Processes("cpu", alone=True)
     out = Path(c.out or "out/experiment")
     out = runs.open_run(out, identity(c), processes, free=("command",))  # it was demo --full
@@ -119,6 +131,28 @@ def claims(c):
     found = collect(out)
     report.write_report(out / "results", found, loss_curves(out), list(GRID), about(c, out))
     return dict(out=str(out / "results"), runs=len(found), rows=len(report.names_of(found)))
+
+
+def on_trajectories(c):
+    """The rows of the tables on trajectories that are there: a sweep over one model, with train's
+    own settings or a recipe's in place of those of the puzzles -> what sweep returns."""
+    if not (c.data and c.model and c.test):
+        raise ValueError("--data, --model and --test: claims needs all three, or none for its puzzles")
+    if c.quick:
+        raise ValueError("--quick is for the puzzles: leave it out with --data")
+    default = [name for name in ROWS if name not in GRID and (c.ground_truth or name != "SFT-GT")]
+    grid = {}
+    for name, seed in itertools.product(c.rows or default, range(c.seed, c.seed + c.seeds)):
+        settings = dict(ROWS[name], seed=seed)
+        settings.pop("block_length", None)  # of the puzzles
+        if settings.get("window") == "global":
+            settings["starts"] = "uniform"  # which a recipe may have changed; a global window has no other
+        grid[f"{name}/seed-{seed}"] = settings
+    given = dict(model=c.model, data=c.data, ground_truth=c.ground_truth, test=c.test, benchmarks=c.benchmarks)
+    given.update(out=c.out or "out/claims", seed=c.seed, compile=c.compile, recipe=c.recipe, metric="last")
+    if c.methods:
+        given.update(methods=c.methods)  # else the recipe's
+    return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **given), grid)
 
 
 def identity(c):

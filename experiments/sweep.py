@@ -78,9 +78,11 @@ class SweepOptions(train.TrainOptions):
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
 
 
-def sweep(c):
-    """Train and evaluate a grid of settings -> a table with mean and spread over seeds."""
-    grid = expand(c)
+def sweep(c, grid=None):
+    """Train and evaluate a grid of settings -> a table with mean and spread over seeds.
+
+    grid: name -> the options of train that a run changes, instead of --over."""
+    grid = expand(c) if grid is None else grid
     prompts = check_sweep(c, grid)
     processes = runs.Processes(c.device)
     out = runs.open_run(c.out, identity(c), processes, free=("model", "adapter"))  # these by their content

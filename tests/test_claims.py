@@ -5,7 +5,7 @@ python -m pytest tests/test_claims.py"""
 import json
 
 import pytest
-from helpers import last_json, shell
+from helpers import flags, last_json, shell
 
 import data
 import tabom
@@ -34,6 +34,50 @@ def test_the_order_is_measured_alike_in_every_row(tmp_path):
         objective="tabom", window=8, margin=0.3, weight=1.0, seed=0
     )
     assert claims.settings_of("SFT-SD", 4) == dict(objective="nelbo", seed=4)
+
+
+def test_a_recipe_sets_the_rows_on_given_trajectories(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep, "sweep", lambda c, grid: asked.append((c, grid)))
+    given = dict(data="T", model="M", test=("gsm8k",), recipe="dream-ling-coder", seeds=2, seed=3)
+    claims.claims(claims.ClaimsOptions(**given))
+    claims.claims(claims.ClaimsOptions(**given, ground_truth="D", methods=("entropy",)))
+    (c, grid), (with_truth, longer) = asked
+    assert (c.lr, c.margin, c.methods, c.keep, c.metric) == (1e-4, 0.1, ("all",), "all", "last")
+    assert with_truth.methods == ("entropy",)
+    assert len(grid) == 2 * 10 and set(longer) - set(grid) == {"SFT-GT/seed-3", "SFT-GT/seed-4"}
+    parameters = {name: train.objective_parameters(sweep.training(c, settings))[0] for name, settings in grid.items()}
+    tabom_row, no_ranking = parameters["TABOM/seed-3"], parameters["TABOM, no ranking/seed-4"]
+    assert (tabom_row["window"], tabom_row["weight"], tabom_row["starts"]) == (32, 2.0, "non-ltr")
+    assert no_ranking == dict(tabom_row, weight=0.0)
+    assert parameters["TABOM, global window/seed-3"]["starts"] == "uniform"
+    assert parameters["dParallel/seed-3"]["block_length"] == 32
+
+
+@pytest.mark.slow
+def test_rows_on_the_authors_trajectories(tiny, trajectories, puzzles, tmp_path, capsys):
+    """A file in the authors' format, as it is: --methods chooses its rows, and all runs train on the same ones."""
+    rows = []
+    for i, record in enumerate(data.read_trajectories(trajectories)):
+        rows.append(data.to_release_format(record, 2, ("entropy", "credit", "topk_margin")[i % 3]))
+    claims.write_rows(tmp_path / "theirs.jsonl", rows)
+    words = flags(model=tiny, data=tmp_path / "theirs.jsonl", test=puzzles, recipe="llada-prm12k", seeds=1)
+    words += flags(methods="entropy,credit", rows="SFT-SD;TABOM", out=tmp_path / "C")
+    assert tabom.main(["claims", *words]) == 0
+    out = capsys.readouterr().out
+    assert last_json(out)["runs"] == 3 and "| objective |" in out
+    for name in ("SFT-SD", "TABOM"):
+        folder = tmp_path / "C" / "runs" / name / "seed-0"
+        made = json.loads((folder / "R-1" / "meta.json").read_text())
+        assert (made["recipe"], made["examples"]) == ("llada-prm12k", 8)
+        assert [one["tokens_per_step"] for one in sweep.result_of(folder)["tests"]] == [1, 2]
+
+
+def test_trajectories_need_a_model_and_something_to_answer(tmp_path):
+    with pytest.raises(ValueError, match="--data, --model and --test: claims needs all three, or none for its puzzles"):
+        claims.claims(claims.ClaimsOptions(data="T", model="M", out=str(tmp_path / "C")))
+    with pytest.raises(ValueError, match="--quick is for the puzzles"):
+        claims.claims(claims.ClaimsOptions(data="T", model="M", test=("gsm8k",), quick=True))
 
 
 def write_old_run(folder, right, **more):

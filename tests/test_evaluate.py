@@ -192,7 +192,8 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, mo
     kinds = dict(instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
     write(folder / "ifeval.jsonl.gz", [dict(key=i, prompt="No commas.", **kinds) for i in range(3)])
     words = ["evaluate", "--model", str(bytes_model), "--data", str(folder), "--out", str(tmp_path / "E")]
-    words += ["--tasks", "gsm8k, ifeval, gsm8k", "--max-new-tokens", "8", "--block-length", "8", "--tokens-per-step", "2"]
+    words += ["--tasks", "gsm8k, ifeval, gsm8k", "--max-new-tokens", "8", "--block-length", "8"]
+    words += ["--tokens-per-step", "2"]
     assert tabom.main([*words, "--limit", "2"]) == 0
     assert tabom.main(words) == 0
     out = capsys.readouterr().out
