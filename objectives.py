@@ -314,7 +314,7 @@ def t3d(
     targets before the sigmoid; random tokens are uniform over the vocabulary and stay targets.
     Raises ValueError without a reference."""
     if reference is None:
-        raise ValueError("t3d needs a reference: a callable like m, such as m without its adapter")
+        raise ValueError("t3d needs a reference: a callable like m, such as lora.Reference(m)")
     mask_id = m.config.mask_id if mask_id is None else mask_id
     steps = decode_steps(batch)
     first = draw_state(steps, start, generator)

@@ -560,8 +560,8 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
         for key, value in optimizer.state[p].items():
             state[f"{key}.{name}"] = value.detach().cpu().contiguous()
     model.save_tensors(state, folder / "optimizer.safetensors")
-    if reference is not None and reference.adapter:
-        stored = {name: tensor.cpu() for name, tensor in reference.adapter.items()}
+    if reference is not None and reference.kept:
+        stored = {name: tensor.cpu() for name, tensor in reference.kept.items()}
         model.save_tensors(stored, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
     hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
@@ -640,6 +640,5 @@ def restore(checkpoint, weights, optimizer, reference=None):
             count = count.to(p.device)
         optimizer.state[p] = dict(step=count, exp_avg=mean.to(p.device), exp_avg_sq=square.to(p.device))
     if reference is not None and (checkpoint / "reference.safetensors").is_file():
-        for name, tensor in load_file(checkpoint / "reference.safetensors").items():
-            reference.adapter[name] = tensor.to(weights[name].device)
+        reference.restore(load_file(checkpoint / "reference.safetensors"))
     return step

@@ -198,9 +198,8 @@ def objective_parameters(c):
         raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
     if used.get("weight") == 0 and used.get("ce_weight") == 0:
         raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
-    if c.lora_rank == 0 and (c.objective == "t3d" or c.adapter):
-        needs = "--adapter" if c.adapter else "t3d"
-        raise ValueError(f"--lora-rank 0 trains no adapter, and {needs} needs one: give --lora-rank above 0")
+    if c.lora_rank == 0 and c.adapter:
+        raise ValueError("--lora-rank 0 trains no adapter, and --adapter needs one: give --lora-rank above 0")
     return used, unused
 
 
@@ -320,7 +319,10 @@ def prepare(c, processes, loaded=None):
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
     if c.objective == "t3d":  # the student as it was: as it starts, then as of every reference_steps-th step
-        reference = lora.Reference(loaded.m)
+        if full:
+            reference = FrozenCopy(loaded.m, runs.load_model(c, processes, dtype=prefer).m)
+        else:
+            reference = lora.Reference(loaded.m)
         objective = functools.partial(objective, reference=reference)
         if c.adapter:
             reference.update()
@@ -357,6 +359,29 @@ def trainable(c, m, last):
         start = data.generator(c.seed, "lora")
         lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
     return {name: p for name, p in m.named_parameters() if p.requires_grad}
+
+
+class FrozenCopy:
+    """T3D's reference where all weights are trained, with the interface of lora.Reference: `copy`, a second model that
+    is loaded from the same folder, computes what the student did at the last `update`. It costs a model's memory."""
+
+    def __init__(self, student, copy):
+        self.student, self.m = student, copy.eval().requires_grad_(False)
+        self.kept = {}  # parameter's name -> tensor, for a checkpoint; empty = as loaded
+
+    def update(self):
+        self.restore(dict(self.student.named_parameters()))
+
+    @torch.no_grad()
+    def restore(self, stored):
+        """Take over the weights in `stored`, name -> tensor."""
+        self.kept = dict(self.m.named_parameters())
+        for name, p in self.kept.items():
+            p.copy_(stored[name])  # in place and one by one: no third model is in memory
+
+    @torch.no_grad()
+    def __call__(self, *inputs, **options):
+        return self.m(*inputs, **options)
 
 
 # What changes nothing in what a run computes, and may differ when it is continued.
