@@ -329,9 +329,22 @@ def resolve_dtype(c, processes, dtype="auto"):
     return "bfloat16" if processes.device.type == "cuda" else "float32"
 
 
-def batch_of(records, loaded, processes):
-    """Records -> the batch of objectives.py, on this process's device."""
+GRIDS = ("start", "prompt")  # where blocks are counted from: the start of a row, or the end of its prompt
+
+
+def decoding_grid(config):
+    """Where the decoder of a block-causal model counts blocks from; None without blocks."""
+    if config.block_length is None:
+        return None
+    return "prompt" if DECODERS[config.family]["schedule"] == "a2d" else "start"
+
+
+def batch_of(records, loaded, processes, grid=None):
+    """Records -> the batch of objectives.py, on this process's device. grid: of block-causal attention, one of GRIDS;
+    None = its decoder's."""
     batch = data.collate(records, loaded.m.config.pad_id)
+    if (grid or decoding_grid(loaded.m.config)) == "prompt":
+        batch["origin"] = batch["prompt_mask"].sum(1)
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 
