@@ -326,13 +326,8 @@ def prepare(c, processes, loaded=None):
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
-    blocks = loaded.m.config.block_length
-    grid = c.grid or runs.decoding_grid(loaded.m.config)
-    if blocks is None and grid is not None:
-        raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
-    records = training_records(c, loaded, parameters, processes)
-    if blocks is not None:
-        records = [whole_blocks(record, blocks, grid, loaded.m.config.eos_id) for record in records]
+    grid, blocks = c.grid or runs.decoding_grid(loaded.m.config), loaded.m.config.block_length
+    records = training_records(c, loaded, parameters, processes, grid)
     check_context(records, loaded, processes)
     held_out, records = split_off(records, c)
     sampling = runs.decoder_settings(runs.DecodeOptions(block_length=blocks), loaded) if held_out else {}
@@ -353,14 +348,9 @@ def prepare(c, processes, loaded=None):
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
-    if c.objective == "t3d":  # the student as it was: as it starts, then as of every reference_steps-th step
-        if full:
-            reference = FrozenCopy(loaded.m, runs.load_model(c, processes, dtype=prefer).m)
-        else:
-            reference = lora.Reference(loaded.m)
+    if c.objective == "t3d":
+        reference = first_reference(c, loaded.m, processes, prefer)
         objective = functools.partial(objective, reference=reference)
-        if c.adapter:
-            reference.update()
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
@@ -394,6 +384,16 @@ def trainable(c, m, last):
         start = data.generator(c.seed, "lora")
         lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
     return {name: p for name, p in m.named_parameters() if p.requires_grad}
+
+
+def first_reference(c, m, processes, dtype):
+    """T3D's reference: the student as it starts, and then as of every reference_steps-th step."""
+    if c.lora_rank == 0:
+        return FrozenCopy(m, runs.load_model(c, processes, dtype=dtype).m)
+    reference = lora.Reference(m)
+    if c.adapter:
+        reference.update()
+    return reference
 
 
 class FrozenCopy:
@@ -658,9 +658,13 @@ def learning_rate(step, total, c):
 # -------------------------------------------------------------------------------------------------- what to train on
 
 
-def training_records(c, loaded, parameters, processes):
+def training_records(c, loaded, parameters, processes, grid=None):
     """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
-    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for."""
+    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. grid: of
+    block-causal attention, see --grid; raises ValueError for one of a model without blocks."""
+    config = loaded.m.config
+    if config.block_length is None and grid is not None:
+        raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
     path, say = Path(c.data), runs.warner(processes)
     # A dataset's answers have no decode order, and only Eq. 1 does without one.
     if data.holds_trajectories(path):
@@ -681,6 +685,8 @@ def training_records(c, loaded, parameters, processes):
     records = []
     for record in kept:
         records.append({name: record.get(name) for name in fields})
+        if grid is not None:
+            records[-1] = whole_blocks(records[-1], config.block_length, grid, config.eos_id)
     if "entropy" in fields and any(record["entropy"] is None for record in records):
         raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
     return records
@@ -696,14 +702,13 @@ def whole_blocks(record, block_length, grid, eos_id):
         while n > 0 and order[n - 1] < 0:
             n -= 1
     begin = len(record["prompt_ids"]) if grid == "start" else 0
-    n += -(begin + n) % block_length
-    changed = dict(record)
+    filling = -(begin + n) % block_length
     if order is None:
-        changed["response_ids"] = record["response_ids"] + [eos_id] * (n - len(record["response_ids"]))
-        return changed
+        return {**record, "response_ids": record["response_ids"] + [eos_id] * filling}
+    changed = dict(record)
     for name in ("response_ids", "order", "entropy"):
-        if name in record:
-            changed[name] = record[name][:n]
+        if record.get(name) is not None:
+            changed[name] = record[name][: n + filling]
     return changed
 
 

@@ -6,11 +6,12 @@ python -m pytest tests/test_blocks.py
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FOLDER
+from helpers import FOLDER, changed_model, decoded, fails, flags, meta, metrics, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,6 +21,9 @@ import data
 import decode
 import model
 import objectives
+import tabom
+import train
+from experiments import tiny as tiny_model
 
 quick = settings(max_examples=25, deadline=None)
 FAMILIES = ("sdar", "a2d")
@@ -483,3 +487,107 @@ def test_a_replay_has_the_entropies_that_decoding_logged(qwen3, family, steps):
     early = order < 2
     expected = torch.where(early, t.entropy, 0.0).sum(1) / early.sum(1)
     assert float(out["entropy"]) == pytest.approx(float(expected.mean()), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_records_end_with_a_whole_block():
+    record = dict(id=0, prompt_ids=[1, 2, 3], response_ids=[4, 5, 6], order=None)
+    assert train.whole_blocks(record, 4, "start", 9)["response_ids"] == [4, 5, 6, 9, 9]
+    assert train.whole_blocks(record, 4, "prompt", 9)["response_ids"] == [4, 5, 6, 9]
+    assert train.whole_blocks(record, 3, "start", 9) == record
+    # of a trajectory, the blocks in which nothing was decoded go
+    order, ids = [0, 2, 1, -1, -1, -1, -1, -1], list(range(4, 12))
+    record = dict(id=0, prompt_ids=[1, 2, 3], response_ids=ids, order=order, entropy=[0.5] * 8)
+    shorter = train.whole_blocks(record, 4, "start", 9)
+    assert (shorter["response_ids"], shorter["order"]) == (ids[:5], order[:5]) and len(shorter["entropy"]) == 5
+    assert train.whole_blocks(record, 4, "prompt", 9)["order"] == order[:4]
+    assert train.whole_blocks(record, 32, "start", 9) == record
+
+
+@pytest.fixture(scope="module")
+def small(tiny, puzzles, tmp_path_factory):
+    """family -> the flags of a random model with the tiny model's tokenizer, and its trajectories."""
+    found = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        raw = json.loads((FOLDER / f"{family}-tiny" / "config.json").read_text())
+        raw |= dict(vocab_size=len(tiny_model.vocabulary()), mask_token_id=0, eos_token_id=1, pad_token_id=2)
+        raw |= dict(bos_token_id=2, initializer_range=0.3, num_hidden_layers=2)
+        changed = changed_model(folder, tiny, lambda f: (f / "generation_config.json").unlink())
+        model.save(model.create(raw, generators(0)[0]), changed)
+        own = dict(model=changed, block_causal=8 if family == "a2d" else 4)
+        out = folder / "T"
+        options = dict(own, data=puzzles, out=out, max_new_tokens=24, check="exact")
+        assert tabom.main(["distill", *flags(**options)]) == 0
+        found[family] = own, out
+    return found
+
+
+LOOP = dict(keep="all", epochs=8, global_batch=12, batch_size=4, lr=1e-2, warmup=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(objective="tabom", window=8),
+        dict(objective="t3d", reference_steps=3, path="levels"),
+        dict(objective="nelbo", weighting="scheduler"),
+    ],
+    ids=lambda more: more["objective"],
+)
+@pytest.mark.slow
+def test_the_whole_loop(small, puzzles, tmp_path, capsys, family, rank, more):
+    """Distil, train, be killed and continue, decode with what was trained; merge an adapter."""
+    own, trajectories = small[family]
+    setting = dict(own, data=trajectories, lora_rank=rank, held_out=2, **LOOP, **more)
+    setting["lr"] = 1e-2 if rank else 1e-3
+    once, again = tmp_path / "once", tmp_path / "again"
+    result = run(capsys, "train", out=once, **setting)[0]
+    losses = [line["ce"] for line in metrics(once)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert meta(once)["grid"] == ("prompt" if family == "a2d" else "start")
+    shutil.copytree(once, again)
+    shutil.rmtree(again / "epoch-8")
+    assert run(capsys, "train", out=again, **setting)[0]["loss"] == result["loss"]
+    for file in (once / "epoch-8").glob("*.safetensors"):
+        assert file.read_bytes() == (again / "epoch-8" / file.name).read_bytes()
+    fails(capsys, "grid was", "train", out=again, **setting, grid="start" if family == "a2d" else "prompt")
+    trained = dict(own, adapter=once / "epoch-8") if rank else dict(own, model=once / "epoch-8")
+    decoding = dict(data=puzzles, max_new_tokens=24, limit=3)
+    found = run(capsys, "distill", out=tmp_path / "T", **trained, **decoding)[0]
+    assert found["trajectories"] == 3
+    if rank:
+        run(capsys, "merge", model=own["model"], adapter=once / "epoch-8", out=tmp_path / "M")
+        merged = dict(own, model=tmp_path / "M")
+        run(capsys, "distill", out=tmp_path / "T2", **merged, **decoding)
+        assert decoded(tmp_path / "T2").keys() == decoded(tmp_path / "T").keys()
+
+
+@pytest.mark.parametrize("name", ["tabom", "nelbo"])
+def test_a_step_does_not_depend_on_how_its_batch_is_split(small, tmp_path, capsys, name):
+    own, trajectories = small["sdar"]
+    more = dict(weighting="scheduler") if name == "nelbo" else dict(window=8)
+    found = []
+    for size in (1, 5):
+        out = tmp_path / f"{size}"
+        options = dict(own, data=trajectories, out=out, objective=name, **more)
+        run(capsys, "train", **options, **{**LOOP, "batch_size": size, "epochs": 2})
+        found.append([line["loss"] for line in metrics(out)])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_grid_is_for_models_with_blocks(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", grid="start", keep="all")
+    fails(capsys, "--grid start: .* sees everything, without blocks", "train", **options)
+
+
+def test_answers_of_a_dataset_fill_their_last_block(small, puzzles, tmp_path, capsys):
+    own, _ = small["sdar"]
+    options = dict(own, data=puzzles, out=tmp_path / "R", objective="nelbo", norm="batch", **LOOP)
+    result, errors = run(capsys, "train", **options)
+    assert result["steps"] == 8
+    assert "--norm: not used by --objective nelbo" in errors  # of the mean
