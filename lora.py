@@ -222,20 +222,24 @@ class Reference:
     def __init__(self, m):
         if not layers(m):
             raise ValueError("a reference needs an adapter on the model: the base weights are not copied")
-        self.m, self.adapter = m, {}  # parameter's name -> tensor; empty = no adapter
+        self.m, self.kept = m, {}  # parameter's name -> tensor; empty = no adapter
 
     def update(self):
+        self.restore(dict(self.m.named_parameters()))
+
+    def restore(self, stored):
+        """Take over the adapter in `stored`, name -> tensor, such as the `kept` of another one."""
         for name, p in self.m.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
-                self.adapter[name] = p.detach().clone()
+                self.kept[name] = stored[name].detach().to(p.device, copy=True)
 
     @torch.no_grad()
     def __call__(self, *inputs, **options):
         training = self.m.training
         self.m.eval()
         try:
-            if self.adapter:
-                return torch.func.functional_call(self.m, self.adapter, inputs, options)
+            if self.kept:
+                return torch.func.functional_call(self.m, self.kept, inputs, options)
             with disabled(self.m):
                 return self.m(*inputs, **options)
         finally:

@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
-    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0):
+    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0, clean=None):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
@@ -265,16 +265,26 @@ class Transformer(nn.Module):
         cache, start: from new_cache(), for decoding. Only the tokens from `start` on are computed,
             and logits are [B, L - start, V] without positions. Keys and values of the tokens before
             come from earlier calls, in which their blocks had to be finished.
+        clean [B, L]: the same rows without masks, for training where attention is block-causal. The
+            network runs on both copies: a token of ids sees its own block in ids, and earlier blocks
+            in clean; one of clean sees clean alone. Logits are those of ids, from `start` on: the
+            blocks of all positions asked for have to begin there or later. No cache.
+        Raises ValueError for a clean copy where attention is not block-causal, or outputs are shifted.
         """
-        c = self.config
+        c, (B, L) = self.config, ids.shape
+        if clean is not None and (c.block_length is None or c.shifted):
+            raise ValueError(f"no clean copy for {c.family} without blocks: set config.block_length")
         index = self.index(ids, attention_mask)  # [1 or B, L]
-        mask = self.visible(index, attention_mask, origin, start)
-        cos, sin = self.rope(index[:, start:], self.embed.weight.dtype)  # [1 or B, 1, L - start, E]
-        x = self.embed(ids[:, start:])  # [B, L - start, D]
+        mask = self.visible(index, attention_mask, origin, start, clean is not None)
+        if positions is None and (c.shifted or clean is not None):
+            positions = torch.arange(start, L, device=ids.device).expand(B, -1)
+        ids, place = ids[:, start:], index[:, start:]
+        if clean is not None:  # one row of both copies, with the same places
+            ids, place = torch.cat((ids, clean), dim=1), torch.cat((place, index), dim=1)
+        cos, sin = self.rope(place, self.embed.weight.dtype)  # [1 or B, 1, n, E], n = L - start (+ L)
+        x = self.embed(ids)  # [B, n, D]
         if c.shifted:
             # Dream was adapted from an autoregressive model: token i is predicted at i - 1.
-            if positions is None:
-                positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
         at = None if positions is None else positions - start
         for block in self.layers:
@@ -304,9 +314,9 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def visible(self, index, attention_mask, origin=0, start=0):
+    def visible(self, index, attention_mask, origin=0, start=0, clean=False):
         """Which keys the queries from `start` on see: None for all, [B, 1, 1, L] the real ones,
-        [1 or B, 1, L - start, L] where blocks count."""
+        [1 or B, 1, L - start, L] where blocks count; with a clean copy see visible_copies()."""
         # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
         # empty row is NaN.
         real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
@@ -314,16 +324,30 @@ class Transformer(nn.Module):
             return real
         if isinstance(origin, torch.Tensor):
             origin = origin[:, None]
-        elif real is None:
+        elif real is None and not clean:
             # Without padding a token's place is its column. Queries that are all in the last block
             # see everything, and attention is faster without a mask.
             last = index.shape[1] - 1
             if (start - origin) // self.config.block_length == (last - origin) // self.config.block_length:
                 return None
         block = (index - origin) // self.config.block_length  # [1 or B, L]; below 0 before the origin
+        if clean:
+            return self.visible_copies(block, real, start)
         # A query sees its own block and those before it.
         past = block[:, None, None, :] <= block[:, None, start:, None]
         return past if real is None else past & real
+
+    def visible_copies(self, block, real, start):
+        """visible() for the noisy tokens from `start` on and, behind them, the clean copy of all L
+        tokens, [1 or B, 1, n, n]: earlier blocks of the clean copy, and the own block of the same copy.
+
+        block [1 or B, L]: of each token; real [B, 1, 1, L], or None."""
+        L = block.shape[1]
+        both = torch.cat((block[:, start:], block), dim=1)[:, None]  # [1 or B, 1, n]
+        copy = torch.arange(start, 2 * L, device=block.device) >= L  # [n], True = clean
+        key, query = both[:, :, None, :], both[:, :, :, None]
+        past = (key < query) & copy | (key == query) & (copy == copy[:, None])
+        return past if real is None else past & torch.cat((real[..., start:], real), dim=-1)
 
     def rope(self, index, dtype):
         """cos and sin [1 or B, 1, L, E] for the places index [1 or B, L], in the dtype that the

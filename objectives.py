@@ -12,8 +12,17 @@ batch: a dict of tensors
                                      numbers: decoded together; -1: never, so masked and no target
     length [B]                       real tokens of each response
     entropy, non_ltr [B, N]          only for ranking="kl" and starts="non-ltr", see `tabom`
+    origin [B], or an int            only for block-causal attention: the place in its row, counted
+                                     over real tokens, at which a block begins (0 where not given)
 `m` is any callable m(ids, attention_mask=None, positions=None) -> logits [B, K, V] at those
 positions, where the logits at a position predict the token at that position.
+
+Block-causal attention (m.config.block_length is not None; SDAR, BD3LM): what is masked is a noisy
+copy of the row, and every block sees the clean copy of the blocks before it, as in decoding:
+m(ids, ..., origin=, start=, clean=) of model.py. Without that copy a later block would see the masks
+of earlier ones, which it never does when it is decoded. So a state of the response is a state of
+each of its blocks: a window, or what is masked after a random step, may span blocks, and each token
+has the clean past of earlier blocks and what of its own block was decoded before the state.
 
 Every objective asks for the logits at some positions, given that some tokens are visible; they
 differ in which positions and which tokens. All return a dict whose "loss", float32 whatever the
@@ -22,7 +31,8 @@ mean of its parts (of tabom with `share_with_pairs`). Random draws come from `ge
 torch.Generator, or a list of one for each row, whose draws then do not depend on other rows.
 
 Sources: the TABOM paper (arXiv 2605.11854, Eq. 1 to 11); dInfer (arXiv 2510.08666), T3D (arXiv
-2602.12262) and dParallel (arXiv 2509.26488); the authors' release for steps, starts and the TDS.
+2602.12262) and dParallel (arXiv 2509.26488); the authors' release for steps, starts and the TDS; for
+blocks JetAstra/SDAR, Tyrion58/T3D and ZHZisZZ/dllm.
 
 Dimensions: B batch, P prompt, N response, S decode steps, W steps of a window, K positions asked
 for, V vocabulary.
@@ -294,8 +304,8 @@ def draw_state(steps, start=None, generator=None):
 
 
 def t3d(
-    m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None,
-    start=None, generator=None, mask_id=None,
+    m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None, start=None,
+    generator=None, mask_id=None, masked="later", path="linear", path_k=4, mask=None, noise=None,
 ):  # fmt: skip
     """T3D: at all positions still masked in a random state, prefer the trajectory's tokens over
     those that a reference model would choose (DDO), and stay consistent with the path
@@ -304,42 +314,122 @@ def t3d(
         d    = mean over the targets of log p - log p_ref: d_real on the trajectory's tokens, d_fake
                on the argmaxes of the reference
         ddo  = -log sigmoid(beta d_real) - alpha log(1 - sigmoid(beta d_fake))
-        path = mean over the targets of -w log p(x0), w = (S - order) / S: early ones count more
+        path = "linear", the paper's: mean over the targets of -w log p(x0), w = (S - order) / S, early
+               ones count more; "levels", the official code's: see `path_by_levels`, also for path_k
 
     reference: a callable like m, the student some optimizer steps ago; it gets no gradient.
     random_tokens: share of the masked positions that show a random token instead of the mask, to
-        both models, only while m.training. start [B]: steps made before the state.
+        both models, only while m.training. noise [B, N]: the ids to show there instead.
+    start [B]: steps made before the state. mask [B, N]: what the state masks, instead of a random
+        one; all else is visible, also what was never decoded. masked: see `draw_block_mask`.
+    Block-causal attention: the random state masks a share of every block; S and order in w are those
+        of a token's own block; of a row's masked EOS and padding tokens two are targets (`t3d_state`).
 
-    Source: the T3D paper (traj-DDO, path consistency). Our reading: d is a mean over a row's
-    targets before the sigmoid; random tokens are uniform over the vocabulary and stay targets.
-    Raises ValueError without a reference."""
+    Source: the T3D paper (traj-DDO, path consistency); for blocks Tyrion58/T3D. Our reading: d is a
+    mean over a row's targets before the sigmoid; random tokens are uniform over the vocabulary and
+    stay targets. Raises ValueError without a reference, and for unknown choices."""
     if reference is None:
-        raise ValueError("t3d needs a reference: a callable like m, such as m without its adapter")
+        raise ValueError("t3d needs a reference: a callable like m, such as lora.Reference(m)")
+    if path not in ("linear", "levels"):
+        raise ValueError(f"path {path!r} is neither 'linear' nor 'levels'")
     mask_id = m.config.mask_id if mask_id is None else mask_id
-    steps = decode_steps(batch)
-    first = draw_state(steps, start, generator)
-    visible, positions, real = context_and_targets(batch, first, steps - first)  # positions [B, K]
-    noise = None
-    if random_tokens and getattr(m, "training", False):
+    mask, target = t3d_state(m, batch, start, mask, masked, generator)  # [B, N]
+    if noise is None and random_tokens and getattr(m, "training", False):
         noise = disturb(m, batch, random_tokens, generator, mask_id)
 
+    asked = was_decoded(batch) if path == "levels" else target  # levels count visible tokens, too
+    positions, real = select(asked, batch["order"])  # [B, K]
+    visible, target = valid(batch) & ~mask, target.gather(1, positions) & real
     logp = log_probs(m, batch, visible, positions, mask_id, noise)  # [B, K, V]
     with torch.no_grad():
-        logp_ref = log_probs(reference, batch, visible, positions, mask_id, noise)
+        in_blocks = block_length_of(m) is not None  # a reference may have no config
+        logp_ref = log_probs(reference, batch, visible, positions, mask_id, noise, in_blocks)
         chosen = logp_ref.argmax(-1)  # [B, K]
         ref_fake = pick_token(logp_ref, chosen)
         ref_real = -nll(logp_ref, batch, positions)
     loss_real = nll(logp, batch, positions)  # [B, K]
-    d_real = masked_mean(-loss_real - ref_real, real)  # [B]
-    d_fake = masked_mean(pick_token(logp, chosen) - ref_fake, real)
+    d_real = masked_mean(-loss_real - ref_real, target)  # [B]
+    d_fake = masked_mean(pick_token(logp, chosen) - ref_fake, target)
     ddo = -F.logsigmoid(beta * d_real) - alpha * F.logsigmoid(-beta * d_fake)
 
-    S = steps[:, None]
-    w = (S - batch["order"].gather(1, positions)) / S  # [B, K]
-    path = masked_mean(w * loss_real, real)
-    loss = ddo + path_weight * path
-    ce = masked_mean(loss_real.detach(), real)
-    return dict(loss=loss.mean(), ddo=ddo.mean(), path=path.mean(), ce=ce.mean())
+    if path == "levels":
+        along = path_by_levels(m, batch, loss_real, positions, real, path_k)  # [B]
+    else:
+        along = masked_mean(path_weights(m, batch).gather(1, positions) * loss_real, target)
+    loss = ddo + path_weight * along
+    ce = masked_mean(loss_real.detach(), target)
+    return dict(loss=loss.mean(), ddo=ddo.mean(), path=along.mean(), ce=ce.mean())
+
+
+def t3d_state(m, batch, start=None, mask=None, masked="later", generator=None):
+    """What T3D masks, and which of it are targets: two bool tensors [B, N]; see `t3d`.
+
+    Never decoded tokens are no targets. Where attention is block-causal, a state without start and
+    mask is one of `draw_block_mask`, and of a row's masked EOS and padding tokens the first two are
+    targets (T3D's post_num): what follows an EOS in its block would outweigh the rest."""
+    block_length = block_length_of(m)
+    if mask is None and (start is not None or block_length is None):
+        mask = ~decoded_before(batch, draw_state(decode_steps(batch), start, generator))
+    elif mask is None:
+        mask = draw_block_mask(batch, block_length, masked, generator)
+    target = mask & was_decoded(batch)
+    if block_length is not None:
+        end = target & is_end(m, batch["response_ids"])
+        target &= ~end | (end.cumsum(1) <= 2)
+    return mask, target
+
+
+def draw_block_mask(batch, block_length, masked="later", generator=None):
+    """T3D's state where attention is block-causal: of the n decoded tokens in every block of the
+    response int(n * ratio) are masked: bool [B, N]. The ratio of a row is 1, 3/4, 1/2 or 1/4 with
+    probability proportional to ratio ** 8: nine of ten states mask everything.
+
+    masked: "later": those that decoding chose later, so that the others are what it saw (the T3D
+    paper). "earlier": those that it chose first (its code). A row of blocks so short that nothing
+    would be masked is masked as a whole. Raises ValueError for another choice."""
+    if masked not in ("later", "earlier"):
+        raise ValueError(f"masked {masked!r} is neither 'later' nor 'earlier'")
+    place, count = places_in_block(batch, block_length)  # [B, N]
+    ratios, drawn = torch.tensor([1, 0.75, 0.5, 0.25]), []
+    for g in per_row(generator, len(place)):
+        drawn.append(torch.multinomial((ratios**8).to(device_of(g)), 1, generator=g).cpu())
+    ratio = ratios[torch.cat(drawn)][:, None].to(place.device)  # [B, 1]
+    n = (count * ratio).long()
+    mask = place < n if masked == "earlier" else place >= count - n
+    mask &= was_decoded(batch)
+    return torch.where(mask.any(1, keepdim=True), mask, was_decoded(batch))
+
+
+def path_weights(m, batch):
+    """w = (S - order) / S of T3D's path consistency (its Eq. 9), [B, N]; where attention is
+    block-causal, of the order inside a token's own block, which decoding finishes first."""
+    block_length = block_length_of(m)
+    if block_length is None:
+        return 1 - batch["order"] / decode_steps(batch)[:, None]
+    place, count = places_in_block(batch, block_length)
+    return 1 - place / count.clamp(min=1)
+
+
+def path_by_levels(m, batch, ce, positions, real, k=4):
+    """T3D's path consistency as its code has it: [B]. Level g is the mean cross-entropy of the
+    tokens that are among the first (g + 1) k decoded of their block, and the path the mean over the
+    levels that have a token: a token's weight falls with its level, harmonically. Visible tokens
+    count, EOS and padding do not. Without block-causal attention the response is one block.
+
+    ce, positions, real [B, K]: at all decoded tokens."""
+    block_length = block_length_of(m)
+    place, count = places_in_block(batch, block_length)  # [B, N]
+    size = count.amax(1)  # [B], of a block
+    if block_length is not None:
+        size.fill_(block_length)
+    place = place.gather(1, positions)  # [B, K]
+    counted = real & ~is_end(m, batch["response_ids"].gather(1, positions))
+    means, has_token = [], []
+    for before in range(0, int(size.max()), k):
+        level = counted & (place < before + k)
+        means.append(masked_mean(ce, level))
+        has_token.append(level.any(1) & (before < size))
+    return masked_mean(torch.stack(means, dim=1), torch.stack(has_token, dim=1))
 
 
 def disturb(m, batch, share, generator, mask_id):
@@ -356,22 +446,64 @@ def disturb(m, batch, share, generator, mask_id):
 # ------------------------------------------------------------------ objectives without an order
 
 
-def nelbo(m, batch, mask=None, generator=None, mask_id=None):
+def nelbo(
+    m, batch, mask=None, generator=None, mask_id=None, weighting="mean", norm="token", ratio=None,
+    targets=None,
+):  # fmt: skip
     """Eq. 1: mean over the masked positions of -log p(x0 | U), U uniform -> dict(loss, ce, masked):
     SFT-GT on a dataset's answers, SFT-SD on the model's own responses.
 
     The paper draws t ~ U(0, 1) and masks every position with probability t. Given that at least one
     is masked, their number is uniform in 1..N and their places are uniform: so they are drawn here,
     without t. mask [B, N]: the masked positions, instead of random ones. masked: their share.
-    Raises ValueError for a row without a masked position."""
-    if mask is None:
+
+    weighting "scheduler": as SDAR and A2D were trained: a row has a mask ratio 0.999 t + 0.001,
+        each token is masked with this probability, and its loss divided by it; "uniform": without the
+        division. Their sum is divided by the tokens of a row: "token": of all rows together (a long
+        row counts more), "sequence": of each row; or not at all: "batch" (norm).
+    ratio [B]: the mask ratio that a given mask was drawn with. targets: the tokens of a row to divide
+        by with "token", where this batch is a part of one: the mean over all its rows.
+    Raises ValueError for unknown choices, a weighting without its ratio, and, with "mean", for a row
+    without a masked position; with the others such a row has the loss 0."""
+    known = dict(weighting=("mean", "scheduler", "uniform"), norm=("token", "sequence", "batch"))
+    for name, value in dict(weighting=weighting, norm=norm).items():
+        if value not in known[name]:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(known[name])}")
+    if weighting == "scheduler" and mask is not None and ratio is None:
+        raise ValueError("weighting 'scheduler' divides by the ratio that the mask was drawn with: give it")
+    if mask is None and weighting == "mean":
         mask = draw_mask(batch, generator)
-    mask = mask & was_decoded(batch)
-    if not mask.any(1).all():
-        raise ValueError("mask: every row needs a masked position")
-    loss = masked_nll(m, batch, mask, mask_id).mean()
-    share = mask.sum(1) / was_decoded(batch).sum(1)
-    return dict(loss=loss, ce=loss.detach(), masked=share.mean())
+    elif mask is None:
+        ratio, mask = draw_ratio_mask(batch, generator)
+    decoded = was_decoded(batch)
+    mask = mask & decoded
+    masked, tokens = mask.sum(1), decoded.sum(1).clamp(min=1)  # [B]
+    ce = masked_nll(m, batch, mask, mask_id)  # [B]
+    loss = ce
+    if weighting == "mean":
+        if not mask.any(1).all():
+            raise ValueError("mask: every row needs a masked position")
+    else:
+        loss = loss * masked  # the sum over a row's masked tokens
+        if weighting == "scheduler":
+            loss = loss / ratio
+        if norm == "token":
+            loss = loss / (targets or tokens.float().mean())
+        elif norm == "sequence":
+            loss = loss / tokens
+    return dict(loss=loss.mean(), ce=ce.detach().mean(), masked=(masked / tokens).mean())
+
+
+def draw_ratio_mask(batch, generator=None):
+    """A mask ratio 0.999 t + 0.001, t ~ U(0, 1), of each row, and a mask that hides each of its
+    tokens with this probability, perhaps none: float [B] and bool [B, N]."""
+    decoded, ratios = was_decoded(batch), []
+    mask = torch.zeros_like(decoded)
+    for row, n, g in zip(mask, batch["length"].tolist(), per_row(generator, len(mask))):
+        t = torch.rand((), generator=g, device=device_of(g)).item()
+        ratios.append(0.999 * t + 0.001)
+        row[:n] = bernoulli(n, ratios[-1], g).to(row.device)
+    return torch.tensor(ratios, device=mask.device), mask & decoded
 
 
 def draw_mask(batch, generator, ratio=None):
@@ -512,7 +644,9 @@ def replay(m, batch, until=None, mask_id=None):
     """The entropies that a model has at every step of a trajectory: h [B, S, N] in nats. h[b, t, k]
     belongs to the k-th token in decode order (equal steps by position, never decoded ones last),
     given all tokens of the steps before t; NaN once it is decoded. Where each step decoded one
-    token, S = N and the diagonal holds each token's own step.
+    token, S = N and the diagonal holds each token's own step. Block-causal attention: tokens of later
+    blocks see the masks of earlier ones; decoding blocks one by one never asks for them, and at
+    each token's own step h is what it logged.
 
     until [B, N]: the last step at which each position is wanted (see `counted_until`), instead of
     the step that decodes it. One forward pass a step, with the output head on those masked positions only."""
@@ -524,7 +658,7 @@ def replay(m, batch, until=None, mask_id=None):
         positions, kept = select(until >= t, place_of(order))  # [B, K]
         if positions.shape[1] == 0:
             break
-        logp = log_probs(m, batch, decoded_before(batch, t), positions, mask_id)
+        logp = log_probs(m, batch, decoded_before(batch, t), positions, mask_id, clean=False)
         found = entropy(logp).masked_fill(~kept, torch.nan)  # [B, K]
         h[:, t].scatter_(1, rank.gather(1, positions), found)
     return h
@@ -569,7 +703,8 @@ def inversions(h):
 @torch.no_grad()
 def masked_loss(m, batch, mask_ratio, generators, mask_id=None):
     """Cross-entropy at a mask ratio (Figure 3): [B], the mean of -log p(x0) in nats over random masked
-    tokens of each response, mask_ratio of them (rounded, at least one), given the others."""
+    tokens of each response, mask_ratio of them (rounded, at least one), given the others; where
+    attention is block-causal, given those of its block and all tokens of the blocks before."""
     return masked_nll(m, batch, draw_mask(batch, generators, mask_ratio), mask_id)
 
 
@@ -649,23 +784,55 @@ def in_decode_order(x, batch):
     return x.gather(1, decode_index(batch))
 
 
+def places_in_block(batch, block_length=None):
+    """The place of each token in the decode order of its own block, from 0, and how many tokens of
+    that block were decoded: two int64 tensors [B, N]. None: the response is one block."""
+    decoded, rank = was_decoded(batch), decode_index(batch).argsort(1)  # [B, N]
+    block = torch.zeros_like(rank)
+    if block_length is not None:
+        origin = torch.as_tensor(batch.get("origin", 0), device=rank.device)
+        begin = batch["prompt_mask"].long().sum(1) - origin  # [B], of the response
+        block = (begin[:, None] + place_of(rank)) // block_length
+    same = (block[:, :, None] == block[:, None, :]) & decoded[:, None, :]  # [B, N, N]
+    earlier = rank[:, None, :] < rank[:, :, None]
+    return (same & earlier).sum(-1), same.sum(-1)
+
+
 # ------------------------------------------------------------------- the model, sums, random draws
 
 
-def log_probs(m, batch, visible, positions, mask_id=None, noise=None):
+def log_probs(m, batch, visible, positions, mask_id=None, noise=None, clean=None):
     """log p(. | U) at some response positions: [B, K, V], float32.
 
     visible [B, N]: U, the response tokens that the model sees; every other one is masked.
     positions [B, K]: where to predict, counted from the start of the response. noise [B, N]: ids to
-    show instead of the mask (see `disturb`)."""
+    show instead of the mask (see `disturb`). clean: whether earlier blocks are those of the whole
+    response, whatever U says; None = where attention is block-causal."""
+    block_length = block_length_of(m)
     if noise is None:
         mask_id = m.config.mask_id if mask_id is None else mask_id
         noise = torch.full_like(batch["response_ids"], mask_id)
     response = torch.where(visible, batch["response_ids"], noise)
     ids = torch.cat((batch["prompt_ids"], response), dim=1)  # [B, P + N]
     attention_mask = torch.cat((batch["prompt_mask"].bool(), valid(batch)), dim=1)  # [B, P + N]
-    P = batch["prompt_ids"].shape[1]
-    return m(ids, attention_mask=attention_mask, positions=P + positions).float().log_softmax(-1)
+    P, more = batch["prompt_ids"].shape[1], {}
+    if clean or block_length is not None:
+        more["origin"] = batch.get("origin", 0)
+    if clean or (clean is None and block_length is not None):
+        more["clean"] = torch.cat((batch["prompt_ids"], batch["response_ids"]), dim=1)
+        if block_length is not None:  # the noisy copy begins where the response's first block may
+            more["start"] = max(0, P - block_length + 1)
+    return m(ids, attention_mask=attention_mask, positions=P + positions, **more).float().log_softmax(-1)
+
+
+def block_length_of(m):
+    """The block length of a model whose attention is block-causal, or None."""
+    return getattr(getattr(m, "config", None), "block_length", None)
+
+
+def is_end(m, ids):
+    """Which of the ids are the model's EOS or padding token: bool, in the shape of ids."""
+    return (ids == m.config.eos_id) | (ids == m.config.pad_id)
 
 
 def pick_token(logp, token):

@@ -330,9 +330,22 @@ def resolve_dtype(c, processes, dtype="auto"):
     return "bfloat16" if processes.device.type == "cuda" else "float32"
 
 
-def batch_of(records, loaded, processes):
-    """Records -> the batch of objectives.py, on this process's device."""
+GRIDS = ("start", "prompt")  # where blocks are counted from: the start of a row, or the end of its prompt
+
+
+def decoding_grid(config):
+    """Where the decoder of a block-causal model counts blocks from; None without blocks."""
+    if config.block_length is None:
+        return None
+    return "prompt" if DECODERS[config.family]["schedule"] == "a2d" else "start"
+
+
+def batch_of(records, loaded, processes, grid=None):
+    """Records -> the batch of objectives.py, on this process's device. grid: of block-causal attention, one of GRIDS;
+    None = its decoder's."""
     batch = data.collate(records, loaded.m.config.pad_id)
+    if (grid or decoding_grid(loaded.m.config)) == "prompt":
+        batch["origin"] = batch["prompt_mask"].sum(1)
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 
@@ -565,8 +578,8 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
         for key, value in optimizer.state[p].items():
             state[f"{key}.{name}"] = value.detach().cpu().contiguous()
     model.save_tensors(state, folder / "optimizer.safetensors")
-    if reference is not None and reference.adapter:
-        stored = {name: tensor.cpu() for name, tensor in reference.adapter.items()}
+    if reference is not None and reference.kept:
+        stored = {name: tensor.cpu() for name, tensor in reference.kept.items()}
         model.save_tensors(stored, folder / "reference.safetensors")
     (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
     hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
@@ -645,6 +658,5 @@ def restore(checkpoint, weights, optimizer, reference=None):
             count = count.to(p.device)
         optimizer.state[p] = dict(step=count, exp_avg=mean.to(p.device), exp_avg_sq=square.to(p.device))
     if reference is not None and (checkpoint / "reference.safetensors").is_file():
-        for name, tensor in load_file(checkpoint / "reference.safetensors").items():
-            reference.adapter[name] = tensor.to(weights[name].device)
+        reference.restore(load_file(checkpoint / "reference.safetensors"))
     return step

@@ -139,9 +139,37 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     random_tokens: float | None = of_some(
         "random_tokens", "share of masked positions that show a random token instead of the mask", low=0, high=1
     )
+    path: str | None = of_some(
+        "path",
+        "weights of the path consistency term: linear in the decode order, or T3D's code's levels of 4 tokens",
+        choices=("linear", "levels"),
+    )
+    masked: str | None = of_some(
+        "masked",
+        "block-causal models: a state masks the tokens of a block that decoding chose later (T3D's paper), or earlier "
+        "(its code)",
+        choices=("later", "earlier"),
+    )
     reference_steps: int = opt(10, "t3d: optimizer steps after which the student becomes the reference again", low=1)
     block_length: int | None = of_some("block_length", "block length in tokens", low=1)
     temperature: float | None = of_some("temperature", "temperature at which the certainty is taken", low=0.01)
+    weighting: str | None = of_some(
+        "weighting",
+        "of a row's masked tokens: their mean; or, as SDAR and A2D are trained, each divided by the row's mask ratio "
+        "(scheduler), or not (uniform)",
+        choices=("mean", "scheduler", "uniform"),
+    )
+    norm: str | None = of_some(
+        "norm",
+        "with --weighting scheduler or uniform: divide by the tokens of all rows, or of each row, or only by the rows",
+        choices=("token", "sequence", "batch"),
+    )
+    grid: str | None = opt(
+        None,
+        "block-causal models: where blocks are counted from, the start of the row or the end of its prompt (as the "
+        "model's decoder: SDAR start, A2D prompt)",
+        choices=runs.GRIDS,
+    )
     keep: str = opt(
         "correct",
         "trajectories to train on; correct: finished, and not judged wrong",
@@ -202,6 +230,8 @@ def objective_parameters(c):
             unused.append(f.name)
     if c.objective != "t3d" and c.reference_steps != TrainOptions.reference_steps:
         unused.append("reference_steps")
+    if used.get("weighting") == "mean" and c.norm is not None:
+        unused.append("norm")
     window = used.get("window", "global")
     if window != "global" and window < 2:
         raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
@@ -211,9 +241,8 @@ def objective_parameters(c):
         raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
     if used.get("weight") == 0 and used.get("ce_weight") == 0:
         raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
-    if c.lora_rank == 0 and (c.objective == "t3d" or c.adapter):
-        needs = "--adapter" if c.adapter else "t3d"
-        raise ValueError(f"--lora-rank 0 trains no adapter, and {needs} needs one: give --lora-rank above 0")
+    if c.lora_rank == 0 and c.adapter:
+        raise ValueError("--lora-rank 0 trains no adapter, and --adapter needs one: give --lora-rank above 0")
     return used, unused
 
 
@@ -250,6 +279,7 @@ class TrainingRun:
     c: TrainOptions
     processes: runs.Processes
     loaded: runs.Loaded
+    grid: str | None  # of block-causal attention, see --grid
     records: list  # what to train on, sorted by id
     held_out: list  # never trained on; their loss is taken after each epoch
     sampling: dict  # decoder settings of the answer to the first of those
@@ -314,18 +344,17 @@ def prepare(c, processes, loaded=None):
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     if loaded is None or full:
         loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
-    if loaded.m.config.block_length is not None:
-        raise ValueError(f"{c.model}: training needs attention over everything, and this model's is causal by blocks")
-    records = training_records(c, loaded, parameters, processes)
+    grid, blocks = c.grid or runs.decoding_grid(loaded.m.config), loaded.m.config.block_length
+    records = training_records(c, loaded, parameters, processes, grid)
     check_context(records, loaded, processes)
     held_out, records = split_off(records, c)
-    sampling = runs.decoder_settings(runs.DecodeOptions(), loaded) if held_out else {}
+    sampling = runs.decoder_settings(runs.DecodeOptions(block_length=blocks), loaded) if held_out else {}
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
 
     meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
-    meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch)
+    meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch, grid=grid)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     before = epochs_before(c)
     if before:
@@ -337,11 +366,9 @@ def prepare(c, processes, loaded=None):
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
-    if c.objective == "t3d":  # the student as it was: as it starts, then as of every reference_steps-th step
-        reference = lora.Reference(loaded.m)
+    if c.objective == "t3d":
+        reference = first_reference(c, loaded.m, processes, prefer)
         objective = functools.partial(objective, reference=reference)
-        if c.adapter:
-            reference.update()
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
@@ -358,7 +385,7 @@ def prepare(c, processes, loaded=None):
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     return TrainingRun(
-        c, processes, loaded, records, held_out, sampling, objective, weights, optimizer, reference, out, last,
+        c, processes, loaded, grid, records, held_out, sampling, objective, weights, optimizer, reference, out, last,
         global_batch, steps_per_epoch, total, end, done,
     )  # fmt: skip
 
@@ -375,6 +402,39 @@ def trainable(c, m, last):
         start = data.generator(c.seed, "lora")
         lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
     return {name: p for name, p in m.named_parameters() if p.requires_grad}
+
+
+def first_reference(c, m, processes, dtype):
+    """T3D's reference: the student as it starts, and then as of every reference_steps-th step."""
+    if c.lora_rank == 0:
+        return FrozenCopy(m, runs.load_model(c, processes, dtype=dtype).m)
+    reference = lora.Reference(m)
+    if c.adapter:
+        reference.update()
+    return reference
+
+
+class FrozenCopy:
+    """T3D's reference where all weights are trained, with the interface of lora.Reference: `copy`, a second model that
+    is loaded from the same folder, computes what the student did at the last `update`. It costs a model's memory."""
+
+    def __init__(self, student, copy):
+        self.student, self.m = student, copy.eval().requires_grad_(False)
+        self.kept = {}  # parameter's name -> tensor, for a checkpoint; empty = as loaded
+
+    def update(self):
+        self.restore(dict(self.student.named_parameters()))
+
+    @torch.no_grad()
+    def restore(self, stored):
+        """Take over the weights in `stored`, name -> tensor."""
+        self.kept = dict(self.m.named_parameters())
+        for name, p in self.kept.items():
+            p.copy_(stored[name])  # in place and one by one: no third model is in memory
+
+    @torch.no_grad()
+    def __call__(self, *inputs, **options):
+        return self.m(*inputs, **options)
 
 
 # What changes nothing in what a run computes, and may differ when it is continued.
@@ -511,14 +571,13 @@ def train_step(run, step, epoch, chosen):
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
     sums, tokens = {}, 0
-    more = pair_share(run, chosen, epoch)
+    more = whole_batch(run, chosen, epoch)
     mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         generators = [data.generator(c.seed, epoch, r["id"]) for r in records]
-        losses = run.objective(
-            run.loaded.m, runs.batch_of(records, run.loaded, processes), generator=generators, **more
-        )
+        batch = runs.batch_of(records, run.loaded, processes, run.grid)
+        losses = run.objective(run.loaded.m, batch, generator=generators, **more)
         # The loss of the global batch is the mean over its rows; this is the share of these rows in it. Backward adds
         # to the gradients that are there, so that no forward pass has to hold the whole batch.
         share = len(records) / len(chosen)
@@ -557,11 +616,12 @@ def on_held_out(run):
     m.eval()
     # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
     total, mine = 0.0, run.held_out[processes.index :: processes.count]
-    more = pair_share(run, run.held_out, "held out")
+    more = whole_batch(run, run.held_out, "held out")
     for i in range(0, len(mine), c.batch_size):
         records = mine[i : i + c.batch_size]
         generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
-        losses = run.objective(m, runs.batch_of(records, run.loaded, processes), generator=generators, **more)
+        batch = runs.batch_of(records, run.loaded, processes, run.grid)
+        losses = run.objective(m, batch, generator=generators, **more)
         total += losses["loss"].item() * len(records)
     mean = processes.sum([total])[0] / len(run.held_out)
     found = dict(held_out_loss=round(mean, 6) if math.isfinite(mean) else None, sample="")  # JSON has no NaN
@@ -572,13 +632,16 @@ def on_held_out(run):
     return found
 
 
-def pair_share(run, chosen, when):
-    """The argument with which tabom's ranking loss is a mean over all the chosen records (see
-    objectives.share_with_pairs); empty for other objectives. when: the epoch, or "held out"."""
-    parameters = run.objective.keywords
-    if "pair_share" not in inspect.signature(run.objective).parameters:
+def whole_batch(run, chosen, when):
+    """The argument with which the loss of a part of a batch is its part of the whole batch's: the share of rows with a
+    pair for tabom's ranking loss (objectives.share_with_pairs), the tokens of a row for nelbo; empty for other
+    objectives. chosen: the records of the whole batch. when: the epoch, or "held out"."""
+    known, parameters = inspect.signature(run.objective).parameters, run.objective.keywords
+    if not {"pair_share", "targets"} & known.keys():
         return {}
     batch = data.collate(chosen, run.loaded.m.config.pad_id)
+    if "targets" in known:
+        return dict(targets=objectives.was_decoded(batch).sum(1).float().mean().item())
     # The same keys as for the loss, so the same windows: of all rows, not only of this process's.
     generators = [data.generator(run.c.seed, when, r["id"]) for r in chosen]
     window, starts = parameters["window"], parameters["starts"]
@@ -615,9 +678,13 @@ def learning_rate(step, total, c):
 # -------------------------------------------------------------------------------------------------- what to train on
 
 
-def training_records(c, loaded, parameters, processes):
+def training_records(c, loaded, parameters, processes, grid=None):
     """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
-    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for."""
+    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. grid: of
+    block-causal attention, see --grid; raises ValueError for one of a model without blocks."""
+    config = loaded.m.config
+    if config.block_length is None and grid is not None:
+        raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
     path, say = Path(c.data), runs.warner(processes)
     # A dataset's answers have no decode order, and only Eq. 1 does without one.
     if data.holds_trajectories(path):
@@ -638,9 +705,31 @@ def training_records(c, loaded, parameters, processes):
     records = []
     for record in kept:
         records.append({name: record.get(name) for name in fields})
+        if grid is not None:
+            records[-1] = whole_blocks(records[-1], config.block_length, grid, config.eos_id)
     if "entropy" in fields and any(record["entropy"] is None for record in records):
         raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
     return records
+
+
+def whole_blocks(record, block_length, grid, eos_id):
+    """A record for block-causal attention, whose last block is whole. A dataset's answer is filled up with EOS, which
+    are targets as in SDAR's and A2D's own training: decoding asks for the whole block. A trajectory loses the masks
+    behind the last block in which something was decoded: nothing sees them."""
+    order = record["order"]
+    n = len(record["response_ids"])
+    if order is not None:
+        while n > 0 and order[n - 1] < 0:
+            n -= 1
+    begin = len(record["prompt_ids"]) if grid == "start" else 0
+    filling = -(begin + n) % block_length
+    if order is None:
+        return {**record, "response_ids": record["response_ids"] + [eos_id] * filling}
+    changed = dict(record)
+    for name in ("response_ids", "order", "entropy"):
+        if record.get(name) is not None:
+            changed[name] = record[name][: n + filling]
+    return changed
 
 
 def check_context(records, loaded, processes):

@@ -196,7 +196,7 @@ def test_a_reference_holds_one_adapter_and_no_base(golden):
     for _ in range(3):
         reference.update()
     adapter = sum(p.numel() for p in lora.tensors(m).values())
-    assert sum(p.numel() for p in reference.adapter.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
+    assert sum(p.numel() for p in reference.kept.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
     with pytest.raises(ValueError, match="needs an adapter"):
         lora.Reference(golden.load())
 

@@ -373,7 +373,6 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
         (dict(test="P"), "--metric accuracy needs --validation"),
         (dict(test="P,sub/P", metric="last"), "--test has two sets called"),
         (dict(test="P", metric="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
-        (dict(test="P", metric="last", objective="t3d", lora_rank=0), "--lora-rank 0 .* and t3d needs one"),
         (dict(test="P", metric="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
         (dict(test="P", metric="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
         (dict(test="P", metric="last", check="none"), "no answer that --check none could compare with"),

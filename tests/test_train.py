@@ -273,6 +273,42 @@ def test_t3d_continues_with_the_reference_that_it_had(tiny, trajectories, tmp_pa
     assert not (base / "epoch-2" / "reference.safetensors").exists()
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_t3d_of_all_weights_continues_with_the_reference_that_it_had(tiny, trajectories, tmp_path, capsys, steps):
+    setting = dict(model=tiny, data=trajectories, objective="t3d", beta=5, lora_rank=0, lr=1e-3, warmup=0)
+    setting.update(reference_steps=2 * steps)  # at the kill after 3 steps the reference is of step 2, or as loaded
+    once, again = tmp_path / "once", tmp_path / "again"
+    result = run_train(capsys, out=once, **setting)
+    shutil.copytree(once, again)
+    shutil.rmtree(again / "epoch-2")
+    assert run_train(capsys, out=again, **setting)["loss"] == result["loss"]
+    for file in ("model.safetensors", "optimizer.safetensors", "reference.safetensors"):
+        assert (again / "epoch-2" / file).read_bytes() == (once / "epoch-2" / file).read_bytes()
+    assert (once / "epoch-1" / "reference.safetensors").exists() == (steps == 1)
+    never = run_train(capsys, out=tmp_path / "never", **{**setting, "reference_steps": 100})
+    assert never["loss"] != result["loss"] and not (tmp_path / "never/epoch-2/reference.safetensors").exists()
+
+
+def test_a_frozen_copy_is_the_student_as_it_was(golden):
+    ids = torch.arange(1, 9)[None]
+    student, base = golden.load().train().requires_grad_(True), golden.load()(ids)
+    reference = train.FrozenCopy(student, golden.load())
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference(ids), base) and not reference.kept
+    reference.update()
+    now = student.eval()(ids)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference(ids), now) and not torch.equal(student(ids), now)
+    assert not reference(ids).requires_grad and student(ids).requires_grad
+    other = train.FrozenCopy(student, golden.load())
+    other.restore(reference.kept)
+    assert torch.equal(other(ids), now)
+
+
 def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
     out = tmp_path / "R"
     options = dict(model=tiny, data=puzzles, out=out, objective="nelbo", lora_rank=0, lr=3e-3)
@@ -429,11 +465,6 @@ def test_flags_that_contradict_the_adapter_are_refused(tiny, trajectories, train
     options = dict(model=tiny, data=trajectories, adapter=trained / "epoch-2", out=tmp_path / "R", **TRAIN)
     fails(capsys, message, "train", **options, **changes)
     assert not (tmp_path / "R").exists()
-
-
-def test_t3d_needs_an_adapter(tiny, trajectories, tmp_path, capsys):
-    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", objective="t3d", lora_rank=0)
-    fails(capsys, "--lora-rank 0 trains no adapter, and t3d needs one", "train", **options)
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
