@@ -645,8 +645,8 @@ def replay(m, batch, until=None, mask_id=None):
     belongs to the k-th token in decode order (equal steps by position, never decoded ones last),
     given all tokens of the steps before t; NaN once it is decoded. Where each step decoded one
     token, S = N and the diagonal holds each token's own step. Block-causal attention: tokens of later
-    blocks see the masks of earlier ones; decoding blocks one by one never asks for them, and at
-    each token's own step h is what it logged.
+    blocks see the masks of earlier ones; decoding block by block never asks for them, and at each
+    token's own step h is what it logged, but for a last block that was cut at N.
 
     until [B, N]: the last step at which each position is wanted (see `counted_until`), instead of
     the step that decodes it. One forward pass a step, with the output head on those masked positions only."""
