@@ -379,10 +379,10 @@ def t3d_state(m, batch, start=None, mask=None, masked="later", generator=None):
     return mask, target
 
 
-def draw_block_mask(batch, block_length, masked="later", generator=None):
+def draw_block_mask(batch, block_length, masked="later", generator=None, ratio=None):
     """T3D's state where attention is block-causal: of the n decoded tokens in every block of the
     response int(n * ratio) are masked: bool [B, N]. The ratio of a row is 1, 3/4, 1/2 or 1/4 with
-    probability proportional to ratio ** 8: nine of ten states mask everything.
+    probability proportional to ratio ** 8 (nine of ten states mask everything), or given: [B].
 
     masked: "later": those that decoding chose later, so that the others are what it saw (the T3D
     paper). "earlier": those that it chose first (its code). A row of blocks so short that nothing
@@ -390,13 +390,13 @@ def draw_block_mask(batch, block_length, masked="later", generator=None):
     if masked not in ("later", "earlier"):
         raise ValueError(f"masked {masked!r} is neither 'later' nor 'earlier'")
     place, count = places_in_block(batch, block_length)  # [B, N]
-    ratios, drawn = torch.tensor([1, 0.75, 0.5, 0.25]), []
-    for g in per_row(generator, len(place)):
-        drawn.append(torch.multinomial((ratios**8).to(device_of(g)), 1, generator=g).cpu())
-    ratio = ratios[torch.cat(drawn)][:, None].to(place.device)  # [B, 1]
-    n = (count * ratio).long()
-    mask = place < n if masked == "earlier" else place >= count - n
-    mask &= was_decoded(batch)
+    if ratio is None:
+        ratios, drawn = torch.tensor([1, 0.75, 0.5, 0.25]), []
+        for g in per_row(generator, len(place)):
+            drawn.append(torch.multinomial((ratios**8).to(device_of(g)), 1, generator=g).item())
+        ratio = ratios[drawn]
+    n = (count * ratio.to(place.device)[:, None]).long()  # [B, N], of a token's block
+    mask = was_decoded(batch) & (place < n if masked == "earlier" else place >= count - n)
     return torch.where(mask.any(1, keepdim=True), mask, was_decoded(batch))
 
 
