@@ -66,7 +66,9 @@ def tabom(
     and rank its entropies -> dict(loss, ce, ranking, in_order, entropy);
     loss = ce_weight * ce + weight * ranking.
 
-    window, start, starts: see `draw_windows`. margin: gamma of Eq. 8, nats. weight: lambda.
+    window, start, starts: see `draw_windows`. margin: gamma of Eq. 8, nats. weight: lambda. With
+        block-causal attention a window may span blocks; U_t of a token is then what was decoded
+        before the window in its own block, and all of the blocks before it.
     ranking: "margin", Eq. 8; "listwise", see `listwise_loss`; "kl", Eq. 6 (`boltzmann_kl`), against
         batch["entropy"], the base model's at each token's own step. beta: of these two.
     entropy_context: "window": all h given U_t, what was decoded before the window, from the pass of
@@ -523,6 +525,8 @@ def draw_mask(batch, generator, ratio=None):
 def masked_nll(m, batch, mask, mask_id=None):
     """Mean of -log p(x0) over the masked positions [B, N] of each row, given the others: [B]."""
     positions, asked = select(mask, place_of(mask))  # [B, K]
+    if positions.shape[1] == 0:  # kernels need not know what to do without a query
+        positions, asked = place_of(mask)[:, :1], mask[:, :1]
     logp = log_probs(m, batch, was_decoded(batch) & ~mask, positions, mask_id)  # [B, K, V]
     return masked_mean(nll(logp, batch, positions), asked)
 
