@@ -66,7 +66,9 @@ def tabom(
     and rank its entropies -> dict(loss, ce, ranking, in_order, entropy);
     loss = ce_weight * ce + weight * ranking.
 
-    window, start, starts: see `draw_windows`. margin: gamma of Eq. 8, nats. weight: lambda.
+    window, start, starts: see `draw_windows`. margin: gamma of Eq. 8, nats. weight: lambda. With
+        block-causal attention a window may span blocks; U_t of a token is then what was decoded
+        before the window in its own block, and all of the blocks before it.
     ranking: "margin", Eq. 8; "listwise", see `listwise_loss`; "kl", Eq. 6 (`boltzmann_kl`), against
         batch["entropy"], the base model's at each token's own step. beta: of these two.
     entropy_context: "window": all h given U_t, what was decoded before the window, from the pass of
@@ -379,10 +381,10 @@ def t3d_state(m, batch, start=None, mask=None, masked="later", generator=None):
     return mask, target
 
 
-def draw_block_mask(batch, block_length, masked="later", generator=None):
+def draw_block_mask(batch, block_length, masked="later", generator=None, ratio=None):
     """T3D's state where attention is block-causal: of the n decoded tokens in every block of the
     response int(n * ratio) are masked: bool [B, N]. The ratio of a row is 1, 3/4, 1/2 or 1/4 with
-    probability proportional to ratio ** 8: nine of ten states mask everything.
+    probability proportional to ratio ** 8 (nine of ten states mask everything), or given: [B].
 
     masked: "later": those that decoding chose later, so that the others are what it saw (the T3D
     paper). "earlier": those that it chose first (its code). A row of blocks so short that nothing
@@ -390,13 +392,13 @@ def draw_block_mask(batch, block_length, masked="later", generator=None):
     if masked not in ("later", "earlier"):
         raise ValueError(f"masked {masked!r} is neither 'later' nor 'earlier'")
     place, count = places_in_block(batch, block_length)  # [B, N]
-    ratios, drawn = torch.tensor([1, 0.75, 0.5, 0.25]), []
-    for g in per_row(generator, len(place)):
-        drawn.append(torch.multinomial((ratios**8).to(device_of(g)), 1, generator=g).cpu())
-    ratio = ratios[torch.cat(drawn)][:, None].to(place.device)  # [B, 1]
-    n = (count * ratio).long()
-    mask = place < n if masked == "earlier" else place >= count - n
-    mask &= was_decoded(batch)
+    if ratio is None:
+        ratios, drawn = torch.tensor([1, 0.75, 0.5, 0.25]), []
+        for g in per_row(generator, len(place)):
+            drawn.append(torch.multinomial((ratios**8).to(device_of(g)), 1, generator=g).item())
+        ratio = ratios[drawn]
+    n = (count * ratio.to(place.device)[:, None]).long()  # [B, N], of a token's block
+    mask = was_decoded(batch) & (place < n if masked == "earlier" else place >= count - n)
     return torch.where(mask.any(1, keepdim=True), mask, was_decoded(batch))
 
 
@@ -523,6 +525,8 @@ def draw_mask(batch, generator, ratio=None):
 def masked_nll(m, batch, mask, mask_id=None):
     """Mean of -log p(x0) over the masked positions [B, N] of each row, given the others: [B]."""
     positions, asked = select(mask, place_of(mask))  # [B, K]
+    if positions.shape[1] == 0:  # kernels need not know what to do without a query
+        positions, asked = place_of(mask)[:, :1], mask[:, :1]
     logp = log_probs(m, batch, was_decoded(batch) & ~mask, positions, mask_id)  # [B, K, V]
     return masked_mean(nll(logp, batch, positions), asked)
 
@@ -645,8 +649,8 @@ def replay(m, batch, until=None, mask_id=None):
     belongs to the k-th token in decode order (equal steps by position, never decoded ones last),
     given all tokens of the steps before t; NaN once it is decoded. Where each step decoded one
     token, S = N and the diagonal holds each token's own step. Block-causal attention: tokens of later
-    blocks see the masks of earlier ones; decoding blocks one by one never asks for them, and at
-    each token's own step h is what it logged.
+    blocks see the masks of earlier ones; decoding block by block never asks for them, and at each
+    token's own step h is what it logged, but for a last block that was cut at N.
 
     until [B, N]: the last step at which each position is wanted (see `counted_until`), instead of
     the step that decodes it. One forward pass a step, with the output head on those masked positions only."""

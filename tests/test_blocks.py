@@ -86,7 +86,8 @@ def rows_of(case, e, name):
     return zip(*found)
 
 
-def official_t3d(m, case, e, name):
+def t3d_batch(case, e, name):
+    """The batch of a T3D case, and its other tensors."""
     get = {x: e[f"{name}.{x}"] for x in ("prompt", "prompt_mask", "response", "step_map", "noisy", "masked", "length")}
     B, N = get["response"].shape
     batch = dict(
@@ -97,6 +98,11 @@ def official_t3d(m, case, e, name):
         length=torch.full((B,), N),  # padding fills up the last block, visible and no target
         origin=get["prompt_mask"].sum(1),
     )
+    return batch, get
+
+
+def official_t3d(m, case, e, name):
+    batch, get = t3d_batch(case, e, name)
     reference = model.load(FOLDER / "sdar-tiny")
     reference.config.block_length = case["block"]
     if case["reference"] == "halved":
@@ -105,7 +111,7 @@ def official_t3d(m, case, e, name):
             reference.layers[-1].o_proj.weight *= 0.5
     options = {x: case[x] for x in ("alpha", "beta", "path_weight", "path_k")}
     options.update(reference=reference, mask=get["masked"].bool(), noise=get["noisy"], path="levels")
-    return objectives.t3d(m, batch, **options), batch
+    return objectives.t3d(m, batch, **options)
 
 
 @pytest.mark.parametrize("family, k, kind", CASES)
@@ -114,7 +120,7 @@ def test_official_losses_and_gradients(family, k, kind):
     case, name = cases[k], f"{kind}.{k}"
     m = load(family, case.get("block"))
     if kind == "t3d":
-        out, batch = official_t3d(m, case, e, name)
+        out = official_t3d(m, case, e, name)
         for x in ("ddo", "path", "ce"):
             assert float(out[x].detach()) == pytest.approx(case[x], abs=1e-4), x
     else:
@@ -132,6 +138,19 @@ def test_official_losses_and_gradients(family, k, kind):
             assert (p.grad - official).norm() <= 1e-5 * official.norm(), ours
             compared += 1
     assert compared >= 5
+
+
+def test_official_states():
+    """Those that the code of T3D draws by ratio mask the tokens that were decoded first."""
+    cases, e = golden_objectives("sdar")
+    compared = 0
+    for k, case in enumerate(cases):
+        if case["kind"] == "t3d" and case["ratios"] is not None:
+            batch, get = t3d_batch(case, e, f"t3d.{k}")
+            mask = objectives.draw_block_mask(batch, case["block"], "earlier", ratio=torch.tensor(case["ratios"]))
+            assert torch.equal(mask, get["masked"].bool())
+            compared += 1
+    assert compared == 3
 
 
 # ------------------------------------------------------------------------------------------------- the clean copy
