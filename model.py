@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
-    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0):
+    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0, head=True):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
@@ -265,6 +265,7 @@ class Transformer(nn.Module):
         cache, start: from new_cache(), for decoding. Only the tokens from `start` on are computed,
             and logits are [B, L - start, V] without positions. Keys and values of the tokens before
             come from earlier calls, in which their blocks had to be finished.
+        head: False = what the output head gets, [B, L or P, D], for unembed() of some at a time.
         """
         c = self.config
         index = self.index(ids, attention_mask)  # [1 or B, L]
@@ -285,7 +286,11 @@ class Transformer(nn.Module):
             else:
                 x = block(x, cos, sin, mask, cache, start, last)
         x = self.norm(x)
-        if c.tied:
+        return self.unembed(x) if head else x
+
+    def unembed(self, x):
+        """The output head: [..., D] -> logits [..., V]."""
+        if self.config.tied:
             return F.linear(x, self.embed.weight)
         return self.head(x)
 

@@ -122,12 +122,7 @@ def plain_dream(m, prompt, new, steps, temperature, top_p):
     time_of = torch.linspace(1, 1e-3, steps + 1)
     for i in range(steps):
         masked = ids == mask_id
-        logits = m(ids)[masked] / temperature  # [K, V]
-        ranked, index = logits.sort(descending=True)
-        removed = ranked.softmax(-1).cumsum(-1) > top_p
-        removed = torch.cat((torch.zeros_like(removed[:, :1]), removed[:, :-1]), dim=1)
-        removed = torch.zeros_like(removed).scatter(-1, index, removed)
-        p = logits.masked_fill(removed, torch.finfo(logits.dtype).min).softmax(-1)
+        p = plain_top_p(m(ids)[masked] / temperature, top_p)  # [K, V]
         token = torch.multinomial(p, 1)[:, 0]
         score = (p * torch.log(p + 1e-10)).sum(-1)
         count = masked.sum(1).float().mean()
@@ -142,6 +137,18 @@ def plain_dream(m, prompt, new, steps, temperature, top_p):
             best = all_scores.topk(quota, dim=1).indices
             ids.scatter_(1, best, all_tokens.gather(1, best))
     return ids[:, P:]
+
+
+def plain_top_p(logits, top_p):
+    """What top_p leaves of the distribution of logits [K, V], by a sort of the vocabulary: [K, V]."""
+    ranked, index = logits.sort(descending=True)
+    removed = ranked.softmax(-1).cumsum_(-1) > top_p
+    del ranked
+    removed[:, 1:] = removed[:, :-1].clone()  # the token that crosses top_p stays
+    removed[:, 0] = False
+    removed = torch.zeros_like(removed).scatter_(-1, index, removed)
+    del index
+    return logits.masked_fill(removed, torch.finfo(logits.dtype).min).softmax(-1)
 
 
 def plain_tabom(m, batch, start, window=32, margin=0.2):
@@ -184,14 +191,13 @@ def release_llada(m, prompt, new, steps, block_length):
         for i in range(each):
             masked = response == m.config.mask_id  # [B, N]
             logits = m(ids).float()  # [B, L, V]
-            variance = []
+            token, score = logits[:, P:].argmax(-1), torch.full(response.shape, -torch.inf, device=ids.device)
             for b in range(len(ids)):
-                p = logits[b, P:][masked[b]].softmax(-1)  # [K, V]
-                variance.append(-(p * torch.log(p + 1e-10)).sum(-1).var(unbiased=False))
-            variances.append(torch.stack(variance).mean())
-            p = logits[:, P:].softmax(-1)  # [B, N, V]
-            token = logits[:, P:].argmax(-1)
-            score = p.gather(-1, token[..., None])[..., 0].masked_fill(~masked, -torch.inf)
+                p = logits[b, P:].softmax(-1)  # [N, V]
+                h = -(p * torch.log(p + 1e-10)).sum(-1)
+                variances.append(h[masked[b]].var(unbiased=False))
+                score[b] = p.gather(-1, token[b][:, None])[:, 0]
+            score = score.masked_fill(~masked, -torch.inf)
             score[:, end:] = -torch.inf
             best = score.topk(block_length // each + (i < block_length % each), dim=1).indices
             response.scatter_(1, best, token.gather(1, best))
@@ -207,13 +213,7 @@ def release_dream(m, prompt, new, steps, temperature, top_p):
     for i in range(steps):
         masked = ids == m.config.mask_id
         logits = shifted_as_released(m, m(ids).float())  # [B, L, V]
-        x = logits[masked] / temperature  # [K, V]
-        ranked, index = x.sort(descending=True)
-        removed = ranked.softmax(-1).cumsum(-1) > top_p
-        removed[:, 1:] = removed[:, :-1].clone()  # the token that crosses top_p stays
-        removed[:, 0] = False
-        removed = torch.zeros_like(removed).scatter(-1, index, removed)
-        p = x.masked_fill(removed, torch.finfo(x.dtype).min).softmax(-1)
+        p = plain_top_p(logits[masked] / temperature, top_p)  # [K, V]
         score, token = torch.full(ids.shape, -torch.inf, device=ids.device), ids.clone()
         token[masked] = p.argmax(-1)
         score[masked] = (p * torch.log(p + 1e-10)).sum(-1)
