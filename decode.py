@@ -36,7 +36,11 @@ import torch
 STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
 SCHEDULES = ("dream", "llada", "sdar", "a2d")
 BLOCKWISE = ("sdar", "a2d")  # those that finish a block before the next one begins
-SLAB = 2**23  # logits that are copied at once: bounds the memory that a step needs beside them
+# Numbers of logits, which bound the memory that a step needs.
+HELD = 2**25  # that the output head makes at once, but those of one row at least
+SLAB = 2**23  # of those, that are copied at once
+CACHED = 2**20  # the same on a CPU, whose caches hold so many
+GROUP = 64  # neighbours in the vocabulary, of which best_of() first looks at the best
 
 
 class Trajectory(NamedTuple):
@@ -319,13 +323,26 @@ class Run:
         """Run the model once, and decode the best [B] so many of the masked positions [B, W].
 
         count [B]: how many positions are masked."""
-        s = self.settings
         host = best.nonzero()[:, 0]  # [R]; rows that are done cost nothing, nor do rows that wait
         K, rows = int(count[host].max()), host.to(masked.device)
         masked, best = masked[rows], best.to(masked.device)[rows]
         place, number = numbered(masked, K)  # [R, K], [R, W]
         ids, more = self.inputs(block, rows, host)
-        logits = self.m(ids, positions=self.P + place, **more)  # [R, K, V]
+        split = hasattr(self.m, "unembed")  # any other model makes all logits at once
+        if split:
+            more["head"] = False
+        x = self.m(ids, positions=self.P + place, **more)  # [R, K, D], or logits [R, K, V]
+        size = len(x)
+        if split:
+            size = max(1, HELD // (K * self.m.config.vocab_size))
+        parts = zip(*(each.split(size) for each in (x, rows, masked, best, place, number)))
+        for x, *part in parts:
+            self.unmask(self.m.unembed(x) if split else x, *part)
+
+    def unmask(self, logits, rows, masked, best, place, number):
+        """Decode the best [R] so many of the masked positions [R, W] of these rows [R], of whose masked
+        positions, place [R, K], these are the logits [R, K, V]. number [R, W]: see numbered()."""
+        s = self.settings
 
         # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
         #    everything is [R, W], and means nothing where it is not masked.
@@ -397,7 +414,7 @@ def describe(logits, row, number, token):
 
     row, number, token [Q]: where in R and K, and what was decoded there."""
     entropy, confidence = [], []
-    size = max(1, SLAB // logits.shape[-1])
+    size = slab(logits)
     for r, k, chosen in zip(row.split(size), number.split(size), token.split(size)):
         logp = logits[r, k].float().log_softmax(-1)  # [q, V]
         logp.clamp_(min=torch.finfo(logp.dtype).min)  # -inf times p = 0 is no number
@@ -413,14 +430,19 @@ def choose(logits, noise, s):
     """A token and a score for each position of logits [R, K, V] by noise [R, K]: two [R, K].
 
     Slab by slab: the memory for copies of the logits is bounded, however many are masked."""
-    R, K, V = logits.shape
+    R, K, _ = logits.shape
     tokens, scores = [], []
-    size = max(1, SLAB // V)
+    size = slab(logits)
     for x, u in zip(logits.flatten(0, 1).split(size), noise.flatten().split(size)):
         token, score = choose_slab(x, u, s)
         tokens.append(token)
         scores.append(score)
     return torch.cat(tokens).view(R, K), torch.cat(scores).view(R, K)
+
+
+def slab(logits):
+    """How many positions of logits [..., V] to copy at once."""
+    return max(1, (CACHED if logits.device.type == "cpu" else SLAB) // logits.shape[-1])
 
 
 def choose_slab(logits, noise, s):
@@ -430,7 +452,7 @@ def choose_slab(logits, noise, s):
         p, ids = filtered(logits, s)  # [K, n]
         token = draw(p, ids, noise)
     else:
-        token = logits.argmax(-1)
+        token = argmax(logits)
     if s.score in ("random", "left"):
         return token, noise  # the distribution does not matter
 
@@ -481,22 +503,55 @@ def nucleus(logits, temperature, s):
     best 64 are enough as a rule, and more are taken until every position has crossed."""
     logits = logits.float()
     limit = min(s.top_k or logits.shape[-1], logits.shape[-1])
-    most = logits.amax(-1, keepdim=True)
     whole = logits
     if s.schedule == "sdar" and limit < logits.shape[-1]:  # top_p is a share of what top_k leaves
         whole = logits.topk(limit, dim=-1).values
-    # Less than exp(-80) adds nothing to the total, and numbers that underflow are slow on CPUs.
-    total = (whole - most).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
-    n = min(64, limit)
+    n, total = min(64, limit), None
     while True:
-        best, ids = logits.topk(n, dim=-1)  # [K, n]
-        p = ((best - most) / temperature).exp() / total
+        best, ids = best_of(logits, n)  # [K, n]
+        p = ((best - best[:, :1]) / temperature).exp()
+        if total is None:
+            total = p.sum(-1, keepdim=True)
+            # Where so many as the last of these would not change a float32, nor do the others.
+            if (p[:, -1:] * whole.shape[-1] > total * 2**-24).any():
+                # Less than exp(-80) adds nothing, and numbers that underflow are slow on CPUs.
+                total = (whole - best[:, :1]).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
+        p /= total
         keep = p.cumsum(-1) - p <= (s.top_p or 1)  # the sum before the token
         keep[:, 0] = True
         if n == limit or not keep[:, -1].any():
             p = p.masked_fill(~keep, 0.0)
             return p / p.sum(-1, keepdim=True), ids
         n = min(32 * n, limit)
+
+
+def grouped(logits):
+    """Logits [K, V] as groups of neighbours [K, V / GROUP, GROUP], if that is possible; or None."""
+    if logits.shape[-1] % GROUP or logits.shape[-1] < GROUP**2:
+        return None
+    return logits.unflatten(-1, (-1, GROUP))
+
+
+def argmax(logits):
+    """logits.argmax(-1) of [K, V], the leftmost of equal ones, in a quarter of its time on a CPU: [K]."""
+    groups = grouped(logits)
+    if groups is None:
+        return logits.argmax(-1)
+    first = groups.amax(-1).argmax(-1)  # [K], the group
+    inside = groups.gather(1, first[:, None, None].expand(-1, 1, GROUP))[:, 0]  # [K, GROUP]
+    return first * GROUP + inside.argmax(-1)
+
+
+def best_of(logits, n):
+    """logits.topk(n) of [K, V], in a third of its time on a CPU: values and ids, [K, n] each. The n
+    best tokens are in the n groups with the best maxima: only there is looked any further."""
+    groups = grouped(logits)
+    if groups is None or n > groups.shape[1] // 8:  # with so many groups nothing is gained
+        return logits.topk(n, dim=-1)
+    chosen = groups.amax(-1).topk(n, dim=-1).indices  # [K, n]
+    inside = groups.gather(1, chosen[..., None].expand(-1, -1, GROUP)).flatten(1)  # [K, n * GROUP]
+    best, at = inside.topk(n, dim=-1)
+    return best, chosen.gather(1, at // GROUP) * GROUP + at % GROUP
 
 
 def draw(p, ids, noise):

@@ -253,7 +253,9 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
-    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0, clean=None):
+    def forward(
+        self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0, clean=None, head=True
+    ):  # fmt: skip
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
@@ -269,6 +271,7 @@ class Transformer(nn.Module):
             network runs on both copies: a token of ids sees its own block in ids, and earlier blocks
             in clean; one of clean sees clean alone. Logits are those of ids, from `start` on: the
             blocks of all positions asked for have to begin there or later. No cache.
+        head: False = what the output head gets, [B, L or P, D], for unembed() of some at a time.
         Raises ValueError for a clean copy where attention is not block-causal, or outputs are shifted.
         """
         c, (B, L) = self.config, ids.shape
@@ -295,7 +298,11 @@ class Transformer(nn.Module):
             else:
                 x = block(x, cos, sin, mask, cache, start, last)
         x = self.norm(x)
-        if c.tied:
+        return self.unembed(x) if head else x
+
+    def unembed(self, x):
+        """The output head: [..., D] -> logits [..., V]."""
+        if self.config.tied:
             return F.linear(x, self.embed.weight)
         return self.head(x)
 

@@ -1,12 +1,17 @@
-"""Speed and memory, ours against the plain way, in one run.
+"""Speed and memory: ours, the plain way and the release's way, in one run.
 
     python -m experiments.speed                                   # a table, and a last line of JSON
     python -m experiments.speed --device cuda --dtype bfloat16
+    python -m experiments.speed --batch-size 8 --new 256 --steps 32    # an hour on a CPU, and 12 GB
 
 The plain way is what a straightforward script does: the logits of every position at every step,
 softmax in float64 (LLaDA's decoder), a sort of the vocabulary at every masked position (Dream's),
-and training losses from the logits of the whole sequence. Both ways decode with the same model, the
-same prompts and the same number of steps.
+and training losses from the logits of the whole sequence. The release's way is what the authors' own
+code (tonyckc/TABOM) does, written anew: logits of every position in float32, copied once more to
+shift Dream's; LLaDA's decoder logs the variance of the entropies at each step, Dream's sorts the
+vocabulary and takes the most probable token; training takes softmax and log at every response
+position, with adapters as PEFT computes them. All ways run the same transformer on the same prompts
+for the same number of steps.
 
     a   a small model whose head costs the share of a forward pass that it costs in LLaDA-8B (7 %)
     b   the same body with the real vocabularies: 126,464 (LLaDA) and 152,064 (Dream)
@@ -17,17 +22,25 @@ weights loaded.
 How to read the JSON. All ratios are of measurements of one run, so that a slow or busy machine
 cancels out in part; on a machine that others use, only a factor means anything, not a tenth.
 
-    outside_body_*      the share of our decoding step, on model a, that is not the transformer's body:
-                        all that a better decoder could still save on a model of 8B
-    decode_speedup_*    seconds of the plain way / seconds of ours, on model b: above 1, ours is faster.
-                        The vocabulary is real there and the body small, so this is the most that can
-                        be gained. On a model of 8B the body is most of a step in both ways: the lines
-                        of model a in the table are closer to it
-    *_memory_ratio      bytes of ours / bytes of the plain way, on model b: below 1, ours needs less.
-                        The larger of both families
-    train_speedup       as decode_speedup_*, of a training step; the smaller of both families
+    outside_body_FAMILY     the share of our decoding step, on model a, that is not the transformer's
+                            body: all that a better decoder could still save on a model of 8B
+    decode_speedup_FAMILY   seconds of the plain way / seconds of ours, on model b: above 1, ours is
+                            faster. The vocabulary is real there and the body small, so this is the
+                            most that can be gained. On a model of 8B the body is most of a step in
+                            all ways: the lines of model a in the table are closer to it
+    train_speedup           the same of a training step; the smaller of both families
+    decode_memory_ratio, train_memory_ratio
+                            bytes of ours / bytes of the plain way, on model b: below 1, ours needs
+                            less. The larger of both families
+    decode_speedup_release_FAMILY, train_speedup_release_FAMILY,
+    decode_memory_ratio_release_FAMILY, train_memory_ratio_release_FAMILY
+                            as above, but against the release's way. Dream is decoded with the most
+                            probable token there ("ours, greedy"), and with one drawn by chance
+                            against the plain way
+    same_tokens_FAMILY      the share of tokens of the release's way that ours decodes too, on model
+                            b; near ties of random weights may fall either way
 
-Dimensions: B batch, P prompt, N response, L = P + N, K masked positions, V vocabulary.
+Dimensions: B batch, P prompt, N response, L = P + N, K masked positions, V vocabulary, W window.
 """
 
 import argparse
@@ -42,6 +55,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import decode
 import lora
@@ -54,8 +69,7 @@ from experiments import cost
 ROOT = Path(__file__).parent.parent
 WIDTH, LAYERS, HEADS, MLP = 512, 8, 8, 1536
 SIZES = {"a": dict(llada=3968, dream=3968), "b": dict(llada=126464, dream=152064)}  # ids of the vocabulary
-PROMPT, NEW = 64, 128
-TRAINED = 4  # examples of a training step
+PROMPT, WINDOW, RANK = 64, 32, 16
 HEAD_STD = 0.2  # random weights with entropies like a trained model's (about 2 nats), not a flat distribution
 
 
@@ -108,12 +122,7 @@ def plain_dream(m, prompt, new, steps, temperature, top_p):
     time_of = torch.linspace(1, 1e-3, steps + 1)
     for i in range(steps):
         masked = ids == mask_id
-        logits = m(ids)[masked] / temperature  # [K, V]
-        ranked, index = logits.sort(descending=True)
-        removed = ranked.softmax(-1).cumsum(-1) > top_p
-        removed = torch.cat((torch.zeros_like(removed[:, :1]), removed[:, :-1]), dim=1)
-        removed = torch.zeros_like(removed).scatter(-1, index, removed)
-        p = logits.masked_fill(removed, torch.finfo(logits.dtype).min).softmax(-1)
+        p = plain_top_p(m(ids)[masked] / temperature, top_p)  # [K, V]
         token = torch.multinomial(p, 1)[:, 0]
         score = (p * torch.log(p + 1e-10)).sum(-1)
         count = masked.sum(1).float().mean()
@@ -128,6 +137,18 @@ def plain_dream(m, prompt, new, steps, temperature, top_p):
             best = all_scores.topk(quota, dim=1).indices
             ids.scatter_(1, best, all_tokens.gather(1, best))
     return ids[:, P:]
+
+
+def plain_top_p(logits, top_p):
+    """What top_p leaves of the distribution of logits [K, V], by a sort of the vocabulary: [K, V]."""
+    ranked, index = logits.sort(descending=True)
+    removed = ranked.softmax(-1).cumsum_(-1) > top_p
+    del ranked
+    removed[:, 1:] = removed[:, :-1].clone()  # the token that crosses top_p stays
+    removed[:, 0] = False
+    removed = torch.zeros_like(removed).scatter_(-1, index, removed)
+    del index
+    return logits.masked_fill(removed, torch.finfo(logits.dtype).min).softmax(-1)
 
 
 def plain_tabom(m, batch, start, window=32, margin=0.2):
@@ -147,6 +168,108 @@ def plain_tabom(m, batch, start, window=32, margin=0.2):
         pair = torch.ones_like(gap, dtype=torch.bool).triu(1)
         loss = loss + (ce[b, inside].mean() + gap[pair].clamp(min=0).mean()) / len(since)
     return loss
+
+
+# ------------------------------------------------------------------------------ the release's way
+
+
+def shifted_as_released(m, logits):
+    """Logits [B, L, V] with the copy that shifts Dream's by a position, which our model never makes."""
+    if m.config.shifted:
+        return torch.cat((logits[:, :1], logits[:, 1:]), dim=1)
+    return logits
+
+
+@torch.no_grad()
+def release_llada(m, prompt, new, steps, block_length):
+    """The release's LLaDA decoder at temperature 0: prompt [B, P] -> response [B, N]. At each step it
+    logs the variance of the entropies at the masked positions, for the TDS."""
+    ids = torch.cat((prompt, prompt.new_full((len(prompt), new), m.config.mask_id)), dim=1)
+    P, each, variances = prompt.shape[1], steps // (new // block_length), []
+    response = ids[:, P:]  # a view
+    for end in range(block_length, new + 1, block_length):
+        for i in range(each):
+            masked = response == m.config.mask_id  # [B, N]
+            logits = m(ids).float()  # [B, L, V]
+            token, score = logits[:, P:].argmax(-1), torch.full(response.shape, -torch.inf, device=ids.device)
+            for b in range(len(ids)):
+                p = logits[b, P:].softmax(-1)  # [N, V]
+                h = -(p * torch.log(p + 1e-10)).sum(-1)
+                variances.append(h[masked[b]].var(unbiased=False))
+                score[b] = p.gather(-1, token[b][:, None])[:, 0]
+            score = score.masked_fill(~masked, -torch.inf)
+            score[:, end:] = -torch.inf
+            best = score.topk(block_length // each + (i < block_length % each), dim=1).indices
+            response.scatter_(1, best, token.gather(1, best))
+    return response
+
+
+@torch.no_grad()
+def release_dream(m, prompt, new, steps, temperature, top_p):
+    """The release's Dream decoder, which takes the most probable token and scores it by the entropy
+    after temperature and top_p: prompt [B, P] -> response [B, N]."""
+    ids = torch.cat((prompt, prompt.new_full((len(prompt), new), m.config.mask_id)), dim=1)
+    time_of = torch.linspace(1, 1e-3, steps + 1)
+    for i in range(steps):
+        masked = ids == m.config.mask_id
+        logits = shifted_as_released(m, m(ids).float())  # [B, L, V]
+        p = plain_top_p(logits[masked] / temperature, top_p)  # [K, V]
+        score, token = torch.full(ids.shape, -torch.inf, device=ids.device), ids.clone()
+        token[masked] = p.argmax(-1)
+        score[masked] = (p * torch.log(p + 1e-10)).sum(-1)
+        count = int(masked[0].sum())  # the same in every row
+        quota = count  # the last step takes all that is left
+        if i < steps - 1:
+            quota = int(count * (1 - time_of[i + 1] / time_of[i]))
+        best = score.argsort(dim=1, descending=True, stable=True)[:, :quota]  # of equal ones the leftmost
+        ids.scatter_(1, best, token.gather(1, best))
+    return ids[:, prompt.shape[1] :]
+
+
+def release_tabom(m, batch, start, window=WINDOW, margin=0.2):
+    """The release's loss -> scalar: softmax and log at every response position, and then the tokens of
+    the window, over which the cross-entropy is a mean in the whole batch. start [B]."""
+    P, target = batch["prompt_ids"].shape[1], batch["response_ids"]
+    since = batch["order"] - start[:, None]  # [B, N]
+    ids = torch.cat((batch["prompt_ids"], target.masked_fill(since >= 0, m.config.mask_id)), dim=1)
+    logits = shifted_as_released(m, m(ids).float())[:, P:]  # [B, N, V]
+    inside = (since >= 0) & (since < window)
+    ce = F.cross_entropy(logits[inside], target[inside])
+    p = logits.softmax(-1)  # [B, N, V]
+    h = -(p * torch.log(p + 1e-10)).sum(-1)  # [B, N]
+    ranking = []
+    for b in range(len(ids)):
+        ordered = h[b, inside[b]][since[b, inside[b]].argsort()]  # [W], in decode order
+        gap = ordered[:, None] - ordered[None] + margin
+        pair = torch.ones_like(gap, dtype=torch.bool).triu(1)
+        ranking.append(gap[pair].clamp(min=0).mean())
+    return ce + torch.stack(ranking).mean()
+
+
+class PlainLoRA(nn.Module):
+    """An adapter as PEFT computes it: lora_B(lora_A(dropout(x))) * scaling, added to the base layer."""
+
+    def __init__(self, base, rank=RANK, alpha=RANK, dropout=0.0):
+        super().__init__()
+        self.base, self.scaling = base, alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        where = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **where)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        y = self.base(x)
+        z = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scaling
+        return (y + z).to(y.dtype)
+
+
+def plain_adapters(m, rank=RANK, alpha=RANK):
+    """Freeze m and put a PlainLoRA on every q_proj and v_proj, in place."""
+    m.requires_grad_(False)
+    for block in m.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(block.attn, name, PlainLoRA(getattr(block.attn, name), rank, alpha))
 
 
 # ------------------------------------------------------------------------------------- measurements
@@ -212,24 +335,24 @@ class Body:
         self.seconds += time.perf_counter() - self.begun
 
 
-def measure(kind, family, size, way, device, dtype, steps, batch_size, repeat):
+def measure(kind, family, size, way, device, dtype, steps, batch_size, new, repeat):
     """Measure one way of decoding or training on one model `repeat` times -> a dict of the fastest:
     seconds of a step, outside (the share of it outside the body), tokens_per_second, memory (the
     peak in bytes) and response.
 
-    kind: decode or train. way: plain or ours. outside and response are None in training."""
+    kind: decode or train. way: one of WAYS. outside and response are None in training."""
     m = small(family, size, device, model.DTYPES[dtype])
     g = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, 1000, (batch_size, PROMPT), generator=g).to(device)
     if kind == "train":
-        call, tokens = step_of(m, prompt, way, g), TRAINED * (PROMPT + NEW)
+        call, tokens = step_of(m, prompt, new, way, g), batch_size * (PROMPT + new)
         call()  # warm up: libraries set up buffers of their own, which are not ours
-        found = fastest(m, device, repeat, call, calls=3)
+        found = fastest(m, device, repeat, call, calls=2)
         return dict(found, tokens_per_second=tokens / found["seconds"], outside=None, response=None)
-    call = functools.partial(decoder_of(family, way), m, prompt)
-    call(steps=4)
+    call = functools.partial(decoder_of(family, new, way), m, prompt)
+    call(steps=new // 32)  # one for each block of LLaDA
     found = fastest(m, device, repeat, functools.partial(call, steps=steps))
-    found["tokens_per_second"] = batch_size * NEW / found["seconds"]
+    found["tokens_per_second"] = batch_size * new / found["seconds"]
     return dict(found, seconds=found["seconds"] / steps, response=found["response"].tolist())
 
 
@@ -250,51 +373,57 @@ def fastest(m, device, repeat, call, calls=1):
     return dict(best, memory=memory.peak())
 
 
-def decoder_of(family, way):
-    """A function of a model, prompts [B, P] and steps that decodes in one way: plain or ours."""
-    if way == "plain" and family == "llada":
-        return functools.partial(plain_llada, new=NEW, block_length=32)
-    if way == "plain":
-        return functools.partial(plain_dream, new=NEW, temperature=0.1, top_p=0.9)
-    own = dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9)
+def decoder_of(family, new, way):
+    """A function of a model, prompts [B, P] and steps that decodes `new` tokens in one way."""
+    blocks, nucleus = dict(block_length=32), dict(temperature=0.1, top_p=0.9)
+    rivals = dict(
+        llada=dict(plain=(plain_llada, blocks), release=(release_llada, blocks)),
+        dream=dict(plain=(plain_dream, nucleus), release=(release_dream, nucleus)),
+    )
+    if way in rivals[family]:
+        function, options = rivals[family][way]
+        return functools.partial(function, new=new, **options)
+    own = dict(strategy="entropy", schedule="dream", greedy=way == GREEDY, **nucleus)
     if family == "llada":
-        own = dict(strategy="confidence", schedule="llada", block_length=32)
+        own = dict(strategy="confidence", schedule="llada", **blocks)
 
     def ours(m, prompt, steps):
         g = [torch.Generator(prompt.device).manual_seed(b) for b in range(len(prompt))]
-        t = decode.generate(m, prompt, max_new_tokens=NEW, steps=steps, generator=g, **own)
-        return t.response
+        return decode.generate(m, prompt, max_new_tokens=new, steps=steps, generator=g, **own).response
 
     return ours
 
 
-def step_of(m, prompt, way, g):
-    """A function that makes a TABOM step at batch 4 and window 32: forward, backward, AdamW on a
-    LoRA of rank 16."""
-    lora.inject(m)
+def step_of(m, prompt, new, way, g):
+    """A function that makes a TABOM step on as many examples as there are prompts, with `new` tokens
+    each: forward, backward, AdamW on a LoRA."""
+    if way == "release":
+        plain_adapters(m)
+    else:
+        lora.inject(m, rank=RANK, alpha=RANK)
     weights = [p for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    device, response = prompt.device, torch.randint(0, 1000, (TRAINED, NEW), generator=g)
-    order = [torch.randperm(NEW, generator=g) for _ in range(TRAINED)]
+    B, device = len(prompt), prompt.device
+    response = torch.randint(0, 1000, (B, new), generator=g)
+    order = [torch.randperm(new, generator=g) for _ in range(B)]
     batch = dict(
-        prompt_ids=prompt[:1].expand(TRAINED, -1).contiguous(),
-        prompt_mask=torch.ones(TRAINED, PROMPT, dtype=torch.long, device=device),
+        prompt_ids=prompt,
+        prompt_mask=torch.ones_like(prompt),
         response_ids=response.to(device),
         order=torch.stack(order).to(device),
-        length=torch.full((TRAINED,), NEW, device=device),
+        length=torch.full((B,), new, device=device),
     )
-    start = torch.tensor([0, 30, 60, 90], device=device)
+    start = torch.linspace(0, new - WINDOW, B, device=device).long()
 
     def ours():
-        return objectives.tabom(m, batch, start=start)["loss"]
+        return objectives.tabom(m, batch, WINDOW, start=start)["loss"]
 
-    def plain():
-        return plain_tabom(m, batch, start)
-
-    loss = dict(ours=ours, plain=plain)[way]
+    losses = dict(ours=ours)
+    for name, loss in dict(plain=plain_tabom, release=release_tabom).items():
+        losses[name] = functools.partial(loss, m, batch, start)
 
     def step():
-        loss().backward()
+        losses[way]().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -304,15 +433,22 @@ def step_of(m, prompt, way, g):
 # ----------------------------------------------------------------------------------- the comparison
 
 FAMILIES = ("llada", "dream")
+WAYS = ("ours", "plain", "release")
+GREEDY = "ours, greedy"
 CASES = [("decode", family, size) for size in SIZES for family in FAMILIES]
 CASES += [("train", family, "b") for family in FAMILIES]
 
 
+def ways_of(kind, family):
+    """The ways in which a case is measured."""
+    return (*WAYS, GREEDY) if (kind, family) == ("decode", "dream") else WAYS
+
+
 def bench(c):
-    """Every case in both ways -> the ratios. Prints a table."""
+    """Every case in every way -> the ratios. Prints a table."""
     found = {}
     for case in CASES:
-        for way in ("ours", "plain"):
+        for way in ways_of(*case[:2]):
             found[*case, way] = worker(c, *case, way)
     print(speed_table(found))
     result = ratios(found)
@@ -322,8 +458,7 @@ def bench(c):
 
 
 def ratios(found):
-    """The ratios of ours and the plain way that the docstring above explains. found: {(*case, way):
-    measurement}."""
+    """The ratios that the docstring above explains. found: {(*case, way): measurement}."""
     result, memory, speed = {}, {"decode": [], "train": []}, []
     for family in FAMILIES:
         result[f"outside_body_{family}"] = found["decode", family, "a", "ours"]["outside"]
@@ -337,13 +472,28 @@ def ratios(found):
     result["decode_memory_ratio"] = max(memory["decode"])
     result["train_speedup"] = min(speed)
     result["train_memory_ratio"] = max(memory["train"])
+    return result | ratios_to_release(found)
+
+
+def ratios_to_release(found):
+    """Those of the release's way and ours: see ratios()."""
+    result = {}
+    for kind in ("decode", "train"):
+        for family in FAMILIES:
+            own = GREEDY if GREEDY in ways_of(kind, family) else "ours"
+            ours, release = found[kind, family, "b", own], found[kind, family, "b", "release"]
+            result[f"{kind}_speedup_release_{family}"] = release["seconds"] / ours["seconds"]
+            result[f"{kind}_memory_ratio_release_{family}"] = ours["memory"] / release["memory"]
+            if kind == "decode":
+                same = torch.tensor(ours["response"]) == torch.tensor(release["response"])
+                result[f"same_tokens_{family}"] = same.float().mean().item()
     return result
 
 
 def worker(c, kind, family, size, way, **changes):
     """measure() in a process of its own. Raises RuntimeError with its last words if it fails."""
     case = dict(kind=kind, family=family, size=size, way=way)
-    settings = dict(device=c.device, dtype=c.dtype, steps=c.steps, batch_size=c.batch_size)
+    settings = dict(device=c.device, dtype=c.dtype, steps=c.steps, batch_size=c.batch_size, new=c.new)
     settings = json.dumps({**case, **settings, "repeat": c.repeat, **changes})
     command = [sys.executable, "-m", "experiments.speed", "--worker", settings]
     env = {**os.environ, "OMP_NUM_THREADS": str(c.threads)}
@@ -383,10 +533,11 @@ def command_line():
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--dtype", default="float32", choices=tuple(model.DTYPES))
-    parser.add_argument("--steps", type=int, default=32, help=f"decoding steps for {NEW} tokens")
-    parser.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
+    parser.add_argument("--steps", type=int, default=16, help="steps in which all tokens are decoded")
+    parser.add_argument("--new", type=int, default=128, help="response tokens, a multiple of 32")
+    parser.add_argument("--batch-size", type=int, default=4, help="prompts decoded, or examples trained on, together")
     parser.add_argument("--repeat", type=int, default=2, help="measure so often and take the fastest")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 

@@ -463,8 +463,57 @@ def test_slabs_change_nothing(toy, monkeypatch):
         run = dict(max_new_tokens=12, steps=8, **options)
         whole = decode.generate(toy(), prompts, generator=seeds(1, 2), **run)
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "SLAB", 3 * 13)  # three positions at a time
+            patch.setattr(decode, "CACHED", 3 * 13)  # three positions at a time
             equal(decode.generate(toy(), prompts, generator=seeds(1, 2), **run), whole)
+
+
+def test_logits_of_some_rows_at_a_time_change_nothing(golden, monkeypatch):
+    m, prompts, rows = golden.load(), torch.arange(10, 25).reshape(3, 5), []
+    m.norm.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    whole_head = m.unembed
+
+    def unembed(x):
+        rows.append(len(x))
+        return whole_head(x)
+
+    for options in (dict(strategy="margin"), dict(temperature=0.8, top_p=0.9), dict(threshold=0.01, steps=None)):
+        run = dict(dict(max_new_tokens=12, steps=8), **options)
+        whole = decode.generate(m, prompts, generator=seeds(1, 2, 3), **run)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "HELD", 1)  # one row at a time
+            patch.setattr(m, "unembed", unembed)
+            rows.clear()
+            found = decode.generate(m, prompts, generator=seeds(1, 2, 3), **run)
+        assert rows[:4] == [3, 1, 1, 1]  # the body of all rows, then the head row by row
+        assert torch.equal(found.response, whole.response) and torch.equal(found.step, whole.step)
+        torch.testing.assert_close(found.entropy, whole.entropy)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), V=st.sampled_from([4096, 8192, 8200, 100]), n=st.sampled_from([1, 7, 64]))
+def test_the_best_tokens_are_found_by_groups(seed, V, n):
+    g = seeds(seed)[0]
+    x = torch.randn(3, V, generator=g)
+    x[0].round_()  # many ties
+    x[1, :70] += 9  # most of the best are neighbours
+    values, ids = decode.best_of(x, n)
+    assert torch.equal(values, x.topk(n).values)
+    assert torch.equal(x.gather(1, ids), values)
+    assert all(len(set(row)) == n for row in ids.tolist())
+    assert torch.equal(decode.argmax(x), x.argmax(-1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 10.0]), temperature=st.sampled_from([0.1, 1.0]))
+def test_top_p_of_a_large_vocabulary(seed, scale, temperature):
+    """Whatever is left out of its sums, the distribution is that of a sort of the vocabulary."""
+    x = torch.randn(4, 8192, generator=seeds(seed)[0]) * scale
+    p, ids = decode.nucleus(x, temperature, decode.Settings(4, temperature=temperature, top_p=0.9))
+    found = torch.zeros_like(x).scatter(1, ids, p)
+    best, order = (x.double() / temperature).softmax(-1).sort(descending=True)
+    best[best.cumsum(-1) - best > 0.9 + 1e-6] = 0  # a token whose sum is so close may fall either way
+    expected = torch.zeros_like(x).scatter(1, order, (best / best.sum(-1, keepdim=True)).float())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_threshold_unmasks_all_above_it_and_the_best_below_it():
