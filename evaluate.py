@@ -625,7 +625,7 @@ def wilson(right, n, z=1.96):
 
 
 def score_table(scores):
-    """A line for each score. Beside it the paper's: before training / TABOM on PRM12K / TABOM on Ling-Coder."""
+    """A line for each score, with the paper's beside it where there is one."""
     titles = ["task", "n", "score %", "95 % interval", "paper %", "finished %", "tokens, steps, block", "protocol"]
     titles += ["shots", "seed"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
@@ -638,4 +638,6 @@ def score_table(scores):
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", paper, r["finished"], decoding]
         cells += [r["protocol"], r["shots"], r["seed"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if any("paper" in r for r in scores):
+        lines.append("paper %: before training / TABOM on PRM12K / TABOM on Ling-Coder")
     return "\n".join(lines)
