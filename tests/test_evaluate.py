@@ -182,6 +182,30 @@ def test_wilson_interval():
     assert evaluate.wilson(0, 10)[0] == 0 and evaluate.wilson(10, 10)[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    "vocab, options, shown",
+    [
+        (126464, {}, "76.1 / 78.6 / 77.3"),
+        (126464, dict(protocol="release"), "76.1 / 78.6 / 77.3"),
+        (126464, dict(steps=512, seed=3), "76.1 / 78.6 / 77.3"),  # what the benchmark has anyway
+        (126464, dict(protocol="official"), "-"),
+        (126464, dict(tokens_per_step=2), "-"),
+        (126464, dict(limit=5), "-"),
+        (260, {}, "-"),  # none of the paper's models
+    ],
+)
+def test_the_papers_score_stands_beside_one_of_the_same_questions(vocab, options, shown, tmp_path):
+    loaded = of_family("llada", tmp_path)
+    loaded.m.config.vocab_size = vocab
+    c = evaluate.EvaluateOptions(**options)
+    about = dict(decoder=evaluate.task_settings(c, "gsm8k", loaded), finished=100.0)
+    about.update(protocol=c.protocol, shots=0, seed=0)
+    score = dict(evaluate.score("gsm8k", [dict(correct=True)]), **about, **evaluate.paper_scores(c, loaded, "gsm8k"))
+    head, _, row, *legend = evaluate.score_table([score]).splitlines()
+    assert row.split(" | ")[head.split(" | ").index("paper %")] == shown
+    assert bool(legend) == (shown != "-")
+
+
 # --------------------------------------------------------------------------------------------------------- evaluate
 
 
