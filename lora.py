@@ -68,6 +68,9 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base, rank, alpha, dropout=0.0, generator=None, rslora=False):
         nn.Module.__init__(self)
+        # Kept out of the module tree, for the weight has one name only. Sharding (FSDP2) puts the whole
+        # weight into the layer that it knows, and only for the time of a forward pass.
+        self.base = (base,)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
@@ -91,7 +94,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         if self.unmerged is not None:
             return F.linear(x, self.weight if self.enabled else self.unmerged[0], self.bias)
-        y = F.linear(x, self.weight, self.bias)
+        y = self.base[0](x)
         if not self.enabled:
             return y
         z = F.dropout(x.float(), self.dropout, self.training)

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -683,9 +684,12 @@ def resolve(path):
         raise FileNotFoundError(f"no folder {path}, and no download from the Hub: {type(e).__name__}: {reason}") from e
 
 
-def load(path, dtype=torch.float32, device="cpu"):
+def load(path, dtype=torch.float32, device="cpu", place=None):
     """Transformer in eval mode from a Hugging Face folder or Hub repo id, one tensor at a time;
     dtype None keeps the dtype of each stored tensor.
+
+    place: a function that spreads the model, still without storage, over several processes
+    (FSDP2's fully_shard); each process then reads its own rows of every tensor.
 
     Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and
     each tensor is read through a mapping of its own that is given back at once. Nothing refers to
@@ -696,6 +700,8 @@ def load(path, dtype=torch.float32, device="cpu"):
     folder = resolve(path)
     config_file = folder / "config.json"
     m = empty(parse_config(read_json(config_file), config_file))
+    if place is not None:
+        m = place(m.to(dtype)).to_empty(device=device)
     m.files = find_tensors(folder)
     check_manifest(folder, ["config.json", *sorted(set(m.files.values()))])
     names = {}  # official name -> ours
@@ -717,7 +723,7 @@ def load(path, dtype=torch.float32, device="cpu"):
 
 def read_tensor(m, folder, official, name, dtype, device, check_only):
     """Fill the parameter `name` of m, or compare the embedding with a stored copy (name None) -> a
-    list of errors.
+    list of errors. Of one that is spread over processes only the rows of this process are read.
     check_only: look at the header only, because the model is not going to be used."""
     file, target = folder / m.files[official], m.get_parameter(name or "embed.weight")
     try:
@@ -730,20 +736,33 @@ def read_tensor(m, folder, official, name, dtype, device, check_only):
                 return [f"{official} in {file.name} is {kind}: quantized weights are not supported"]
             if check_only:
                 return []
-            tensor = f.get_tensor(official).to(device=device, dtype=dtype, copy=True)
+            tensor = own_rows(f, official, target).to(device=device, dtype=dtype, copy=True)
     except SafetensorError as e:
         return [f"{official} cannot be read from {file.name} ({e})"]
+    own = target.to_local() if isinstance(target, DTensor) else target
     if name is None:
-        if torch.equal(tensor.to(target.dtype), target):
+        if torch.equal(tensor.to(own.dtype), own):
             return []
         return [f"{official} differs from the embedding, but the config says that they are tied"]
     # The extremes are NaN or infinite if any value is, and take no memory: isfinite() would double
     # the largest tensor.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         return [f"{official} in {file.name} has values that are not finite: the file is damaged"]
+    if own is not target:
+        own.detach().copy_(tensor)
+        return []
     parent, _, leaf = name.rpartition(".")
     setattr(m.get_submodule(parent), leaf, nn.Parameter(tensor))
     return []
+
+
+def own_rows(f, official, target):
+    """A tensor of an open file; of a target that is spread over processes the rows of this one."""
+    if not isinstance(target, DTensor):
+        return f.get_tensor(official)
+    each = -(-len(target) // target.device_mesh.size())  # FSDP2 cuts rows as torch.chunk does
+    start = min(each * target.device_mesh.get_local_rank(), len(target))
+    return f.get_slice(official)[start : start + len(target.to_local())]
 
 
 def find_tensors(folder):
@@ -800,9 +819,13 @@ def read_json(file):
     return content
 
 
-def save(m, path):
+def save(m, path, whole=torch.detach, write=True):
     """Write config.json and the safetensors files in the layout, names and shards that m was
     loaded from. Weights and an index that were in the folder before are removed.
+
+    whole: a function that makes a parameter the tensor to write: gathered, where it is spread over
+    processes. All of them then call this together, and one of them with write; it holds the
+    tensors of one file at a time.
 
     Raises ValueError while an adapter is attached: lora.merge(m) first, or save the adapter alone
     with lora.save."""
@@ -817,7 +840,7 @@ def save(m, path):
     for name, p in m.named_parameters():
         official = m.checkpoint_name(name)
         where[official] = m.files.get(official, "model.safetensors")
-        files.setdefault(where[official], {})[official] = p.detach().contiguous()
+        files.setdefault(where[official], {})[official] = p
         size += p.numel() * p.element_size()
     texts = {"config.json": m.config.raw}
     if set(files) != {"model.safetensors"}:
@@ -826,8 +849,16 @@ def save(m, path):
 
     # All is written beside its place before anything old goes. Killed in between, the folder is
     # without a config.json: it cannot be loaded, and never are old and new weights mixed.
-    for file, tensors in files.items():
-        save_tensors(tensors, path / f"{file}.tmp")
+    for file, parameters in files.items():
+        tensors = {}
+        for official, p in parameters.items():
+            tensor = whole(p)
+            if write:
+                tensors[official] = tensor.contiguous()
+        if write:
+            save_tensors(tensors, path / f"{file}.tmp")
+    if not write:
+        return
     for file, content in texts.items():
         (path / f"{file}.tmp").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for file in ("config.json", *old_weights(path)):

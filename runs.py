@@ -38,6 +38,7 @@ import data
 import decode
 import lora
 import model
+import shard
 from options import kind, opt
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -274,14 +275,14 @@ class Loaded(NamedTuple):
         return sorted({*self.tok.unused_ids(self.m.config.vocab_size), self.m.config.mask_id})
 
 
-def load_model(c, processes, adapter=None, weights=None, dtype="auto"):
+def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=None):
     """Loaded: the model of the options c on this process's device, its tokenizer and its folder.
 
     adapter: a folder to take an adapter from. weights: another folder with the same model's tensors, such as a
-    checkpoint. Raises ValueError for a tokenizer that has more ids than the model has rows."""
+    checkpoint. place: see model.load. Raises ValueError for a tokenizer that has more ids than the model has rows."""
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
-    m = model.load(weights or folder, dtype=dtype, device=processes.device)
+    m = model.load(weights or folder, dtype=dtype, device=processes.device, place=place)
     if c.block_causal is not None:
         if m.config.family not in ("sdar", "a2d"):
             raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")
@@ -487,18 +488,27 @@ def atomic_file(path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
-    """A folder that appears whole or not at all: written beside its place, and renamed once."""
-    path = Path(path)
-    must_be_free(path)
+def atomic_folder(path, processes=None):
+    """A folder that appears whole or not at all: written beside its place, and renamed once.
+
+    processes: all of them write into it together, and the first makes and renames it."""
+    path, first = Path(path), processes is None or processes.first
     beside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if first:
+        must_be_free(path)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    if processes is not None:
+        processes.barrier()  # it is there
     try:
         yield beside
-        os.replace(beside, path)
+        if processes is not None:
+            processes.barrier()  # all have written
+        if first:
+            os.replace(beside, path)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if first:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def must_be_free(path):
@@ -562,28 +572,40 @@ def copy_extras(source, target):
 
 MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
 TRAINER = ("optimizer.safetensors", "reference.safetensors", "trainer.json", MANIFEST)  # for a continued run alone
+SPREAD = "state"  # the folder in place of the first two where weights are spread over processes: a file of each
 
 
-def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=None):
+def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=None, write=True):
     """An adapter (or a model) that every command takes, and beside it what a continued run needs. base: the name of
-    the base model."""
-    m = loaded.m
+    the base model. Where the weights are spread over processes all of them call this, and one of them with write."""
+    m, spread = loaded.m, shard.is_spread(weights.values())
     if lora.layers(m):
         lora.save(m, folder, base)
     else:
-        model.save(m, folder)
+        model.save(m, folder, whole=shard.whole, write=write)
+    state, kept = optimizer_state(weights, optimizer), {} if reference is None else reference.kept
+    if spread:
+        shard.save({**state, **{f"reference.{name}": tensor for name, tensor in kept.items()}}, folder / SPREAD)
+    if not write:
+        return
+    if not lora.layers(m):
         copy_extras(loaded.folder, folder)
+    if not spread:
+        model.save_tensors({name: shard.whole(tensor) for name, tensor in state.items()}, folder / TRAINER[0])
+        if kept:
+            model.save_tensors({name: shard.whole(tensor) for name, tensor in kept.items()}, folder / TRAINER[1])
+    (folder / "trainer.json").write_text(json.dumps(dict(step=step, reference=bool(kept))) + "\n")
+    hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+def optimizer_state(weights, optimizer):
+    """AdamW's state by name: step, exp_avg and exp_avg_sq of each weight; empty before the first step."""
     state = {}
     for name, p in weights.items():
         for key, value in optimizer.state[p].items():
-            state[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    model.save_tensors(state, folder / "optimizer.safetensors")
-    if reference is not None and reference.kept:
-        stored = {name: tensor.cpu() for name, tensor in reference.kept.items()}
-        model.save_tensors(stored, folder / "reference.safetensors")
-    (folder / "trainer.json").write_text(json.dumps(dict(step=step)) + "\n")
-    hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
-    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+            state[f"{key}.{name}"] = value
+    return state
 
 
 def intact(checkpoint):
@@ -644,19 +666,36 @@ def stop_signals():
 
 def restore(checkpoint, weights, optimizer, reference=None):
     """Fill the optimizer's state, and T3D's reference, from a checkpoint whose weights are loaded already -> optimizer
-    steps done."""
-    state = load_file(checkpoint / "optimizer.safetensors")
-    step = data.read_json(checkpoint / "trainer.json").get("step")
-    if type(step) is not int or len(state) not in (0, 3 * len(weights)):  # empty where no step was finite yet
-        raise ValueError(f"{checkpoint}: not a checkpoint of this run: remove it to continue from the one before")
-    for name, p in weights.items() if state else ():
-        try:
-            count, mean, square = (state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq"))
-        except KeyError as e:
-            raise ValueError(f"{checkpoint}: its optimizer state has no {e}: not a checkpoint of this run") from e
-        if optimizer.defaults["fused"]:  # the fused AdamW counts its steps on the device, the plain one on the CPU
-            count = count.to(p.device)
-        optimizer.state[p] = dict(step=count, exp_avg=mean.to(p.device), exp_avg_sq=square.to(p.device))
-    if reference is not None and (checkpoint / "reference.safetensors").is_file():
-        reference.restore(load_file(checkpoint / "reference.safetensors"))
-    return step
+    steps done. Over how many processes the weights were spread then, if at all, does not matter.
+
+    Raises ValueError for a checkpoint of other weights."""
+    about, wrong = data.read_json(checkpoint / "trainer.json"), f"{checkpoint}: not a checkpoint of this run"
+    if type(about.get("step")) is not int:
+        raise ValueError(f"{wrong}: remove it to continue from the one before")
+    state = {}
+    for name, p in weights.items():
+        # The fused AdamW counts its steps on the device, the plain one on the CPU.
+        state[f"step.{name}"] = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+        state[f"exp_avg.{name}"] = torch.zeros_like(p.detach())
+        state[f"exp_avg_sq.{name}"] = torch.zeros_like(p.detach())
+    kept = {}
+    if about.get("reference"):
+        kept = {f"reference.{name}": torch.zeros_like(p.detach()) for name, p in weights.items()}
+    if (checkpoint / SPREAD).is_dir():
+        shard.load({**state, **kept}, checkpoint / SPREAD)
+        stored = state
+    else:
+        stored = load_file(checkpoint / TRAINER[0])
+        if len(stored) not in (0, len(state)):  # empty where no step was finite yet
+            raise ValueError(f"{wrong}: remove it to continue from the one before")
+        if stored.keys() - state.keys():
+            raise ValueError(f"{wrong}: its optimizer state has {min(stored.keys() - state.keys())}")
+        for name, tensor in stored.items():
+            shard.fill(state[name], tensor)
+        for name, tensor in load_file(checkpoint / TRAINER[1]).items() if kept else ():
+            shard.fill(kept[f"reference.{name}"], tensor)
+    for name, p in weights.items() if stored else ():
+        optimizer.state[p] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    if kept:
+        reference.restore({name.removeprefix("reference."): tensor for name, tensor in kept.items()})
+    return about["step"]

@@ -33,8 +33,10 @@ from tqdm import tqdm
 import data
 import evaluate
 import lora
+import model
 import objectives
 import runs
+import shard
 from options import flag, name_list, opt
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -210,6 +212,9 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
     weight_decay: float = opt(0.01, "weight decay of AdamW", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
+    shard: bool = opt(
+        False, "spread weights, gradients and optimizer over the processes (FSDP2), instead of a whole model on each"
+    )
 
 
 def objective_parameters(c):
@@ -239,6 +244,10 @@ def objective_parameters(c):
         raise ValueError("--starts non-ltr: needs a --window of a number of steps, and not global")
     if used.get("ranking") == "kl" and used.get("entropy_context") == "window":
         raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
+    if c.shard and "step" in (used.get("entropy_context"), {"kl": "step"}.get(used.get("ranking"))):
+        raise ValueError(
+            "--shard needs equally many forward passes on all processes: no --entropy-context step or --ranking kl"
+        )
     if used.get("weight") == 0 and used.get("ce_weight") == 0:
         raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
     if c.lora_rank == 0 and c.adapter:
@@ -287,6 +296,7 @@ class TrainingRun:
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
     reference: Any  # T3D's, else None
+    spread: bool  # whether the model is spread over the processes, see --shard
     out: Path
     last: Path | None  # the latest checkpoint
     global_batch: int  # examples of an optimizer step
@@ -340,10 +350,10 @@ def prepare(c, processes, loaded=None):
     check_log(c)
     parameters, unused = objective_parameters(c)
     last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
-    full = c.lora_rank == 0
+    full, place = c.lora_rank == 0, spreading(c, processes)
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
-    if loaded is None or full:
-        loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer)
+    if loaded is None or full or place:
+        loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer, place=place)
     grid, blocks = c.grid or runs.decoding_grid(loaded.m.config), loaded.m.config.block_length
     records = training_records(c, loaded, parameters, processes, grid)
     check_context(records, loaded, processes)
@@ -367,7 +377,7 @@ def prepare(c, processes, loaded=None):
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
     if c.objective == "t3d":
-        reference = first_reference(c, loaded.m, processes, prefer)
+        reference = first_reference(c, loaded.m, processes, prefer, place)
         objective = functools.partial(objective, reference=reference)
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
@@ -385,9 +395,23 @@ def prepare(c, processes, loaded=None):
     processes.barrier()
     end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
     return TrainingRun(
-        c, processes, loaded, grid, records, held_out, sampling, objective, weights, optimizer, reference, out, last,
-        global_batch, steps_per_epoch, total, end, done,
+        c, processes, loaded, grid, records, held_out, sampling, objective, weights, optimizer, reference,
+        place is not None, out, last, global_batch, steps_per_epoch, total, end, done,
     )  # fmt: skip
+
+
+def spreading(c, processes):
+    """What spreads a model over the processes for --shard; None without it, or where there is one process alone."""
+    if c.shard and processes.count == 1:
+        runs.warner(processes)(
+            "--shard spreads a model over the processes of torchrun; the only one here holds it whole"
+        )
+    if not c.shard or processes.count == 1:
+        return None
+    compute = None
+    if c.lora_rank == 0:  # the weights stay float32, for AdamW
+        compute = model.DTYPES[runs.resolve_dtype(c, processes)]
+    return functools.partial(shard.spread, device=processes.device, compute=compute)
 
 
 def trainable(c, m, last):
@@ -404,10 +428,10 @@ def trainable(c, m, last):
     return {name: p for name, p in m.named_parameters() if p.requires_grad}
 
 
-def first_reference(c, m, processes, dtype):
+def first_reference(c, m, processes, dtype, place):
     """T3D's reference: the student as it starts, and then as of every reference_steps-th step."""
     if c.lora_rank == 0:
-        return FrozenCopy(m, runs.load_model(c, processes, dtype=dtype).m)
+        return FrozenCopy(m, runs.load_model(c, processes, dtype=dtype, place=place).m)
     reference = lora.Reference(m)
     if c.adapter:
         reference.update()
@@ -439,7 +463,7 @@ class FrozenCopy:
 
 # What changes nothing in what a run computes, and may differ when it is continued.
 FREE = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last", "stop_after")
-FREE += ("log", "unfinished")
+FREE += ("log", "unfinished", "shard")
 
 
 def identity(c, records):
@@ -543,10 +567,16 @@ def show(bar, metrics):
 def save_checkpoint(run, step, name):
     """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
     run.last = run.out / name
-    if run.processes.first:
+    first, together = run.processes.first, shard.is_spread(run.weights.values())
+    if first:
         shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
-        with runs.atomic_folder(run.last) as beside:  # a kill leaves the checkpoint before it whole
-            runs.write_checkpoint(beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference)
+    if first or together:
+        # A kill leaves the checkpoint before it whole.
+        with runs.atomic_folder(run.last, run.processes if together else None) as beside:
+            runs.write_checkpoint(
+                beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference, first
+            )  # fmt: skip
+    if first:
         runs.prune(run.out, run.c.keep_last)
     run.processes.barrier()
 
@@ -571,16 +601,8 @@ def train_step(run, step, epoch, chosen):
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
     sums, tokens = {}, 0
-    more = whole_batch(run, chosen, epoch)
-    mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
-    for i in range(0, len(mine), c.batch_size):
-        records = mine[i : i + c.batch_size]
-        generators = [data.generator(c.seed, epoch, r["id"]) for r in records]
-        batch = runs.batch_of(records, run.loaded, processes, run.grid)
-        losses = run.objective(run.loaded.m, batch, generator=generators, **more)
-        # The loss of the global batch is the mean over its rows; this is the share of these rows in it. Backward adds
-        # to the gradients that are there, so that no forward pass has to hold the whole batch.
-        share = len(records) / len(chosen)
+    for records, share, losses in losses_of_parts(run, chosen, epoch):
+        # Backward adds to the gradients that are there, so that no forward pass has to hold the whole batch.
         (losses["loss"] * share).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item() * share
@@ -590,13 +612,14 @@ def train_step(run, step, epoch, chosen):
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
     *means, tokens = processes.sum([*(sums.get(name, 0.0) for name in names), tokens])
     weights = list(run.weights.values())
-    processes.sum_gradients(weights)  # a sum, not a mean: each process's part has its share in it already
+    if not shard.is_spread(weights):  # backward has added up the others already
+        processes.sum_gradients(weights)  # a sum, not a mean: each process's part has its share in it already
 
     # 3. the step
     lr = learning_rate(step, run.total, c)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf).item()  # of the whole batch's gradient
+    norm = shard.whole(torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf)).item()  # of the whole gradient
     metrics = dict(step=step + 1, epoch=epoch + 1, **dict(zip(names, means)), grad_norm=norm, lr=lr)
     metrics["tokens_per_second"] = round(tokens / (time.time() - begun), 1)
     if math.isfinite(metrics["loss"] + norm):  # the same on every process: the sums are
@@ -614,22 +637,36 @@ def on_held_out(run):
     The same windows are drawn after every epoch, so that the losses compare."""
     c, processes, m = run.c, run.processes, run.loaded.m
     m.eval()
-    # Without a gradient there is nothing to add up in parts but the loss itself: a mean over rows, whoever has them.
-    total, mine = 0.0, run.held_out[processes.index :: processes.count]
-    more = whole_batch(run, run.held_out, "held out")
-    for i in range(0, len(mine), c.batch_size):
-        records = mine[i : i + c.batch_size]
-        generators = [data.generator(c.seed, "held out", r["id"]) for r in records]
-        batch = runs.batch_of(records, run.loaded, processes, run.grid)
-        losses = run.objective(m, batch, generator=generators, **more)
-        total += losses["loss"].item() * len(records)
-    mean = processes.sum([total])[0] / len(run.held_out)
+    # Without a gradient there is nothing to add up but the loss itself: a mean over rows, whoever has them.
+    total = 0.0
+    for _, share, losses in losses_of_parts(run, run.held_out, "held out"):
+        total += losses["loss"].item() * share
+    mean = processes.sum([total])[0]
     found = dict(held_out_loss=round(mean, 6) if math.isfinite(mean) else None, sample="")  # JSON has no NaN
-    if processes.first:
+    if processes.first or run.spread:  # a model that is spread answers on all processes, or not at all
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
         found["sample"] = evaluate.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
     m.train()
     return found
+
+
+def losses_of_parts(run, chosen, when):
+    """Run the objective on this process's part of the chosen records, some at a time -> yields (records, their share of
+    the chosen, losses). when: the epoch, or "held out"; with a record's id it decides what is drawn for it."""
+    c, processes = run.c, run.processes
+    more = whole_batch(run, chosen, when)
+    mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
+    parts = [mine[i : i + c.batch_size] for i in range(0, len(mine), c.batch_size)]
+    if run.spread:  # every process makes each pass with the others: one with fewer records on some that do not count
+        most = math.ceil(math.ceil(len(chosen) / processes.count) / c.batch_size)
+        parts += [[]] * (most - len(parts))
+    for records in parts:
+        shown = records or chosen[:1]
+        generators = [data.generator(c.seed, when, r["id"]) for r in shown]
+        batch = runs.batch_of(shown, run.loaded, processes, run.grid)
+        # The loss of the global batch is the mean over its rows; theirs has this share in it.
+        losses = run.objective(run.loaded.m, batch, generator=generators, **more)
+        yield records, len(records) / len(chosen), losses
 
 
 def whole_batch(run, chosen, when):
