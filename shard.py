@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -41,6 +41,12 @@ def is_spread(tensors):
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
+def settle(m):
+    """Leave the model with its parts only: a forward pass without a backward leaves embedding and head whole."""
+    if isinstance(m, FSDPModule):
+        m.reshard()
+
+
 def whole(tensor):
     """All of a tensor on the CPU, gathered from all processes if it is spread over them."""
     if isinstance(tensor, DTensor):
@@ -61,15 +67,16 @@ def save(state, folder):
     Raises OSError on every process where one cannot write."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with one_line():
-        dcp.save(state, storage_writer=writer)
+        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def load(state, folder):
     """Fill tensors, name -> tensor, from what save() wrote, perhaps on another number of processes.
 
     Raises OSError for files that are missing or damaged."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     with one_line():
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 @contextlib.contextmanager

@@ -403,9 +403,8 @@ def prepare(c, processes, loaded=None):
 def spreading(c, processes):
     """What spreads a model over the processes for --shard; None without it, or where there is one process alone."""
     if c.shard and processes.count == 1:
-        runs.warner(processes)(
-            "--shard spreads a model over the processes of torchrun; the only one here holds it whole"
-        )
+        line = "--shard spreads a model over the processes of torchrun, and the only one here holds it whole"
+        runs.warner(processes)(line)
     if not c.shard or processes.count == 1:
         return None
     compute = None
@@ -452,6 +451,7 @@ class FrozenCopy:
     @torch.no_grad()
     def restore(self, stored):
         """Take over the weights in `stored`, name -> tensor."""
+        shard.settle(self.m)
         self.kept = dict(self.m.named_parameters())
         for name, p in self.kept.items():
             p.copy_(stored[name])  # in place and one by one: no third model is in memory
