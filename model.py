@@ -138,7 +138,7 @@ class Attention(nn.Module):
         # What measures or replaces the kernel sets another function here, on one instance
         self.attend = attend
 
-    def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
+    def forward(self, x, cos, sin, mask, cache=None, at=None):
         """x [B, L, D] -> [B, L, D], or [B, P, D] where `at` [B, P] names the places whose queries
         are wanted."""
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))  # [B, K, L, E]
@@ -154,7 +154,7 @@ class Attention(nn.Module):
             q = self.q_norm(q)
         q = rotate(q, cos, sin)
         if cache is not None:
-            k, v = cache.put(self, k, v, start)
+            k, v = cache.put(self, k, v)
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def split(self, x):
@@ -190,10 +190,10 @@ class Block(nn.Module):
     up_proj = property(lambda block: block.mlp.up_proj)
     down_proj = property(lambda block: block.mlp.down_proj)
 
-    def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
+    def forward(self, x, cos, sin, mask, cache=None, at=None):
         """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block
         has to compute."""
-        y = self.attn(self.attn_norm(x), cos, sin, mask, cache, start, at)
+        y = self.attn(self.attn_norm(x), cos, sin, mask, cache, at)
         if at is not None:
             x = pick(x, at)
         x = x + y
@@ -210,31 +210,42 @@ class Cache:
         self.size = rows, length  # B and L
         self.kept = {}  # attention module -> (keys, values)
         self.chosen = None  # the rows that a call holds; None = all
+        self.columns = slice(0, length)  # those that it computes
+        self.end = length  # of the tokens that it sees
 
-    def of(self, rows):
-        """This cache for a call with only the rows [R] of the batch, none of them twice."""
+    def of(self, rows, columns):
+        """This cache for a call with only the rows [R] of the batch, none of them twice, that computes
+        only these columns: a slice, or n neighbours of each row's own, [R, n]."""
         part = Cache(*self.size)
-        part.kept = self.kept  # the same storage
+        part.kept, part.columns = self.kept, columns  # the same storage
         if len(rows) < self.size[0]:
             part.chosen = rows
         return part
 
     @torch.compiler.disable  # it would be compiled anew for every block
-    def put(self, owner, k, v, start):
-        """Store k and v [R, K, n, E] of the n tokens from `start` on -> keys and values of all tokens
-        up to the last of these, [R, K, start + n, E] each."""
-        end, found = start + k.shape[2], []
+    def put(self, owner, k, v):
+        """Store k and v [R, K, n, E] of the columns -> keys and values of all L tokens of the call,
+        [R, K, L, E] each."""
+        columns, found = self.columns, []
         if owner not in self.kept:
             shape = (self.size[0], k.shape[1], self.size[1], k.shape[3])
             self.kept[owner] = (k.new_zeros(shape), v.new_zeros(shape))
+        rows = slice(None) if self.chosen is None else self.chosen
         for every, new in zip(self.kept[owner], (k, v)):
-            if self.chosen is None:
-                every[:, :, start:end] = new
-                found.append(every[:, :, :end])
-            else:  # the price of leaving rows out is a copy of the others
-                every[self.chosen, :, start:end] = new
-                found.append(every[self.chosen, :, :end])
+            if isinstance(columns, slice):
+                every[rows, :, columns] = new
+            else:
+                each = torch.arange(len(k), device=k.device)[:, None] if self.chosen is None else rows[:, None]
+                every[each, :, columns] = new.transpose(1, 2)
+            found.append(every[rows, :, : self.end])  # the price of leaving rows out is a copy of the others
         return found
+
+
+def pick_columns(x, columns):
+    """The columns (a slice, or [B, n]) of x [1 or B, L]: [1 or B, n]."""
+    if isinstance(columns, slice):
+        return x[:, columns]
+    return x.expand(len(columns), -1).gather(1, columns)
 
 
 class Transformer(nn.Module):
@@ -253,7 +264,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
-    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0):
+    def forward(self, ids, attention_mask=None, positions=None, origin=0, cache=None):
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
@@ -262,28 +273,33 @@ class Transformer(nn.Module):
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
         origin: the place in its row, an int or [B], at which a block of block-causal attention
             begins; the blocks before and after follow from it.
-        cache, start: from new_cache(), for decoding. Only the tokens from `start` on are computed,
-            and logits are [B, L - start, V] without positions. Keys and values of the tokens before
-            come from earlier calls, in which their blocks had to be finished.
+        cache: of new_cache().of(rows, columns), for decoding. Only these n columns are computed, and
+            logits are [B, n, V] without positions. Keys and values of the tokens before come from
+            earlier calls, in which their blocks had to be finished.
         """
         c = self.config
         index = self.index(ids, attention_mask)  # [1 or B, L]
-        mask = self.visible(index, attention_mask, origin, start)
-        cos, sin = self.rope(index[:, start:], self.embed.weight.dtype)  # [1 or B, 1, L - start, E]
-        x = self.embed(ids[:, start:])  # [B, L - start, D]
+        columns = slice(0, ids.shape[1])
+        if cache is not None:
+            columns, cache.end = cache.columns, ids.shape[1]
+        mask = self.visible(index, attention_mask, origin, columns)
+        cos, sin = self.rope(pick_columns(index, columns), self.embed.weight.dtype)  # [1 or B, 1, n, E]
+        x = self.embed(pick_columns(ids, columns))  # [B, n, D]
         if c.shifted:
             # Dream was adapted from an autoregressive model: token i is predicted at i - 1.
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
-        at = None if positions is None else positions - start
+        at = None
+        if positions is not None:
+            at = positions - (columns.start if isinstance(columns, slice) else columns[:, :1])
         for block in self.layers:
             # The last block computes only the places where the head runs.
             last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, start, last, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, cache, last, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache, start, last)
+                x = block(x, cos, sin, mask, cache, last)
         x = self.norm(x)
         if c.tied:
             return F.linear(x, self.embed.weight)
@@ -304,9 +320,9 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def visible(self, index, attention_mask, origin=0, start=0):
-        """Which keys the queries from `start` on see: None for all, [B, 1, 1, L] the real ones,
-        [1 or B, 1, L - start, L] where blocks count."""
+    def visible(self, index, attention_mask, origin=0, columns=slice(0, None)):
+        """Which keys the queries at these columns see: None for all, [B, 1, 1, L] the real ones,
+        [1 or B, 1, n, L] where blocks count."""
         # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
         # empty row is NaN.
         real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
@@ -314,15 +330,15 @@ class Transformer(nn.Module):
             return real
         if isinstance(origin, torch.Tensor):
             origin = origin[:, None]
-        elif real is None:
+        elif real is None and isinstance(columns, slice):
             # Without padding a token's place is its column. Queries that are all in the last block
             # see everything, and attention is faster without a mask.
             last = index.shape[1] - 1
-            if (start - origin) // self.config.block_length == (last - origin) // self.config.block_length:
+            if (columns.start - origin) // self.config.block_length == (last - origin) // self.config.block_length:
                 return None
         block = (index - origin) // self.config.block_length  # [1 or B, L]; below 0 before the origin
         # A query sees its own block and those before it.
-        past = block[:, None, None, :] <= block[:, None, start:, None]
+        past = block[:, None, None, :] <= pick_columns(block, columns)[:, None, :, None]
         return past if real is None else past & real
 
     def rope(self, index, dtype):
