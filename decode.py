@@ -205,8 +205,9 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
         def watch(now, *seen):
             on_step(int(now.max()), *seen)
 
+    own = dict(mask_id=mask_id, generator=generators.__getitem__, on_step=watch)
     places, parts = [], []
-    for finished, t in stream(m, prompts, mask_id=mask_id, generators=generators, on_step=watch, **settings):
+    for finished, t in stream(m, prompts, **own, **settings):
         places += finished
         parts.append(t)
     back = torch.tensor(places, device=prompt_ids.device).argsort()
@@ -214,7 +215,7 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
 
 
 @torch.no_grad()
-def stream(m, prompts, batch_size=None, *, mask_id=None, generators=None, on_step=None, **settings):
+def stream(m, prompts, batch_size=None, *, mask_id=None, generator=None, on_step=None, **settings):
     """Decode prompts, batch_size rows at a time -> yields (their numbers, Trajectory) as rows finish.
 
     A row that is done is given the next prompt at once: the batch stays full while there are any.
@@ -222,7 +223,7 @@ def stream(m, prompts, batch_size=None, *, mask_id=None, generators=None, on_ste
 
     prompts: token ids [P] each, of any lengths; the longest first need the least padding.
     batch_size: None = all prompts together.
-    generators: a torch.Generator for each prompt; None = torch's own.
+    generator: a function of a prompt's number that makes its torch.Generator; None = torch's own.
     on_step: called after each step as on_step(now, response [B, N], entropy [B, N]), where now [R] is
         the number of the step, in each row that took one, on the host.
     The rest is as in generate().
@@ -236,9 +237,10 @@ def stream(m, prompts, batch_size=None, *, mask_id=None, generators=None, on_ste
         raise ValueError(f"block_length {s.length}, but the model's attention has {own}: set m.config.block_length")
     if mask_id is None:
         mask_id = m.config.mask_id
-    rows = min(batch_size or len(prompts), len(prompts))
-    run = Run(m, rows, mask_id, s, prompts[0].device, own)
     waiting, held = list(reversed(range(len(prompts)))), {}  # numbers of prompts; row -> that of its prompt
+    if not waiting:
+        return
+    run = Run(m, min(batch_size or len(prompts), len(prompts)), mask_id, s, prompts[0].device, own)
     while True:
         free = (run.block == s.blocks).nonzero()[:, 0].tolist()
         done = [row for row in free if row in held]
@@ -252,7 +254,7 @@ def stream(m, prompts, batch_size=None, *, mask_id=None, generators=None, on_ste
         if new:
             run.fit(max(len(prompts[i]) for i in held.values()))
         for row in new:
-            run.put(row, prompts[held[row]], generators and generators[held[row]])
+            run.put(row, prompts[held[row]], generator and generator(held[row]))
         run.advance(on_step)
 
 
@@ -340,7 +342,7 @@ class Run:
         self.generators[row] = generator
 
     def advance(self, on_step=None):
-        """Take one step in every row that is not done."""
+        """Take one step in every row that is not done; none where one more is found to be done."""
         s = self.settings
         while True:
             masked = self.candidates()  # [B, W]
@@ -352,6 +354,8 @@ class Run:
             self.i[over] = 0
             if s.stop is not None:
                 self.block[over & member(self.response, s.stop).any(1).cpu()] = s.blocks
+            if (self.block[over] == s.blocks).any():
+                return  # a row is free: it may be filled before the step
         if s.fixed:
             self.now = self.block * s.each + self.i
         best = quota(s, self.i, s.each, count)  # [B]
