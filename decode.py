@@ -321,7 +321,7 @@ class Run:
             return
         self.ids = F.pad(self.ids, (P - self.P, 0), value=self.mask_id)
         self.attention_mask = F.pad(self.attention_mask, (P - self.P, 0))
-        self.P = P
+        self.P, self.padded = P, False
         if self.blockwise and hasattr(self.m, "new_cache"):  # any other model computes all tokens at every step
             self.cache = self.m.new_cache(len(self.ids), P + self.W)
             self.known.fill_(-1)
@@ -340,6 +340,8 @@ class Run:
         if self.settings.schedule == "sdar":
             self.tail[row] = n % self.settings.length
         self.generators[row] = generator
+        # Once there is a mask it stays, until prompts are far shorter: a compiled model is slow to change
+        self.padded |= bool((self.length < self.P)[self.block < self.settings.blocks].any())
 
     def advance(self, on_step=None):
         """Take one step in every row that is not done; none where one more is found to be done."""
@@ -391,18 +393,15 @@ class Run:
             begin = self.P + self.block[host] * self.settings.length - self.tail[host]  # [R]
             ends = (begin + self.settings.length).clamp(max=end)
             n, end = int((ends - self.known[host].clamp(min=0)).max()), int(ends.max())
-            columns = (ends - n).clamp(min=0)
-            if (columns == columns[0]).all():
-                columns = slice(int(columns[0]), end)
-            else:
-                columns = (columns[:, None] + torch.arange(n)).to(rows.device)  # [R, n]
-            more.update(cache=self.cache.of(rows, columns))
+            first = (ends - n).clamp(min=0)  # [R]
+            if (first == first[0]).all():
+                first = int(first[0])
+            more.update(cache=self.cache.of(rows, first, n))
             self.known[host] = begin
-        padded = (self.length[host] < self.P).any()
-        if padded:  # models are faster without a mask
+        if self.padded:  # models are faster without a mask
             more["attention_mask"] = self.attention_mask[rows, :end]
         if self.blockwise and self.settings.schedule == "a2d":
-            more["origin"] = self.length[host].to(rows.device) if padded else self.P
+            more["origin"] = self.length[host].to(rows.device) if self.padded else self.P
         return self.ids[rows, :end], more
 
     def step(self, masked, count, best):

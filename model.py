@@ -113,6 +113,13 @@ def pick_rows(x, at):
     return pick(x[:, 0].expand(len(at), -1, -1), at)[:, None]
 
 
+def pick_columns(x, columns):
+    """The columns [B, n] (None = all) of x [1 or B, L]: [B, n], or x."""
+    if columns is None:
+        return x
+    return x.expand(len(columns), -1).gather(1, columns)
+
+
 def attend(q, k, v, mask):
     """Attention of q [B, H, P, E] over k and v [B, K, L, E] where mask is True (None = everywhere)
     -> [B, H, P, E]."""
@@ -154,7 +161,7 @@ class Attention(nn.Module):
             q = self.q_norm(q)
         q = rotate(q, cos, sin)
         if cache is not None:
-            k, v = cache.put(self, k, v)
+            k, v = put(cache, k, v)
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def split(self, x):
@@ -206,46 +213,34 @@ class Cache:
     Where attention is block-causal, those of a finished block of tokens never change: a call then
     computes only what comes after them."""
 
-    def __init__(self, rows, length):
-        self.size = rows, length  # B and L
-        self.kept = {}  # attention module -> (keys, values)
-        self.chosen = None  # the rows that a call holds; None = all
-        self.columns = slice(0, length)  # those that it computes
-        self.end = length  # of the tokens that it sees
+    def __init__(self, kept):
+        self.kept = kept  # a pair for each block of the network
+        self.rows = self.columns = self.first = None  # what of() sets
 
-    def of(self, rows, columns):
+    def of(self, rows, first, n):
         """This cache for a call with only the rows [R] of the batch, none of them twice, that computes
-        only these columns: a slice, or n neighbours of each row's own, [R, n]."""
-        part = Cache(*self.size)
-        part.kept, part.columns = self.kept, columns  # the same storage
-        if len(rows) < self.size[0]:
-            part.chosen = rows
+        only n columns of each, from `first` on: an int, or of each row [R]."""
+        part = Cache(self.kept)  # the same storage
+        if len(rows) < len(self.kept[0][0]):
+            part.rows = rows
+        start = torch.as_tensor(first, device=self.kept[0][0].device).expand(len(rows))
+        part.first, part.columns = first, start[:, None] + torch.arange(n, device=start.device)  # [R, n]
         return part
 
-    @torch.compiler.disable  # it would be compiled anew for every block
-    def put(self, owner, k, v):
-        """Store k and v [R, K, n, E] of the columns -> keys and values of all L tokens of the call,
-        [R, K, L, E] each."""
-        columns, found = self.columns, []
-        if owner not in self.kept:
-            shape = (self.size[0], k.shape[1], self.size[1], k.shape[3])
-            self.kept[owner] = (k.new_zeros(shape), v.new_zeros(shape))
-        rows = slice(None) if self.chosen is None else self.chosen
-        for every, new in zip(self.kept[owner], (k, v)):
-            if isinstance(columns, slice):
-                every[rows, :, columns] = new
-            else:
-                each = torch.arange(len(k), device=k.device)[:, None] if self.chosen is None else rows[:, None]
-                every[each, :, columns] = new.transpose(1, 2)
-            found.append(every[rows, :, : self.end])  # the price of leaving rows out is a copy of the others
-        return found
+    def layers(self, length):
+        """What each block of the network hands to put(): keys and values of so many tokens, rows, columns."""
+        return [(k[:, :, :length], v[:, :, :length], self.rows, self.columns) for k, v in self.kept]
 
 
-def pick_columns(x, columns):
-    """The columns (a slice, or [B, n]) of x [1 or B, L]: [1 or B, n]."""
-    if isinstance(columns, slice):
-        return x[:, columns]
-    return x.expand(len(columns), -1).gather(1, columns)
+def put(cache, k, v):
+    """Store k and v [R, K, n, E] of the columns -> keys and values of all tokens, [R, K, L, E] each."""
+    *kept, rows, columns = cache
+    at = torch.arange(len(k), device=k.device) if rows is None else rows
+    found = []
+    for every, new in zip(kept, (k, v)):
+        every[at[:, None], :, columns] = new.transpose(1, 2)
+        found.append(every if rows is None else every[rows])  # the price of leaving rows out is a copy
+    return found
 
 
 class Transformer(nn.Module):
@@ -273,16 +268,16 @@ class Transformer(nn.Module):
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
         origin: the place in its row, an int or [B], at which a block of block-causal attention
             begins; the blocks before and after follow from it.
-        cache: of new_cache().of(rows, columns), for decoding. Only these n columns are computed, and
+        cache: of new_cache().of(rows, first, n), for decoding. Only these n columns are computed, and
             logits are [B, n, V] without positions. Keys and values of the tokens before come from
             earlier calls, in which their blocks had to be finished.
         """
         c = self.config
         index = self.index(ids, attention_mask)  # [1 or B, L]
-        columns = slice(0, ids.shape[1])
+        columns, first, kept = None, 0, [None] * c.layers
         if cache is not None:
-            columns, cache.end = cache.columns, ids.shape[1]
-        mask = self.visible(index, attention_mask, origin, columns)
+            columns, first, kept = cache.columns, cache.first, cache.layers(ids.shape[1])
+        mask = self.visible(index, attention_mask, origin, first, columns)
         cos, sin = self.rope(pick_columns(index, columns), self.embed.weight.dtype)  # [1 or B, 1, n, E]
         x = self.embed(pick_columns(ids, columns))  # [B, n, D]
         if c.shifted:
@@ -290,16 +285,16 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
-        at = None
-        if positions is not None:
-            at = positions - (columns.start if isinstance(columns, slice) else columns[:, :1])
-        for block in self.layers:
+        at = positions
+        if columns is not None and at is not None:
+            at = at - columns[:, :1]
+        for block, own in zip(self.layers, kept):
             # The last block computes only the places where the head runs.
             last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, last, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, own, last, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache, last)
+                x = block(x, cos, sin, mask, own, last)
         x = self.norm(x)
         if c.tied:
             return F.linear(x, self.embed.weight)
@@ -312,7 +307,9 @@ class Transformer(nn.Module):
         block before its own."""
         if self.config.block_length is None or self.config.shifted:
             raise ValueError(f"no exact cache for {self.config.family} without blocks: set config.block_length")
-        return Cache(rows, length)
+        c, zero = self.config, self.embed.weight.new_zeros
+        shape = (rows, c.kv_heads, length, c.head_width)
+        return Cache([(zero(shape), zero(shape)) for _ in self.layers])
 
     def index(self, ids, attention_mask):
         """The place of each token in its row, [1 or B, L]."""
@@ -320,9 +317,9 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def visible(self, index, attention_mask, origin=0, columns=slice(0, None)):
-        """Which keys the queries at these columns see: None for all, [B, 1, 1, L] the real ones,
-        [1 or B, 1, n, L] where blocks count."""
+    def visible(self, index, attention_mask, origin=0, first=0, columns=None):
+        """Which keys the queries at these columns see, the first of a row: None for all, [B, 1, 1, L]
+        the real ones, [1 or B, 1, n, L] where blocks count."""
         # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
         # empty row is NaN.
         real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
@@ -330,11 +327,11 @@ class Transformer(nn.Module):
             return real
         if isinstance(origin, torch.Tensor):
             origin = origin[:, None]
-        elif real is None and isinstance(columns, slice):
+        elif real is None and isinstance(first, int):
             # Without padding a token's place is its column. Queries that are all in the last block
             # see everything, and attention is faster without a mask.
             last = index.shape[1] - 1
-            if (columns.start - origin) // self.config.block_length == (last - origin) // self.config.block_length:
+            if (first - origin) // self.config.block_length == (last - origin) // self.config.block_length:
                 return None
         block = (index - origin) // self.config.block_length  # [1 or B, L]; below 0 before the origin
         # A query sees its own block and those before it.
