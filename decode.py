@@ -32,10 +32,12 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
 SCHEDULES = ("dream", "llada", "sdar", "a2d")
 BLOCKWISE = ("sdar", "a2d")  # those that finish a block before the next one begins
+SPARE = 32  # columns of padding that no prompt needs, before they are cut off
 # Numbers of logits, which bound the memory that a step needs.
 HELD = 2**25  # that the output head makes at once, but those of one row at least
 SLAB = 2**23  # of those, that are copied at once
@@ -184,7 +186,7 @@ class Settings:
 
 @torch.no_grad()
 def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, on_step=None, **settings):
-    """Decode a response of N = max_new_tokens to every prompt -> Trajectory.
+    """Decode a response of N = max_new_tokens to every prompt, all together -> Trajectory.
 
     prompt_ids [B, P], left-padded where prompt_mask [B, P] is 0.
     mask_id: the mask token; None = m.config.mask_id.
@@ -199,6 +201,37 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
     Raises ValueError for settings, prompts or generators that do not fit together, or blocks that are
     not the model's, TypeError for settings that do not exist.
     """
+    generators, lengths = check_inputs(prompt_ids, prompt_mask, generator)
+    prompts = [row[len(row) - n :] for row, n in zip(prompt_ids, lengths)]
+    watch = None
+    if on_step is not None:
+
+        def watch(now, *seen):
+            on_step(int(now.max()), *seen)
+
+    own = dict(mask_id=mask_id, generator=generators.__getitem__, on_step=watch)
+    places, parts = [], []
+    for finished, t in stream(m, prompts, **own, **settings):
+        places += finished
+        parts.append(t)
+    back = torch.tensor(places, device=prompt_ids.device).argsort()
+    return Trajectory(*(torch.cat(field)[back] for field in zip(*parts)))
+
+
+@torch.no_grad()
+def stream(m, prompts, batch_size=None, *, mask_id=None, generator=None, on_step=None, **settings):
+    """Decode prompts, batch_size rows at a time -> yields (their numbers, Trajectory) as rows finish.
+
+    A row that is done is given the next prompt at once: the batch stays full while there are any.
+    Each row is what it is in a batch of its own, but for the rounding of the model.
+
+    prompts: token ids [P] each, of any lengths; the longest first need the least padding.
+    batch_size: None = all prompts together.
+    generator: a function of a prompt's number that makes its torch.Generator; None = torch's own.
+    on_step: called after each step as on_step(now, response [B, N], entropy [B, N]), where now [R] is
+        the number of the step, in each row that took one, on the host.
+    The rest is as in generate().
+    """
     # The blocks of the model's attention, where that is block-causal
     own = getattr(getattr(m, "config", None), "block_length", None)
     if settings.get("schedule") in BLOCKWISE and settings.get("block_length") is None:
@@ -206,31 +239,31 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
     s = Settings(**settings)
     if s.schedule in BLOCKWISE and own not in (None, s.length):
         raise ValueError(f"block_length {s.length}, but the model's attention has {own}: set m.config.block_length")
-    generators = check_inputs(prompt_ids, prompt_mask, generator)
     if mask_id is None:
         mask_id = m.config.mask_id
-    run = Run(m, prompt_ids, prompt_mask, mask_id, generators, s, own)
-    for block in range(s.blocks):
-        for i in range(s.each):
-            masked = run.candidates(block)  # [B, W]
-            count = masked.sum(1).cpu()  # [B], all that the host has to know of a step
-            if not count.any():
-                break
-            if s.fixed:
-                run.now.fill_(block * s.each + i)
-            best = quota(s, i, s.each, count)  # [B]
-            if best.any():  # Dream's first step often decodes nothing, and then needs no model
-                run.step(block, masked, count, best)
-                if on_step is not None:
-                    on_step(int(run.now.max()), run.response[:, : run.N], run.entropy[:, : run.N])
-            run.now += best.gt(0).to(run.now.device)
-        if s.stop is not None:
-            run.stopped |= member(run.response, s.stop).any(1)
-    return run.trajectory()
+    waiting, held = list(reversed(range(len(prompts)))), {}  # numbers of prompts; row -> that of its prompt
+    if not waiting:
+        return
+    run = Run(m, min(batch_size or len(prompts), len(prompts)), mask_id, s, prompts[0].device, own)
+    while True:
+        free = (run.block == s.blocks).nonzero()[:, 0].tolist()
+        done = [row for row in free if row in held]
+        if done:
+            yield [held.pop(row) for row in done], run.trajectory(done)
+        new = free[: len(waiting)]
+        for row in new:
+            held[row] = waiting.pop()
+        if not held:
+            return
+        if new:
+            run.fit(max(len(prompts[i]) for i in held.values()))
+        for row in new:
+            run.put(row, prompts[held[row]], generator and generator(held[row]))
+        run.advance(on_step)
 
 
 def quota(s, i, steps, count):
-    """How many tokens step i of a block's `steps` decodes in rows of `count` [B] masked: int64 [B].
+    """How many tokens step i [B] of a block's `steps` decodes in rows of `count` [B] masked: int64 [B].
 
     "dream": int(n (1 - later/now)) of n, with now and later neighbours in linspace(1, 1e-3,
     steps + 1), and all of them at the last step. "llada", "sdar": L // steps of a block of L, and one
@@ -241,85 +274,141 @@ def quota(s, i, steps, count):
     if s.tokens_per_step is not None:
         return count.clamp(max=s.tokens_per_step)
     if s.schedule in ("llada", "sdar"):
-        return count.clamp(max=s.length // steps + (i < s.length % steps))
+        return count.minimum(s.length // steps + (i < s.length % steps).long())
+    # In float32, as the official code: the rounding decides which way a half falls, and what int()
+    # cuts off.
     if s.schedule == "a2d":
-        # In float32, as the official code: the rounding decides which way a half falls.
-        later, now = 1 - (1 - torch.tensor([steps - i - 1.0, steps - i]) / steps)
+        later, now = (1 - (1 - (steps - at).float() / steps) for at in (i + 1, i))
         return (count.float() * (1 - later / now)).round().long()
-    if i == steps - 1:
-        return count
-    # In float32, as there: the rounding decides what int() cuts off.
-    now, later = torch.linspace(1, 1e-3, steps + 1)[i : i + 2]
-    return (count.float() * (1 - later / now)).long()
+    time = torch.linspace(1, 1e-3, steps + 1)
+    share = (count.float() * (1 - time[i + 1] / time[i])).long()
+    return count.where(i == steps - 1, share)
 
 
 # ---------------------------------------------------------------------------------------- one step
 
 
 class Run:
-    """One call of generate(): the tokens, the log, and the step that decodes some more of them.
+    """The rows that are decoded together: their tokens, the log, and the step that decodes some more.
 
-    All tensors are written in place. block_length: that of the model's attention, or None."""
+    Rows share nothing but the step: each has a prompt, a block that it is at and a count of steps of
+    its own. block_length: that of the model's attention, or None."""
 
-    def __init__(self, m, prompt_ids, prompt_mask, mask_id, generators, settings, block_length=None):
-        (B, P), N, device = prompt_ids.shape, settings.max_new_tokens, prompt_ids.device
-        self.m, self.mask_id, self.generators, self.settings = m, mask_id, generators, settings
-        W, tail, length = N, torch.zeros(B, dtype=torch.long), P
+    def __init__(self, m, rows, mask_id, settings, device, block_length=None):
+        B, N = rows, settings.max_new_tokens
+        self.m, self.mask_id, self.settings = m, mask_id, settings
+        self.P, self.N, self.W = 0, N, N
         if settings.schedule == "sdar":
-            W = N + settings.length - 1
-        self.attention_mask = None  # models are faster without one
-        if prompt_mask is not None and not prompt_mask.bool().all():
-            self.attention_mask = torch.cat((prompt_mask, prompt_mask.new_ones(B, W)), dim=1)
-            length = prompt_mask.long().sum(1)  # [B]
-        if settings.schedule == "sdar":
-            tail += torch.as_tensor(length).cpu() % settings.length
-        self.P, self.N, self.W = P, N, W
-        self.tail, self.shift = tail, tail[:, None].to(device)  # prompt tokens in the first block, [B], [B, 1]
-        self.ids = torch.cat((prompt_ids, prompt_ids.new_full((B, W), mask_id)), dim=1)
-        self.response = self.ids[:, P:]  # [B, W], a view: decoding writes into ids [B, P + W]
-        self.decoded_at = torch.full((B, W), settings.limit, device=device)
-        self.entropy = torch.full((B, W), float("nan"), device=device)
+            self.W += settings.length - 1
+        self.ids = torch.full((B, self.W), mask_id, device=device)  # [B, P + W]
+        self.attention_mask = torch.ones_like(self.ids)
+        self.decoded_at = torch.full_like(self.ids, settings.limit)
+        self.entropy = torch.full((B, self.W), float("nan"), device=device)
         self.confidence = self.entropy.clone()
-        self.now = torch.zeros(B, dtype=torch.long, device=device)  # the step that each row is at
-        self.stopped = torch.zeros(B, dtype=torch.bool, device=device)  # rows with a stop token
-        self.cache, self.origin = None, None
-        if block_length is not None and settings.schedule in BLOCKWISE:
-            if settings.schedule == "a2d":
-                self.origin = length
-            if hasattr(m, "new_cache"):  # any other model computes all tokens at every step
-                self.cache = m.new_cache(B, P + W)
-                self.known = torch.zeros(B, dtype=torch.long)  # columns whose keys and values are final
+        self.generators = [None] * B
+        # [B] each, on the host: which block a row is at (past the last: it is done), the step in it, all
+        # steps before; tokens of its prompt, and of those the ones in the first block; columns whose
+        # keys and values are final, -1 for a prompt that is new
+        self.block = torch.full((B,), settings.blocks)
+        self.i, self.now, self.length, self.tail, self.known = torch.zeros(5, B, dtype=torch.long)
+        self.blockwise = block_length is not None and settings.schedule in BLOCKWISE
+        self.cache = None
 
-    def candidates(self, block):
-        """Which positions may be decoded now, in this block: bool [B, W]."""
-        s, at = self.settings, torch.arange(self.W, device=self.response.device)
-        start = block * s.length - self.shift  # [B, 1]
-        masked = (self.response == self.mask_id) & ~self.stopped[:, None] & (at < start + s.length)
+    @property
+    def response(self):
+        """[B, W], a view: decoding writes into ids [B, P + W]."""
+        return self.ids[:, self.P :]
+
+    def fit(self, P):
+        """Make room for prompts of up to P tokens; seldom less than before, for a shape costs time."""
+        if self.P - SPARE < P <= self.P:
+            return
+        self.ids = F.pad(self.ids, (P - self.P, 0), value=self.mask_id)
+        self.attention_mask = F.pad(self.attention_mask, (P - self.P, 0))
+        self.P, self.padded = P, False
+        if self.blockwise and hasattr(self.m, "new_cache"):  # any other model computes all tokens at every step
+            self.cache = self.m.new_cache(len(self.ids), P + self.W)
+            self.known.fill_(-1)
+
+    def put(self, row, prompt, generator):
+        """Begin with a prompt [n] in a row."""
+        n = len(prompt)
+        self.ids[row] = self.mask_id
+        self.ids[row, self.P - n : self.P] = prompt
+        self.attention_mask[row] = 1
+        self.attention_mask[row, : self.P - n] = 0
+        self.decoded_at[row] = self.settings.limit
+        self.entropy[row] = self.confidence[row] = float("nan")
+        self.block[row] = self.i[row] = self.now[row] = 0
+        self.length[row], self.known[row] = n, -1
+        if self.settings.schedule == "sdar":
+            self.tail[row] = n % self.settings.length
+        self.generators[row] = generator
+        # Once there is a mask it stays, until prompts are far shorter: a compiled model is slow to change
+        self.padded |= bool((self.length < self.P)[self.block < self.settings.blocks].any())
+
+    def advance(self, on_step=None):
+        """Take one step in every row that is not done; none where one more is found to be done."""
+        s = self.settings
+        while True:
+            masked = self.candidates()  # [B, W]
+            count = masked.sum(1).cpu()  # [B], all that the host has to know of a step
+            over = (self.block < s.blocks) & ((count == 0) | (self.i == s.each))
+            if not over.any():
+                break
+            self.block[over] += 1
+            self.i[over] = 0
+            if s.stop is not None:
+                self.block[over & member(self.response, s.stop).any(1).cpu()] = s.blocks
+            if (self.block[over] == s.blocks).any():
+                return  # a row is free: it may be filled before the step
+        if s.fixed:
+            self.now = self.block * s.each + self.i
+        best = quota(s, self.i, s.each, count)  # [B]
+        turn = torch.ones_like(best, dtype=torch.bool)
+        if self.cache is not None and (self.known[best > 0] < 0).any():
+            turn = self.known < 0  # new prompts first: their step is longer than that of the others
+            best *= turn
+        if best.any():  # Dream's first step often decodes nothing, and then needs no model
+            self.step(masked, count, best)
+            if on_step is not None:
+                on_step(self.now[best > 0], self.response[:, : self.N], self.entropy[:, : self.N])
+        self.now += best > 0
+        self.i += turn & (self.block < s.blocks)
+
+    def candidates(self):
+        """Which positions may be decoded now, in the block of each row: bool [B, W]."""
+        s, at = self.settings, torch.arange(self.W, device=self.ids.device)
+        start, last = self.block * s.length - self.tail, (self.block < s.blocks).long()
+        start, last = torch.stack((start, last))[..., None].to(at.device)  # [B, 1] each
+        masked = (self.response == self.mask_id) & (last > 0) & (at < start + s.length)
         if s.schedule in BLOCKWISE or s.threshold is not None:
             masked &= (at >= start) & (start < self.N)
         return masked
 
-    def inputs(self, block, rows, host):
-        """The ids, and the arguments beside them, for a step of rows [R] in this block.
+    def inputs(self, rows, host):
+        """The ids, and the arguments beside them, for a step of rows [R].
 
         host: the same rows, on the host."""
         end, more = self.P + self.W, dict(attention_mask=None)
         if self.cache is not None:
             # The first step of a block computes the one before it as well: its last tokens were
-            # masks when they were decoded. Blocks of rows of other lengths are at other columns.
-            begin = self.P + block * self.settings.length - self.tail[host]  # [R]
-            end = min(end, int(begin.max()) + self.settings.length)
-            more.update(cache=self.cache.of(rows), start=int(self.known[host].min()))
+            # masks when they were decoded. Each row is at a block, and so at columns, of its own.
+            begin = self.P + self.block[host] * self.settings.length - self.tail[host]  # [R]
+            ends = (begin + self.settings.length).clamp(max=end)
+            n, end = int((ends - self.known[host].clamp(min=0)).max()), int(ends.max())
+            first = (ends - n).clamp(min=0)  # [R]
+            if (first == first[0]).all():
+                first = int(first[0])
+            more.update(cache=self.cache.of(rows, first, n))
             self.known[host] = begin
-        if self.origin is not None:
-            more["origin"] = self.origin
-        if self.attention_mask is not None:
+        if self.padded:  # models are faster without a mask
             more["attention_mask"] = self.attention_mask[rows, :end]
-            if self.origin is not None:  # [B], where prompts differ in length
-                more["origin"] = self.origin[rows]
+        if self.blockwise and self.settings.schedule == "a2d":
+            more["origin"] = self.length[host].to(rows.device) if self.padded else self.P
         return self.ids[rows, :end], more
 
-    def step(self, block, masked, count, best):
+    def step(self, masked, count, best):
         """Run the model once, and decode the best [B] so many of the masked positions [B, W].
 
         count [B]: how many positions are masked."""
@@ -327,7 +416,7 @@ class Run:
         K, rows = int(count[host].max()), host.to(masked.device)
         masked, best = masked[rows], best.to(masked.device)[rows]
         place, number = numbered(masked, K)  # [R, K], [R, W]
-        ids, more = self.inputs(block, rows, host)
+        ids, more = self.inputs(rows, host)
         split = hasattr(self.m, "unembed")  # any other model makes all logits at once
         if split:
             more["head"] = False
@@ -367,7 +456,7 @@ class Run:
         # 3. Write them down, with what the model's whole untempered distribution said.
         at = (rows[r], n)
         self.response[at] = token[r, n]
-        self.decoded_at[at] = self.now[rows[r]]
+        self.decoded_at[at] = self.now.to(rows.device)[rows[r]]
         self.entropy[at], self.confidence[at] = describe(logits, r, number[r, n], token[r, n])
 
     def reached(self, score, nth):
@@ -391,11 +480,11 @@ class Run:
                 row.copy_(torch.rand(self.W, generator=g, device=g.device))
         return noise
 
-    def trajectory(self):
-        """The finished Trajectory."""
-        self.decoded_at[self.response == self.mask_id] = self.settings.limit
-        response, step = self.response[:, : self.N].clone(), self.decoded_at[:, : self.N]
-        entropy, confidence = self.entropy[:, : self.N], self.confidence[:, : self.N]
+    def trajectory(self, rows):
+        """The Trajectory of some rows, a list."""
+        logs = (self.response, self.decoded_at, self.entropy, self.confidence)
+        response, step, entropy, confidence = (x[rows, : self.N] for x in logs)
+        step = step.masked_fill(response == self.mask_id, self.settings.limit)
         return Trajectory(response, step, decode_order(step, entropy), entropy, confidence)
 
 
@@ -594,7 +683,7 @@ def decode_order(step, entropy):
 
 
 def check_inputs(prompt_ids, prompt_mask, generator):
-    """The generators, one for each row.
+    """The generators, one for each row, and the number of tokens of each prompt.
 
     Raises ValueError for another number of them, and for a mask that is not one of left padding."""
     if prompt_mask is not None:
@@ -607,7 +696,10 @@ def check_inputs(prompt_ids, prompt_mask, generator):
         generators = [generator] * B
     if len(generators) != B:
         raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
-    return generators
+    lengths = [prompt_ids.shape[1]] * B
+    if prompt_mask is not None:
+        lengths = prompt_mask.bool().sum(1).tolist()
+    return generators, lengths
 
 
 def divisor_below(n, k):

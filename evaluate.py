@@ -13,7 +13,6 @@ lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the
 
 import ast
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import data
@@ -67,29 +67,43 @@ def answer(m, tok, prompts, settings, seed=0):
     return [r["text"] for r in records], records
 
 
-def answer_batch(loaded, examples, settings, seed, device, on_step=None):
-    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) -> their trajectory records.
+def answer_batch(loaded, examples, settings, seed, device):
+    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) together -> their trajectory
+    records."""
+    records = {}
+    for numbers, found in answers(loaded, examples, settings, seed, device):
+        records.update(zip(numbers, found))
+    return [records[i] for i in range(len(examples))]
 
-    on_step: called after each decoding step, see decode.generate."""
-    m, tok, _ = loaded
-    prompts = [e["prompt_ids"] for e in examples]
-    ids, mask = (x.to(device) for x in data.pad_left(prompts, m.config.pad_id))
-    generators = [data.generator(seed, "decode", e["id"], device=device) for e in examples]
-    t = decode.generate(m, ids, mask, generator=generators, on_step=on_step, **with_eos_rules(settings, loaded))
-    decoded = t.response != m.config.mask_id  # [B, N]; --threshold with few --steps may leave masks
-    if not t.entropy[decoded].isfinite().all():
-        raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
-    t = t._replace(order=t.order.masked_fill(~decoded, -1))
-    t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
-    records = []
-    for e, response, step, order, entropy, confidence in zip(examples, *(x.tolist() for x in t)):
-        record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
-        record.update(response_ids=response, order=order, step=step)
-        record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
-        record["text"] = tok.response_text(response)
-        record["finished"] = data.first_end(response, tok.stop_ids) < len(response)
-        records.append(record)
-    return records
+
+def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=None):
+    """Decode examples, batch_size at a time -> yields (their numbers, their trajectory records) as they finish.
+
+    on_step: called after each decoding step, see decode.stream."""
+    m, prompts = loaded.m, [torch.tensor(e["prompt_ids"], device=device) for e in examples]
+
+    def generator(i):
+        return data.generator(seed, "decode", examples[i]["id"], device=device)
+
+    own = dict(generator=generator, on_step=on_step, **with_eos_rules(settings, loaded))
+    for numbers, t in decode.stream(m, prompts, batch_size, **own):
+        decoded = t.response != m.config.mask_id  # [R, N]; --threshold with few --steps may leave masks
+        if not t.entropy[decoded].isfinite().all():
+            raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+        t = t._replace(order=t.order.masked_fill(~decoded, -1))
+        t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
+        rows = zip(*(field.tolist() for field in t))
+        yield numbers, [record_of(examples[i], loaded.tok, *row) for i, row in zip(numbers, rows)]
+
+
+def record_of(e, tok, response, step, order, entropy, confidence):
+    """The trajectory record of an example and of a row of decode.Trajectory, as lists."""
+    record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
+    record.update(response_ids=response, order=order, step=step)
+    record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
+    record["text"] = tok.response_text(response)
+    record["finished"] = data.first_end(response, tok.stop_ids) < len(response)
+    return record
 
 
 def with_eos_rules(settings, loaded):
@@ -131,37 +145,42 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
 
     todo = [e for e in examples if json.dumps(e["id"]) not in done]
     todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
-    starts = range(0, len(todo), c.batch_size)[processes.index :: processes.count]
-    mine = len(starts) * c.batch_size
-    if len(starts) and starts[-1] + c.batch_size > len(todo):  # the last batch is smaller
-        mine -= starts[-1] + c.batch_size - len(todo)
-    steps = settings.get("steps") or -(-settings["max_new_tokens"] // settings["tokens_per_step"])
+    mine = todo[processes.index :: processes.count]
     with (
         open(out / f"trajectories-{processes.index:05d}.jsonl", "a", encoding="utf-8") as f,
-        tqdm(total=mine, desc=out.name, unit="prompt", disable=not processes.shows) as bar,
+        tqdm(total=len(mine), desc=out.name, unit="prompt", disable=not processes.shows) as bar,
     ):
-        seen = kept = tokens = 0
-        begun = time.time()
-        for i in starts:
-            batch = todo[i : i + c.batch_size]
-            on_step = functools.partial(show_share, bar, seen, len(batch), steps)
-            records = answer_batch(loaded, batch, settings, c.seed, processes.device, on_step)
-            for record, verdict in zip(records, judge(batch, records)):
+        progress = Progress(bar, settings)
+        for numbers, records in answers(
+            loaded, mine, settings, c.seed, processes.device, c.batch_size, progress.decoded
+        ):
+            for record, verdict in zip(records, judge([mine[i] for i in numbers], records)):
                 record.update(verdict)
                 f.write(runs.json_line(record))
-                kept += data.usable(record)
-                tokens += len(record["response_ids"])
+                progress.kept += data.usable(record)
             f.flush()
-            seen += len(batch)
-            bar.update(seen - bar.n)
-            bar.set_postfix_str(f"{tokens / (time.time() - begun):.0f} tokens/s, kept {kept / seen:.0%}")
+            progress.seen += len(records)
     processes.barrier()
     return len(todo)
 
 
-def show_share(bar, seen, count, steps, step, *_):
-    """Move a bar to `seen` prompts, plus the decoded share of the `count` prompts that are being answered."""
-    bar.update(seen + count * min(step + 1, steps) // steps - bar.n)
+class Progress:
+    """Moves a bar of prompts, also while they are being answered, and says the speed and how long all will take."""
+
+    def __init__(self, bar, settings):
+        self.bar, self.seen, self.kept, self.begun = bar, 0, 0, time.time()
+        self.tokens = settings["max_new_tokens"]
+        self.steps = settings.get("steps") or -(-self.tokens // settings["tokens_per_step"])
+
+    def decoded(self, now, *_):
+        """After a step: the number of the step, in each row that took one."""
+        done = self.seen + float(((now + 1) / self.steps).clamp(max=1).sum())  # prompts, and shares of some
+        each = (time.time() - self.begun) / done  # seconds
+        shown = f"{self.tokens / each:.0f} tokens/s, {tqdm.format_interval(each * self.bar.total)} in all"
+        if self.seen:
+            shown += f", kept {self.kept / self.seen:.0%}"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(int(done) - self.bar.n)
 
 
 # ---------------------------------------------------------------------------------------------- is an answer right?

@@ -100,15 +100,13 @@ class Answers:
         for settings, stops, examples in groups.values():
             evaluate.check_context(examples, settings, self.loaded.m.config, self.warn)
             examples.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding
-            for i in range(0, len(examples), self.c.batch_size):
-                batch = examples[i : i + self.c.batch_size]
-                seed, device = self.c.seed, self._device
-                records = evaluate.answer_batch(self.loaded, batch, settings, seed, device)
-                for e, record in zip(batch, records):
-                    text = texts[e["place"]] = data.cut(record["text"], stops)
-                    asked = requests[e["place"]].args
-                    self.cache_hook.add_partial("generate_until", asked, text)  # for --use_cache
-                bar.update(len(batch))
+            own = (self.c.seed, self._device, self.c.batch_size)
+            for numbers, records in evaluate.answers(self.loaded, examples, settings, *own):
+                for i, record in zip(numbers, records):
+                    place = examples[i]["place"]
+                    text = texts[place] = data.cut(record["text"], stops)
+                    self.cache_hook.add_partial("generate_until", requests[place].args, text)  # for --use_cache
+                bar.update(len(numbers))
         bar.close()
         return texts
 

@@ -114,6 +114,13 @@ def pick_rows(x, at):
     return pick(x[:, 0].expand(len(at), -1, -1), at)[:, None]
 
 
+def pick_columns(x, columns):
+    """The columns [B, n] (None = all) of x [1 or B, L]: [B, n], or x."""
+    if columns is None:
+        return x
+    return x.expand(len(columns), -1).gather(1, columns)
+
+
 def attend(q, k, v, mask):
     """Attention of q [B, H, P, E] over k and v [B, K, L, E] where mask is True (None = everywhere)
     -> [B, H, P, E]."""
@@ -139,7 +146,7 @@ class Attention(nn.Module):
         # What measures or replaces the kernel sets another function here, on one instance
         self.attend = attend
 
-    def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
+    def forward(self, x, cos, sin, mask, cache=None, at=None):
         """x [B, L, D] -> [B, L, D], or [B, P, D] where `at` [B, P] names the places whose queries
         are wanted."""
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))  # [B, K, L, E]
@@ -155,7 +162,7 @@ class Attention(nn.Module):
             q = self.q_norm(q)
         q = rotate(q, cos, sin)
         if cache is not None:
-            k, v = cache.put(self, k, v, start)
+            k, v = put(cache, k, v)
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def split(self, x):
@@ -191,10 +198,10 @@ class Block(nn.Module):
     up_proj = property(lambda block: block.mlp.up_proj)
     down_proj = property(lambda block: block.mlp.down_proj)
 
-    def forward(self, x, cos, sin, mask, cache=None, start=0, at=None):
+    def forward(self, x, cos, sin, mask, cache=None, at=None):
         """x [B, L, D] -> [B, L, D], or [B, P, D] at the places at [B, P]: all that the last block
         has to compute."""
-        y = self.attn(self.attn_norm(x), cos, sin, mask, cache, start, at)
+        y = self.attn(self.attn_norm(x), cos, sin, mask, cache, at)
         if at is not None:
             x = pick(x, at)
         x = x + y
@@ -207,35 +214,34 @@ class Cache:
     Where attention is block-causal, those of a finished block of tokens never change: a call then
     computes only what comes after them."""
 
-    def __init__(self, rows, length):
-        self.size = rows, length  # B and L
-        self.kept = {}  # attention module -> (keys, values)
-        self.chosen = None  # the rows that a call holds; None = all
+    def __init__(self, kept):
+        self.kept = kept  # a pair for each block of the network
+        self.rows = self.columns = self.first = None  # what of() sets
 
-    def of(self, rows):
-        """This cache for a call with only the rows [R] of the batch, none of them twice."""
-        part = Cache(*self.size)
-        part.kept = self.kept  # the same storage
-        if len(rows) < self.size[0]:
-            part.chosen = rows
+    def of(self, rows, first, n):
+        """This cache for a call with only the rows [R] of the batch, none of them twice, that computes
+        only n columns of each, from `first` on: an int, or of each row [R]."""
+        part = Cache(self.kept)  # the same storage
+        if len(rows) < len(self.kept[0][0]):
+            part.rows = rows
+        start = torch.as_tensor(first, device=self.kept[0][0].device).expand(len(rows))
+        part.first, part.columns = first, start[:, None] + torch.arange(n, device=start.device)  # [R, n]
         return part
 
-    @torch.compiler.disable  # it would be compiled anew for every block
-    def put(self, owner, k, v, start):
-        """Store k and v [R, K, n, E] of the n tokens from `start` on -> keys and values of all tokens
-        up to the last of these, [R, K, start + n, E] each."""
-        end, found = start + k.shape[2], []
-        if owner not in self.kept:
-            shape = (self.size[0], k.shape[1], self.size[1], k.shape[3])
-            self.kept[owner] = (k.new_zeros(shape), v.new_zeros(shape))
-        for every, new in zip(self.kept[owner], (k, v)):
-            if self.chosen is None:
-                every[:, :, start:end] = new
-                found.append(every[:, :, :end])
-            else:  # the price of leaving rows out is a copy of the others
-                every[self.chosen, :, start:end] = new
-                found.append(every[self.chosen, :, :end])
-        return found
+    def layers(self, length):
+        """What each block of the network hands to put(): keys and values of so many tokens, rows, columns."""
+        return [(k[:, :, :length], v[:, :, :length], self.rows, self.columns) for k, v in self.kept]
+
+
+def put(cache, k, v):
+    """Store k and v [R, K, n, E] of the columns -> keys and values of all tokens, [R, K, L, E] each."""
+    *kept, rows, columns = cache
+    at = torch.arange(len(k), device=k.device) if rows is None else rows
+    found = []
+    for every, new in zip(kept, (k, v)):
+        every[at[:, None], :, columns] = new.transpose(1, 2)
+        found.append(every if rows is None else every[rows])  # the price of leaving rows out is a copy
+    return found
 
 
 class Transformer(nn.Module):
@@ -255,7 +261,7 @@ class Transformer(nn.Module):
         self.files = {}  # official tensor name -> the file of the checkpoint that holds it
 
     def forward(
-        self, ids, attention_mask=None, positions=None, origin=0, cache=None, start=0, clean=None, head=True
+        self, ids, attention_mask=None, positions=None, origin=0, cache=None, clean=None, start=0, head=True
     ):  # fmt: skip
         """ids [B, L] -> logits [B, L, V]; logits[:, i] predicts token i, for every family.
 
@@ -265,13 +271,13 @@ class Transformer(nn.Module):
         positions [B, P]: the output head runs only there, and the result is [B, P, V].
         origin: the place in its row, an int or [B], at which a block of block-causal attention
             begins; the blocks before and after follow from it.
-        cache, start: from new_cache(), for decoding. Only the tokens from `start` on are computed,
-            and logits are [B, L - start, V] without positions. Keys and values of the tokens before
-            come from earlier calls, in which their blocks had to be finished.
+        cache: of new_cache().of(rows, first, n), for decoding. Only these n columns are computed, and
+            logits are [B, n, V] without positions. Keys and values of the tokens before come from
+            earlier calls, in which their blocks had to be finished.
         clean [B, L]: the same rows without masks, for training where attention is block-causal. The
             network runs on both copies: a token of ids sees its own block in ids, and earlier blocks
-            in clean; one of clean sees clean alone. Logits are those of ids, from `start` on: the
-            blocks of all positions asked for have to begin there or later. No cache.
+            in clean; one of clean sees clean alone. Logits are those of ids, from column `start` on:
+            the blocks of all positions asked for have to begin there or later. No cache.
         head: False = what the output head gets, [B, L or P, D], for unembed() of some at a time.
         Raises ValueError for a clean copy where attention is not block-causal, or outputs are shifted.
         """
@@ -279,25 +285,31 @@ class Transformer(nn.Module):
         if clean is not None and (c.block_length is None or c.shifted):
             raise ValueError(f"no clean copy for {c.family} without blocks: set config.block_length")
         index = self.index(ids, attention_mask)  # [1 or B, L]
-        mask = self.visible(index, attention_mask, origin, start, clean is not None)
+        columns, first, kept = None, start, [None] * c.layers
+        if cache is not None:
+            columns, first, kept = cache.columns, cache.first, cache.layers(L)
+        mask = self.visible(index, attention_mask, origin, first, columns, clean is not None)
         if positions is None and (c.shifted or clean is not None):
             positions = torch.arange(start, L, device=ids.device).expand(B, -1)
-        ids, place = ids[:, start:], index[:, start:]
-        if clean is not None:  # one row of both copies, with the same places
-            ids, place = torch.cat((ids, clean), dim=1), torch.cat((place, index), dim=1)
-        cos, sin = self.rope(place, self.embed.weight.dtype)  # [1 or B, 1, n, E], n = L - start (+ L)
+        if clean is None:
+            ids, place = pick_columns(ids, columns), pick_columns(index, columns)
+        else:  # one row of both copies, with the same places
+            ids, place = torch.cat((ids[:, start:], clean), dim=1), torch.cat((index[:, start:], index), dim=1)
+        cos, sin = self.rope(place, self.embed.weight.dtype)  # [1 or B, 1, n, E]
         x = self.embed(ids)  # [B, n, D]
         if c.shifted:
             # Dream was adapted from an autoregressive model: token i is predicted at i - 1.
             positions = (positions - 1).clamp(min=0)
-        at = None if positions is None else positions - start
-        for block in self.layers:
+        at = positions
+        if at is not None:
+            at = at - (start if columns is None else columns[:, :1])
+        for block, own in zip(self.layers, kept):
             # The last block computes only the places where the head runs.
             last = at if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, start, last, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, own, last, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache, start, last)
+                x = block(x, cos, sin, mask, own, last)
         x = self.norm(x)
         return self.unembed(x) if head else x
 
@@ -314,7 +326,9 @@ class Transformer(nn.Module):
         block before its own."""
         if self.config.block_length is None or self.config.shifted:
             raise ValueError(f"no exact cache for {self.config.family} without blocks: set config.block_length")
-        return Cache(rows, length)
+        c, zero = self.config, self.embed.weight.new_zeros
+        shape = (rows, c.kv_heads, length, c.head_width)
+        return Cache([(zero(shape), zero(shape)) for _ in self.layers])
 
     def index(self, ids, attention_mask):
         """The place of each token in its row, [1 or B, L]."""
@@ -322,9 +336,9 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def visible(self, index, attention_mask, origin=0, start=0, clean=False):
-        """Which keys the queries from `start` on see: None for all, [B, 1, 1, L] the real ones,
-        [1 or B, 1, L - start, L] where blocks count; with a clean copy see visible_copies()."""
+    def visible(self, index, attention_mask, origin=0, first=0, columns=None, clean=False):
+        """Which keys the queries at these columns see, the first of a row: None for all, [B, 1, 1, L]
+        the real ones, [1 or B, 1, n, L] where blocks count; with a clean copy see visible_copies()."""
         # Padding is hidden as a key only. As a query it sees real tokens too: softmax over an
         # empty row is NaN.
         real = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
@@ -332,17 +346,17 @@ class Transformer(nn.Module):
             return real
         if isinstance(origin, torch.Tensor):
             origin = origin[:, None]
-        elif real is None and not clean:
+        elif real is None and isinstance(first, int) and not clean:
             # Without padding a token's place is its column. Queries that are all in the last block
             # see everything, and attention is faster without a mask.
             last = index.shape[1] - 1
-            if (start - origin) // self.config.block_length == (last - origin) // self.config.block_length:
+            if (first - origin) // self.config.block_length == (last - origin) // self.config.block_length:
                 return None
         block = (index - origin) // self.config.block_length  # [1 or B, L]; below 0 before the origin
         if clean:
-            return self.visible_copies(block, real, start)
+            return self.visible_copies(block, real, first)
         # A query sees its own block and those before it.
-        past = block[:, None, None, :] <= block[:, None, start:, None]
+        past = block[:, None, None, :] <= pick_columns(block, columns)[:, None, :, None]
         return past if real is None else past & real
 
     def visible_copies(self, block, real, start):

@@ -298,6 +298,7 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
         lora.load(m, adapter)
     if c.compile:
         torch._dynamo.config.recompile_limit = 64  # of one code, shared by all blocks and models, adapted or not
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance may differ later
         for block in m.layers:
             block.compile(dynamic=True)
     return Loaded(m, tok, folder)

@@ -111,12 +111,22 @@ def test_the_demo_on_two_processes_says_the_same(tmp_path):
     assert said[0]["before"] == pytest.approx(said[1]["before"]) and said[0]["steps"] == said[1]["steps"]
 
 
-def test_the_bar_moves_inside_a_batch():
+def test_the_bar_moves_while_prompts_are_answered():
     bar = tqdm(total=20, disable=False, file=io.StringIO())
-    places = []
-    for step in range(4):  # the second batch, of 10, in 4 steps
-        evaluate.show_share(bar, 5, 10, 4, step)
+    progress = evaluate.Progress(bar, dict(max_new_tokens=4, steps=4))
+    progress.seen, places = 5, []
+    for step in range(4):  # ten rows
+        progress.decoded(torch.full((10,), step))
         places.append(bar.n)
     assert places == [7, 10, 12, 15]
-    evaluate.show_share(bar, 5, 10, 4, 7)  # more steps than expected, with a threshold
+    progress.decoded(torch.full((10,), 7))  # more steps than expected, with a threshold
     assert bar.n == 15
+
+
+def test_the_bar_says_the_speed_and_the_whole_time(monkeypatch):
+    bar = tqdm(total=12_000, disable=False, file=io.StringIO())
+    progress = evaluate.Progress(bar, dict(max_new_tokens=256, tokens_per_step=2))
+    progress.seen, progress.kept = 90, 45
+    monkeypatch.setattr(evaluate.time, "time", lambda: progress.begun + 360)
+    progress.decoded(torch.tensor([63] * 20))  # half of 20 prompts: 100 in 6 minutes
+    assert bar.postfix == "71 tokens/s, 12:00:00 in all, kept 50%"

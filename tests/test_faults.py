@@ -182,7 +182,7 @@ def test_decoding_killed_at_any_moment_loses_and_repeats_nothing(decoding, kille
     done = killed(words(command, out, 1), out, kind, chance.randint(1, moments[kind]))
     assert done["status"] == -signal.SIGKILL
     before = [line for line in lines_of(out) if line.endswith(b"}")]
-    assert len(before) >= done["moments"]["step"] - 1  # every batch is written before the next is decoded
+    assert len(before) >= done["moments"]["step"] - 1  # every response is written before the next is decoded
     assert tabom.main(words(command, out, 3)) == 0
     after = lines_of(out)
     assert after[: len(before)] == before
@@ -227,7 +227,7 @@ def test_a_running_command_keeps_others_out_of_its_folder(
 ):
     """Another process tries the lock in the middle of the run, and gets it afterwards."""
     out, found = tmp_path / "R", []
-    module, name = dict(distill=(evaluate, "answer_batch"), train=(train, "train_step"))[command]
+    module, name = dict(distill=(evaluate, "answers"), train=(train, "train_step"))[command]
     work = getattr(module, name)
 
     def others():

@@ -248,7 +248,7 @@ def test_the_cache_is_exact_where_the_past_is_finished(qwen3, calls, lengths):
     exact = m(ids, mask, origin=origin)
     for start, end in calls:
         seen = None if mask is None else mask[:, :end]
-        logits = m(ids[:, :end], seen, origin=origin, cache=cache, start=start)
+        logits = m(ids[:, :end], seen, origin=origin, cache=cache.of(ids, start, end - start))
         if end % 4 == 0:  # else the last block is not whole, and a later call computes it again
             for b, n in enumerate(lengths):
                 real = max(start, 16 - n)
@@ -261,13 +261,13 @@ def test_a_cache_keeps_rows_that_a_call_leaves_out(qwen3):
     m, ids = model.load(folder), torch.cat((e["logits.ids"][:, :12], e["logits.ids"][:1, 4:16]))
     m.config.block_length = 4
     cache = m.new_cache(3, 12)
-    m(ids[:, :4], cache=cache)
+    m(ids[:, :4], cache=cache.of(ids, 0, 4))
     some = torch.tensor([0, 2])
-    m(ids[some, :8], cache=cache.of(some), start=4)
-    close(m(ids[1:2, :8], cache=cache.of(torch.tensor([1])), start=4), m(ids[1:2])[:, 4:8])
+    m(ids[some, :8], cache=cache.of(some, 4, 4))
+    close(m(ids[1:2, :8], cache=cache.of(torch.tensor([1]), torch.tensor([4]), 4)), m(ids[1:2])[:, 4:8])
     positions = torch.tensor([[9], [8], [11]])
     expected = m(ids, positions=positions)
-    close(m(ids, positions=positions, cache=cache.of(torch.arange(3)), start=8), expected)
+    close(m(ids, positions=positions, cache=cache.of(ids, 8, 4)), expected)
 
 
 def test_no_cache_where_keys_change(golden):

@@ -103,7 +103,7 @@ def test_official_quotas_of_a2d(case):
     s = decode.Settings(case["masks"], schedule="a2d", block_length=case["masks"])
     left, quotas = torch.tensor([case["masks"]]), []
     for i in range(case["steps"]):
-        quotas.append(int(decode.quota(s, i, case["steps"], left)))
+        quotas.append(int(decode.quota(s, torch.tensor([i]), case["steps"], left)))
         left -= quotas[-1]
     assert [n for n in quotas if n] == case["quotas"]
 
@@ -160,7 +160,7 @@ def plain(m, prompt, **options):
                 entropy = -sum(x * math.log(x) for x in p.tolist() if x > 0)
                 score = dict(confidence=float(p[token]), entropy=-entropy, left=-r)[s.strategy]
                 candidates.append((-score, r, token))
-            quota = int(decode.quota(s, i, each, torch.tensor([len(masked)])))
+            quota = int(decode.quota(s, torch.tensor([i]), each, torch.tensor([len(masked)])))
             for place, (score, r, token) in enumerate(sorted(candidates)):
                 total += score
                 reached = s.threshold is not None and -score > s.threshold
