@@ -24,6 +24,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,6 +155,32 @@ class Processes:
         dist.all_gather_object(lists, list(items))
         return list(itertools.chain.from_iterable(lists))
 
+    def agree(self, error=None):
+        """Raise the error of the first process that has one, on every process: none waits for one that is gone."""
+        for found in self.gather([error]):
+            if found is not None:
+                raise found
+
+    def must_share(self, folder):
+        """Raises FileNotFoundError, on every process, where a folder is not the same one for all of them."""
+        if self.count == 1:
+            return
+        mark = folder / self.gather([f"{uuid.uuid4().hex}.tmp"])[0]  # a new name, so that no node has it in a cache
+        self.agree(problem_of(mark.touch) if self.first else None)
+        deadline, problem = time.monotonic() + PATIENCE, None
+        while not mark.exists() and problem is None:
+            time.sleep(0.05)
+            if time.monotonic() > deadline:
+                place = f"process {self.index} on {platform.node()}"
+                problem = FileNotFoundError(
+                    f"{folder.resolve()} of {place} is not the folder of process 0: give an --out that all nodes share"
+                )
+        try:
+            self.agree(problem)
+        finally:
+            if self.first:
+                mark.unlink()
+
     def sum_gradients(self, parameters):
         """Add up the gradients of all processes, in one message of float32 for each 64 MiB."""
         if self.count == 1:
@@ -215,6 +243,7 @@ class Processes:
 
 
 SHOWN = 5  # so many differences does the error for another run's folder name
+PATIENCE = 10  # seconds in which a network file system has to show a file of another node
 LOCK = "lock"  # the file in a run folder that the lock is on
 ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # of bad input; torch raises the last
 
@@ -223,8 +252,26 @@ def tell(error):
     """Write an error as one line to stderr -> the exit status 1. TABOM_DEBUG=1 raises it instead."""
     if os.environ.get("TABOM_DEBUG"):
         raise error
-    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    last_words(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     return 1
+
+
+def last_words(line):
+    """Write the line with which a run ends to stderr, once: where one process fails, or all of them for one reason,
+    the others have nothing to add, least of all that they lost contact."""
+    key = f"tabom's last words {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    try:
+        if place_among_processes()[1] > 1:
+            # A client of torchrun's own store, which outlives its processes. No collective: others may be gone.
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=10),
+            )  # fmt: skip
+            if store.add(key, 1) > 1:
+                return
+    except (KeyError, ValueError, RuntimeError):  # no such store: better said twice than not at all
+        pass
+    print(line, file=sys.stderr, flush=True)
 
 
 def place_among_processes():
@@ -422,22 +469,43 @@ def own_decoder(folder, known):
 def open_run(out, meta, processes, free=()):
     """Make the folder of a run, or continue the same run. meta, in its meta.json, identifies the run; only its `free`
     keys may change between two starts. Raises FileExistsError, on every process, for a folder that holds anything
-    else."""
+    else, or that is not the same folder for all processes; ValueError where they have different files or options."""
     out = Path(out)
-    same_run(out, meta, free)
-    processes.barrier()  # all have looked before one writes
-    problem = None
-    if processes.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            processes.lock(out)
-            with atomic_file(out / "meta.json") as f:
-                f.write(json.dumps(meta, indent=2) + "\n")
-        except OSError as e:  # the others would wait for ever
-            problem = e
-    if processes.sum([problem is not None])[0]:
-        raise problem or FileExistsError(f"{out}: the first process cannot use this folder")
+    same_everywhere(meta, processes)
+    processes.agree(problem_of(same_run, out, meta, free))  # all have looked before one writes
+
+    def begin():
+        out.mkdir(parents=True, exist_ok=True)
+        processes.lock(out)
+        with atomic_file(out / "meta.json") as f:
+            f.write(json.dumps(meta, indent=2) + "\n")
+
+    processes.agree(problem_of(begin) if processes.first else None)
+    processes.must_share(out)
     return out
+
+
+def problem_of(act, *arguments):
+    """The error of a call that reads or writes a run folder, or None."""
+    try:
+        act(*arguments)
+    except (OSError, ValueError) as e:
+        return e
+    return None
+
+
+def same_everywhere(meta, processes):
+    """Raises ValueError, on every process, where one has other files or options than the first. The paths of model,
+    adapter and data may differ: their content is in meta."""
+    first, *others = processes.gather([dict(meta, node=platform.node())])
+    for number, other in enumerate(others, 1):
+        for key in {**first, **other}:
+            ours, theirs = first.get(key), other.get(key)
+            if ours != theirs and key not in ("model", "adapter", "data", "versions", "node"):
+                raise ValueError(
+                    f"process {number} on {other['node']} and process 0 on {first['node']} differ in {key}: "
+                    f"{theirs!s:.24} and {ours!s:.24}; give all nodes the same files and options"
+                )
 
 
 def same_run(out, meta, free=()):

@@ -224,7 +224,7 @@ def main(argv=None):
             print(json.dumps(result, ensure_ascii=False))
         return 0
     except KeyboardInterrupt:
-        print("stopped" + ("" if command in ALONE else "; the same command continues"), file=sys.stderr)
+        runs.last_words("stopped" + ("" if command in ALONE else "; the same command continues"))
         return 130
     except runs.ERRORS as e:
         return runs.tell(e)

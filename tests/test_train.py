@@ -133,6 +133,9 @@ class OneOf(runs.Processes):
     def gather(self, items):
         return list(items)
 
+    def must_share(self, folder):
+        pass
+
     def sum_gradients(self, parameters):
         self.gradients = []
         for p in parameters:
