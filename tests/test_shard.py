@@ -1,19 +1,23 @@
 """A model spread over processes trains as a whole one does. python -m pytest -m slow tests/test_shard.py"""
 
 import itertools
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import HUNG, fails, flags, metrics, run, run_train, shell, start, wait_for
+from helpers import HUNG, fails, flags, interpreter, metrics, run, run_train, shell, start, wait_for
 from safetensors.torch import load_file
 
+import model
 import runs
 import shard
+from experiments import cost
 
 # Three steps an epoch of 12 records: the last global batch has two, which leaves some of four processes without any.
 OPTIONS = dict(keep="all", window=8, epochs=2, global_batch=5, batch_size=2, warmup=2, lr=2e-5, held_out=0)
@@ -134,6 +138,46 @@ def test_more_processes_than_records(tiny, trajectories, tmp_path, capsys):
     run_train(capsys, out=tmp_path / "whole", **options)
     train(tmp_path / "R", 2, shard=True, **options)
     assert_close(tmp_path / "R", tmp_path / "whole")
+
+
+MEMORY = """
+import functools, json, sys
+import model, runs, shard
+from experiments import speed
+processes = runs.Processes("cpu")
+place = None
+if processes.count > 1:
+    place = functools.partial(shard.spread, device="cpu")
+before = speed.resident()
+m = model.load(sys.argv[1], place=place)
+found = processes.gather([speed.peak_resident() - before])
+if processes.first:
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does")
+def test_no_process_holds_the_whole_model_while_it_loads(tmp_path):
+    """Prints the most that each process held above what it had before, as docs/speed.md has it."""
+    V = 16_000
+    raw = dict(cost.LLADA, d_model=768, n_layers=16, n_heads=12, n_kv_heads=12, mlp_hidden_size=2048, vocab_size=V)
+    raw.update(embedding_size=V, mask_token_id=1, eos_token_id=2, pad_token_id=2)
+    m = model.create(raw)
+    size = sum(p.numel() * 4 for p in m.parameters())
+    model.save(m, tmp_path / "M")
+    (tmp_path / "program.py").write_text(MEMORY)
+    peaks = {}
+    for processes in (1, 2, 4):
+        command, env = interpreter(tmp_path / "program.py", processes)
+        done = subprocess.run([*command, str(tmp_path / "M")], capture_output=True, text=True, env=env, timeout=HUNG)
+        assert done.returncode == 0, done.stderr
+        peaks[processes] = [peak / size for peak in json.loads(done.stdout.splitlines()[-1])]
+        print(f"{size / 1e6:.0f} MB, {processes} processes:", " ".join(f"{peak:.2f}" for peak in peaks[processes]))
+    largest = max(p.numel() * 4 for p in m.parameters()) / size
+    for processes in (2, 4):
+        assert max(peaks[processes]) < 1 / processes + largest + 0.15
+    assert 1 <= peaks[1][0] < 1 + largest + 0.15
 
 
 def test_one_process_alone_says_what_sharding_is_for(tiny, trajectories, tmp_path, capsys):
