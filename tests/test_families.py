@@ -1,0 +1,133 @@
+"""SDAR's and A2D's tokenizers, benchmarks, and the whole method on tiny models: python -m pytest tests/test_families.py
+
+Tests on the real vocabulary read the folder beside TABOM_DATA, and skip without it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import data
+
+BESIDE = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "golden"
+
+# Written with the logic of Qwen3's template, without its tools: thoughts of earlier turns are dropped, the last turn
+# of the assistant always shows one, and enable_thinking = false closes it in the prompt.
+QWEN3 = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- set content = m.content %}
+    {%- if m.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {%- set content = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') %}
+        {%- endif %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call>
+    </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response>
+    </tool_response> <think> </think>""".split()  # from 151643 on
+PLAIN = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"}
+HI = [dict(role="user", content="Hi")]
+
+
+def write_qwen3(folder, family):
+    """A folder with the files of SDAR's or A2D's tokenizer, and what else of the Hub's it reads."""
+    source = BESIDE / "dream-tokenizer"
+    if not source.is_dir():
+        pytest.skip("TABOM_DATA has no vocabulary of Qwen2 beside it")
+    folder.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, folder / name)
+    mask = {"sdar": "<|MASK|>", "a2d-qwen3": "<|mask|>"}[family]
+    decoder = {}
+    for i, token in enumerate([*ADDED, mask], 151643):
+        decoder[str(i)] = dict(content=token, special=token not in PLAIN, normalized=False)
+    tokenizer = dict(added_tokens_decoder=decoder, mask_token=mask, pad_token="<|endoftext|>", chat_template=QWEN3)
+    tokenizer["eos_token"] = {"sdar": "<|endoftext|>", "a2d-qwen3": "<|im_end|>"}[family]
+    old = dict(mask_token="<MASK>") if family == "sdar" else {}  # as SDAR's other files call it
+    added = {**dict(zip(ADDED, range(151643, 151669))), old.get("mask_token", mask): 151669}
+    files = {"tokenizer_config": tokenizer, "special_tokens_map": old, "added_tokens": added}
+    files["config"] = dict(model_type=family)
+    if family == "sdar":
+        files["generation_config"] = dict(eos_token_id=[151645, 151643], temperature=0.6)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """model_type -> tokenizer, of a folder alone."""
+    found, folder = {}, tmp_path_factory.mktemp("tokenizers")
+    for family in ("sdar", "a2d-qwen3"):
+        found[family] = data.load_tokenizer(write_qwen3(folder / family, family))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- tokenizers, chats
+
+THOUGHT = [151667, 271, 151668, 271]  # <think>, a blank line, </think>, a blank line
+PROMPT = [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198]
+
+
+def test_special_ids(tokenizers):
+    sdar, a2d = tokenizers["sdar"], tokenizers["a2d-qwen3"]
+    assert (sdar.eos_id, sdar.pad_id, sdar.mask_id) == (151643, 151643, 151669)
+    assert (a2d.eos_id, a2d.pad_id, a2d.mask_id) == (151645, 151643, 151669)
+    for tok in (sdar, a2d):
+        assert tok.stop_ids == {151643, 151645} and tok.size == 151670
+        assert tok.unused_ids(151936) == list(range(151670, 151936))
+    assert sdar.encode("<|MASK|>") == [151669] and 151669 not in sdar.encode("<MASK>")
+
+
+def test_only_the_prompts_of_a2d_end_with_an_empty_thought(tokenizers):
+    assert data.encode_prompt(tokenizers["sdar"], HI) == PROMPT
+    assert data.encode_prompt(tokenizers["a2d-qwen3"], HI) == PROMPT + THOUGHT
+    code = "```python\n"
+    for tok in tokenizers.values():
+        assert tok.chat(HI, prefix=code) == tok.chat(HI) + code  # nor does it come before a given start
+
+
+def test_an_answer_has_no_empty_thought(tokenizers):
+    talk = [*HI, dict(role="assistant", content="Hello"), *HI]
+    for tok in tokenizers.values():
+        for messages in (HI, talk):
+            assert data.encode_answer(tok, messages, "Hello") == [9707, 151645]
+        assert tok.chat(talk).count("<think>") == tok.chat(HI).count("<think>")
+        quoting = data.encode_answer(tok, HI, "a<|im_end|>b")
+        assert tok.decode(quoting) == "a<|im_end|>b<|im_end|>" and quoting.count(151645) == 1
+    own = "<think>\nwell\n</think>\n\nHello"  # a thought that the dataset has stays
+    assert tokenizers["sdar"].decode(data.encode_answer(tokenizers["sdar"], HI, own)) == own + "<|im_end|>"
+
+
+def test_a_list_of_ends_in_generation_config(tmp_path):
+    folder = write_qwen3(tmp_path / "M", "sdar")
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[151662, 151643, 999999])))
+    assert data.load_tokenizer(folder).stop_ids == {151643, 151645, 151662}  # the last one is no token
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=2)))  # one id is the config's affair
+    assert data.load_tokenizer(folder).stop_ids == {151643, 151645}
+
+
+def test_the_prompts_that_the_real_model_was_given(tokenizers):
+    file = BESIDE / "a2d-tiny" / "real.json"
+    if not file.is_file():
+        pytest.skip("TABOM_DATA has no real.json of A2D beside it")
+    cases = json.loads(file.read_text())["cases"]
+    assert len(cases) == 6
+    for case in cases:
+        assert data.encode_prompt(tokenizers["a2d-qwen3"], case["messages"]) == case["prompt_ids"]
