@@ -2,14 +2,19 @@
 
 Tests on the real vocabulary read the folder beside TABOM_DATA, and skip without it."""
 
+import functools
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import data
+import evaluate
+import runs
+from benchmarks import gsm8k, humaneval, math500, mbpp
 
 BESIDE = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "golden"
 
@@ -131,3 +136,56 @@ def test_the_prompts_that_the_real_model_was_given(tokenizers):
     assert len(cases) == 6
     for case in cases:
         assert data.encode_prompt(tokenizers["a2d-qwen3"], case["messages"]) == case["prompt_ids"]
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def preset(task, family, blocks, folder, **flags):
+    config = SimpleNamespace(family=family, block_length=blocks)
+    loaded = runs.Loaded(SimpleNamespace(config=config), None, folder)
+    found = evaluate.task_settings(evaluate.EvaluateOptions(**flags), task, loaded)
+    return [found[name] for name in ("schedule", "temperature", "max_new_tokens", "steps", "block_length")]
+
+
+@pytest.mark.parametrize("task", evaluate.TASKS)
+def test_settings_of_each_family(task, tmp_path):
+    for protocol in ("paper", "official"):
+        of_dllm = functools.partial(preset, task, "a2d", folder=tmp_path, protocol=protocol)
+        assert of_dllm(None) == ["a2d", 0.0, 256, 256, 256]
+        assert of_dllm(32) == ["a2d", 0.0, 256, 256, 32]
+        assert of_dllm(None, block_length=64) == ["a2d", 0.0, 256, 256, 64]
+    official = preset(task, "sdar", 4, tmp_path, protocol="official")
+    assert official == ["sdar", 0.0, 4096, 4096, 4]
+    dream = evaluate.TASKS[task].settings("dream")["max_new_tokens"]  # the paper has no SDAR: Dream's lengths
+    assert preset(task, "sdar", 8, tmp_path) == ["sdar", 0.0, dream, dream, 8]
+    with pytest.raises(ValueError, match="--protocol release: the authors' code has LLaDA and Dream, not sdar"):
+        preset(task, "sdar", 4, tmp_path, protocol="release")
+
+
+def test_t3d_asks_for_a_box_and_grades_it():
+    question = "How many?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert gsm8k.ask(dict(question="How many?"), "sdar", "official") == (question, "")
+    assert math500.ask(dict(problem="How many?"), "sdar", "official") == (question, "")
+    for response, correct in ((r"so \boxed{1,072}. Or 3", True), (r"\boxed{3}, \boxed{1072}", True), ("1072", False)):
+        assert gsm8k.grade(dict(answer="#### 1072"), response, "sdar", "official")["correct"] is correct
+    assert gsm8k.grade(dict(answer="#### 1072"), "1072", "sdar")["correct"]
+    assert math500.trim("a Problem: b", "sdar", "official") == "a Problem: b"
+
+
+def test_t3d_asks_for_a_block_of_code_and_runs_the_last():
+    head = 'def one(x):\n    """One."""\n'
+    record = dict(prompt=head, entry_point="one", test="def check(f):\n    assert f(2) == 1\n")
+    text, start = humaneval.ask(record, "sdar", "official")
+    asked = "Place your code within a single Python code block ```python ```. Do not include more than one code block. "
+    assert (text, start) == (f"This is the problem:\n{head}\n{asked}", f"```python\n{head}")
+    assert humaneval.program(record, "    return 1\n```\nDone.", "sdar", "official")[0] == head + "    return 1\n"
+    again = "    return 2\n```\nNo:\n```python\ndef one(x):\n    return 1\n```"
+    assert humaneval.program(record, again, "sdar", "official")[0] == "def one(x):\n    return 1\n"
+
+    code = "import re\ndef half(x):\n    return x\ndef one(x, y):\n    return 1"
+    record = dict(text="Give one.", test_list=["assert one(2, 3) == 1"], code=code)
+    text, start = mbpp.ask({**record, "task_id": 11}, "sdar", "official")
+    assert (text, start) == (f"This is the problem:\nGive one.\n{asked}", "```python\ndef one(x, y):\n")
+    assert mbpp.program(record, "    return 1\n```", "sdar", "official")[0] == "def one(x, y):\n    return 1\n"
+    assert mbpp.ask({**record, "code": None}, "sdar", "official")[1] == "```python\n"
