@@ -3,6 +3,8 @@
 Tests on the real vocabulary read the folder beside TABOM_DATA, and skip without it."""
 
 import functools
+import gzip
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import FOLDER, decoded, meta, run, weights, write_lines
 
 import data
 import evaluate
@@ -189,3 +192,79 @@ def test_t3d_asks_for_a_block_of_code_and_runs_the_last():
     assert (text, start) == (f"This is the problem:\nGive one.\n{asked}", "```python\ndef one(x, y):\n")
     assert mbpp.program(record, "    return 1\n```", "sdar", "official")[0] == "def one(x, y):\n    return 1\n"
     assert mbpp.ask({**record, "code": None}, "sdar", "official")[1] == "```python\n"
+
+
+# ----------------------------------------------------------------------------------------------------- the whole method
+
+
+def write_model(folder, family):
+    """The golden checkpoint of a family with a tokenizer of bytes under its special ids, and Qwen3's template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    shutil.copytree(
+        FOLDER / f"{family}-tiny", folder, ignore=shutil.ignore_patterns("expected*", "objective*", "real*")
+    )
+    ids = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = {
+        300: "<|endoftext|>",
+        301: "<|im_start|>",
+        302: "<|im_end|>",
+        303: "<think>",
+        304: "</think>",
+        305: "<|M|>",
+    }
+    backend.add_special_tokens([names.get(i, f"<|{i}|>") for i in range(256, 306)])
+    backend.save(str(folder / "tokenizer.json"))
+    special = dict(eos_token="<|endoftext|>" if family == "sdar" else "<|im_end|>", pad_token="<|endoftext|>")
+    special.update(mask_token="<|M|>", chat_template=QWEN3)
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, block", [("a2d", None), ("a2d", 8), ("sdar", None)], ids=["mdlm", "bd3lm", "sdar"])
+def test_distill_train_evaluate_diagnose_merge(family, block, tmp_path, capsys):
+    own = dict(model=write_model(tmp_path / "model", family))
+    if block is not None:
+        own["block_causal"] = block
+    data_folder = tmp_path / "data"
+    data_folder.mkdir()
+    rows = [dict(question=f"What is {i} + {i}?", answer=f"#### {2 * i}") for i in range(6)]
+    questions = write_lines(data_folder / "questions.jsonl", rows)
+    with gzip.open(data_folder / gsm8k.FILE, "wt") as f:
+        f.write(questions.read_text())
+
+    out, budget = tmp_path / "T", dict(max_new_tokens=24)
+    assert run(capsys, "distill", **own, data=questions, out=out, **budget)[0]["trajectories"] == 6
+    decoder = meta(out)["decoder"]
+    assert (decoder["schedule"], decoder["block_length"]) == (family, block or {"a2d": 32, "sdar": 4}[family])
+    ended = "</think>\n\n" if family == "a2d" else "assistant\n"
+    tok = data.load_tokenizer(own["model"])
+    for record in data.read_trajectories(out):
+        assert tok.decode(record["prompt_ids"]).endswith(ended)
+        assert max(record["response_ids"]) < 305  # neither the mask nor a row without a token
+
+    training = dict(data=out, keep="all", window=8, epochs=2, global_batch=3, batch_size=2, lr=1e-2, warmup=0)
+    run(capsys, "train", **own, **training, out=tmp_path / "R")
+    adapter = tmp_path / "R" / "epoch-2"
+    layers = itertools.product(range(3), ("q_proj", "v_proj"), "AB")
+    official = {f"base_model.model.model.layers.{i}.self_attn.{p}.lora_{x}.weight" for i, p, x in layers}
+    assert set(weights(adapter)) == official  # PEFT's names for SDARForCausalLM and A2DQwen3LMHeadModel
+
+    asked = dict(tasks="gsm8k", data=data_folder, **budget)
+    scores = run(capsys, "evaluate", **own, **asked, adapter=adapter, out=tmp_path / "E")[0]["scores"]
+    assert scores[0]["n"] == 6
+    assert scores[0]["decoder"]["block_length"] == (block or {"a2d": 256, "sdar": 4}[family])
+    measured = dict(data=out, limit=3, window=8, runs=tmp_path / "R", out=tmp_path / "D")
+    summary = run(capsys, "diagnose", **own, **measured)[0]
+    assert len(summary["models"]) == 1 and summary["models"][0]["tds"] >= 0
+    assert (tmp_path / "D" / "tds.jsonl").is_file()
+
+    run(capsys, "merge", model=own["model"], adapter=adapter, out=tmp_path / "M")
+    merged = dict(own, model=tmp_path / "M")
+    run(capsys, "evaluate", **merged, **asked, out=tmp_path / "E2")
+    assert data.load_tokenizer(tmp_path / "M").chat(HI) == tok.chat(HI)
+    assert decoded(tmp_path / "E2" / "gsm8k").keys() == decoded(tmp_path / "E" / "gsm8k").keys()
