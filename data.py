@@ -60,9 +60,8 @@ class Tokenizer:
         self.eos_id = self.ids.get(special.get("eos_token"), eos_id)
         self.pad_id = self.ids.get(special.get("pad_token"))
         self.mask_id = self.ids.get(special.get("mask_token"), mask_id)
-        turns, known = set(map(self.ids.get, END_OF_TURN)), set(self.ids.values())
-        self.stop_ids = {eos_id, self.eos_id, self.pad_id, *turns, *known.intersection(ends)}
-        self.stop_ids -= {None, mask_id, self.mask_id}
+        turns, ends = set(map(self.ids.get, END_OF_TURN)), set(self.ids.values()).intersection(ends)
+        self.stop_ids = {eos_id, self.eos_id, self.pad_id, *turns, *ends} - {None, mask_id, self.mask_id}
         # SDAR has learnt no EOS right behind the end of a turn, and A2D's EOS is the end of a turn.
         self.last_ids = {self.eos_id} | (turns if model_type in ("sdar", "a2d-qwen3") else set())
         self.variables = {"enable_thinking": False} if model_type == "a2d-qwen3" else {}  # of the template, as dllm
@@ -223,24 +222,6 @@ def first_end(ids, stop_ids):
     return next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
 
 
-def cut(text, stops):
-    """The text up to the first of the stop strings."""
-    found = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(found, default=len(text))]
-
-
-def disagreements(tok, config):
-    """Lines about the ids on which a tokenizer and a model's config (anything with eos_id, pad_id and
-    mask_id) disagree."""
-    lines = []
-    for name in ("eos", "pad", "mask"):
-        token = tok.special.get(f"{name}_token")
-        ours, theirs = getattr(config, f"{name}_id", None), tok.ids.get(token)
-        if None not in (ours, theirs) and ours != theirs:
-            lines.append(f"{name}_token_id is {ours} in config.json, the tokenizer has {theirs} ({token})")
-    return lines
-
-
 def load_tokenizer(folder, eos_id=None, mask_id=None):
     """Tokenizer from tokenizer.json, or from vocab.json and merges.txt; eos_id, mask_id: of the
     model's config. Special tokens and the chat template come from tokenizer_config.json;
@@ -281,8 +262,7 @@ def load_tokenizer(folder, eos_id=None, mask_id=None):
         template = read_text(folder / "chat_template.jinja")
     model_type = read_json(folder / "config.json", {}).get("model_type")
     ends = read_json(folder / "generation_config.json", {}).get("eos_token_id")
-    ends = ends if are_numbers(ends, 0) else ()
-    return Tokenizer(backend, special, template, eos_id, mask_id, model_type, ends)
+    return Tokenizer(backend, special, template, eos_id, mask_id, model_type, ends if are_numbers(ends, 0) else ())
 
 
 def load_backend(folder):
