@@ -35,7 +35,8 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA's and Dream's; they end a response as EOS does
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA's, and Qwen's; they end a response as EOS does
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # Qwen3's template writes it before an answer without a thought
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -44,12 +45,13 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     special: {"eos_token": "<|endoftext|>", ...}; template: a text, a dict of named texts, or None;
-    eos_id, mask_id: of the model's config. size: the largest id + 1; a network has more rows (Dream
-    152,064 for 151,667), which must not be generated (`unused_ids`). stop_ids: every id that ends a
-    response: the EOS of the config and of the tokenizer, the end-of-turn tokens, and the padding,
-    which some models write behind their answer and never their EOS (DiffuCoder)."""
+    eos_id, mask_id: of the model's config; model_type: what that calls the family; ends: more ids
+    that end a response. size: the largest id + 1; a network has more rows (Dream 152,064 for
+    151,667), which must not be generated (`unused_ids`). stop_ids: every id that ends a response:
+    ends, the EOS of the config and of the tokenizer, the end-of-turn tokens, and the padding, which
+    some models write behind their answer and never their EOS (DiffuCoder)."""
 
-    def __init__(self, backend, special, template, eos_id=None, mask_id=None):
+    def __init__(self, backend, special, template, eos_id=None, mask_id=None, model_type=None, ends=()):
         from tokenizers import AddedToken
 
         self.backend, self.special, self.template, self.compiled = backend, special, template, None
@@ -58,8 +60,11 @@ class Tokenizer:
         self.eos_id = self.ids.get(special.get("eos_token"), eos_id)
         self.pad_id = self.ids.get(special.get("pad_token"))
         self.mask_id = self.ids.get(special.get("mask_token"), mask_id)
-        ends = map(self.ids.get, END_OF_TURN)
-        self.stop_ids = {eos_id, self.eos_id, self.pad_id, *ends} - {None, mask_id, self.mask_id}
+        turns, ends = set(map(self.ids.get, END_OF_TURN)), set(self.ids.values()).intersection(ends)
+        self.stop_ids = {eos_id, self.eos_id, self.pad_id, *turns, *ends} - {None, mask_id, self.mask_id}
+        # SDAR has learnt no EOS right behind the end of a turn, and A2D's EOS is the end of a turn.
+        self.last_ids = {self.eos_id} | (turns if model_type in ("sdar", "a2d-qwen3") else set())
+        self.variables = {"enable_thinking": False} if model_type == "a2d-qwen3" else {}  # of the template, as dllm
 
         # The library spells a special token as text only where it knows the token to be special, and
         # the files do not always say so of those that end a response.
@@ -157,7 +162,7 @@ class Tokenizer:
     def render(self, messages, add_generation_prompt=True, prefix=""):
         """Text of `chat`, and the (start, end) places of the special tokens that its messages quote."""
         if prefix.strip():
-            text, quoted = self.render([*messages, message("assistant", prefix)], add_generation_prompt=False)
+            _, text, quoted = self.render_answer(messages, prefix)
             end = len(text) - len(self.end_of_turn(messages))
             return text[:end], [place for place in quoted if place[1] <= end]
         # Marks around the special tokens in a content survive the template, and tell where they are.
@@ -166,7 +171,7 @@ class Tokenizer:
             if isinstance(turn.get("content"), str):
                 turn = {**turn, "content": self.pattern.sub(lambda found: mark + found[0] + mark, turn["content"])}
             marked.append(turn)
-        known = dict(self.special, tools=None, documents=None, messages=marked)
+        known = dict(self.special, **self.variables, tools=None, documents=None, messages=marked)
         self.compiled = self.compiled or compile_template(self.template)
         try:
             rendered = self.compiled.render(known, add_generation_prompt=add_generation_prompt)
@@ -178,6 +183,17 @@ class Tokenizer:
                 quoted.append((len(text), len(text) + len(piece)))
             text += piece
         return text + prefix, quoted
+
+    def render_answer(self, messages, answer):
+        """Text of the prompt for an answer, `render` of the conversation with it. An empty thought that only the
+        latter has is left out: no SDAR model has learnt to write one; A2D's prompts end with it."""
+        prompt, _ = self.render(messages)
+        text, quoted = self.render([*messages, message("assistant", answer)], add_generation_prompt=False)
+        start, length = len(prompt), len(EMPTY_THOUGHT)
+        if text.startswith(prompt + EMPTY_THOUGHT) and not answer.lstrip().startswith("<think>"):
+            text = prompt + text[start + length :]
+            quoted = [(a - length, b - length) if a >= start else (a, b) for a, b in quoted]
+        return prompt, text, quoted
 
     def end_of_turn(self, messages):
         """What the template writes behind an answer to these messages: Dream's "<|im_end|>\\n"."""
@@ -206,29 +222,12 @@ def first_end(ids, stop_ids):
     return next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
 
 
-def cut(text, stops):
-    """The text up to the first of the stop strings."""
-    found = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(found, default=len(text))]
-
-
-def disagreements(tok, config):
-    """Lines about the ids on which a tokenizer and a model's config (anything with eos_id, pad_id and
-    mask_id) disagree."""
-    lines = []
-    for name in ("eos", "pad", "mask"):
-        token = tok.special.get(f"{name}_token")
-        ours, theirs = getattr(config, f"{name}_id", None), tok.ids.get(token)
-        if None not in (ours, theirs) and ours != theirs:
-            lines.append(f"{name}_token_id is {ours} in config.json, the tokenizer has {theirs} ({token})")
-    return lines
-
-
 def load_tokenizer(folder, eos_id=None, mask_id=None):
     """Tokenizer from tokenizer.json, or from vocab.json and merges.txt; eos_id, mask_id: of the
     model's config. Special tokens and the chat template come from tokenizer_config.json;
     added_tokens.json, special_tokens_map.json and chat_template.json are read where that does not
-    say, and chat_template.jinja wins over it.
+    say, and chat_template.jinja wins over it. The family is config.json's model_type; a list of
+    EOS ids in generation_config.json adds to those that end a response.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do
     not fit, and for a special token that is declared and not in the vocabulary."""
@@ -261,7 +260,9 @@ def load_tokenizer(folder, eos_id=None, mask_id=None):
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
     if (folder / "chat_template.jinja").is_file():
         template = read_text(folder / "chat_template.jinja")
-    return Tokenizer(backend, special, template, eos_id, mask_id)
+    model_type = read_json(folder / "config.json", {}).get("model_type")
+    ends = read_json(folder / "generation_config.json", {}).get("eos_token_id")
+    return Tokenizer(backend, special, template, eos_id, mask_id, model_type, ends if are_numbers(ends, 0) else ())
 
 
 def load_backend(folder):
@@ -389,7 +390,7 @@ def cut_messages(tok, messages, max_tokens):
 
 def encode_answer(tok, messages, answer, raw=False):
     """Token ids of a reference answer as the model would write it: its text, the template's end of
-    turn, EOS.
+    turn, and EOS where the end of a turn is not enough.
 
     The answer is spelled as text, also where it quotes a special token. Raises ValueError where
     that is not possible, and where neither the tokenizer nor the config names an EOS token."""
@@ -397,8 +398,7 @@ def encode_answer(tok, messages, answer, raw=False):
         raise ValueError("the tokenizer names no eos_token, and an answer must end")
     if raw:
         return [*tok.encode_text(answer), tok.eos_id]
-    before, _ = tok.render(messages)
-    after, quoted = tok.render([*messages, message("assistant", answer)], add_generation_prompt=False)
+    before, after, quoted = tok.render_answer(messages, answer)
     if after.startswith(before):
         start = len(before)
         ids = tok.encode(after[start:], [(a - start, b - start) for a, b in quoted if a >= start])
@@ -406,7 +406,7 @@ def encode_answer(tok, messages, answer, raw=False):
         end = tok.end_of_turn(messages)
         ids = tok.encode(answer + end, [found.span() for found in tok.pattern.finditer(answer)])
     ids = ids[: first_end(ids, tok.stop_ids) + 1]  # some templates go on behind the end of the turn
-    if ids[-1:] != [tok.eos_id]:
+    if not tok.last_ids.intersection(ids[-1:]):
         ids.append(tok.eos_id)
     return ids
 

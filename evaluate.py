@@ -368,8 +368,17 @@ def evaluate(c, processes=None, loaded=None):
 
 def task_settings(c, task, loaded):
     """A benchmark's decoder settings, with the command line's changes. There are as many steps as tokens, also where
-    --max-new-tokens changes the number of tokens."""
-    preset = TASKS[task].settings(loaded.m.config.family, c.protocol)
+    --max-new-tokens changes the number of tokens. Raises ValueError for a protocol that does not know the family."""
+    family = loaded.m.config.family
+    if c.protocol == "release" and family not in ("llada", "dream"):
+        raise ValueError(
+            f"--protocol release: the authors' code has LLaDA and Dream, not {family}; use paper or official"
+        )
+    preset = TASKS[task].settings(family, c.protocol)
+    if (
+        getattr(loaded.m.config, "block_length", None) is not None
+    ):  # the attention's own blocks, unless flags say others
+        preset.pop("block_length", None)
     if c.max_new_tokens:
         preset.update(max_new_tokens=c.max_new_tokens, steps=c.max_new_tokens)
     return runs.decoder_settings(c, loaded, preset)
@@ -431,7 +440,7 @@ def prompt_of(c, loaded, task, record, shots):
     family = loaded.m.config.family
     text, start = TASKS[task].ask(record, family, c.protocol)
     ids = data.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
-    whole = family == "llada" and c.protocol == "official"  # OpenCompass does not cut
+    whole = family in ("llada", "sdar") and c.protocol == "official"  # OpenCompass and T3D do not cut
     return text, ids if whole else ids[-TASKS[task].PROMPT_TOKENS :]
 
 

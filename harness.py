@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 import evaluate
 import runs
 from options import check_values, kind, opt, parse_value
@@ -33,6 +32,12 @@ class HarnessOptions(runs.ModelOptions, runs.DecodeOptions):
     adapter: str | None = opt(None, "adapter folder")
     batch_size: int = opt(1, "prompts decoded together on each process", low=1)
     prompt_tokens: int = opt(1024, "longer prompts are cut on the left to this many tokens", low=1)
+
+
+def cut(text, stops):
+    """The text up to the first of the stop strings."""
+    found = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(found, default=len(text))]
 
 
 def read_options(given):
@@ -104,7 +109,7 @@ class Answers:
             for numbers, records in evaluate.answers(self.loaded, examples, settings, *own):
                 for i, record in zip(numbers, records):
                     place = examples[i]["place"]
-                    text = texts[place] = data.cut(record["text"], stops)
+                    text = texts[place] = cut(record["text"], stops)
                     self.cache_hook.add_partial("generate_until", requests[place].args, text)  # for --use_cache
                 bar.update(len(numbers))
         bar.close()

@@ -322,6 +322,18 @@ class Loaded(NamedTuple):
         return sorted({*self.tok.unused_ids(self.m.config.vocab_size), self.m.config.mask_id})
 
 
+def disagreements(tok, config):
+    """Lines about the ids on which a tokenizer and a model's config (anything with eos_id, pad_id and
+    mask_id) disagree."""
+    lines = []
+    for name in ("eos", "pad", "mask"):
+        token = tok.special.get(f"{name}_token")
+        ours, theirs = getattr(config, f"{name}_id", None), tok.ids.get(token)
+        if None not in (ours, theirs) and ours != theirs:
+            lines.append(f"{name}_token_id is {ours} in config.json, the tokenizer has {theirs} ({token})")
+    return lines
+
+
 def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=None):
     """Loaded: the model of the options c on this process's device, its tokenizer and its folder.
 
@@ -336,7 +348,7 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
         m.config.block_length = c.block_causal
     one_thread_if_small(m)
     tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
-    for line in data.disagreements(tok, m.config):
+    for line in disagreements(tok, m.config):
         warner(processes)(f"{folder}: {line}")
     if tok.size > m.config.vocab_size:
         rows = m.config.vocab_size

@@ -9,7 +9,8 @@ record: a row of the benchmark's own file. response: the text a model wrote, wit
 Sources: lm-evaluation-harness (gsm8k.yaml and gsm8k-cot.yaml, both its filters), of which Dream's
 evaluation is a fork; OpenCompass, which evaluated LLaDA. Protocols: "paper" asks both families as
 the harness does, zero-shot; "release" has the lengths of the paper's published code; "official" is
-each model's own evaluation.
+each model's own evaluation: for SDAR its settings (greedy, up to 4,096 tokens) with T3D's prompts.
+A2D's prompts are the harness's, in every protocol.
 """
 
 import re
@@ -27,6 +28,8 @@ def ask(record, family, protocol="paper"):
     """(user's turn, start of the answer) of a question."""
     if family == "llada" and protocol == "official":
         return f"Question: {record['question']}\nLet's think step by step\nAnswer:", ""
+    if family == "sdar" and protocol == "official":
+        return f"{record['question']}\nPlease reason step by step, and put your final answer within \\boxed{{}}.", ""
     return f"Q: {record['question']}\nA:", ""
 
 
@@ -34,6 +37,10 @@ def settings(family, protocol="paper"):
     """Arguments of decode.generate. Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "a2d":  # dllm's, of its MDLM models; where attention is block-causal, its blocks are the decoder's
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0)
+    if family == "sdar" and protocol == "official":
+        return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     if family == "llada":
         tokens = 256 if protocol == "release" else 512
         return dict(max_new_tokens=tokens, steps=tokens, block_length=8, temperature=0.0)
@@ -44,8 +51,8 @@ def settings(family, protocol="paper"):
 
 
 def stops(family, protocol="paper"):
-    """A response ends before the first of these texts. OpenCompass takes it whole."""
-    if family == "llada" and protocol == "official":
+    """A response ends before the first of these texts. OpenCompass and T3D take it whole."""
+    if family in ("llada", "sdar") and protocol == "official":
         return ()
     return ("Q:", "</s>", "<|im_end|>")
 
@@ -67,8 +74,10 @@ def grade(record, response, family="dream", protocol="paper", strict=False):
     """dict(correct, reason, extracted): the last number of the response is its answer (the
     harness's flexible-extract).
 
-    strict: the first number after ####, else after "The answer is". Family and protocol change
-    nothing here."""
+    strict: the first number after ####, else after "The answer is". In T3D's way (SDAR, official) only
+    the last \\boxed{} counts."""
+    if family == "sdar" and protocol == "official":
+        response = ([""] + re.findall(r"\\boxed\{([^{}]*)\}", response))[-1]
     found = strict_number(response) if strict else flexible_number(response)
     gold = plain_number(record["answer"].rsplit("####", 1)[-1].strip())
     if found is None:

@@ -9,7 +9,9 @@ record: a row of the benchmark's own file. response: the text a model wrote, wit
 
 Sources: Dream's fork of lm-evaluation-harness (its sanitize, which is EvalPlus's); OpenCompass,
 which evaluated LLaDA (humaneval_postprocess_v2). Protocols: "paper" and "release" ask both families
-as the fork does, zero-shot; "official" is each model's own evaluation.
+as the fork does, zero-shot; "official" is each model's own evaluation: for SDAR its settings
+(greedy, up to 4,096 tokens) with T3D's prompts, whose answers begin with the function's head: here,
+HumanEval's prompt. A2D's prompts are the fork's, in every protocol.
 """
 
 import ast
@@ -26,12 +28,18 @@ PROMPT_TOKENS = 1024  # longer prompts are cut on the left
 PROTOCOLS = ("paper", "release", "official")
 
 
+QUESTION_OF_T3D = "This is the problem:\n{}\nPlace your code within a single Python code block ```python ```. "
+QUESTION_OF_T3D += "Do not include more than one code block. "
+
+
 def ask(record, family, protocol="paper"):
     """(user's turn, start of the answer) of a problem. LLaDA's chat template trims the start at its
     end."""
     prompt = record["prompt"]
     if family == "llada" and protocol == "official":
         return f"Complete the following python code:\n{prompt}", ""
+    if family == "sdar" and protocol == "official":
+        return QUESTION_OF_T3D.format(prompt), f"```python\n{prompt}"
     text = "Write a solution to the following problem and make sure that it passes the tests:\n```"
     return text + prompt, f"Here is the completed function:\n```python\n{prompt}\n"
 
@@ -43,6 +51,10 @@ def settings(family, protocol="paper"):
     Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "a2d":  # dllm's, of its MDLM models; where attention is block-causal, its blocks are the decoder's
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0)
+    if family == "sdar" and protocol == "official":
+        return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     if family == "llada":
         return dict(max_new_tokens=512, steps=512, block_length=512, temperature=0.0, suppress_eos=True)
     found = dict(max_new_tokens=768, steps=768)
@@ -52,8 +64,8 @@ def settings(family, protocol="paper"):
 
 
 def stops(family, protocol="paper"):
-    """A response ends before the first of these texts. OpenCompass takes it whole."""
-    if family == "llada" and protocol == "official":
+    """A response ends before the first of these texts. OpenCompass and T3D take it whole."""
+    if family in ("llada", "sdar") and protocol == "official":
         return ()
     return ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -80,6 +92,8 @@ def program(record, response, family="dream", protocol="paper"):
     tests = f"{helpers(prompt, entry, record['test'])}{record['test']}\ncheck({entry})\n"
     if family == "llada" and protocol == "official":
         return prompt_and_block(prompt, response), tests, [entry]
+    if family == "sdar" and protocol == "official":
+        return last_block(f"```python\n{prompt}{response}"), tests, [entry]
     return sanitize(prompt + "\n" + python_block(response), entry), tests, [entry]
 
 
@@ -110,6 +124,11 @@ def prompt_and_block(prompt, response):
 def python_block(text):
     """What follows the first ```python, if there is one, up to the next ```."""
     return text.split("```python\n", 1)[-1].split("```")[0]
+
+
+def last_block(text):
+    """What follows the last ```python, up to the next ```: T3D's."""
+    return text.rsplit("```python\n", 1)[-1].split("```")[0]
 
 
 def parsed(code):

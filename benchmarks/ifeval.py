@@ -44,6 +44,10 @@ def settings(family, protocol="paper"):
     """Arguments of decode.generate. Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "a2d":  # dllm's, of its MDLM models; where attention is block-causal, its blocks are the decoder's
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0)
+    if family == "sdar" and protocol == "official":
+        return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     if family == "llada":
         found = dict(max_new_tokens=512, steps=512, block_length=512, temperature=0.0)
         return dict(found, strategy="entropy") if protocol == "release" else found

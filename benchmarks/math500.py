@@ -10,7 +10,8 @@ record: a row of the benchmark's own file. response: the text a model wrote, wit
 Sources: lm-evaluation-harness and Dream's fork of it; OpenCompass, which evaluated LLaDA;
 math-verify for the verdict. Protocols: "paper" asks both families as the harness does, zero-shot;
 "release" hands math-verify the gold answer without "$", as the paper's published code does;
-"official" is each model's own evaluation.
+"official" is each model's own evaluation: for SDAR its settings (greedy, up to 4,096 tokens) with
+T3D's prompts. A2D's prompts are the harness's, in every protocol.
 """
 
 import functools
@@ -34,7 +35,7 @@ PROTOCOLS = ("paper", "release", "official")
 
 def ask(record, family, protocol="paper"):
     """(user's turn, start of the answer) of a problem."""
-    if family == "llada" and protocol == "official":
+    if family in ("llada", "sdar") and protocol == "official":
         return f"{record['problem']}\nPlease reason step by step, and put your final answer within \\boxed{{}}.", ""
     return f"Problem:\n{record['problem']}\n\nSolution:", ""
 
@@ -43,6 +44,10 @@ def settings(family, protocol="paper"):
     """Arguments of decode.generate. Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "a2d":  # dllm's, of its MDLM models; where attention is block-causal, its blocks are the decoder's
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0)
+    if family == "sdar" and protocol == "official":
+        return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     found = dict(max_new_tokens=512, steps=512)
     if family == "llada":
         found.update(block_length=64, temperature=0.0)
@@ -52,8 +57,8 @@ def settings(family, protocol="paper"):
 
 
 def stops(family, protocol="paper"):
-    """A response ends before the first of these texts. OpenCompass takes it whole."""
-    if family == "llada" and protocol == "official":
+    """A response ends before the first of these texts. OpenCompass and T3D take it whole."""
+    if family in ("llada", "sdar") and protocol == "official":
         return ()
     return ("Problem:",)
 

@@ -10,7 +10,9 @@ record: a row of the benchmark's own file. response: the text a model wrote, wit
 Sources: Dream's fork of lm-evaluation-harness; OpenCompass, which evaluated LLaDA (MBPPEvaluator).
 Protocols: "paper" asks both families as the fork does, zero-shot; "release" has the lengths of the
 paper's published code and checks the first three asserts without the record's set-up code;
-"official" is each model's own evaluation.
+"official" is each model's own evaluation: for SDAR its settings (greedy, up to 4,096 tokens) with
+T3D's prompts, whose answers begin with the function's head: here, the line of the reference
+solution. A2D's prompts are the fork's, in every protocol.
 """
 
 import ast
@@ -26,6 +28,8 @@ PROMPT_TOKENS = 1024  # longer prompts are cut on the left
 PROTOCOLS = ("paper", "release", "official")
 
 QUESTION = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n"
+QUESTION_OF_T3D = "This is the problem:\n{}\nPlace your code within a single Python code block ```python ```. "
+QUESTION_OF_T3D += "Do not include more than one code block. "
 
 
 def rows(records):
@@ -39,7 +43,18 @@ def ask(record, family, protocol="paper"):
     question, tests = QUESTION.format(record["text"]), record["test_list"]
     if family == "llada" and protocol == "official":
         return question + " " + "\n".join(tests) + "  \n", ""
+    if family == "sdar" and protocol == "official":
+        return QUESTION_OF_T3D.format(record["text"]), f"```python\n{function_head(record)}"
     return question + "\n".join(tests[:3]), "Here is the completed function:\n```python\n"
+
+
+def function_head(record):
+    """The line of the reference solution that defines what the first assert calls, or ""."""
+    for line in (record.get("code") or "").splitlines():
+        found = re.match(r"def (\w+)\(.*\):", line)
+        if found and re.search(rf"\b{found[1]}\b", record["test_list"][0]):
+            return found[0] + "\n"
+    return ""
 
 
 def settings(family, protocol="paper"):
@@ -49,6 +64,10 @@ def settings(family, protocol="paper"):
     Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: known are {', '.join(PROTOCOLS)}")
+    if family == "a2d":  # dllm's, of its MDLM models; where attention is block-causal, its blocks are the decoder's
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0)
+    if family == "sdar" and protocol == "official":
+        return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     if family == "llada":
         return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0, eos_last=True)
     tokens = 512 if protocol == "release" else 1024
@@ -59,8 +78,8 @@ def settings(family, protocol="paper"):
 
 
 def stops(family, protocol="paper"):
-    """A response ends before the first of these texts. OpenCompass takes it whole."""
-    if family == "llada" and protocol == "official":
+    """A response ends before the first of these texts. OpenCompass and T3D take it whole."""
+    if family in ("llada", "sdar") and protocol == "official":
         return ()
     return ("```",)
 
@@ -86,6 +105,8 @@ def program(record, response, family="dream", protocol="paper"):
     code = python_block(response)
     if family == "llada" and protocol == "official":
         code = marked_code(response)
+    if family == "sdar" and protocol == "official":  # the last ```python block
+        code = f"```python\n{function_head(record)}{response}".rsplit("```python\n", 1)[-1].split("```")[0]
     names = sorted(defined_names(record.get("code") or ""))
     return code, "\n".join(tests).replace("\r\n", "\n"), names
 

@@ -2,15 +2,18 @@
 
     python -m experiments.cost llada-8b                    # or dream-7b, a model folder, a Hub repo id
     python -m experiments.cost dream-7b --gpus 4 --tflops 300 --epochs 3 --batch 8
+    python -m experiments.cost a2d-0.6b --block-causal 32 --gpus 1 --tflops 40
 
 Nothing is run: parameters and activations are counted on torch's meta device, which has shapes and
 no storage. --tflops is an assumption about the GPU and not a measurement; so are the hours that
 follow from it.
 
-Dimensions: B batch, L length (prompt and response), W window, H heads, E their width, V vocabulary.
+Dimensions: B batch, L length (prompt and response), n tokens of a training pass, W window, H heads,
+E their width, V vocabulary.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -32,6 +35,9 @@ LLADA.update(rms_norm_eps=1e-5, rope=True, rope_full_precision=True, rope_theta=
 LLADA.update(include_bias=False, include_qkv_bias=False, weight_tying=False)
 DREAM = dict(model_type="Dream", hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0)
 DREAM.update(tie_word_embeddings=False)
+QWEN3 = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000, head_dim=128, num_key_value_heads=8)
+QWEN3.update(vocab_size=151936)
+SDAR = QWEN3 | dict(model_type="sdar", tie_word_embeddings=False, eos_token_id=151643)
 FULL = {  # the configurations of the published checkpoints
     "llada-8b": LLADA
     | dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288)
@@ -41,6 +47,12 @@ FULL = {  # the configurations of the published checkpoints
     | dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
     | dict(intermediate_size=18944, vocab_size=152064)
     | dict(mask_token_id=151666, eos_token_id=151643, pad_token_id=151643),
+    "a2d-0.6b": QWEN3
+    | dict(model_type="a2d-qwen3", tie_word_embeddings=True, eos_token_id=151645, pad_token_id=151643)
+    | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
+    "sdar-1.7b": SDAR | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
+    "sdar-4b": SDAR | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+    "sdar-8b": SDAR | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
 }
 RANK = 16  # of the adapter (Section 4 of the paper)
 
@@ -86,18 +98,20 @@ def kept_bytes(call, parameters=()):
     return sum(size for size, _ in kept.values())
 
 
-def activations(raw, batch, length, window, rank=RANK, checkpointing=False):
+def activations(config, batch, length, window, rank=RANK, checkpointing=False, start=0):
     """Bytes that the forward pass of a TABOM step keeps for the backward pass, in bfloat16.
 
-    raw: the content of a config.json. With checkpointing: the inputs of the blocks, without the one
-    block that the backward pass computes again at a time."""
-    m = lora.inject(model.empty(model.parse_config(raw)).to(torch.bfloat16), rank=rank)
+    config: a model's. With checkpointing: the inputs of the blocks, without the one block that the
+    backward pass computes again at a time. start: where the noisy copy of the rows begins, if
+    attention is block-causal."""
+    m = lora.inject(model.empty(config).to(torch.bfloat16), rank=rank)
     m.gradient_checkpointing = checkpointing
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     positions = torch.zeros(batch, window, dtype=torch.long, device="meta")
+    copies = {} if config.block_length is None else dict(clean=ids, start=start)
 
     def forward():
-        logp = m(ids, positions=positions).float().log_softmax(-1)  # [B, W, V]
+        logp = m(ids, positions=positions, **copies).float().log_softmax(-1)  # [B, W, V]
         objectives.entropy(logp)
 
     return kept_bytes(forward, m.parameters())
@@ -120,20 +134,27 @@ def count_parameters(config):
 
 def count_work(c, config, parameters):
     """Passes of the distillation, and FLOPs: dict(passes, per_pass, distill, train)."""
-    L = c.prompt_tokens + c.new_tokens
-    # Of each token and layer: q k^T and weights v, 2 FLOPs for each of H E numbers of L tokens.
-    all_heads = model.empty(config).layers[0].q_proj.out_features  # H E
-    attention = 2 * 2 * L * all_heads * config.layers
-    per_token = 2 * parameters["body"] + attention
+    L, body = c.prompt_tokens + c.new_tokens, 2 * parameters["body"]
+    # Of each token, layer and key: q k^T and weights v, 2 FLOPs for each of H E numbers.
+    per_key = 2 * 2 * model.empty(config).layers[0].q_proj.out_features * config.layers
 
     # 1. Distillation, one token a step: the head runs on what is masked, on average half of a block.
-    block = runs.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
-    masked = (min(block, c.new_tokens) + 1) / 2
+    block = config.block_length or runs.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
+    block = min(block, c.new_tokens)
     passes = c.queries * c.new_tokens
-    per_pass = L * per_token + masked * 2 * parameters["head"]
+    if config.block_length is None:
+        computed = L * (body + L * per_key)  # all tokens see all
+    else:
+        # Finished blocks are in the cache: a step computes its block, and the first of a block the
+        # one before it too (the first of all the prompt). On average they see half of the response.
+        tokens = block + 1 + c.prompt_tokens / c.new_tokens
+        computed = tokens * (body + (c.prompt_tokens + c.new_tokens / 2) * per_key)
+    per_pass = computed + (block + 1) / 2 * 2 * parameters["head"]
 
     # 2. Training: forward, and backward to the activations: attention twice, a frozen weight once.
-    per_example = L * (2 * 2 * parameters["body"] + 3 * attention)
+    # Block-causal attention has the response twice, with masks and without.
+    n = L if config.block_length is None else L + c.new_tokens
+    per_example = n * (2 * body + 3 * n * per_key)
     per_example += c.window * 2 * 2 * parameters["head"]
     train = c.queries * c.epochs * per_example
     return dict(passes=passes, per_pass=per_pass, distill=passes * per_pass, train=train)
@@ -158,12 +179,14 @@ def plan(c):
     if raw is None:
         raw = data.read_json(model.resolve(c.model) / "config.json")
     config = model.parse_config(raw)
+    if c.block_causal is not None:
+        config = dataclasses.replace(config, block_length=c.block_causal)
     parameters = count_parameters(config)
     work = count_work(c, config, parameters)
     L = c.prompt_tokens + c.new_tokens
-    kept = activations(raw, c.batch, L, c.window)
+    kept = activations(config, c.batch, L, c.window, start=c.prompt_tokens)
     one_block = kept / config.layers
-    recomputed = activations(raw, c.batch, L, c.window, checkpointing=True) + one_block
+    recomputed = activations(config, c.batch, L, c.window, checkpointing=True, start=c.prompt_tokens) + one_block
     hours = {}
     for gpus in c.gpus:
         hours[str(gpus)] = count_hours(c, work, gpus)
@@ -181,13 +204,17 @@ def plan(c):
     }
     for gpus, h in hours.items():
         place = f"on {gpus} GPUs at {c.tflops:g} TFLOP/s each"
-        rows[f"distillation {place}"] = f"{h['distill']:.1f} hours"
+        rows[f"distillation {place}"] = f"{h['distill']:.2f} hours"
         steps = f"{h['steps']:,} optimizer steps of {c.batch * int(gpus)} examples"
         rows[f"training {place}"] = f"{h['train']:.2f} hours, {steps}"
     rows["memory: weights in bfloat16"] = f"{2 * whole / 1e9:.1f} GB"
     rows["memory: adapter, gradients and AdamW in float32"] = f"{16 * adapter / 1e9:.2f} GB"
     rows[f"memory: activations at batch {c.batch}"] = f"{kept / 1e9:.1f} GB"
     rows["the same with --gradient-checkpointing"] = f"{recomputed / 1e9:.1f} GB"
+    rows["memory: full fine-tuning instead, weights, gradients and AdamW in float32"] = f"{16 * whole / 1e9:.1f} GB"
+    for gpus in c.gpus:
+        if gpus > 1:
+            rows[f"the same on each GPU, sharded over {gpus}"] = f"{16 * whole / 1e9 / gpus:.1f} GB"
     print(f"| {c.model} | |\n| --- | --- |")
     for name, value in rows.items():
         print(f"| {name} | {value} |")
@@ -216,6 +243,8 @@ def command_line():
     number("--new-tokens", default=256, help="of a response, which are its decoding steps (256)")
     number("--window", default=32, help="W of the training (32)")
     number("--epochs", default=5, help="of the training (5)")
+    blocks = "block length of block-causal attention (the model's own; A2D's BD3LM models need it)"
+    number("--block-causal", help=blocks)
     number("--batch", default=4, help="examples of an optimizer step on each GPU (4)")
     gpus = "numbers of GPUs, comma-separated (4,8)"
     parser.add_argument("--gpus", type=number_list, default=(4, 8), help=gpus)

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -233,14 +232,6 @@ def test_a_token_stays_as_it_was_added_when_it_is_known_to_be_special(letters):
     assert max(tok.encode_text("<|eot_id|><think>")) < 256
 
 
-def test_disagreements_of_config_and_tokenizer_are_told(letters):
-    config = SimpleNamespace(eos_id=258, pad_id=256, mask_id=7)
-    eos, mask = data.disagreements(letters, config)
-    assert "eos_token_id is 258 in config.json, the tokenizer has 256 (<|endoftext|>)" in eos
-    assert "mask_token_id is 7 in config.json, the tokenizer has 259 (<|mask|>)" in mask
-    assert data.disagreements(letters, SimpleNamespace(eos_id=256, pad_id=None, mask_id=259)) == []
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quoted_special_token_is_text_in_prompts_and_answers(letters, name):
     messages = [dict(role="user", content=f"What is {name}?")]
@@ -344,12 +335,6 @@ def test_prefixes_give_the_prompts_of_the_harness(dream):
         for row in harness_rows(f"prompts_llada_{task}.jsonl"):
             messages = asked(row["prompt"], "user<|end_header_id|>\n\n", "<|eot_id|>")
             assert llada.chat(messages, prefix=prefix) == row["prompt"]
-
-
-def test_a_text_is_cut_at_the_first_stop():
-    assert data.cut("a\nQ: b\nclass", ["class", "Q:"]) == "a\n"
-    assert data.cut("abc", ["x", ""]) == "abc"
-    assert data.cut("Q:", ["Q:"]) == ""
 
 
 def test_a_prompt_is_cut_on_the_right_and_keeps_the_end_of_the_template(letters):

@@ -52,6 +52,12 @@ def command(*words, processes=1, **environment):
 # ------------------------------------------------------------------------------------------ what the harness calls
 
 
+def test_a_text_is_cut_at_the_first_stop():
+    assert harness.cut("a\nQ: b\nclass", ["class", "Q:"]) == "a\n"
+    assert harness.cut("abc", ["x", ""]) == "abc"
+    assert harness.cut("Q:", ["Q:"]) == ""
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_texts_are_those_of_answer(bytes_model, batch_size):
     lm = answers(bytes_model, batch_size=batch_size, block_length=8, temperature=1.0, seed=3)
@@ -60,7 +66,7 @@ def test_the_texts_are_those_of_answer(bytes_model, batch_size):
     settings = dict(runs.DECODERS["llada"], block_length=8, temperature=1.0, max_new_tokens=16, steps=16)
     texts, _ = evaluate.answer(lm.loaded.m, lm.loaded.tok, prompts, settings, seed=3)
     found = lm.generate_until(asked)
-    assert found == [data.cut(text, STOPS) for text in texts]
+    assert found == [harness.cut(text, STOPS) for text in texts]
     assert len(set(found)) > 1
     assert found != texts  # something was cut
     kept = {}

@@ -696,3 +696,13 @@ def test_nothing_is_written_for_a_bad_model(tiny, puzzles, tmp_path, capsys):
 def test_no_such_model(name):
     with pytest.raises(OSError, match="no model folder .*where"):
         load(name)
+
+
+def test_disagreements_of_config_and_tokenizer_are_told():
+    special = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mask|>")
+    letters = SimpleNamespace(special=special, ids={"<|endoftext|>": 256, "<|mask|>": 259})
+    config = SimpleNamespace(eos_id=258, pad_id=256, mask_id=7)
+    eos, mask = runs.disagreements(letters, config)
+    assert "eos_token_id is 258 in config.json, the tokenizer has 256 (<|endoftext|>)" in eos
+    assert "mask_token_id is 7 in config.json, the tokenizer has 259 (<|mask|>)" in mask
+    assert runs.disagreements(letters, SimpleNamespace(eos_id=256, pad_id=None, mask_id=259)) == []
