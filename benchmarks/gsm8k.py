@@ -77,8 +77,9 @@ def grade(record, response, family="dream", protocol="paper", strict=False):
     strict: the first number after ####, else after "The answer is". In T3D's way (SDAR, official) only
     the last \\boxed{} counts."""
     if family == "sdar" and protocol == "official":
-        response = ([""] + re.findall(r"\\boxed\{([^{}]*)\}", response))[-1]
-    found = strict_number(response) if strict else flexible_number(response)
+        found = boxed_number(response)
+    else:
+        found = strict_number(response) if strict else flexible_number(response)
     gold = plain_number(record["answer"].rsplit("####", 1)[-1].strip())
     if found is None:
         return dict(correct=False, reason="no answer in the response", extracted=None)
@@ -91,6 +92,21 @@ def flexible_number(text):
     """The last number of a text, as plain_number() writes it, or None."""
     found = list(FLEXIBLE.finditer(text))
     return plain_number(found[-1][0]) if found else None
+
+
+def boxed_number(text):
+    """The number of the last \\boxed{}, whose braces may be nested, or None: the first one behind its last "="; a
+    unit may follow."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth, end = 1, 0
+    while box and depth and end < len(rest):
+        depth += {"{": 1, "}": -1}.get(rest[end], 0)
+        end += 1
+    if not box or depth:
+        return None
+    inside = rest[: end - 1].replace("{,}", ",").rsplit("=", 1)[-1]
+    found = FLEXIBLE.search(inside)
+    return plain_number(found[0]) if found else None
 
 
 def strict_number(text):

@@ -51,7 +51,7 @@ def ask(record, family, protocol="paper"):
 def function_head(record):
     """The line of the reference solution that defines what the first assert calls, or ""."""
     for line in (record.get("code") or "").splitlines():
-        found = re.match(r"def (\w+)\(.*\):", line)
+        found = re.match(r"def (\w+) ?\(.*\) ?:", line)
         if found and re.search(rf"\b{found[1]}\b", record["test_list"][0]):
             return found[0] + "\n"
     return ""

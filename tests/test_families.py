@@ -172,6 +172,9 @@ def test_t3d_asks_for_a_box_and_grades_it():
     assert math500.ask(dict(problem="How many?"), "sdar", "official") == (question, "")
     for response, correct in ((r"so \boxed{1,072}. Or 3", True), (r"\boxed{3}, \boxed{1072}", True), ("1072", False)):
         assert gsm8k.grade(dict(answer="#### 1072"), response, "sdar", "official")["correct"] is correct
+    for box in (r"\text{1072 dollars}", "1{,}072", r"x = 1072", r"1072\ \text{km}^2"):  # braces in braces, units
+        assert gsm8k.grade(dict(answer="#### 1072"), rf"\boxed{{3}} \boxed{{{box}}}", "sdar", "official")["correct"]
+    assert not gsm8k.grade(dict(answer="#### 1072"), r"\boxed{1072", "sdar", "official")["correct"]  # cut short
     assert gsm8k.grade(dict(answer="#### 1072"), "1072", "sdar")["correct"]
     assert math500.trim("a Problem: b", "sdar", "official") == "a Problem: b"
 
@@ -192,6 +195,7 @@ def test_t3d_asks_for_a_block_of_code_and_runs_the_last():
     assert (text, start) == (f"This is the problem:\nGive one.\n{asked}", "```python\ndef one(x, y):\n")
     assert mbpp.program(record, "    return 1\n```", "sdar", "official")[0] == "def one(x, y):\n    return 1\n"
     assert mbpp.ask({**record, "code": None}, "sdar", "official")[1] == "```python\n"
+    assert mbpp.function_head({**record, "code": "def one (x) : \n    return 1"}) == "def one (x) :\n"
 
 
 # ----------------------------------------------------------------------------------------------------- the whole method
