@@ -1,7 +1,7 @@
 """Runs commands of tabom.py, each in a fork of its own that a fault meets at a chosen moment: python tests/killed.py
 
 Reads a line of JSON per command from stdin and answers with one. A moment is an operation on a file below `out`, or a
-step: an optimizer step or a decoded response. Moments are counted, not timed, so that a fault meets the same one on every
+step: an optimizer step or a decoded response. Moments are counted, not timed: a fault meets the same one on every
 machine. The libraries are imported once, before the first fork.
 
     {"words": ["train", ...], "out": "out/R", "kind": "file", "at": 7, "signal": 9, "largest_file": null}
