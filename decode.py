@@ -7,6 +7,7 @@
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="sdar", strategy="confidence")
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, tokens_per_step=2)  # faster
     t.response, t.step, t.order, t.entropy, t.confidence  # each [B, N]
+    for numbers, t in decode.stream(m, prompts, 16, max_new_tokens=256): ...  # many prompts, 16 at a time
 
 The response starts as N mask tokens. Each step runs the model once, gives every masked position a
 token and a score, and keeps the tokens of the best scores (Eq. 2 of the TABOM paper, with the

@@ -53,8 +53,8 @@ EXPERIMENTS = re.findall(r"python -m experiments\.(\w+)([^\n`]*)", TEXT)
 # What a line may begin with, besides a command of the project.
 OTHERS = ("pip install -r requirements.txt", "pytest", "echo ")
 # Flags of other programs: torchrun, lm-evaluation-harness, and every parser's own.
-THEIRS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}  # torchrun's
-THEIRS |= {"--model_args", "--log_samples", "--apply_chat_template", "--batch_size", "--help"}
+THEIRS = {"--nproc_per_node", "--model_args", "--log_samples", "--apply_chat_template", "--batch_size", "--help"}
+THEIRS |= {"--nnodes", "--node_rank", "--master_addr", "--master_port"}
 
 
 @functools.cache

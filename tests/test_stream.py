@@ -64,8 +64,8 @@ DRAWN = dict(
 )
 PACE = [
     dict(),
-    dict(threshold=0.02),
-    dict(threshold=0.1, block_length=4),
+    dict(threshold=0.2),
+    dict(threshold=0.2, block_length=4),
     dict(tokens_per_step=3),
     dict(block_length=4),
     dict(steps=6, block_length=4),
@@ -161,3 +161,24 @@ def test_what_is_done_is_given_out_before_the_next_step(toy):
     numbers, t = next(stream)
     assert len(m.calls) == int(t.step.max()) + 1
     assert len(numbers) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_nothing_is_compiled_anew_while_rows_finish(family):
+    """One batch, whose rows leave one by one, has needed all that a long queue needs."""
+    compiled, m = [], model.load(FOLDER / f"{family}-tiny")
+
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for block in m.layers:
+        block.compile(dynamic=True, backend=compiler)
+    prompts = sorted(prompts_of(range(11, 43)), key=len, reverse=True)
+    options = dict(max_new_tokens=16, schedule="llada", strategy="confidence", threshold=0.2)
+    streamed(m, prompts[:4], 4, **options)
+    after_one_batch = len(compiled)
+    ours, order = streamed(m, prompts, 4, **options)
+    assert len({int(t.step.max()) for t in ours}) > 3 and order != sorted(order)
+    assert len(compiled) == after_one_batch <= 8
