@@ -17,7 +17,7 @@ LEAVES += [f"benchmarks.{name}" for name in ("gsm8k", "math500", "humaneval", "m
 LEVELS = [
     ["tabom", "harness"],
     ["experiments.demo", "experiments.claims"],
-    ["experiments.report"],
+    ["experiments.report", "experiments.gradients"],
     ["experiments.sweep"],
     ["experiments.diagnose", "experiments.tiny", "experiments.speed"],
     ["experiments.plots", "experiments.stats", "experiments.puzzles", "experiments.cost"],
