@@ -14,7 +14,6 @@ import model
 from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
 
-
 LARGE, SHORT = ["latin", "shear"], ["short-latin", "short-shear", "short-far"]
 
 
