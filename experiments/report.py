@@ -55,7 +55,7 @@ ANSWERS = (
 NATS = ("TDS", "TDS, final EOS", "ranking loss", "ranking loss above its least")
 # Of the order; None for a model that says nothing before its EOS.
 ORDER = (*NATS, "pairs out of order, own step %", "pairs out of order, window %")
-CHANGED = ("KL of Eq. 6", "entropy at its own step", "rank correlation with the base")
+CHANGED = ("KL of Eq. 6, 1e-3 nats", "entropy at its own step", "rank correlation with the base")
 IN_NATS = (*NATS, *CHANGED)  # have three digits
 
 
@@ -80,7 +80,7 @@ def measures(result):
     found.update(zip(NATS, (inside["tds"], inside["tds_final"], ranking, above)))
     found["pairs out of order, own step %"] = percent(inside["inversions_step"])
     found["pairs out of order, window %"] = percent(inside["inversions_window"])
-    return found | dict(zip(CHANGED, (changed["kl"], changed["entropy"], changed["correlation"])))
+    return found | dict(zip(CHANGED, (1000 * changed["kl"], changed["entropy"], changed["correlation"])))
 
 
 def scores_of(result, name, tokens_per_step=1):
