@@ -68,6 +68,8 @@ TURNS = (
     ("TABOM, listwise", "TABOM, padding cut", "TABOM, ranking alone", "dInfer", "T3D", "dParallel"),
     ("TABOM, kl", "TABOM, own step"),
 )
+# Rows that take the rate of another, because to try it costs too much.
+RATE_OF = dict.fromkeys(TURNS[-1], "TABOM")
 DOMAINS = {"in": "short-latin", "near": "short-shear", "far": "short-far"}
 ENOUGH = 0.35  # share of VALIDATED validation puzzles solved in each domain: then a base model is finished
 VALIDATED = 100
@@ -123,8 +125,9 @@ def jobs_of(c, alone, out, names):
     for turn, rows in enumerate(turns, 1):
         chosen, rates = [name for name in rows if name in names], {}
         for name, lr in itertools.product(chosen, RATES):
-            folder = out / "base-0" / "rates" / name / str(lr)
-            jobs[folder] = functools.partial(try_rate, c, alone, bases[0], settings_of(name, c.seed, lr))
+            tried = RATE_OF.get(name, name)
+            folder = out / "base-0" / "rates" / tried / str(lr)
+            jobs[folder] = functools.partial(try_rate, c, alone, bases[0], settings_of(tried, c.seed, lr))
             needs[folder] = [bases[0]]
             rates.setdefault(name, []).append(folder)
         for i, base in enumerate(bases[1:] if chosen else (), 1):

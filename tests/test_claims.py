@@ -106,7 +106,10 @@ def test_base_0_has_no_run_in_the_results_and_every_row_waits_for_its_rates(tmp_
     rates = [f"base-0/rates/TABOM/{lr}" for lr in claims.RATES]
     assert order[:3] == ["base-0", *rates]
     assert order[3:7] == ["base-1", "base-1/runs/base", "base-1/runs/TABOM/seed-0", "base-1/reported/1"]
-    assert order.index("base-2/reported/1") < order.index(f"base-0/rates/TABOM, kl/{claims.RATES[0]}")
+    assert order.index("base-2/reported/1") < order.index("base-1/runs/TABOM, kl/seed-0")
+    assert needs[tmp_path / "base-1/runs/TABOM, kl/seed-0"] == [
+        tmp_path / name for name in ["base-1/runs/base", *rates]
+    ]  # it takes TABOM's
     assert not any(name.startswith("base-0/runs") for name in order)
     needed = needs[tmp_path / "base-2/runs/TABOM/seed-0"]
     assert needed == [tmp_path / name for name in ["base-2/runs/base", *rates]]
