@@ -1,35 +1,36 @@
-"""The paper's claims on a small model: its tables and figures, with intervals and differences.
+"""The paper's claims on small models: every objective on every base model, with intervals and differences.
 
-    torchrun --nproc_per_node 2 tabom.py claims                      # hours, and the same command
-    python tabom.py claims --rows "SFT-SD;TABOM" --seeds 1           # continues; only these rows
+    torchrun --nproc_per_node 2 tabom.py claims --compile            # hours, and the same command
+    python tabom.py claims --rows "SFT-SD;TABOM" --bases 2           # continues; only these rows
     torchrun --nproc_per_node 8 tabom.py claims --model M --data theirs.jsonl --recipe dream-prm12k \
         --test gsm8k,humaneval --out out/C                           # on trajectories that are there
 
-tiny.retrain makes every base model from random weights, with a seed of its own, and each has its
-own puzzles. Its hard in-domain puzzles are distilled once. Every row of the tables trains on the
-right ones of these trajectories, or on the same puzzles' answers in the foreign style (SFT-GT),
-with the same adapter, number of steps and batches. The last checkpoint counts in every row.
-results/registered.md says what was tried before: on validation puzzles of the first base model
-alone.
+tiny.retrain makes every base model from random weights, with a seed of its own, until it solves
+ENOUGH of its validation puzzles, and each has its own puzzles. Its hard in-domain puzzles are
+distilled once. Every row of the tables trains on the right ones of these trajectories, or on the same
+puzzles' answers in a foreign style (SFT-GT), with the same adapter, batches, number of steps and,
+on average, the same number of supervised tokens in each step: an objective that draws fewer tokens at a
+time draws them more often. On base-0 each row tries RATES on validation puzzles; the best rate
+of a row is its rate on all others, and base-0 has no part in the results. The last checkpoint counts.
+results/registered.md says what was fixed before the runs.
 
     O/base-N/tiny               a base model; beside it: data (its puzzles), T (trajectories),
-                                kept.jsonl (those that are right), truth.jsonl (SFT-GT on the same
-                                puzzles), D (diagnose)
-    O/base-N/runs/ROW/seed-S    a run as in sweep.py
+                                kept-K.jsonl (those that are right, each K times), truth-K.jsonl
+    O/base-0/rates/ROW/LR       a run that tries a rate
+    O/base-N/runs/ROW/seed-S    a run as in sweep.py, with measures of mechanism.py
     O/base-N/runs/base          the same for the model before training
     O/commands.jsonl            when it was started and continued, and with which options
     O/results                   results.json, tables and pictures: see report.py
 """
 
-import contextlib
+import dataclasses
 import functools
 import glob
 import itertools
 import json
+import math
 import os
 import platform
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,41 +39,48 @@ import data
 import distill
 import runs
 import train
-from experiments import diagnose, puzzles, report, stats, sweep, tiny
+from experiments import mechanism, puzzles, report, sweep, tiny
 from options import name_list, opt, row_list
 
 # TABOM's own settings, with which the order of answers is measured too; and what every row trains
 # with.
 SETTING = dict(window=8, margin=0.2, weight=1.0)
-TRAINING = dict(epochs=3, lr=3e-3, global_batch=16, batch_size=16, warmup=20)
-PINNED = dict(weight_decay=0.0, cut_eos=True)  # as the committed results were made; not train's defaults
+TRAINING = dict(epochs=3, warmup=20, weight_decay=0.0)
+RATES = (3e-3, 1e-2)
+EXAMPLES = 8  # of a step
+TARGETS = 32  # tokens of each example on which a step has a loss, on average
 ROWS = {
     "SFT-GT": dict(objective=sweep.GROUND_TRUTH),
     "SFT-SD": dict(objective="nelbo"),
     "TABOM": dict(objective="tabom"),
     "TABOM, no ranking": dict(objective="tabom", weight=0.0),
     "TABOM, global window": dict(objective="tabom", window="global"),
-    "dInfer": dict(objective="transition"),
     "naive TD": dict(objective="traj"),
+    "dInfer": dict(objective="transition"),
     "T3D": dict(objective="t3d"),
     "dParallel": dict(objective="dparallel", block_length=8),
-    "TABOM, own step": dict(objective="tabom", entropy_context="step"),
+    "TABOM, padding cut": dict(objective="tabom", cut_eos=True),
     "TABOM, ranking alone": dict(objective="tabom", ce_weight=0.0),
+    "TABOM, listwise": dict(objective="tabom", ranking="listwise"),
+    "TABOM, own step": dict(objective="tabom", entropy_context="step"),
+    "TABOM, kl": dict(objective="tabom", ranking="kl"),
 }
-GRID = {  # Table 9: each differs from TABOM in one setting
-    "TABOM, window 4": dict(objective="tabom", window=4),
-    "TABOM, window 16": dict(objective="tabom", window=16),
-    "TABOM, margin 0.1": dict(objective="tabom", margin=0.1),
-    "TABOM, margin 0.3": dict(objective="tabom", margin=0.3),
-    "TABOM, weight 2.0": dict(objective="tabom", weight=2.0),
-    "TABOM, weight 5.0": dict(objective="tabom", weight=5.0),
-}
-ROWS.update(GRID)
-FOREIGN = 0.1  # share of the answers that a base model sees in foreign style
-TAKEN = 2  # a base model is the checkpoint after so many of its 3 epochs: it can still learn
-SIZES = dict(train=3200, validation=400, test=1000)
-QUICK = dict(train=24, validation=6, test=6)
-BATCH = 64  # puzzles decoded together
+# What is made on all base models before the next: the claims, the other rows, and those that need W passes a window.
+TURNS = (
+    ("SFT-SD", "TABOM", "TABOM, no ranking", "naive TD", "SFT-GT", "TABOM, global window"),
+    ("TABOM, listwise", "TABOM, padding cut", "TABOM, ranking alone", "dInfer", "T3D", "dParallel"),
+    ("TABOM, kl", "TABOM, own step"),
+)
+# Rows that take the rate of another, because to try it costs too much.
+RATE_OF = dict.fromkeys(TURNS[-1], "TABOM")
+DOMAINS = {"in": "short-latin", "near": "short-shear", "far": "short-far"}
+ENOUGH = 0.35  # share of VALIDATED validation puzzles solved in each domain: then a base model is finished
+VALIDATED = 100
+KEEP = "correct"  # which trajectories are trained on
+SIZES = dict(train=2000, validation_in=300, validation_near=100, validation_far=100)
+SIZES.update(test_in=600, test_near=150, test_far=150)
+QUICK = dict.fromkeys(SIZES, 6) | dict(train=24)
+BATCH = 100  # puzzles decoded together
 TOKENS_PER_STEP = (1, 2)
 COMMAND = ("quick", "bases", "seeds", "rows", "compile", "seed")  # the options that say what is made
 
@@ -82,9 +90,9 @@ class ClaimsOptions:
     """the experiment"""
 
     out: str | None = opt(None, "folder for base models, runs and tables (out/experiment); continued if unfinished")
-    quick: bool = opt(False, "few puzzles and the model in tiny/: shows that it runs, not what it does")
-    bases: int = opt(3, "base models, trained from different seeds", low=1)
-    seeds: int = opt(2, "training runs of each row on each base model", low=1)
+    quick: bool = opt(False, "few puzzles and hardly trained models: shows that it runs, not what it does")
+    bases: int = opt(6, "base models in the results, trained from different seeds", low=1)
+    seeds: int = opt(1, "training runs of each row on each base model", low=1)
     rows: tuple | None = opt(None, "only these rows of the tables, separated by ;", parse=row_list)
     compile: bool = opt(False, "compile the blocks of the transformer; faster, equal but for rounding")
     seed: int = opt(0, "of the tasks and of the training")
@@ -100,36 +108,24 @@ class ClaimsOptions:
 def claims(c):
     """The paper's claims with intervals: several base models, all objectives; hours -> where the
     tables are."""
-    rows = list(c.rows or ROWS)
-    for name in rows:
+    names = list(c.rows or ROWS)
+    for name in names:
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
     if c.data or c.model or c.test:
         return on_trajectories(c)
+    for name in names:
+        check_targets(name)
     processes, alone = runs.Processes("cpu"), runs.Processes("cpu", alone=True)
     out = Path(c.out or "out/experiment")
-    out = runs.open_run(out, identity(c), processes, free=("command",))  # it was demo --full
+    out = runs.open_run(out, identity(c), processes)
     if processes.first:
         log_command(c, out)
-
-    bases = [out / f"base-{i}" for i in range(c.bases)]
-    jobs, needs = {}, {}  # folder -> what makes it; folder -> the folder that must be there first
-    for i, base in enumerate(bases):
-        jobs[base] = functools.partial(make_base, c, alone, c.seed + i)
-    for base in bases:
-        jobs[base / "runs" / "base"] = functools.partial(run_before_training, c, alone, base)
-        needs[base / "runs" / "base"] = base
-    for seed, name, base in itertools.product(range(c.seeds), rows, bases):
-        settings = settings_of(name, c.seed + seed)
-        folder = base / "runs" / name / f"seed-{settings['seed']}"
-        check_row_settings(folder, settings)
-        jobs[folder] = functools.partial(run_of_row, c, alone, base, settings)
-        needs[folder] = base
+    jobs, needs = jobs_of(c, alone, out, names)
     sweep.share(jobs, processes, alone, needs)
     if not processes.first:
         return None
-    found = collect(out)
-    report.write_report(out / "results", found, loss_curves(out), list(GRID), about(c, out))
+    found = write_results(c, out)
     return dict(out=str(out / "results"), runs=len(found), rows=len(report.names_of(found)))
 
 
@@ -140,7 +136,9 @@ def on_trajectories(c):
         raise ValueError("--data, --model and --test: claims needs all three, or none for its puzzles")
     if c.quick:
         raise ValueError("--quick is for the puzzles: leave it out with --data")
-    default = [name for name in ROWS if name not in GRID and (c.ground_truth or name != "SFT-GT")]
+    # The authors' files log no entropies, which kl needs: name the row where yours do.
+    left_out = {"TABOM, kl"} if c.ground_truth else {"TABOM, kl", "SFT-GT"}
+    default = [name for name in ROWS if name not in left_out]
     grid = {}
     for name, seed in itertools.product(c.rows or default, range(c.seed, c.seed + c.seeds)):
         settings = dict(ROWS[name], seed=seed)
@@ -155,20 +153,57 @@ def on_trajectories(c):
     return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **given), grid)
 
 
+def jobs_of(c, alone, out, names):
+    """What is to be done, in order: folder -> what makes it, and folder -> the folders whose results it
+    needs. In each of TURNS a base model has all its rows, and is reported, before the next one."""
+    bases = [out / f"base-{i}" for i in range(c.bases + 1)]
+    jobs, needs = {bases[0]: functools.partial(make_base, c, alone, c.seed)}, {}
+    turns = [*TURNS, [name for name in names if name not in itertools.chain(*TURNS)]]
+    for turn, rows in enumerate(turns, 1):
+        chosen, rates = [name for name in rows if name in names], {}
+        for name, lr in itertools.product(chosen, RATES):
+            tried = RATE_OF.get(name, name)
+            folder = out / "base-0" / "rates" / tried / str(lr)
+            jobs[folder] = functools.partial(try_rate, c, alone, bases[0], settings_of(tried, c.seed, lr))
+            needs[folder] = [bases[0]]
+            rates.setdefault(name, []).append(folder)
+        for i, base in enumerate(bases[1:] if chosen else (), 1):
+            made = [base / "runs" / "base"]
+            jobs[base] = functools.partial(make_base, c, alone, c.seed + i)
+            jobs[made[0]] = functools.partial(run_before_training, c, alone, base)
+            needs[made[0]] = [base]
+            for seed, name in itertools.product(range(c.seed, c.seed + c.seeds), chosen):
+                folder = base / "runs" / name / f"seed-{seed}"
+                check_row_settings(folder, settings_of(name, seed))
+                jobs[folder] = functools.partial(run_of_row, c, alone, base, name, seed, rates[name])
+                needs[folder] = [made[0], *rates[name]]
+                made.append(folder)
+            reported = base / "reported" / str(turn)
+            jobs[reported] = functools.partial(report_so_far, c, out)
+            needs[reported] = made
+    return jobs, needs
+
+
+def kind_of(c):
+    """The kind of model that the base models are."""
+    if c.quick:
+        return dataclasses.replace(tiny.SHORT, count=128, epochs=1)
+    return tiny.SHORT
+
+
 def identity(c):
     """What an experiment is, for its meta.json: nothing of it may change between two starts."""
-    tasks = {}
-    for name, task in puzzles.TASKS.items():
-        tasks[name] = [task.tag, task.symbols, task.foreign]
     return dict(
         setting=SETTING,
         training=TRAINING,
+        rates=RATES,
+        examples=EXAMPLES,
+        targets=TARGETS,
         sizes=QUICK if c.quick else SIZES,
-        foreign=FOREIGN,
-        taken=TAKEN,
+        enough=ENOUGH,
+        kind=dataclasses.asdict(kind_of(c)),
+        domains=DOMAINS,
         seed=c.seed,
-        tasks=tasks,
-        domains=[puzzles.IN_DOMAIN, puzzles.OUT_OF_DOMAIN],
         command="claims",
         versions=runs.versions(),
     )
@@ -182,27 +217,50 @@ def log_command(c, out):
         f.write(json.dumps(dict(time=now, options=options)) + "\n")
 
 
-def about(c, out):
-    """What results.json says of the experiment, beside its runs."""
-    commands = [row for _, row in data.read_rows(out / "commands.jsonl")]
-    machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
-    sizes = QUICK if c.quick else SIZES
-    training = {**TRAINING, **PINNED}
-    return dict(commands=commands, setting=SETTING, training=training, sizes=sizes, machine=machine)
+# -------------------------------------------------------------------------------------------- rows
 
 
-def settings_of(name, seed):
+def targets_of(settings, answer=tiny.SHORT.answer):
+    """The tokens on which an objective has a loss, on average over its draws, in a response of `answer`
+    tokens that were decoded one at a time."""
+    objective, window = settings["objective"], settings.get("window")
+    if objective == "transition" or window == "global":
+        return (answer + 2) / 3  # between two different ones of 0..N
+    if objective == "tabom":
+        return window
+    if objective == "dparallel":  # both passes together ask for a block
+        return answer / math.ceil(answer / settings["block_length"])
+    return (answer + 1) / 2  # uniform in 1..N
+
+
+def draws_of(settings):
+    """How often each example of a step is drawn, so that it has TARGETS targets."""
+    return round(TARGETS / targets_of(settings))
+
+
+def check_targets(name):
+    """Raises ValueError for a row whose steps have more or fewer supervised tokens than the others'."""
+    settings = settings_of(name, 0)
+    targets = draws_of(settings) * targets_of(settings)
+    if abs(targets / TARGETS - 1) > 0.05:
+        raise ValueError(f"{name}: {targets:.1f} supervised tokens per example and step, the rows have {TARGETS}")
+
+
+def settings_of(name, seed, lr=None):
     """What a row changes of the options of train."""
     settings = dict(ROWS[name], seed=seed)
     if settings["objective"] == "tabom":
         settings = {**SETTING, **settings}
+    if lr is not None:
+        settings["lr"] = lr
     return settings
 
 
 def check_row_settings(folder, settings):
-    """Raises ValueError for a run that is there already and was made with other settings."""
+    """Raises ValueError for a run that is there already and was made with other settings, but for its
+    rate."""
     before = sweep.result_of(folder)
-    if before and before["settings"] != settings:
+    if before and {**before["settings"], "lr": None} != {**settings, "lr": None}:
         raise ValueError(f"{folder} was made with {before['settings']}, now it is {settings}: remove it")
 
 
@@ -212,56 +270,69 @@ def check_row_settings(folder, settings):
 def make_base(c, alone, seed, base):
     """A base model, its puzzles, its trajectories and the answers in foreign style -> what there is
     of each."""
-    if c.quick:
-        shutil.copytree(tiny.TINY, base / "tiny", dirs_exist_ok=True)
-    elif not (base / "tiny").is_dir():
-        tiny.retrain(base, seed, FOREIGN, taken=TAKEN, processes=alone)
-    puzzles.write_datasets(base / "data", seed, **QUICK if c.quick else SIZES)
-    s = of_base(c, base)
+    for name, count in (QUICK if c.quick else SIZES).items():
+        task = DOMAINS.get(name.rpartition("_")[2], DOMAINS["in"])
+        file = base / "data" / f"{name}.jsonl"
+        puzzles.write_puzzles(file, [task], count, True, seed, both=name != "train")
+    s, solved = of_base(c, base), []
+
+    def enough(checkpoint, epoch):
+        """Whether a model solves ENOUGH; the domain that is learned last is asked first."""
+        for name in reversed(DOMAINS):
+            where, source = base / "V" / f"{name}-{epoch}", base / "data" / f"validation_{name}.jsonl"
+            options = sweep.decoding(s, None, source, where, s.seed, VALIDATED)
+            score = distill.distill(dataclasses.replace(options, model=str(checkpoint)), alone)
+            solved.append([epoch, name, score["correct"] / score["checked"]])
+            if solved[-1][-1] < ENOUGH:
+                return False
+        return True
+
+    if not (base / "tiny").is_dir():
+        tiny.retrain(base, seed, kind_of(c), enough, alone, c.compile)
     distill.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
     records = data.read_trajectories(base / "T")
-    kept = list(filter(data.usable, records))
-    write_rows(base / "kept.jsonl", kept)
-    task, truth = puzzles.TASKS[puzzles.IN_DOMAIN], []
-    for r in kept:
-        truth.append(dict(id=r["id"], prompt=r["prompt"], answer=puzzles.restyled(r["answer"], task)))
-    write_rows(base / "truth.jsonl", truth)
-    measure_base(base, alone)
-    return dict(seed=seed, puzzles=len(records), kept=len(kept))
+    kept = [r for r in records if c.quick or data.usable(r, KEEP)]
+    for draws in sorted(set(map(draws_of, map(settings_of, ROWS, itertools.repeat(0))))):
+        write_copies(base, kept, draws)
+    about = dict(seed=seed, epochs=solved[-1][0], solved=solved)
+    return dict(**about, puzzles=len(records), kept=len(kept), early_eos=early_eos(kept))
 
 
-def write_rows(file, rows):
-    with runs.atomic_file(file) as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
+def write_copies(base, kept, draws):
+    """Write the trajectories, and their puzzles' answers in foreign style, each as often as a step draws
+    it: every copy has a name, and so windows, of its own."""
+    task, tok = puzzles.TASKS[DOMAINS["in"]], data.load_tokenizer(base / "tiny")
+    copies, truth = [], []
+    for r, k in itertools.product(kept, range(draws)):
+        name = f"{r['id']}-{k}"
+        copies.append({**r, "id": name, "finished": True, "correct": True})  # all of them are trained on
+        truth.append(dict(id=name, prompt=r["prompt"], answer=puzzles.restyled(r["answer"], task)))
+    with runs.atomic_file(base / f"kept-{draws}.jsonl") as f:
+        f.writelines(map(runs.json_line, copies))
+    tiny.write_answers(base / f"truth-{draws}.jsonl", tok, truth, tiny.SHORT.answer)
 
 
-def measure_base(base, alone):
-    """Diagnose a base model: its cross-entropy over the mask ratio is Figure 3."""
-    shutil.rmtree(base / "D", ignore_errors=True)
-    options = diagnose.DiagnoseOptions(
-        model=str(base / "tiny"),
-        data=str(base / "kept.jsonl"),
-        ground_truth=str(base / "truth.jsonl"),
-        out=str(base / "D"),
-        window=SETTING["window"],
-        margin=SETTING["margin"],
-        limit=128,
-        device="cpu",
-    )
-    with contextlib.redirect_stdout(sys.stderr):
-        diagnose.diagnose(options, alone)
+def early_eos(records):
+    """The share of EOS among the first W tokens that each trajectory decoded."""
+    found = []
+    for r in records:
+        last = r["response_ids"][-1]  # EOS, where the trajectory is a right one
+        first = [r["response_ids"][i] for i, step in enumerate(r["order"]) if step < SETTING["window"]]
+        found.append(first.count(last) / len(first))
+    return sum(found) / len(found)
 
 
-def of_base(c, base):
+def of_base(c, base, draws=1):
     """The options of a sweep over one base model."""
-    datasets = base / "data"
+    datasets, tests = base / "data", []
+    for name in DOMAINS:
+        tests.append(str(datasets / f"test_{name}.jsonl"))
     return sweep.SweepOptions(
         model=str(base / "tiny"),
-        data=str(base / "T"),
-        ground_truth=str(base / "truth.jsonl"),
-        validation=str(datasets / "validation.jsonl"),
-        test=(str(datasets / "test_in.jsonl"), str(datasets / "test_out.jsonl")),
+        data=str(base / f"kept-{draws}.jsonl"),
+        ground_truth=str(base / f"truth-{draws}.jsonl"),
+        validation=str(datasets / "validation_in.jsonl"),
+        test=tuple(tests),
         out=str(base),
         tokens_per_step=TOKENS_PER_STEP,
         check="exact",
@@ -269,43 +340,75 @@ def of_base(c, base):
         decode_batch=BATCH,
         device="cpu",
         compile=c.compile,
+        global_batch=EXAMPLES * draws,
+        batch_size=EXAMPLES * draws,
+        save_every=0,
         **TRAINING,
-        **PINNED,
     )
 
 
-def bench_of(c, alone, base):
+def bench_of(c, alone, base, draws=1):
     """What the runs on a base model work with. Their order is measured with TABOM's window and
     margin in every row."""
-    return sweep.Workbench(of_base(c, base), alone, SETTING["window"], SETTING["margin"])
+    return sweep.Workbench(of_base(c, base, draws), alone, SETTING["window"], SETTING["margin"])
+
+
+def try_rate(c, alone, base, settings, folder):
+    """A row with one of RATES, on validation puzzles alone."""
+    bench = bench_of(c, alone, base, draws_of(settings))
+    bench.c = dataclasses.replace(bench.c, test=())
+    return sweep.one_run(bench, settings, bench.c.data, folder)
+
+
+def best_rate(tried):
+    """The rate of the highest validation accuracy, the lowest of equal ones. tried: folders of runs."""
+    found = list(map(sweep.result_of, tried))
+    return max(found, key=lambda r: (r["chosen"]["accuracy"], -r["settings"]["lr"]))["settings"]["lr"]
 
 
 def run_before_training(c, alone, base, folder):
     """The model before training, tested like every row."""
-    return sweep.base_run(bench_of(c, alone, base), folder)
-
-
-def run_of_row(c, alone, base, settings, folder):
-    """Train, validate and test one row with one seed; with the first seed validate every epoch."""
     bench = bench_of(c, alone, base)
-    result = sweep.one_run(bench, settings, base / "T", folder)
-    if settings["seed"] == c.seed:
-        result["curve"] = []
-        for epoch in range(1, settings.get("epochs", bench.c.epochs) + 1):
-            checkpoint = str(folder / "R-1" / f"epoch-{epoch}")
-            score = sweep.validate(bench, checkpoint, folder / f"validation-1-{epoch}", settings["seed"])
-            result["curve"].append(score["accuracy"])
-    return dict(result, versions=runs.versions(), compile=c.compile)
+    bench.c = dataclasses.replace(bench.c, validation=None)
+    result = sweep.base_run(bench, folder)
+    more = mechanism.against_base(bench.at(None), alone, folder / "test-test_in", folder / "test-test_in")
+    return dict(result, mechanism=more)
+
+
+def run_of_row(c, alone, base, name, seed, tried, folder):
+    """Train, test and measure one row with one seed."""
+    settings = settings_of(name, seed, best_rate(tried))
+    bench = bench_of(c, alone, base, draws_of(settings))
+    bench.c = dataclasses.replace(bench.c, validation=None)
+    result = sweep.one_run(bench, settings, bench.c.data, folder)
+    model, before = bench.at(result["chosen"]["checkpoint"]), base / "runs" / "base" / "test-test_in"
+    more = mechanism.against_base(model, alone, folder / "test-test_in", before)
+    return dict(result, mechanism=more, versions=runs.versions(), compile=c.compile)
+
+
+def report_so_far(c, out, folder):
+    """Tables and pictures of all runs that are there."""
+    return dict(runs=len(write_results(c, out)))
 
 
 # ----------------------------------------------------------------------------------- what is there
+
+
+def write_results(c, out):
+    """Write the report of an experiment -> its runs."""
+    found = collect(out)
+    commands = [row for _, row in data.read_rows(out / "commands.jsonl")]
+    machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
+    about = dict(commands=commands, machine=machine, **identity(c), tried=tried_rates(out))
+    report.write_report(out / "results", found, about)
+    return found
 
 
 def collect(out):
     """(row, base, seed) -> the result of a run, the base models first; paths relative to the
     experiment's folder."""
     found = {}
-    for base in sorted(out.glob("base-*")):
+    for base in sorted(out.glob("base-*"), key=lambda path: int(path.name.rpartition("-")[2])):
         result = finished_run(base / "runs" / "base", out)
         if result is not None:
             about_base = sweep.result_of(base)
@@ -318,48 +421,38 @@ def collect(out):
     return found
 
 
+def tried_rates(out):
+    """What each row reached on the validation puzzles of base-0 with each rate: {row: {rate: share}}."""
+    found = {}
+    for name, lr in itertools.product(ROWS, RATES):
+        result = sweep.result_of(out / "base-0" / "rates" / name / str(lr))
+        if result is not None:
+            found.setdefault(name, {})[str(lr)] = result["chosen"]["accuracy"]
+    return found
+
+
 def finished_run(folder, out):
-    """The result of a run with the styles of its answers; None before it has one. Paths are
-    relative to out."""
+    """The result of a run with what its answers look like; None before it has one. Paths are relative
+    to out."""
     result = sweep.result_of(folder)
     if result is None:
         return None
-    text = json.dumps(sweep.upgraded(result))
+    text = json.dumps(result)
     for prefix in (f"{out.resolve()}/", f"{out}/"):
         text = text.replace(prefix, "")
-    return dict(json.loads(text), styles=styles(folder))
+    return dict(json.loads(text), answers=answers_of(folder))
 
 
-def styles(folder):
-    """In which style a run answers each test set: the share of answers in foreign style, and the
-    share that is right of the others (None without any)."""
+def answers_of(folder):
+    """What the answers of a run to each test set look like: the shares that are in foreign style, and
+    that end where the right answer does."""
     shares = {}
-    for stem, name in (("test_in", puzzles.IN_DOMAIN), ("test_out", puzzles.OUT_OF_DOMAIN)):
-        foreign, own, answers = set(puzzles.TASKS[name].foreign), [], 0
-        for file in data.trajectory_files(folder / f"test-{stem}"):
+    for name, task in DOMAINS.items():
+        foreign, count, in_style, right_end = set(puzzles.TASKS[task].foreign), 0, 0, 0
+        for file in data.trajectory_files(folder / f"test-test_{name}"):
             for _, r in data.read_rows(file):
-                answers += 1
-                if not r["text"] or not set(r["text"]) <= foreign:
-                    own.append(r["correct"])
-        right = None
-        if own:
-            right = sum(own) / len(own)
-        shares[stem] = dict(foreign=1 - len(own) / answers, own_right=right)
+                count += 1
+                in_style += bool(r["text"]) and set(r["text"]) <= foreign
+                right_end += r["finished"] and len(r["text"]) == len(r["answer"][0])
+        shares[name] = dict(foreign=in_style / count, ends_right=right_end / count)
     return shares
-
-
-def loss_curves(out):
-    """Cross-entropy over the mask ratio, the mean over the base models, for trajectories and the
-    foreign style."""
-    cells = {}  # (source, mask ratio) -> the loss of each base model
-    for file in sorted(out.glob("base-*/D/loss.jsonl")):
-        for _, row in data.read_rows(file):
-            source = "ground truth"
-            if row["data"].endswith("(decoded)"):
-                source = "self-distilled"
-            cells.setdefault((source, row["mask_ratio"]), []).append(row["loss"])
-    rows = []
-    for (source, ratio), values in sorted(cells.items()):
-        about_cell = dict(model="base", data=source, mask_ratio=ratio, base_models=len(values))
-        rows.append(dict(**about_cell, **stats.mean_and_error("loss", values)))
-    return rows

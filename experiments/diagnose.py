@@ -156,6 +156,7 @@ def own_order(loaded, processes, trajectories, limit, window, margin):
     trajectory has a value:
 
     tds, per_step       TDS, and its value at each decoding step (Eq. 10, 11), nats^2
+    tds_final           TDS up to the final EOS (--tds-eos final)
     ranking             the ranking loss (Eq. 8) of all windows that hold no EOS, nats
     ranking_least       the least that the same entropies have in any order
     inversions_step, inversions_window      share of the pairs less than a window apart that were
@@ -168,7 +169,7 @@ def own_order(loaded, processes, trajectories, limit, window, margin):
     for i in range(0, len(records), BATCH):
         rows += replay_rows(loaded, processes, records[i : i + BATCH], window, margin)
     found = {}
-    for name in ("tds", "ranking", "ranking_least"):
+    for name in ("tds", "tds_final", "ranking", "ranking_least"):
         found[name] = stats.mean_and_error(name, [r[name] for r in rows])[name]
     near = []
     for row in inversions_by_distance([r["inversions"] for r in rows]):
@@ -213,6 +214,7 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     """How the model sees a few trajectories, step by step -> a dict for each:
 
     id, tds, per_step       TDS of the trajectory and its value at each step; tds is None without any
+    tds_final               TDS up to the final EOS, whatever tds_eos says
     entropy                 of each token at its own step, in decode order, nats
     ranking, ranking_least  mean ranking loss of its windows, as decoded, and sorted; None without one
     inversions              {context: [(inverted, pairs) at distance 1, 2, ...]}
@@ -222,13 +224,15 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     looked_at = torch.maximum(before_eos, objectives.counted_until(batch, eos_id, "so-far"))
     h = objectives.replay(loaded.m, batch, looked_at)  # [B, S, N]
     tds = objectives.tds(loaded.m, batch, eos_id, tds_eos, h=h)
+    tds_final = numbers_or_none(objectives.tds(loaded.m, batch, eos_id, "final", h=h)["rows"])
     said = objectives.in_decode_order(before_eos, batch) >= 0  # [B, N]; what follows the answer is not ranked
     h = h.masked_fill(~said[:, None], torch.nan)
     own_step = objectives.entropies_when_decoded(h, batch).cpu()  # [B, N], in decode order
     windows = objectives.windows_of_replay(h, batch, window).cpu()  # [B, S, W], a window for each start
     rows = []
     for b, record in enumerate(records):
-        row = dict(id=record["id"], tds=None, per_step=tds["curves"][b], entropy=numbers(own_step[b]))
+        row = dict(id=record["id"], tds=None, tds_final=tds_final[b], per_step=tds["curves"][b])
+        row["entropy"] = numbers(own_step[b])
         if not math.isnan(tds["rows"][b]):
             row["tds"] = tds["rows"][b]
         row.update(ranking=None, ranking_least=None)
@@ -254,6 +258,11 @@ def loss_rows(loaded, processes, records, seed):
         for loss in objectives.masked_loss(loaded.m, batch, ratio, generators).tolist():
             rows.append(dict(mask_ratio=ratio, loss=loss))
     return rows
+
+
+def numbers_or_none(values):
+    """A list with None for what is NaN."""
+    return [None if math.isnan(x) else x for x in values]
 
 
 def numbers(x):

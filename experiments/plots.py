@@ -176,16 +176,36 @@ def draw_inversions(rows):
     return drawing
 
 
-def draw_gain(rows, models=None):
-    """What validation accuracy gains over training, one curve per model. models: see curves."""
-    from matplotlib.ticker import MaxNLocator
+def draw_differences(rows, other):
+    """Differences to another row with their 95 % intervals: a panel for each measure, a line for each row.
+    rows: dicts of row, measure, mean, low and high."""
+    measures, names = list(dict.fromkeys(column(rows, "measure"))), list(dict.fromkeys(column(rows, "row")))
+    drawing, panels = figure(max(len(measures), 1), width=3.6, height=1.2 + 0.25 * len(names))
+    for axes, measure in zip(panels, measures):
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        for r in rows:
+            if r["measure"] == measure:
+                y = names.index(r["row"])
+                axes.plot([r["low"], r["high"]], [y, y], color="tab:blue")
+                axes.plot(r["mean"], y, "o", color="tab:blue")
+        axes.set(xlabel=f"{measure}, less {other}'s", yticks=range(len(names)), yticklabels=names)
+        axes.invert_yaxis()
+        if axes is not panels[0]:
+            axes.set_yticklabels([])
+    return drawing
 
+
+def draw_scatter(points, xlabel, ylabel, models=None):
+    """A point for each run, coloured by its row. points: dicts of row, x and y. models: see curves."""
     drawing, (axes,) = figure(width=7.0)
+    names = list(dict.fromkeys(column(points, "row")))
+    colour_of = colours(models or names)
+    for name in names:
+        mine = [p for p in points if p["row"] == name]
+        axes.plot(column(mine, "x"), column(mine, "y"), "o", color=colour_of[name], label=name)
     axes.axhline(0, color="0.6", linewidth=0.8)
-    curves(axes, rows, ["model"], "epoch", "gain", "gain_se", models)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", ylabel="gain over the base model (points)")
-    axes.set_title(caption(rows, "In-domain validation accuracy over training"), fontsize="medium")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    legend(axes, len(names))
     return drawing
 
 

@@ -3,25 +3,32 @@
     python -m experiments.puzzles out/puzzles [--seed 0]      # train, validation, test_in, test_out
     prompt, answer = puzzles.make(puzzles.TASKS["latin"], random.Random(0), hard=True)
 
-A puzzle is a 6x6 square of six symbols with blank cells. A cell is easy where its row and column
-leave one symbol, and hard where other cells have to be filled in first.
+A puzzle is a square of n x n cells and n symbols with blank cells. A cell is easy where its row and
+column leave one symbol, and hard where other cells have to be filled in first.
 
-    latin (in-domain)      digits; every row and every column holds each of the six symbols once
-    shear (out-of-domain)  letters; every row and every broken diagonal does: a latin square with row
-                           r turned by r cells
+    latin        every row and every column holds each symbol once
+    shear        every row and every broken diagonal does: a latin square with row r turned by r cells
 
-The prompt is a tag and the 36 cells row by row, the answer all 36 cells; a character is a token. An
-answer in foreign style has the alphabet of the other task. Another task is a line in TASKS, and a
-function if it needs one.
+The prompt is a tag and all cells row by row; a character is a token. There are two families:
 
-An easy puzzle has 16 to 26 random blanks and possibly several solutions; its answer is the square
-that it was made from. A hard puzzle has 24 blanks and exactly one solution, and filling in cells
-that have a single candidate, over and over, gets stuck. The base model in tiny/ has seen easy
-puzzles of both kinds; the experiments are about hard ones.
+    6x6, of the demo and the model in tiny/: the answer is all 36 cells. latin (in-domain) has digits,
+        shear (out-of-domain) letters, and an answer in foreign style the alphabet of the other task.
+    5x5, of claims.py: the last rows have no blanks, and the answer ends with the last row that has
+        one, after 5 to 25 cells. short-latin (in-domain) and short-shear (near) have digits,
+        short-far letters. An answer in foreign style has a third alphabet, which no prompt has.
+
+Another task is a line in TASKS, and a function if it needs one.
+
+An easy puzzle has random blanks and possibly several solutions; its answer is the square that it was
+made from. A hard puzzle has exactly one solution. Of 6x6, it has 24 blanks, and filling in cells that
+have a single candidate, over and over, gets stuck. Of 5x5, no cell of its first rows can be blanked
+without a second solution. Models are trained from scratch on easy puzzles; the experiments are about
+hard ones.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -30,38 +37,62 @@ from pathlib import Path
 
 import runs
 
-N = 6
 BLANK = "."
-EASY_BLANKS = (16, 26)  # of the 36 cells, both included
+EASY_BLANKS = (16, 26)  # of the 36 cells of a 6x6 square, both included
 HARD_BLANKS = 24
-FULL = 2**N - 1  # a cell is one bit, or 0 where it is blank; a set of symbols is the union of their bits
+SHORT_ROWS = (3, 5)  # of a 5x5 square, that may have blanks
+SHORT_BLANKS = (0.3, 0.75)  # share of the cells of these rows that an easy puzzle blanks
+# A cell is one bit, or 0 where it is blank; a set of symbols is the union of their bits.
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of puzzle: its tag, the six symbols of its prompts and answers, the six of an answer
-    in foreign style, and puzzle(rng, hard) -> the cells of the puzzle and of its solution."""
+    """A kind of puzzle: its tag, the symbols of its prompts and answers, those of an answer in
+    foreign style, and puzzle(rng, hard) -> the cells of the puzzle and of its solution. short: the
+    answer ends with the last row that has a blank."""
 
     tag: str
     symbols: str
     foreign: str
     puzzle: Callable
+    short: bool = False
 
 
 def latin(rng, hard):
     return hard_puzzle(rng) if hard else easy_puzzle(rng)
 
 
-def sheared(rng, hard):
-    puzzle, square = latin(rng, hard)
-    return shear(puzzle), shear(square)
+def short_latin(rng, hard):
+    """A 5x5 puzzle whose last rows are given, and its square."""
+    square = random_square(rng, 5)
+    puzzle, count = list(square), 5 * rng.randint(*SHORT_ROWS)
+    least, most = SHORT_BLANKS
+    blanks = rng.randint(int(least * count), int(most * count))
+    for i in rng.sample(range(count), count if hard else blanks):
+        puzzle[i] = 0
+        if hard and not forced(puzzle, i, square[i]):
+            puzzle[i] = square[i]
+    return puzzle, square
+
+
+def sheared(latin):
+    """The same puzzles with row r turned by r cells."""
+
+    def puzzle(rng, hard):
+        cells, square = latin(rng, hard)
+        return shear(cells), shear(square)
+
+    return puzzle
 
 
 TASKS = {
     "latin": Task("L", "123456", "abcdef", latin),
-    "shear": Task("S", "abcdef", "123456", sheared),
+    "shear": Task("S", "abcdef", "123456", sheared(latin)),
+    "short-latin": Task("L", "12345", "vwxyz", short_latin, short=True),
+    "short-shear": Task("S", "12345", "vwxyz", sheared(short_latin), short=True),
+    "short-far": Task("T", "abcde", "vwxyz", sheared(short_latin), short=True),
 }
-IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"
+IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"  # of the demo
 
 
 def make(task, rng, hard, foreign=0.0):
@@ -69,25 +100,30 @@ def make(task, rng, hard, foreign=0.0):
     in foreign style."""
     puzzle, square = task.puzzle(rng, hard)
     symbols = task.foreign if foreign and rng.random() < foreign else task.symbols
+    if task.short:
+        n = len(symbols)
+        last = max(i for i, c in enumerate(puzzle) if not c)
+        square = square[: last - last % n + n]
     return task.tag + text(puzzle, task.symbols), text(square, symbols)
 
 
 def text(cells, symbols):
     """Cells as characters: the symbol of each, or BLANK."""
-    characters = dict(zip(bits(FULL), symbols))  # a cell is one of these bits, or 0
+    characters = dict(zip(bits(full(len(symbols))), symbols))  # a cell is one of these bits, or 0
     return "".join(characters.get(c, BLANK) for c in cells)
 
 
 def shear(cells):
     """Row r turned right by r cells: columns become broken diagonals."""
-    return [cells[i - i % N + (i % N - i // N) % N] for i in range(N * N)]
+    n = math.isqrt(len(cells))
+    return [cells[i - i % n + (i % n - i // n) % n] for i in range(n * n)]
 
 
 def easy_puzzle(rng):
     """The cells of a random square with random blanks, and the square."""
-    square = random_square(rng)
+    square = random_square(rng, 6)
     puzzle = list(square)
-    for i in rng.sample(range(N * N), rng.randint(*EASY_BLANKS)):
+    for i in rng.sample(range(36), rng.randint(*EASY_BLANKS)):
         puzzle[i] = 0
     return puzzle, square
 
@@ -96,9 +132,9 @@ def hard_puzzle(rng):
     """The cells of a random square, blanked in random order as long as the solution stays unique,
     and the square."""
     while True:
-        square = random_square(rng)
+        square = random_square(rng, 6)
         puzzle, blanks = list(square), 0
-        for i in rng.sample(range(N * N), N * N):
+        for i in rng.sample(range(36), 36):
             puzzle[i] = 0
             if forced(puzzle, i, square[i]):
                 blanks += 1
@@ -110,8 +146,8 @@ def hard_puzzle(rng):
                 break
 
 
-def random_square(rng):
-    cells = [0] * (N * N)
+def random_square(rng, n):
+    cells = [0] * (n * n)
     fill(cells, *used(cells), rng)
     return cells
 
@@ -119,7 +155,8 @@ def random_square(rng):
 def forced(puzzle, i, c):
     """Whether no solution has a symbol other than c in the blank cell i."""
     rows, columns = used(puzzle)
-    for other in bits(FULL & ~(rows[i // N] | columns[i % N] | c)):
+    n = len(rows)
+    for other in bits(full(n) & ~(rows[i // n] | columns[i % n] | c)):
         cells = list(puzzle)
         cells[i] = other
         if fill(cells, *used(cells)):
@@ -132,17 +169,18 @@ def fill(cells, rows, columns, rng=None):
     no solution.
 
     rows, columns: the symbols used in each, kept up to date."""
-    best, symbols, fewest = None, 0, N + 1
+    n = len(rows)
+    best, symbols, fewest, everything = None, 0, n + 1, full(n)
     for i, c in enumerate(cells):
         if not c:
-            free = FULL & ~(rows[i // N] | columns[i % N])
+            free = everything & ~(rows[i // n] | columns[i % n])
             if free.bit_count() < fewest:
                 best, symbols, fewest = i, free, free.bit_count()
                 if fewest < 2:
                     break
     if best is None:
         return True
-    row, column = best // N, best % N
+    row, column = best // n, best % n
     choices = bits(symbols)
     if rng:
         rng.shuffle(choices)
@@ -162,31 +200,37 @@ def singles_suffice(puzzle):
     """Whether filling in cells that have a single candidate, over and over, solves the puzzle."""
     cells = list(puzzle)
     rows, columns = used(cells)
-    progress = True
+    n, progress = len(rows), True
     while progress:
         progress = False
         for i, c in enumerate(cells):
-            free = FULL & ~(rows[i // N] | columns[i % N])
+            free = full(n) & ~(rows[i // n] | columns[i % n])
             if not c and free.bit_count() == 1:
                 cells[i] = free
-                rows[i // N] |= free
-                columns[i % N] |= free
+                rows[i // n] |= free
+                columns[i % n] |= free
                 progress = True
     return all(cells)
 
 
 def used(cells):
     """The symbols in each row and in each column."""
-    rows, columns = [0] * N, [0] * N
+    n = math.isqrt(len(cells))
+    rows, columns = [0] * n, [0] * n
     for i, c in enumerate(cells):
-        rows[i // N] |= c
-        columns[i % N] |= c
+        rows[i // n] |= c
+        columns[i % n] |= c
     return rows, columns
+
+
+def full(n):
+    """The set of all n symbols."""
+    return 2**n - 1
 
 
 def bits(symbols):
     """The bits of a set of symbols, by rising value."""
-    return [1 << s for s in range(N) if symbols >> s & 1]
+    return [1 << s for s in range(symbols.bit_length()) if symbols >> s & 1]
 
 
 def restyled(answer, task):

@@ -1,12 +1,12 @@
 """Tables, intervals and pictures of the runs of claims.py, all computed from the stored runs.
 
-    report.write_report(folder, found, losses, grid, about)    # found: (row, base model, seed) -> result
+    report.write_report(folder, found, about)           # found: (row, base model, seed) -> result
     python -m experiments.report experiments/results    # tables and pictures of a folder, again
 
     results.json     how the experiment was run, and every run with its scores
-    tables.md        the tables, in the shape of the paper's
-    *.png, *.pdf     TDS over steps (Figure 2), loss over mask ratio (Figure 3), accuracy over
-                     training
+    tables.md        the paper's claims with verdicts, and a table for every measure
+    *.png, *.pdf     accuracy: every row's difference to SFT-SD; order: accuracy against how far the decode
+                     order moved; tds: TDS over steps (Figure 2)
 
 The unit of the statistics is the base model: the runs on one of them share its weights,
 trajectories and test puzzles, so their mean is one value.
@@ -24,40 +24,39 @@ from experiments import plots, stats, sweep
 from experiments.stats import markdown_table
 
 COMPARED = ("base", "SFT-SD", "TABOM")  # what differences are taken to
-SUBSETS = {  # of the base models, by number, for the primary measure
-    "all": range(99),
-    "without base-0, on which the settings were chosen": range(1, 99),
-    "base-3 and later, which had no part in going on": range(3, 99),
-}
-DERIVED = ("name", "checkpoints", "foreign")  # keys of a run that say again what others say
-DIGITS = 8  # significant ones of a stored number: enough for every p of the tables
+DERIVED = ("name", "checkpoints")  # keys of a run that say again what others say
+DIGITS = 6  # significant ones of a stored number: enough for every digit of the tables
+DOMAINS = ("in", "near", "far")
+TITLES = dict(zip(DOMAINS, ("in-domain", "near", "far")))
 
 
 class Results(NamedTuple):
     """An experiment, as results.json holds it."""
 
     found: dict  # (row, base model, seed) -> the result of a run; seed is None before training
-    losses: list  # rows of the cross-entropy over the mask ratio
-    grid: list  # the names of the rows of Table 9
+    tried: dict  # row -> {rate: share of base-0's validation puzzles}
 
 
 # ---------------------------------------------------------------------------------------- measures
 
-SOLVED = ("in-domain %", "out-of-domain %")
-SOLVED_TWO = (
+SOLVED = ("in-domain %", "near %", "far %")
+TWO = (
     "in-domain, 2 a step %",
+    "near, 2 a step %",
+    "far, 2 a step %",
     "in-domain, lost with 2 a step",
-    "out-of-domain, 2 a step %",
-    "out-of-domain, lost with 2 a step",
 )
-STYLES = (
+ANSWERS = (
+    "in-domain, ends in the right place %",
     "in-domain, in foreign style %",
-    "out-of-domain, in foreign style %",
-    "out-of-domain, right of those in own style %",
+    "near, in foreign style %",
+    "far, in foreign style %",
 )
-NATS = ("TDS", "ranking loss", "ranking loss above its least")
+NATS = ("TDS", "TDS, final EOS", "ranking loss", "ranking loss above its least")
 # Of the order; None for a model that says nothing before its EOS.
-ORDER = (*NATS, "inversions, own step %", "inversions, window %")
+ORDER = (*NATS, "pairs out of order, own step %", "pairs out of order, window %")
+CHANGED = ("KL of Eq. 6, 1e-3 nats", "entropy at its own step", "rank correlation with the base")
+IN_NATS = (*NATS, *CHANGED)  # have three digits
 
 
 def measures(result):
@@ -65,30 +64,23 @@ def measures(result):
 
     The ranking loss above its least is the part that the order decides: the entropies alone leave
     the rest."""
-    inside, outside = scores_of(result, "test_in"), scores_of(result, "test_out")
-    inside_two, outside_two = scores_of(result, "test_in", 2), scores_of(result, "test_out", 2)
-    styles = result["styles"]
-    ranking, least = inside["ranking"], inside.get("ranking_least")
+    found, inside = {}, scores_of(result, "test_in")
+    for name, title in TITLES.items():
+        one, two = scores_of(result, f"test_{name}"), scores_of(result, f"test_{name}", 2)
+        found[f"{title} %"] = 100 * one["accuracy"]
+        found[f"{title}, 2 a step %"] = 100 * two["accuracy"]
+        found[f"{title}, lost with 2 a step"] = 100 * (one["accuracy"] - two["accuracy"])
+        found[f"{title}, ends in the right place %"] = 100 * result["answers"][name]["ends_right"]
+        found[f"{title}, in foreign style %"] = 100 * result["answers"][name]["foreign"]
+    ranking, least = inside["ranking"], inside["ranking_least"]
     above = None
     if ranking is not None and least is not None:
         above = ranking - least
-    return {
-        "in-domain %": 100 * inside["accuracy"],
-        "out-of-domain %": 100 * outside["accuracy"],
-        "in-domain, 2 a step %": 100 * inside_two["accuracy"],
-        "out-of-domain, 2 a step %": 100 * outside_two["accuracy"],
-        "in-domain, lost with 2 a step": 100 * (inside["accuracy"] - inside_two["accuracy"]),
-        "out-of-domain, lost with 2 a step": 100 * (outside["accuracy"] - outside_two["accuracy"]),
-        "in-domain, in foreign style %": percent(styles["test_in"]["foreign"]),
-        "out-of-domain, in foreign style %": percent(styles["test_out"]["foreign"]),
-        "out-of-domain, right of those in own style %": percent(styles["test_out"]["own_right"]),
-        "validation %": 100 * result["chosen"]["accuracy"],
-        "TDS": inside["tds"],
-        "ranking loss": ranking,
-        "ranking loss above its least": above,
-        "inversions, own step %": percent(inside["inversions_step"]),
-        "inversions, window %": percent(inside["inversions_window"]),
-    }
+    changed = result["mechanism"]
+    found.update(zip(NATS, (inside["tds"], inside["tds_final"], ranking, above)))
+    found["pairs out of order, own step %"] = percent(inside["inversions_step"])
+    found["pairs out of order, window %"] = percent(inside["inversions_window"])
+    return found | dict(zip(CHANGED, (1000 * changed["kl"], changed["entropy"], changed["correlation"])))
 
 
 def scores_of(result, name, tokens_per_step=1):
@@ -115,7 +107,8 @@ def values_of(values, row, label):
 
 def bases_of(keys, row=None):
     """The base models that a row has runs on, or any row."""
-    return sorted({key[1] for key in keys if row in (None, key[0])})
+    names = {key[1] for key in keys if row in (None, key[0])}
+    return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
 
 
 def names_of(keys, without=()):
@@ -148,19 +141,63 @@ def summarise(values):
     return rows
 
 
-def primary(values):
-    """TABOM - SFT-SD in-domain over those subsets of the base models that have both."""
-    ours, theirs = values_of(values, "TABOM", "in-domain %"), values_of(values, "SFT-SD", "in-domain %")
-    differences = {}
-    for name, numbers in SUBSETS.items():
-        chosen = {}
-        for (base, seed), value in ours.items():
-            if int(base.rpartition("-")[2]) in numbers:
-                chosen[base, seed] = value
-        difference = stats.paired(chosen, theirs)
-        if difference is not None:
-            differences[name] = difference
-    return differences
+# What the paper claims: (claim, row, row that it is compared with, measure, sign that confirms it). The first is
+# the primary measure.
+CLAIMS = (
+    ("gains in-domain over SFT-SD (primary)", "TABOM", "SFT-SD", "in-domain %", 1),
+    ("gains in-domain over the base model", "TABOM", "base", "in-domain %", 1),
+    ("SFT on ground truth loses in-domain", "SFT-GT", "base", "in-domain %", -1),
+    ("SFT on ground truth forgets, near", "SFT-GT", "base", "near %", -1),
+    ("SFT on ground truth forgets, far", "SFT-GT", "base", "far %", -1),
+    ("transfers, near: over the base model", "TABOM", "base", "near %", 1),
+    ("transfers, far: over the base model", "TABOM", "base", "far %", 1),
+    ("higher TDS than the base model", "TABOM", "base", "TDS", 1),
+    ("higher TDS than SFT-SD", "TABOM", "SFT-SD", "TDS", 1),
+    ("better than SFT-SD with two tokens a step", "TABOM", "SFT-SD", "in-domain, 2 a step %", 1),
+    ("trajectory masking gains over SFT-SD", "TABOM, no ranking", "SFT-SD", "in-domain %", 1),
+    ("ranking is needed", "TABOM", "TABOM, no ranking", "in-domain %", 1),
+    ("local window better than global", "TABOM", "TABOM, global window", "in-domain %", 1),
+    ("better than naive trajectory distillation", "TABOM", "naive TD", "in-domain %", 1),
+    ("better than dInfer", "TABOM", "dInfer", "in-domain %", 1),
+    ("better than T3D", "TABOM", "T3D", "in-domain %", 1),
+    ("better than dParallel", "TABOM", "dParallel", "in-domain %", 1),
+    ("Eq. 8 better than the exact Plackett-Luce loss", "TABOM", "TABOM, listwise", "in-domain %", 1),
+    ("Eq. 8 better than the exact KL of Eq. 6", "TABOM", "TABOM, kl", "in-domain %", 1),
+    ("the window's context better than each step's own", "TABOM", "TABOM, own step", "in-domain %", 1),
+    ("padding kept better than cut", "TABOM", "TABOM, padding cut", "in-domain %", 1),
+    (
+        "ranking puts the tokens in order",
+        "TABOM",
+        "TABOM, no ranking",
+        "ranking loss above its least",
+        -1,
+    ),
+)
+SMALL = 2.0  # points: an interval within this of zero shows that there is nothing to see
+SMALL_NATS = 0.005
+
+
+def verdict(difference, label, sign):
+    """What a paired difference says of a claim whose sign it should have."""
+    if difference is None or difference["low"] is None:
+        return "not measured"
+    low, high = sorted((sign * difference["low"], sign * difference["high"]))
+    if low > 0:
+        return "confirmed"
+    if high < 0:
+        return "contradicted"
+    small = SMALL_NATS if label in IN_NATS else SMALL
+    return "not seen" if max(-low, high) <= small else "not resolved"
+
+
+def claims_table(values):
+    lines = []
+    for claim, row, other, label, sign in CLAIMS:
+        difference = stats.paired(values_of(values, row, label), values_of(values, other, label))
+        digits = 3 if label in IN_NATS else 1
+        what = f"{row} - {other}, {label.removesuffix(' %')}"
+        lines.append([claim, verdict(difference, label, sign), what, shown(difference, digits, "+")])
+    return markdown_table(["claim", "verdict", "difference", "value"], lines)
 
 
 def relation(values, label):
@@ -190,29 +227,23 @@ def differ(values):
 # ------------------------------------------------------------------------------------------ tables
 
 
-def markdown(found, losses=(), grid=()):
+def markdown(found, tried):
     """All tables. An interval is 95 %, Student's t over the base models, p that of the paired test.
     A difference is over the runs that both rows have; the differences on each base model stand
     behind it."""
     values = measured(found)
     rows, bases = summarise(values), bases_of(values)
-    main, parts = [], []
-    for name in rows:
-        if not name.startswith("TABOM,"):
-            main.append(name)
-        elif name not in grid:
-            parts.append(name)
     sections = [
         ("The base models", setup_table(found, values)),
-        ("The primary measure: in-domain %, TABOM - SFT-SD", primary_table(values)),
-        *comparisons("Main results (Tables 2 and 3)", rows, main, SOLVED, bases),
-        *comparisons("Two tokens a step (Table 4)", rows, main, SOLVED_TWO, bases),
-        *comparisons("Window and terms (Tables 5 to 7)", rows, ["TABOM", *parts], SOLVED, bases),
-        *grid_comparisons("Window, margin and weight (Table 9)", values, grid),
-        *comparisons("Style of the answers", rows, [*main, *parts], STYLES, bases),
-        *comparisons("Order", rows, [*main, *parts], ORDER, bases),
-        ("Cross-entropy of the base models (Figure 3)", loss_table(losses)),
+        ("The paper's claims", claims_table(values)),
+        *comparisons("Accuracy", rows, SOLVED, bases),
+        *comparisons("Two tokens a step", rows, TWO, bases),
+        *comparisons("Answers", rows, ANSWERS, bases),
+        *comparisons("Order", rows, ORDER, bases),
+        *comparisons("Against the base model's decoding", rows, CHANGED, bases),
+        ("Accuracy by how far the decode order moved", thirds_table(found)),
         ("What goes with in-domain accuracy", relation_table(values)),
+        ("Learning rates", rates_table(tried)),
     ]
     return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections if content)
 
@@ -228,54 +259,51 @@ def setup_table(found, values):
         row, base, _ = key
         if row == "base":
             right = [f"{values[key][label]:.1f}" for label in SOLVED]
-            cells = [base, result["seed"], *right, result["puzzles"], result["kept"]]
-            cells.append(", ".join(map(str, sorted(steps.get(base, "-")))))
+            cells = [base, result["seed"], result["epochs"], *right, result["puzzles"], result["kept"]]
+            cells += [f"{100 * result['early_eos']:.0f}", ", ".join(map(str, sorted(steps.get(base, "-"))))]
             lines.append(list(map(str, cells)))
-    columns = ["model", "seed", *SOLVED, "puzzles distilled", "trajectories kept"]
+    columns = ["model", "seed", "epochs", *SOLVED, "puzzles distilled", "trajectories kept", "EOS among the first W %"]
     return markdown_table([*columns, "optimizer steps of a run"], lines)
 
 
-def primary_table(values):
+def thirds_table(found):
+    """Accuracy of each row on the thirds of the test puzzles whose decode order moved most, between and
+    least, and that of the base model on the same puzzles: means over all runs."""
     lines = []
-    for name, value in primary(values).items():
-        lines.append([name, shown(value, 1, "+")])
-    return markdown_table(["base models", "difference"], lines)
+    for name in names_of(found, without=("base",)):
+        runs_of = [result["mechanism"]["thirds"] for key, result in found.items() if key[0] == name]
+        cells = [name]
+        for third in zip(*runs_of):
+            correlation, right, before = (sum(column) / len(column) for column in zip(*third))
+            cells.append(f"{correlation:.2f}: {100 * right:.1f} ({100 * (right - before):+.1f})")
+        lines.append(cells)
+    columns = ["rank correlation: in-domain % (- base)", "moved most", "between", "moved least"]
+    return markdown_table(columns, lines)
 
 
-def comparisons(title, rows, names, labels, bases):
+def rates_table(tried):
+    """What each row reached on base-0's validation puzzles with each rate, %."""
+    if not tried:
+        return ""
+    rates, lines = list(dict.fromkeys(rate for shares in tried.values() for rate in shares)), []
+    for name, shares in tried.items():
+        cells = [f"{100 * shares[rate]:.1f}" if rate in shares else "-" for rate in rates]
+        lines.append([name, *cells])
+    return markdown_table(["row", *rates], lines)
+
+
+def comparisons(title, rows, labels, bases):
     """A section with a table for each measure: (its title, its table)."""
     sections = []
     for label in labels:
-        sections.append((f"{title}: {label}", comparison(rows, names, label, bases)))
+        sections.append((f"{title}: {label}", comparison(rows, label, bases)))
     return sections
 
 
-def grid_comparisons(title, values, grid):
-    """The sections of the rows of a grid, on the base models that have all of them; none without a
-    grid."""
-    names, bases = [], set(bases_of(values))
-    for name in names_of(values):
-        if name in grid:
-            names.append(name)
-            bases &= set(bases_of(values, name))
-    if not names:
-        return []
-    chosen = {}
-    for key, of_run in values.items():
-        if key[1] in bases and key[0] in (*COMPARED, *names):
-            chosen[key] = of_run
-    return comparisons(title, summarise(chosen), ["TABOM", *names], SOLVED, sorted(bases))
-
-
-def comparison(rows, names, label, bases):
-    """One measure of some rows, by base model too, and its differences to the rows in COMPARED.
-    Empty for fewer than two rows."""
-    names = [name for name in names if name in rows]
-    if len(names) < 2:
-        return ""
-    digits, lines = (3 if label in NATS else 1), []
-    for name in names:
-        row = rows[name]
+def comparison(rows, label, bases):
+    """One measure of all rows, by base model too, and its differences to the rows in COMPARED."""
+    digits, lines = (3 if label in IN_NATS else 1), []
+    for name, row in rows.items():
         value, by_base = row["measures"][label], dict.fromkeys(bases, "-")
         if value is not None:
             for base, x in value["bases"].items():
@@ -304,23 +332,9 @@ def shown(value, digits=1, sign=""):
     return text
 
 
-def loss_table(losses):
-    """The mean over the base models and its standard error."""
-    ratios, lines = {}, {}  # both keep the order of the rows
-    for r in losses:
-        ratios[f"mask ratio {r['mask_ratio']}"] = None
-        text = f"{r['loss']:.4f}"
-        if r["loss_se"] is not None:
-            text += f" ± {r['loss_se']:.4f}"
-        lines.setdefault(r["data"], [r["data"]]).append(text)
-    if not lines:
-        return ""
-    return markdown_table(["nats", *ratios], lines.values())
-
-
 def relation_table(values):
     lines = []
-    for label in ORDER:
+    for label in (*ORDER, *CHANGED):
         value, bases = relation(values, label), "-"
         if value is not None:
             bases = " ".join(f"{r:+.2f}" for r in value["bases"].values())
@@ -350,33 +364,35 @@ def tds_curves(found, names):
     return rows
 
 
-def accuracy_curves(found, names):
-    """What accuracy on the validation puzzles gains over the base model with each epoch, in points,
-    with the first seed: the mean over the base models that every row has."""
-    shared = set(bases_of(found))
-    for name in names:
-        shared &= set(bases_of(found, name))
-    gains = {}  # (row, epoch) -> one for each base model
-    for (row, base, _), result in found.items():
-        if row in names and base in shared and "curve" in result:
-            before = found["base", base, None]["chosen"]["accuracy"]
-            for epoch, accuracy in enumerate([before, *result["curve"]]):
-                gains.setdefault((row, epoch), []).append(100 * (accuracy - before))
-    rows = []
-    for (row, epoch), values in gains.items():
-        rows.append(dict(model=row, epoch=epoch, base_models=len(values), **stats.mean_and_error("gain", values)))
-    return rows
+def forest(rows):
+    """In-domain, near and far accuracy of every row less that of SFT-SD: what plots.draw_differences draws."""
+    found = []
+    for name, row in rows.items():
+        for label in SOLVED:
+            difference = row["differences"].get("SFT-SD", {}).get(label)
+            if difference is not None and difference["low"] is not None:
+                found.append(dict(row=name, measure=label, **difference))
+    return found
+
+
+def scatter(values):
+    """How far each run moved the decode order, and what it gained in-domain over its base model."""
+    points = []
+    for (row, base, _), of_run in values.items():
+        if row != "base":
+            gain = of_run["in-domain %"] - values["base", base, None]["in-domain %"]
+            points.append(dict(row=row, x=of_run[CHANGED[-1]], y=gain))
+    return points
 
 
 # ---------------------------------------------------------------------------------------- a folder
 
 
-def write_report(folder, found, losses, grid, about):
-    """Write results.json, the tables and the pictures, and print the tables. losses: rows of the
-    cross-entropy over the mask ratio. grid: the names of the rows of Table 9. about: what else
+def write_report(folder, found, about):
+    """Write results.json, the tables and the pictures, and print the tables. about: what else
     results.json says of the experiment."""
     folder.mkdir(exist_ok=True)
-    head = dict(**about, versions=runs.versions(), grid=list(grid), losses=losses)
+    head = {**about, "versions": runs.versions()}
     lines = []
     for result in found.values():
         kept = dict(result)
@@ -396,10 +412,12 @@ def remake(folder):
     tables = markdown(*results)
     with runs.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
-    names = names_of(results.found, without=results.grid)
+    values, names = measured(results.found), names_of(results.found)
     plots.save(plots.draw_tds(tds_curves(results.found, names), names), folder / "tds.png")
-    plots.save(plots.draw_loss(results.losses), folder / "loss.png")
-    plots.save(plots.draw_gain(accuracy_curves(results.found, names), names), folder / "accuracy.png")
+    plots.save(plots.draw_differences(forest(summarise(values)), "SFT-SD"), folder / "accuracy.png")
+    moved = "rank correlation of the decode order with the base model's"
+    gain = "in-domain gain over the base model (points)"
+    plots.save(plots.draw_scatter(scatter(values), moved, gain, names), folder / "order.png")
     print(tables)
 
 
@@ -411,11 +429,11 @@ def read(folder):
         raise FileNotFoundError(f"no results.json in {folder}: give the results folder of an experiment of claims")
     saved = data.read_json(file)
     found = {}
-    for result in map(sweep.upgraded, saved.get("runs", [{}])):
-        if not {"row", "base", "settings"} <= result.keys():
+    for result in saved.get("runs", [{}]):
+        if not {"row", "base", "settings", "mechanism"} <= result.keys():
             raise ValueError(f"{file}: these are not the results of an experiment of claims")
         found[result["row"], result["base"], result["settings"].get("seed")] = result
-    return Results(found, saved.get("losses", []), saved.get("grid", []))
+    return Results(found, saved.get("tried", {}))
 
 
 def rounded(value):

@@ -158,22 +158,22 @@ def source_name(source):
 # -------------------------------------------------------------------------------- jobs and results
 
 
-def share(jobs, processes, alone, after=()):
+def share(jobs, processes, alone, after=None):
     """Do the jobs that have no result yet; a process that is free takes the next -> all results, on
     the first process.
 
     jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's
-    result.json. after: folder -> the folder whose result it needs first. alone: the Processes that
+    result.json. after: folder -> the folders whose results it needs first. alone: the Processes that
     the jobs work with, which also holds the lock of a job's folder; where the file system has no
     locks, each process keeps to every count-th job."""
-    own = list(jobs)[processes.index :: processes.count]
+    own, after = list(jobs)[processes.index :: processes.count], after or {}
     while True:
         missing = [folder for folder in jobs if not result_of(folder)]
         if not missing:
             break
         worked = False
         for folder in missing:
-            if folder not in after or result_of(after[folder]):
+            if all(map(result_of, after.get(folder, ()))):
                 worked |= attempt(folder, jobs[folder], folder in own, alone)
         if not worked:  # other processes are at what is missing; torchrun ends all if one fails
             time.sleep(0.5)

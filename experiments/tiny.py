@@ -1,4 +1,7 @@
-"""The tiny model of the experiments: LLaDA's layout, 372,960 parameters, a token per character.
+"""The tiny models of the experiments: LLaDA's layout, a token per character, two kinds.
+
+    WHOLE      372,960 parameters, 6x6 puzzles: the model in tiny/, of the demo
+    SHORT      167,232 parameters, 5x5 puzzles: the base models of claims.py
 
     python -m experiments.tiny out/tiny [--seed 0]    # to out/tiny/tiny: 21 minutes on one core
     python -m experiments.tiny out/random --tokenizer FOLDER    # random weights under a real vocabulary: to try
@@ -15,6 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
@@ -22,18 +26,34 @@ import model
 import runs
 import train
 from experiments import puzzles
-from experiments.puzzles import BLANK, TASKS, N
+from experiments.puzzles import BLANK, TASKS
 
 TINY = Path(__file__).parent.parent / "tiny"  # the trained model that comes with the code
 
 MASK, EOS, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
-ANSWER = N * N + 1  # tokens: the cells and EOS
 
 
-def vocabulary():
+@dataclass(frozen=True)
+class Kind:
+    """A kind of tiny model: what it is trained on, and its size."""
+
+    tasks: tuple  # of its training puzzles, in turn
+    answer: int  # tokens of a response; an answer is followed by EOS to there
+    count: int  # easy puzzles
+    epochs: int
+    foreign: float  # share of the answers in foreign style
+    width: int
+    hidden: int
+
+
+WHOLE = Kind(("latin", "shear"), 37, 64_000, 3, 0.0, 96, 192)
+SHORT = Kind(("short-latin", "short-shear", "short-far"), 31, 6_400, 14, 0.1, 64, 128)
+
+
+def vocabulary(kind=WHOLE):
     """Every token, by id: the special ones, BLANK, the tags and the symbols of all tasks."""
     tags, own, foreign = [], "", ""
-    for task in TASKS.values():
+    for task in dict.fromkeys(map(TASKS.get, kind.tasks)):
         tags.append(task.tag)
         own += task.symbols
         foreign += task.foreign
@@ -41,9 +61,9 @@ def vocabulary():
     return [MASK, EOS, PAD, BLANK, *tags, *symbols]
 
 
-def config():
-    """The tiny model's config.json."""
-    size = len(vocabulary())
+def config(kind=WHOLE):
+    """A tiny model's config.json."""
+    size = len(vocabulary(kind))
     return dict(
         model_type="llada",
         architectures=["LLaDAModelLM"],
@@ -51,11 +71,11 @@ def config():
         block_type="llama",
         layer_norm_type="rms",
         rms_norm_eps=1e-5,
-        d_model=96,
+        d_model=kind.width,
         n_layers=4,
         n_heads=4,
         n_kv_heads=4,
-        mlp_hidden_size=192,
+        mlp_hidden_size=kind.hidden,
         vocab_size=size,
         embedding_size=size,
         max_sequence_length=128,
@@ -72,29 +92,29 @@ def config():
     )
 
 
-def write_start(folder, seed):
-    """The tiny model before training: random weights, and a tokenizer of one token a character.
+def write_start(folder, seed, kind=WHOLE):
+    """A tiny model before training: random weights, and a tokenizer of one token a character.
 
     A folder that holds the same files stays as it is. Raises FileExistsError for other files."""
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         with runs.atomic_folder(folder) as beside:
-            build_start(beside, seed)
+            build_start(beside, seed, kind)
         return
     with tempfile.TemporaryDirectory() as again:
-        build_start(Path(again), seed)
+        build_start(Path(again), seed, kind)
         for file in Path(again).iterdir():
             there = folder / file.name
             if not there.is_file() or there.read_bytes() != file.read_bytes():
                 raise FileExistsError(f"{folder} is not empty and holds another {file.name}: choose another folder")
 
 
-def build_start(folder, seed):
+def build_start(folder, seed, kind):
     """Write the files of the untrained model into an empty folder."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # slow to import, and only for this
 
-    model.save(model.create(config(), data.generator(seed, "start")), folder)
-    ids = dict(zip(vocabulary(), itertools.count()))
+    model.save(model.create(config(kind), data.generator(seed, "start")), folder)
+    ids = dict(zip(vocabulary(kind), itertools.count()))
     backend = Tokenizer(models.WordLevel(ids))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     backend.decoder = decoders.Fuse()
@@ -103,44 +123,50 @@ def build_start(folder, seed):
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     special = dict(mask_token=MASK, eos_token=EOS, pad_token=PAD, chat_template=template)
     (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
-    own = dict(max_new_tokens=ANSWER, block_length=ANSWER, strategy="entropy")
+    own = dict(max_new_tokens=kind.answer, block_length=kind.answer, strategy="entropy")
     (folder / "generation_config.json").write_text(json.dumps(dict(tabom=own), indent=2) + "\n")
 
 
-def retrain(folder, seed=0, foreign=0.0, count=64_000, epochs=3, taken=None, processes=None):
-    """Train the tiny model on easy puzzles of all tasks, through the training loop of every other
+def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=False):
+    """Train a tiny model on easy puzzles of its tasks, through the training loop of every other
     model, into folder/tiny -> the last metrics.
 
-    foreign: the share of answers in foreign style. count: puzzles. taken: the epoch after which
-    training stops, with the learning rate still on its way down; None = the last. Continues where
-    it was stopped. Raises FileExistsError for a folder with anything else in it."""
+    enough: a function of a checkpoint's folder and its epoch; the first epoch for which it is true is the
+    last, with the learning rate still on its way down. Continues where it was stopped. Raises
+    FileExistsError for a folder with anything else in it."""
     folder = Path(folder)
     runs.must_be_free(folder / "tiny")
-    write_start(folder / "start", seed)
-    dataset = puzzles.write_puzzles(folder / "pretrain.jsonl", list(TASKS), count, False, seed, foreign)
-    result = train.train(
-        train.TrainOptions(
-            model=str(folder / "start"),
-            data=str(dataset),
-            out=str(folder / "run"),
-            objective="nelbo",
-            lora_rank=0,
-            epochs=epochs,
-            stop_after=taken,
-            global_batch=64,
-            batch_size=64,
-            lr=3e-3,
-            warmup=50,
-            weight_decay=0.0,
-            seed=seed,
-        ),
-        processes,
-    )
+    write_start(folder / "start", seed, kind)
+    lines = puzzles.dataset("pretrain", kind.tasks, kind.count, False, seed, kind.foreign)
+    tok = data.load_tokenizer(folder / "start")
+    write_answers(folder / "pretrain.jsonl", tok, map(json.loads, lines.splitlines()), kind.answer)
+    options = dict(objective="nelbo", lora_rank=0, global_batch=64, batch_size=64, lr=3e-3, warmup=50)
+    options.update(weight_decay=0.0, seed=seed, compile=compile, epochs=kind.epochs)
+    places = dict(model=str(folder / "start"), data=str(folder / "pretrain.jsonl"), out=str(folder / "run"))
+    for epoch in range(1, kind.epochs + 1):
+        last = folder / "run" / f"epoch-{epoch}"
+        result = train.train(train.TrainOptions(**places, **options, stop_after=epoch), processes)
+        if enough and enough(last, epoch):
+            break
     with runs.atomic_folder(folder / "tiny") as beside:
-        for file in (folder / "run" / f"epoch-{taken or epochs}").iterdir():
+        for file in last.iterdir():
             if file.name not in runs.TRAINER:
                 shutil.copyfile(file, beside / file.name)
     return {**result, "tiny": str(folder / "tiny")}
+
+
+def write_answers(file, tok, rows, budget):
+    """Write answers to train on, each followed by EOS to the budget, as real models' data are; for that
+    they are trajectories, as if written from left to right.
+
+    rows: dicts of id, prompt and answer. Raises FileExistsError for a file with other content."""
+    lines = []
+    for row in rows:
+        ids = tok.encode(row["answer"])
+        ids += [tok.eos_id] * (budget - len(ids))
+        told = dict(prompt_ids=tok.encode(row["prompt"]), response_ids=ids, order=list(range(budget)))
+        lines.append(json.dumps(dict(id=row["id"], **told, finished=True)) + "\n")
+    puzzles.write_new({file: "".join(lines)})
 
 
 def write_random(folder, source, seed=0):

@@ -156,7 +156,7 @@ def test_own_order_has_the_window_and_margin_it_is_given(tiny, trajectories):
         assert found["ranking_least"] < found["ranking"]
         assert found["inversions_window"] == pytest.approx(inverted / pairs, abs=3 / pairs)  # near ties
         assert set(found) == {
-            "tds", "ranking", "ranking_least", "inversions_step", "inversions_window", "per_step",
+            "tds", "tds_final", "ranking", "ranking_least", "inversions_step", "inversions_window", "per_step",
         }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ LEVELS = [
     ["tabom", "harness"],
     ["experiments.demo", "experiments.claims"],
     ["experiments.report", "experiments.gradients"],
-    ["experiments.sweep"],
+    ["experiments.sweep", "experiments.mechanism"],
     ["experiments.diagnose", "experiments.tiny", "experiments.speed"],
     ["experiments.plots", "experiments.stats", "experiments.puzzles", "experiments.cost"],
     ["distill"],

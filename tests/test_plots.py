@@ -49,9 +49,9 @@ def test_a_model_has_one_colour_in_all_pictures():
     models = ["base", "SFT-SD", "TABOM"]
     gains = []
     for model in models[1:]:
-        gains.append(dict(model=model, epoch=0, gain=0.0, gain_se=None, base_models=3))
+        gains.append(dict(row=model, x=0.9, y=1.0))
     colours = {}
-    for drawing in (plots.draw_tds(tds_rows(models), models), plots.draw_gain(gains, models)):
+    for drawing in (plots.draw_tds(tds_rows(models), models), plots.draw_scatter(gains, "x", "y", models)):
         for line in drawing.axes[0].get_lines():
             colours.setdefault(line.get_label(), set()).add(line.get_color())
     assert len(colours["TABOM"]) == len(colours["SFT-SD"]) == 1
@@ -69,7 +69,20 @@ def test_a_band_is_one_standard_error_and_a_missing_value_no_point():
     assert min(heights) == pytest.approx(-0.05) and max(heights) == pytest.approx(0.25)
 
 
+def test_differences_are_intervals_in_a_panel_for_each_measure():
+    rows = []
+    for measure, row, mean in (("in %", "base", -2.0), ("in %", "TABOM", 1.0), ("far %", "TABOM", 0.0)):
+        rows.append(dict(measure=measure, row=row, mean=mean, low=mean - 1, high=mean + 2))
+    inside, far = plots.draw_differences(rows, "SFT-SD").axes
+    found = [(list(line.get_xdata()), line.get_ydata()[0]) for line in inside.get_lines()[1::2]]
+    assert found == [([-3.0, 0.0], 0), ([0.0, 3.0], 1)]  # a row has the same line in both panels
+    assert [list(line.get_ydata()) for line in far.get_lines()[1:]] == [[1, 1], [1]]
+    assert inside.get_xlabel() == "in %, less SFT-SD's"
+
+
 def test_no_rows_make_an_empty_picture():
+    assert not plots.draw_scatter([], "x", "y").axes[0].get_lines()[1:]
+    assert not plots.draw_differences([], "SFT-SD").axes[0].get_lines()
     assert not plots.draw_tds([]).axes[0].get_lines()
     assert not plots.draw_loss([]).axes[0].get_lines()
     assert not plots.draw_training({"R": [dict(step=1)]}).axes[0].get_lines()

@@ -1,5 +1,6 @@
 """The puzzles: python -m pytest tests/test_puzzles.py"""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,11 +14,14 @@ import model
 from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
 
+LARGE, SHORT = ["latin", "shear"], ["short-latin", "short-shear", "short-far"]
+
 
 def groups(task):
     """The sets of cells that must hold every symbol once."""
-    rows = [[6 * r + c for c in range(6)] for r in range(6)]
-    columns = [[6 * r + (c + (r if task == "shear" else 0)) % 6 for r in range(6)] for c in range(6)]
+    n, turned = len(puzzle_tasks.TASKS[task].symbols), task not in ("latin", "short-latin")
+    rows = [[n * r + c for c in range(n)] for r in range(n)]
+    columns = [[n * r + (c + (r if turned else 0)) % n for r in range(n)] for c in range(n)]
     return rows + columns
 
 
@@ -34,7 +38,7 @@ def solve(puzzle, task):
             yield from solve(puzzle[:i] + symbol + puzzle[i + 1 :], task)
 
 
-@pytest.mark.parametrize("task", ["latin", "shear"])
+@pytest.mark.parametrize("task", LARGE)
 @pytest.mark.parametrize("hard", [False, True])
 def test_answers_solve_their_puzzles(task, hard):
     rng = random.Random(1)
@@ -49,7 +53,33 @@ def test_answers_solve_their_puzzles(task, hard):
         assert fewest <= blanks <= most
 
 
-@pytest.mark.parametrize("task", ["latin", "shear"])
+@pytest.mark.parametrize("task", SHORT)
+def test_short_answers_end_with_the_last_row_that_has_a_blank(task):
+    rng, lengths = random.Random(1), set()
+    for hard in [False, True] * 15:
+        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS[task], rng, hard)
+        assert prompt[0] == puzzle_tasks.TASKS[task].tag and len(prompt) == 26
+        last = prompt.rindex(puzzle_tasks.BLANK) - 1
+        assert len(answer) % 5 == 0 and 0 <= len(answer) - 1 - last < 5
+        whole = answer + prompt[1 + len(answer) :]
+        assert all(clue in (puzzle_tasks.BLANK, cell) for clue, cell in zip(prompt[1:], whole))
+        for group in groups(task):
+            assert sorted(whole[i] for i in group) == list(puzzle_tasks.TASKS[task].symbols)
+        if hard:
+            assert list(itertools.islice(solve(prompt[1:], task), 2)) == [whole]
+        lengths.add(len(answer))
+    assert lengths == {15, 20, 25}
+
+
+@pytest.mark.parametrize("task", SHORT)
+def test_no_prompt_has_the_foreign_style_and_only_near_shares_the_alphabet(task):
+    task, inside = puzzle_tasks.TASKS[task], puzzle_tasks.TASKS["short-latin"]
+    for other in SHORT:
+        assert not set(task.foreign) & set(puzzle_tasks.TASKS[other].symbols)
+    assert (task.symbols == inside.symbols) == (task.tag != "T")
+
+
+@pytest.mark.parametrize("task", LARGE)
 def test_hard_puzzles_have_one_solution_and_singles_get_stuck(task):
     rng = random.Random(2)
     for _ in range(10):
@@ -135,7 +165,8 @@ def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(puzzle_tasks, "OUT_OF_DOMAIN", "turned")
     *_, out = puzzle_tasks.write_datasets(tmp_path, 0, train=1, validation=1, test=2)
-    tiny_model.write_start(tmp_path / "start", 0)
+    kind = dataclasses.replace(tiny_model.WHOLE, tasks=("latin", "shear", "turned"))
+    tiny_model.write_start(tmp_path / "start", 0, kind)
     tok = data.load_tokenizer(tmp_path / "start")
     for row in map(json.loads, out.read_text().splitlines()):
         first, second = row["answer"]

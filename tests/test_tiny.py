@@ -1,5 +1,6 @@
 """The tiny model: python -m pytest tests/test_tiny.py"""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_the_tiny_model_solves_what_it_was_trained_on():
 
 
 def test_retrain_builds_a_model_folder(tmp_path):
-    result = tiny_model.retrain(tmp_path, count=128, epochs=1)
+    result = tiny_model.retrain(tmp_path, kind=dataclasses.replace(tiny_model.WHOLE, count=128, epochs=1))
     folder = Path(result["tiny"])
     assert {f.name for f in folder.iterdir()} == {f.name for f in tiny_model.TINY.iterdir()}
     with (
@@ -49,10 +50,25 @@ def test_retrain_builds_a_model_folder(tmp_path):
 
 
 def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
-    result = tiny_model.retrain(tmp_path, count=64, epochs=2, taken=1)
+    asked = []
+
+    def enough(checkpoint, epoch):
+        asked.append((checkpoint.name, (checkpoint / "config.json").is_file(), epoch))
+        return epoch == 2
+
+    kind = dataclasses.replace(tiny_model.SHORT, count=64, epochs=4)
+    result = tiny_model.retrain(tmp_path, kind=kind, enough=enough)
+    assert asked == [("epoch-1", True, 1), ("epoch-2", True, 2)]
     weights = Path(result["tiny"]) / "model.safetensors"
-    assert weights.read_bytes() == (tmp_path / "run" / "epoch-1" / "model.safetensors").read_bytes()
-    assert result["steps"] == 1 and not (tmp_path / "run" / "epoch-2").exists()
+    assert weights.read_bytes() == (tmp_path / "run" / "epoch-2" / "model.safetensors").read_bytes()
+    assert result["steps"] == 2 and not (tmp_path / "run" / "epoch-3").exists()
+    rows = data.read_trajectories(tmp_path / "pretrain.jsonl")
+    tok = data.load_tokenizer(tmp_path / "start")
+    for row in rows:  # every answer is followed by EOS to the budget
+        ids = row["response_ids"]
+        assert len(ids) == 31 and set(ids[ids.index(tok.eos_id) :]) == {tok.eos_id}
+        assert ids.index(tok.eos_id) in (5, 10, 15, 20, 25) and row["order"] == list(range(31))
+    assert sum(p.numel() for p in model.load(tmp_path / "tiny").parameters()) == 167_232
 
 
 def test_the_start_follows_from_the_seed(tmp_path):
@@ -84,7 +100,7 @@ def test_training_refuses_the_folder_of_a_stranger(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
     with pytest.raises(FileExistsError):
-        tiny_model.retrain(tmp_path, count=2, epochs=1)
+        tiny_model.retrain(tmp_path, kind=dataclasses.replace(tiny_model.WHOLE, count=2, epochs=1))
     assert (tmp_path / name).read_text() == "{}"
 
 

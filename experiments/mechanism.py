@@ -1,0 +1,70 @@
+"""How training changed what decoding does: a trained model against its base model, on the same puzzles.
+
+    mechanism.against_base(loaded, processes, "R/test-test_in", "base/test-test_in")    # -> a dict
+
+Both have answered the same puzzles, one token a step. The order of the cells is compared up to where the
+right answer ends; and the trained model replays trajectories of the base model, whose entropies it
+had logged.
+"""
+
+import data
+import objectives
+import runs
+from experiments import diagnose
+
+TRAJECTORIES = 64  # of the base model, that are replayed
+THIRDS = 3  # groups of puzzles, by how much their order changed
+
+
+def against_base(loaded, processes, answers, before):
+    """A trained model against its base model -> a dict:
+
+    correlation     Spearman's correlation of the order in which the two decode a puzzle, its mean
+    thirds          the puzzles by this correlation, the lowest third first: the mean correlation, the
+                    share that the trained model has right, and the share that the base model has right
+    kl              KL of Eq. 6 (beta 1) on the base model's trajectories, nats a token
+    entropy, entropy_before     of the trained and of the base model at each token's own step, on the
+                    base model's trajectories, nats a token
+
+    loaded: the trained model (runs.Loaded). answers, before: folders of the trajectories of both."""
+    theirs = data.read_trajectories(before)
+    pairs = []
+    for ours, base in zip(data.read_trajectories(answers), theirs, strict=True):
+        n = len(base["answer"][0])
+        pairs.append((rank_correlation(ours["order"][:n], base["order"][:n]), ours["correct"], base["correct"]))
+    pairs.sort()
+    thirds = []
+    for i in range(THIRDS):
+        part = pairs[i * len(pairs) // THIRDS : (i + 1) * len(pairs) // THIRDS]
+        thirds.append([sum(column) / len(part) for column in zip(*part)])
+    correlation = sum(pair[0] for pair in pairs) / len(pairs)
+    return dict(correlation=correlation, thirds=thirds, **entropies(loaded, processes, theirs[:TRAJECTORIES]))
+
+
+def rank_correlation(a, b):
+    """Spearman's correlation of two orders of the same cells, given by decode steps that are all
+    different."""
+    n, squares = len(a), 0
+    for x, y in zip(ranks(a), ranks(b)):
+        squares += (x - y) ** 2
+    return 1 - 6 * squares / (n * (n**2 - 1))
+
+
+def ranks(steps):
+    """The rank of each value among all: [40, 10, 30] -> [2, 0, 1]"""
+    place = {step: i for i, step in enumerate(sorted(steps))}
+    return [place[step] for step in steps]
+
+
+def entropies(loaded, processes, records):
+    """What a model's entropies are on the base model's trajectories, and their KL (see against_base)."""
+    kl = entropy = before = count = 0.0
+    for i in range(0, len(records), diagnose.BATCH):
+        batch = runs.batch_of(records[i : i + diagnose.BATCH], loaded, processes)
+        h = objectives.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)  # [B, N]
+        base_h = objectives.in_decode_order(batch["entropy"], batch)  # [B, N]
+        kl += objectives.boltzmann_kl(h, base_h).sum().item()
+        entropy += h.sum().item()
+        before += base_h.sum().item()
+        count += h.numel()
+    return dict(kl=kl / count, entropy=entropy / count, entropy_before=before / count)
