@@ -32,8 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import data
@@ -680,7 +679,10 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
         if kept:
             model.save_tensors({name: shard.whole(tensor) for name, tensor in kept.items()}, folder / TRAINER[1])
     (folder / "trainer.json").write_text(json.dumps(dict(step=step, reference=bool(kept))) + "\n")
-    hashes = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}  # last: of all that was written
+    hashes = {}  # last: of all that was written
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            hashes[file.relative_to(folder).as_posix()] = fingerprint(file)
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
 
 
@@ -770,17 +772,26 @@ def restore(checkpoint, weights, optimizer, reference=None):
         shard.load({**state, **kept}, checkpoint / SPREAD)
         stored = state
     else:
-        stored = load_file(checkpoint / TRAINER[0])
+        stored = fill_from(checkpoint / TRAINER[0], state, wrong)
         if len(stored) not in (0, len(state)):  # empty where no step was finite yet
             raise ValueError(f"{wrong}: remove it to continue from the one before")
-        if stored.keys() - state.keys():
-            raise ValueError(f"{wrong}: its optimizer state has {min(stored.keys() - state.keys())}")
-        for name, tensor in stored.items():
-            shard.fill(state[name], tensor)
-        for name, tensor in load_file(checkpoint / TRAINER[1]).items() if kept else ():
-            shard.fill(kept[f"reference.{name}"], tensor)
+        if kept:
+            fill_from(checkpoint / TRAINER[1], kept, wrong, "reference.")
     for name, p in weights.items() if stored else ():
         optimizer.state[p] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
     if kept:
         reference.restore({name.removeprefix("reference."): tensor for name, tensor in kept.items()})
     return about["step"]
+
+
+def fill_from(file, tensors, wrong, prefix=""):
+    """Fill tensors, {prefix + name: tensor}, from a safetensors file, one after the other -> the names in the file.
+
+    Raises ValueError, with the message `wrong`, for a name that is not among them."""
+    with safe_open(file, "pt") as f:
+        names = list(f.keys())
+        for name in names:
+            if prefix + name not in tensors:
+                raise ValueError(f"{wrong}: {file.name} has {name}")
+            shard.fill(tensors[prefix + name], f.get_tensor(name))
+    return names

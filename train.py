@@ -352,8 +352,9 @@ def prepare(c, processes, loaded=None):
     last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
     full, place = c.lora_rank == 0, spreading(c, processes)
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
+    stored = dataclasses.replace(c, dtype=prefer) if full and place else c  # with --shard, --dtype is what computes
     if loaded is None or full or place:
-        loaded = runs.load_model(c, processes, weights=last if full else None, dtype=prefer, place=place)
+        loaded = runs.load_model(stored, processes, weights=last if full else None, dtype=prefer, place=place)
     grid, blocks = c.grid or runs.decoding_grid(loaded.m.config), loaded.m.config.block_length
     records = training_records(c, loaded, parameters, processes, grid)
     check_context(records, loaded, processes)
@@ -364,7 +365,9 @@ def prepare(c, processes, loaded=None):
     total = c.epochs * steps_per_epoch
 
     meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
-    meta.update(dtype=runs.resolve_dtype(c, processes, prefer), global_batch=global_batch, grid=grid)
+    meta.update(dtype=runs.resolve_dtype(stored, processes, prefer), global_batch=global_batch, grid=grid)
+    if stored is not c and runs.resolve_dtype(c, processes) != meta["dtype"]:
+        meta["compute"] = runs.resolve_dtype(c, processes)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     before = epochs_before(c)
     if before:
@@ -377,7 +380,7 @@ def prepare(c, processes, loaded=None):
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
     if c.objective == "t3d":
-        reference = first_reference(c, loaded.m, processes, prefer, place)
+        reference = first_reference(stored, loaded.m, processes, prefer, place)
         objective = functools.partial(objective, reference=reference)
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)

@@ -2,7 +2,7 @@
 
     python -m experiments.speed                                   # a table, and a last line of JSON
     python -m experiments.speed --device cuda --dtype bfloat16
-    python -m experiments.speed --batch-size 8 --new 256 --steps 32    # an hour on a CPU, and 12 GB
+    python -m experiments.speed --batch-size 8 --new 256     # takes long on a CPU
 
 The plain way is what a straightforward script does: the logits of every position at every step,
 softmax in float64 (LLaDA's decoder), a sort of the vocabulary at every masked position (Dream's),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HUNG, fails, flags, interpreter, metrics, run, run_train, shell, start, wait_for
+from helpers import HUNG, fails, flags, interpreter, meta, metrics, run, run_train, shell, start, wait_for
 from safetensors.torch import load_file
 
 import model
@@ -42,7 +42,8 @@ def assert_close(out, other, tolerance=1e-6, steps=slice(None)):
     for line, expected in zip(metrics(out)[steps], metrics(other)[steps], strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=tolerance)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    found, expected = (load_file(model_file(folder / "epoch-2")) for folder in (out, other))
+    last = f"epoch-{metrics(other)[-1]['epoch']}"
+    found, expected = (load_file(model_file(folder / last)) for folder in (out, other))
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=tolerance)
@@ -53,8 +54,8 @@ def assert_close(out, other, tolerance=1e-6, steps=slice(None)):
     "processes, options",
     [
         (2, dict(ALL_WEIGHTS, gradient_checkpointing=True)),
-        (4, ALL_WEIGHTS),
-        (4, OPTIONS),
+        (4, dict(ALL_WEIGHTS, epochs=7)),  # 21 steps
+        (4, dict(OPTIONS, epochs=7)),
         (2, dict(OPTIONS, objective="t3d", reference_steps=2, beta=5)),
         (2, T3D),
         (2, dict(ALL_WEIGHTS, objective="dparallel")),
@@ -70,6 +71,21 @@ def test_a_spread_model_trains_as_a_whole_one(tiny, trajectories, tmp_path, caps
         found, expected = metrics(tmp_path / "R")[-1], metrics(tmp_path / "whole")[-1]
         assert found["held_out_loss"] == pytest.approx(expected["held_out_loss"], abs=1e-5)
         assert found["sample"] == expected["sample"]
+
+
+@pytest.mark.slow
+def test_with_dtype_bfloat16_the_weights_stay_float32(tiny, trajectories, tmp_path):
+    """And a run does not change what it computes in when it is continued without --shard."""
+    options = dict(ALL_WEIGHTS, model=tiny, data=trajectories, out=tmp_path / "R", dtype="bfloat16", stop_after=1)
+    train(processes=2, shard=True, **options)
+    assert (meta(tmp_path / "R")["dtype"], meta(tmp_path / "R")["compute"]) == ("float32", "bfloat16")
+    weights = load_file(tmp_path / "R" / "epoch-1" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    start = load_file(tiny / "model.safetensors")
+    moved = max((weights[name] - start[name]).abs().max() for name in weights)
+    assert 0 < moved < 1e-3  # less than bfloat16 can tell apart near the largest weights
+    done = shell("train", *flags(**options))
+    assert done.returncode == 1 and "compute was 'bfloat16' and is now None" in done.stderr
 
 
 @pytest.mark.slow
