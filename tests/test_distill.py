@@ -31,7 +31,7 @@ def test_it_logs_what_the_decoder_did(tiny, puzzles, trajectories):
     assert set(found) == {row["id"] for row in rows}
     decoder = meta(trajectories)["decoder"]
     assert decoder["strategy"] == "entropy"  # the model's own generation_config.json
-    assert decoder["max_new_tokens"] == tiny_model.ANSWER
+    assert decoder["max_new_tokens"] == tiny_model.WHOLE.answer
     m, tok = model.load(tiny), data.load_tokenizer(tiny)
     for row in rows[:3]:
         record = found[row["id"]]

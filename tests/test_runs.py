@@ -633,7 +633,7 @@ def test_small_models_use_one_thread_unless_told_otherwise(monkeypatch):
 def test_a_batch_is_on_the_device_of_its_process(tiny, trajectories):
     records = data.read_trajectories(trajectories)[:3]
     batch = runs.batch_of(records, load(tiny), ALONE)
-    assert batch["response_ids"].shape == (3, tiny_model.ANSWER)
+    assert batch["response_ids"].shape == (3, tiny_model.WHOLE.answer)
     assert batch["order"][1].tolist() == records[1]["order"]
 
 

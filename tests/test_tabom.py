@@ -28,10 +28,10 @@ def test_generate_prints_the_answer_and_watches(tiny, trained, capsys):
     out, err = capsys.readouterr()
     result = last_json(out)
     assert out.splitlines()[0] == result["text"]
-    assert (result["prompt"], result["tokens"]) == (PROMPT, tiny_model.ANSWER)
+    assert (result["prompt"], result["tokens"]) == (PROMPT, tiny_model.WHOLE.answer)
     steps = err.splitlines()  # no terminal: a plain line for each step
-    assert [line.split(":")[0] for line in steps] == [f"step {i}" for i in range(tiny_model.ANSWER)]
-    assert [line.count("·") for line in steps] == list(range(tiny_model.ANSWER - 1, -1, -1))
+    assert [line.split(":")[0] for line in steps] == [f"step {i}" for i in range(tiny_model.WHOLE.answer)]
+    assert [line.count("·") for line in steps] == list(range(tiny_model.WHOLE.answer - 1, -1, -1))
     assert "\x1b" not in err
     again, err = run(capsys, "generate", **options)
     assert again["text"] == result["text"]
@@ -48,10 +48,10 @@ def test_watch_redraws_a_terminal_in_colour_below_the_turns(tiny, capsys, monkey
     monkeypatch.setattr(sys, "stderr", terminal)
     assert tabom.main(["generate", *flags(model=tiny, system="S1", prompt="L2", watch=True)]) == 0
     _, *frames = terminal.getvalue().split("\x1b[H\x1b[2J")
-    assert len(frames) == tiny_model.ANSWER
+    assert len(frames) == tiny_model.WHOLE.answer
     for i, frame in enumerate(frames):
         assert frame.startswith(f"system: S1\nuser: L2\nstep {i}\n")
-        assert frame.count("\x1b[2m·\x1b[0m") == tiny_model.ANSWER - 1 - i
+        assert frame.count("\x1b[2m·\x1b[0m") == tiny_model.WHOLE.answer - 1 - i
     assert "\x1b[38;5;" in frames[-1]
 
 

@@ -111,7 +111,7 @@ def test_an_objective_of_ones_own_reports_terms_of_its_own(tiny, trajectories, t
     monkeypatch.setitem(objectives.OBJECTIVES, "traj", shortest)
     run_train(capsys, model=tiny, data=trajectories, out=tmp_path / "R", objective="traj", epochs=1)
     for line in metrics(tmp_path / "R"):
-        assert line["shortest"] == tiny_model.ANSWER
+        assert line["shortest"] == tiny_model.WHOLE.answer
 
 
 # -------------------------------------------------------------------------- micro-batches and processes: one gradient
@@ -601,7 +601,7 @@ def test_methods_choose_rows_of_the_authors_files(tiny, release, tmp_path):
     rows = choose(starts="non-ltr", methods=("entropy",))
     for row in rows:
         assert len(row["response_ids"]) == 256  # kept to the end
-        assert row["order"][tiny_model.ANSWER :] == [-1] * (256 - tiny_model.ANSWER)
+        assert row["order"][tiny_model.WHOLE.answer :] == [-1] * (256 - tiny_model.WHOLE.answer)
         assert row["non_ltr"] == data.non_ltr_positions(row["order"])
 
 
@@ -645,7 +645,7 @@ def test_cut_eos_drops_what_stands_behind_the_first_eos(tiny, trajectories, tmp_
     options = dict(model=str(tiny), data=str(file))
     kept = prepared_records(tmp_path, **options)
     cut = prepared_records(tmp_path, cut_eos=True, **options)
-    assert [len(r["response_ids"]) for r in kept] == [tiny_model.ANSWER] * 12
+    assert [len(r["response_ids"]) for r in kept] == [tiny_model.WHOLE.answer] * 12
     for record, n in zip(cut, ends):
         stops = [i for i, token in enumerate(record["response_ids"]) if token in (1, 2)]  # EOS and padding end it
         assert stops == [len(record["response_ids"]) - 1]
