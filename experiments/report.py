@@ -175,12 +175,15 @@ CLAIMS = (
 )
 SMALL = 2.0  # points: an interval within this of zero shows that there is nothing to see
 SMALL_NATS = 0.005
+FEWEST = 3  # base models: two differences may agree by chance
 
 
 def verdict(difference, label, sign):
     """What a paired difference says of a claim whose sign it should have."""
     if difference is None or difference["low"] is None:
         return "not measured"
+    if len(difference["bases"]) < FEWEST:
+        return "not resolved"
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
     if low > 0:
         return "confirmed"

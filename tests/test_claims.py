@@ -236,7 +236,7 @@ def test_a_second_start_adds_rows_and_makes_nothing_again(small):
 def test_a_row_that_means_something_else_now_is_refused(small, monkeypatch, capsys):
     monkeypatch.setitem(claims.ROWS, "TABOM", dict(objective="tabom", margin=0.5))
     assert tabom.main([str(word) for word in small[1]]) == 1
-    assert "seed-0 was made with {'objective': 'tabom'" in capsys.readouterr().err
+    assert "seed-0 was made with {'window': 8, 'margin': 0.2" in capsys.readouterr().err
 
 
 def test_every_row_has_its_turn():
