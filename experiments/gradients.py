@@ -16,6 +16,7 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lora
@@ -90,6 +91,9 @@ def main(argv=None):
         result = compare(processes, c.repeat)
     except runs.ERRORS as e:
         return runs.tell(e)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if processes.first:
         print(json.dumps(result))
     return 0

@@ -158,6 +158,7 @@ def test_more_processes_than_records(tiny, trajectories, tmp_path, capsys):
 
 MEMORY = """
 import functools, json, sys
+import torch
 import model, runs, shard
 from experiments import speed
 processes = runs.Processes("cpu")
@@ -169,6 +170,8 @@ m = model.load(sys.argv[1], place=place)
 found = processes.gather([speed.peak_resident() - before])
 if processes.first:
     print(json.dumps(found))
+if processes.count > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
