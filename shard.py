@@ -11,6 +11,7 @@ tensors together: one that does not take part leaves the others waiting.
 
 import contextlib
 import logging
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -81,10 +82,13 @@ def load(state, folder):
 
 @contextlib.contextmanager
 def one_line():
-    """What a process could not do, as an OSError of one line. torch has the tracebacks of all processes for it."""
+    """What a process could not do, as an OSError of one line. torch has the tracebacks of all processes for it, and
+    warns of a process that is alone."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
     except dcp.api.CheckpointException as e:
         process, (error, _) = next(iter(e.failures.items()))
         raise OSError(f"process {process}: {error}") from e

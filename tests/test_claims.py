@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import flags, last_json, shell
+from helpers import flags, last_json, shell, write_lines
 
 import data
 import objectives
@@ -114,7 +114,7 @@ def test_rows_on_the_authors_trajectories(tiny, trajectories, puzzles, tmp_path,
     rows = []
     for i, record in enumerate(data.read_trajectories(trajectories)):
         rows.append(data.to_release_format(record, 2, ("entropy", "credit", "topk_margin")[i % 3]))
-    claims.write_rows(tmp_path / "theirs.jsonl", rows)
+    write_lines(tmp_path / "theirs.jsonl", rows)
     words = flags(model=tiny, data=tmp_path / "theirs.jsonl", test=puzzles, recipe="llada-prm12k", seeds=1)
     words += flags(methods="entropy,credit", rows="SFT-SD;TABOM", out=tmp_path / "C")
     assert tabom.main(["claims", *words]) == 0

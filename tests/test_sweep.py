@@ -297,7 +297,7 @@ def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_hol
     assert process.stdout.readline() == "held\n"
     jobs = {tmp_path / name: work for name in ("later", "held", "free")}
     alone = runs.Processes("cpu", alone=True)
-    found = sweep.share(jobs, runs.Processes("cpu"), alone, {tmp_path / "later": held})
+    found = sweep.share(jobs, runs.Processes("cpu"), alone, {tmp_path / "later": [held]})
     assert done == ["free", "held", "later"]
     assert found == [dict(name="later", number=3), dict(name="held", number=2), dict(name="free", number=1)]
     assert not alone.locks
