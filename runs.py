@@ -184,8 +184,8 @@ class Processes:
         """Add up the gradients of all processes, in one message of float32 for each 64 MiB.
 
         Not DistributedDataParallel, which takes the mean over processes and needs rows on each of them: a process's
-        share of the loss has its weight already, and the last batch may leave some without a row. It is no slower
-        (docs/speed.md)."""
+        share of the loss has its weight already, and the last batch may leave some without a row. It takes as long
+        within a few percent (docs/speed.md)."""
         if self.count == 1:
             return
         bucket, size = [], 0
