@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
@@ -194,10 +193,7 @@ def main():
         return 0
     except runs.ERRORS as e:
         return runs.tell(e)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runs.leave(main())

@@ -259,6 +259,19 @@ def tell(error):
     return 1
 
 
+def leave(status):
+    """End this process with an exit status, after those groups of processes that it is in.
+
+    The groups of a model that is spread stay with the model's mesh, and so do their threads: one that lets go of a
+    tensor while the interpreter is taken down aborts the process. One that had others beside it ends without that."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def last_words(line):
     """Write the line with which a run ends to stderr, once: where one process fails, or all of them for one reason,
     the others have nothing to add, least of all that they lost contact."""

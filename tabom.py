@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import data
 import decode
@@ -228,10 +227,7 @@ def main(argv=None):
         return 130
     except runs.ERRORS as e:
         return runs.tell(e)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runs.leave(main())

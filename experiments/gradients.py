@@ -12,11 +12,9 @@ ways in turn, on the small model of experiments/speed.py, with as many rows on e
 import argparse
 import json
 import math
-import sys
 import time
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lora
@@ -91,13 +89,10 @@ def main(argv=None):
         result = compare(processes, c.repeat)
     except runs.ERRORS as e:
         return runs.tell(e)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if processes.first:
         print(json.dumps(result))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runs.leave(main())

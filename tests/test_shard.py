@@ -170,8 +170,7 @@ m = model.load(sys.argv[1], place=place)
 found = processes.gather([speed.peak_resident() - before])
 if processes.first:
     print(json.dumps(found))
-if processes.count > 1:
-    torch.distributed.destroy_process_group()
+runs.leave(0)
 """
 
 
@@ -197,6 +196,31 @@ def test_no_process_holds_the_whole_model_while_it_loads(tmp_path):
     for processes in (2, 4):
         assert max(peaks[processes]) < 1 / processes + largest + 0.15
     assert 1 <= peaks[1][0] < 1 + largest + 0.15
+
+
+BUSY = """
+import sys
+import torch
+import torch.distributed as dist
+import model, runs, shard
+processes = runs.Processes("cpu")
+m = shard.spread(model.load(sys.argv[1]))
+processes.barrier()
+for _ in range(300):
+    dist.all_reduce(torch.ones(200_000), async_op=True)
+print("all is sent")
+runs.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_processes_end_while_their_groups_still_work(tiny, tmp_path):
+    """Without runs.leave: "terminate called without an active exception", on every run."""
+    (tmp_path / "program.py").write_text(BUSY)
+    command, env = interpreter(tmp_path / "program.py", 2)
+    done = subprocess.run([*command, str(tiny)], capture_output=True, text=True, env=env, timeout=HUNG)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all is sent") == 2
 
 
 def test_one_process_alone_says_what_sharding_is_for(tiny, trajectories, tmp_path, capsys):
