@@ -85,11 +85,10 @@ def tabom(
     visible, positions, real = context_and_targets(batch, first, size)
 
     # 2. reconstruct it from U_t
-    logp = log_probs(m, batch, visible, positions, mask_id)  # [B, K, V]
-    ce = masked_mean(nll(logp, batch, positions), real)  # [B]
+    surprise, h = nll_and_entropy(m, batch, visible, positions, mask_id)  # [B, K]
+    ce = masked_mean(surprise, real)  # [B]
 
     # 3. its entropies
-    h = entropy(logp)  # [B, K]
     if context == "step":
         h = own_step_entropies(m, batch, first, size, positions, real, h, mask_id)
 
@@ -210,8 +209,8 @@ def own_step_entropies(m, batch, first, size, positions, real, h, mask_id=None):
         if column.shape[1] == 0:
             continue  # no row decoded anything in this step
         visible = decoded_before(batch, first + s)  # U_t and the first s steps of the window
-        logp = log_probs(m, batch, visible, positions.gather(1, column), mask_id)
-        h = h.scatter(1, column, torch.where(kept, entropy(logp), h.gather(1, column)))
+        _, found = nll_and_entropy(m, batch, visible, positions.gather(1, column), mask_id)
+        h = h.scatter(1, column, torch.where(kept, found, h.gather(1, column)))
     return h
 
 
@@ -527,8 +526,8 @@ def masked_nll(m, batch, mask, mask_id=None):
     positions, asked = select(mask, place_of(mask))  # [B, K]
     if positions.shape[1] == 0:  # kernels need not know what to do without a query
         positions, asked = place_of(mask)[:, :1], mask[:, :1]
-    logp = log_probs(m, batch, was_decoded(batch) & ~mask, positions, mask_id)  # [B, K, V]
-    return masked_mean(nll(logp, batch, positions), asked)
+    surprise, _ = nll_and_entropy(m, batch, was_decoded(batch) & ~mask, positions, mask_id)  # [B, K]
+    return masked_mean(surprise, asked)
 
 
 def dparallel(
@@ -571,7 +570,7 @@ def dparallel(
         logp = log_probs(m, batch, visible, positions, mask_id)
         right = (logp.argmax(-1) == batch["response_ids"].gather(1, positions)) & asked
         ce = masked_mean(nll(logp, batch, positions), asked)
-        certainty = masked_mean(entropy((logp / temperature).log_softmax(-1)), right)
+        certainty = masked_mean(entropy(logp / temperature), right)
         passes.append(torch.stack((ce, certainty, masked_mean(right.float(), asked))))
         counts.append(asked.any(1))
     # [3, B, 2] and [B, 2] -> [3, B]: the mean over the passes that mask something
@@ -662,9 +661,9 @@ def replay(m, batch, until=None, mask_id=None):
         positions, kept = select(until >= t, place_of(order))  # [B, K]
         if positions.shape[1] == 0:
             break
-        logp = log_probs(m, batch, decoded_before(batch, t), positions, mask_id, clean=False)
-        found = entropy(logp).masked_fill(~kept, torch.nan)  # [B, K]
-        h[:, t].scatter_(1, rank.gather(1, positions), found)
+        visible = decoded_before(batch, t)
+        _, found = nll_and_entropy(m, batch, visible, positions, mask_id, clean=False)  # [B, K]
+        h[:, t].scatter_(1, rank.gather(1, positions), found.masked_fill(~kept, torch.nan))
     return h
 
 
@@ -805,8 +804,20 @@ def places_in_block(batch, block_length=None):
 # ------------------------------------------------------------------- the model, sums, random draws
 
 
-def log_probs(m, batch, visible, positions, mask_id=None, noise=None, clean=None):
-    """log p(. | U) at some response positions: [B, K, V], float32.
+def nll_and_entropy(m, batch, visible, positions, mask_id=None, clean=None):
+    """-log p(x0 | U) and h, the entropy given U, at some response positions, in nats: two [B, K]. The
+    arguments are those of `logits_at`."""
+    logits = logits_at(m, batch, visible, positions, mask_id, clean=clean)
+    return NllAndEntropy.apply(logits, batch["response_ids"].gather(1, positions))
+
+
+def log_probs(*state, **options):
+    """log p(. | U) at some response positions: [B, K, V], float32. The arguments are those of `logits_at`."""
+    return logits_at(*state, **options).log_softmax(-1)
+
+
+def logits_at(m, batch, visible, positions, mask_id=None, noise=None, clean=None):
+    """The logits of a model that sees U, at some response positions: [B, K, V], float32.
 
     visible [B, N]: U, the response tokens that the model sees; every other one is masked.
     positions [B, K]: where to predict, counted from the start of the response. noise [B, N]: ids to
@@ -826,7 +837,7 @@ def log_probs(m, batch, visible, positions, mask_id=None, noise=None, clean=None
         more["clean"] = torch.cat((batch["prompt_ids"], batch["response_ids"]), dim=1)
         if block_length is not None:  # the noisy copy begins where the response's first block may
             more["start"] = max(0, P - block_length + 1)
-    return m(ids, attention_mask=attention_mask, positions=P + positions, **more).float().log_softmax(-1)
+    return m(ids, attention_mask=attention_mask, positions=P + positions, **more).float()
 
 
 def block_length_of(m):
@@ -849,35 +860,51 @@ def nll(logp, batch, positions):
     return -pick_token(logp, batch["response_ids"].gather(1, positions))
 
 
-class Entropy(torch.autograd.Function):
-    """-(logp.exp() * logp).sum(-1), with less memory: p is computed again for the gradient,
-    -p (1 + log p), instead of being kept, and for a few positions at a time."""
+class NllAndEntropy(torch.autograd.Function):
+    """-log p(token) and the entropy h of p = softmax(logits), [..., V] and [...] -> two [...]. Of the size of
+    the logits there are only these and one gradient, made a few positions at a time:
 
-    FEW = 32
+        d nll / d logits = p - onehot(token),    d h / d logits = -p (log p + h)"""
 
-    @staticmethod
-    def forward(ctx, logp):
-        ctx.save_for_backward(logp)
-        flat, h = logp.reshape(-1, logp.shape[-1]), logp.new_empty(logp.shape[:-1])
-        lowest = torch.finfo(logp.dtype).min  # in place of -inf, because 0 * -inf is NaN
-        for x, out in zip(flat.split(Entropy.FEW), h.view(-1).split(Entropy.FEW)):
-            torch.sum(x.exp().mul_(x.clamp(min=lowest)), -1, out=out)
-        return h.neg_()
+    AT_ONCE = 2**20  # logits, which a CPU's cache holds
 
     @staticmethod
-    def backward(ctx, grad):
-        (logp,) = ctx.saved_tensors
-        flat, found = logp.reshape(-1, logp.shape[-1]), logp.new_empty(logp.shape)
-        parts = found.view(flat.shape).split(Entropy.FEW), grad.reshape(-1, 1).split(Entropy.FEW)
-        for x, out, g in zip(flat.split(Entropy.FEW), *parts):
-            one_more = x.clamp(min=torch.finfo(x.dtype).min).add_(1)
-            torch.mul(x.exp(), one_more, out=out).mul_(-g)
-        return found
+    def parts(logits, *more):
+        """Tensors [R, ...] as parts of a few rows each. logits [R, V]."""
+        rows = max(1, NllAndEntropy.AT_ONCE // logits.shape[-1])
+        return zip(*(tensor.split(rows) for tensor in (logits, *more)))
+
+    @staticmethod
+    def forward(ctx, logits, token):
+        flat, found = logits.reshape(-1, logits.shape[-1]), []
+        lowest = torch.finfo(logits.dtype).min  # in place of -inf, because 0 * -inf is NaN
+        for x, t in NllAndEntropy.parts(flat, token.reshape(-1, 1)):
+            log_z = x.logsumexp(-1, keepdim=True)
+            logp = x - log_z
+            nll = -logp.gather(-1, t)
+            h = -logp.exp().mul_(logp.clamp_(min=lowest)).sum(-1, keepdim=True)
+            found.append(torch.cat((nll, h, log_z), dim=1))
+        nll, h, log_z = torch.cat(found).view(*token.shape, 3).unbind(-1)
+        ctx.save_for_backward(logits, token, h, log_z)
+        return nll.clone(), h.clone()
+
+    @staticmethod
+    def backward(ctx, grad_nll, grad_h):
+        logits, *saved = ctx.saved_tensors
+        grad, lowest = torch.empty_like(logits), torch.finfo(logits.dtype).min
+        flat, found = logits.reshape(-1, logits.shape[-1]), grad.view(-1, logits.shape[-1])
+        columns = (each.reshape(-1, 1) for each in (*saved, grad_nll, grad_h))
+        for x, out, t, h, log_z, g_nll, g_h in NllAndEntropy.parts(flat, found, *columns):
+            logp = x - log_z
+            p = logp.exp()
+            torch.mul(p, logp.clamp_(min=lowest).add_(h), out=out).mul_(-g_h)
+            out.addcmul_(p, g_nll).scatter_add_(-1, t, -g_nll)
+        return grad, None
 
 
-def entropy(logp):
-    """h = -sum p log p in nats over the whole vocabulary: [..., V] -> [...]."""
-    return Entropy.apply(logp)
+def entropy(logits):
+    """h = -sum p log p of p = softmax(logits), in nats: [..., V] -> [...]."""
+    return NllAndEntropy.apply(logits, torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device))[1]
 
 
 def place_of(x):

@@ -111,8 +111,8 @@ def activations(config, batch, length, window, rank=RANK, checkpointing=False, s
     copies = {} if config.block_length is None else dict(clean=ids, start=start)
 
     def forward():
-        logp = m(ids, positions=positions, **copies).float().log_softmax(-1)  # [B, W, V]
-        objectives.entropy(logp)
+        logits = m(ids, positions=positions, **copies).float()  # [B, W, V]
+        objectives.entropy(logits)
 
     return kept_bytes(forward, m.parameters())
 

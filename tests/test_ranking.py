@@ -6,6 +6,7 @@ python -m pytest tests/test_ranking.py
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -32,23 +33,27 @@ def naive_ranking(h, margin):
 
 @quick
 @given(st.sampled_from([(9,), (3, 9), (2, 3, 9), (2, 40, 9), (0, 3, 9)]), st.integers(0, 99))
-def test_entropy_and_its_gradient_are_the_formula(shape, seed):
+def test_nll_and_entropy_and_their_gradients_are_the_formulas(shape, seed):
     g = torch.Generator().manual_seed(seed)
     x = (torch.randn(shape, generator=g) * 3).double()
+    token = torch.randint(0, 9, shape[:-1], generator=g)
     ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
     logp = plain.log_softmax(-1)
-    expected, found = -(logp.exp() * logp).sum(-1), objectives.entropy(ours.log_softmax(-1))
+    expected = -logp.gather(-1, token[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+    weight = torch.randn(2, *token.shape, generator=g).double()
+    (torch.stack(expected) * weight).sum().backward()
+    with mock.patch.object(objectives.NllAndEntropy, "AT_ONCE", 30):  # three rows
+        found = objectives.NllAndEntropy.apply(ours, token)
+        (torch.stack(found) * weight).sum().backward()
     torch.testing.assert_close(found, expected)
-    weight = torch.randn(expected.shape, generator=g).double()
-    (found * weight).sum().backward()
-    (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad)
+    torch.testing.assert_close(objectives.entropy(x), expected[1].detach())
 
 
 def test_a_token_that_a_model_forbids_adds_nothing_to_the_entropy(toy):
     """Other people's models say -inf for it."""
     x = torch.tensor([[0.5, -torch.inf, 1.0, -torch.inf]], requires_grad=True)
-    found = objectives.entropy(x.log_softmax(-1))
+    found = objectives.entropy(x)
     rest = x.detach()[:, ::2].log_softmax(-1)
     torch.testing.assert_close(found, -(rest.exp() * rest).sum(-1))
     found.sum().backward()
