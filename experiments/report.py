@@ -173,6 +173,7 @@ CLAIMS = (
         -1,
     ),
 )
+FIRST_LOOK = 6  # so many base models there were when results were first read; later ones replicate (registered.md)
 SMALL = 2.0  # points: an interval within this of zero shows that there is nothing to see
 SMALL_NATS = 0.005
 FEWEST = 3  # base models: two differences may agree by chance
@@ -201,6 +202,21 @@ def claims_table(values):
         what = f"{row} - {other}, {label.removesuffix(' %')}"
         lines.append([claim, verdict(difference, label, sign), what, shown(difference, digits, "+")])
     return markdown_table(["claim", "verdict", "difference", "value"], lines)
+
+
+def primary_table(values):
+    """The primary measure on the base models of the first look, and on those that were made after it."""
+    _, row, other, label, _ = CLAIMS[0]
+    looks, lines = {}, []
+    for (base, seed), value in values_of(values, row, label).items():
+        later = int(base.rpartition("-")[2]) > FIRST_LOOK
+        looks.setdefault(later, {})[base, seed] = value
+    for later, ours in sorted(looks.items()):
+        difference = stats.paired(ours, values_of(values, other, label))
+        lines.append(["later ones" if later else f"base-1 to base-{FIRST_LOOK}", shown(difference, 1, "+")])
+    if len(lines) < 2:
+        return ""
+    return markdown_table(["base models", f"{row} - {other}, {label}"], lines)
 
 
 def relation(values, label):
@@ -239,6 +255,7 @@ def markdown(found, tried):
     sections = [
         ("The base models", setup_table(found, values)),
         ("The paper's claims", claims_table(values)),
+        ("The primary measure: first look and replication", primary_table(values)),
         *comparisons("Accuracy", rows, SOLVED, bases),
         *comparisons("Two tokens a step", rows, TWO, bases),
         *comparisons("Answers", rows, ANSWERS, bases),

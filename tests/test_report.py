@@ -93,6 +93,7 @@ def test_the_claims_come_with_the_difference_and_its_verdict():
     ) + sum(c[3] == "TDS" for c in report.CLAIMS)  # the same TDS everywhere has no interval
     assert "| TABOM | 3 | 65.0 [62.5, 67.5] | 64.0 65.0 66.0 |" in text  # base-10 comes last
     assert "| TABOM | 50.0 | 25.0 |" in text
+    assert "| base-1 to base-6 | +4.5 [-1.9, +10.9], p 0.070 (+4.0 +5.0) |\n| later ones | +6.0 |" in text
 
 
 def test_a_relation_is_over_the_rows_of_a_base_model():
