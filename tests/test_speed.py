@@ -139,6 +139,19 @@ def test_the_ratios_are_what_the_docstring_says():
     )
 
 
+def test_with_release_nothing_else_is_measured(monkeypatch, capsys):
+    one = dict(seconds=1.0, outside=None, tokens_per_second=1.0, memory=1, response=[[1]])
+    monkeypatch.setattr(speed, "worker", lambda c, *case: one)
+    found = speed.bench(speed.command_line().parse_args(["--release"]))
+    assert len(found) == 10 and all("release" in name or "same_tokens" in name for name in found)
+    cells = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    kinds = "decode, llada", "decode, dream", "train, llada", "train, dream"
+    ways = ("ours", "release"), ("release", "ours, greedy"), ("ours", "release"), ("ours", "release")
+    assert [(kind.strip(), way.strip()) for kind, _, way in cells] == [
+        (kind, way) for kind, both in zip(kinds, ways) for way in both
+    ]
+
+
 def test_the_fastest_of_all_repeats_counts(monkeypatch):
     now = iter([0.0, 8.0, 10.0, 14.0, 20.0, 26.0])  # begun and ended, three times
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(now))
