@@ -372,11 +372,16 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
     if adapter is not None:
         lora.load(m, adapter)
     if c.compile:
-        torch._dynamo.config.recompile_limit = 64  # of one code, shared by all blocks and models, adapted or not
-        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance may differ later
-        for block in m.layers:
-            block.compile(dynamic=True)
+        compile_blocks(m)
     return Loaded(m, tok, folder)
+
+
+def compile_blocks(m, **options):
+    """Compile the transformer's blocks, with the options of torch.compile."""
+    torch._dynamo.config.recompile_limit = 64  # of one code, shared by all blocks and models, adapted or not
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance may differ later
+    for block in m.layers:
+        block.compile(dynamic=True, **options)
 
 
 SMALL = 50_000_000  # parameters
