@@ -11,6 +11,7 @@
 A run may be killed at any time: what it has finished stays whole, and the same command continues from there.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -263,9 +264,11 @@ def leave(status):
     """End this process with an exit status, after those groups of processes that it is in.
 
     The groups of a model that is spread stay with the model's mesh, and so do their threads: one that lets go of a
-    tensor while the interpreter is taken down aborts the process. One that had others beside it ends without that."""
+    tensor while the interpreter is taken down aborts the process. So a process that had others beside it calls what
+    libraries have registered for its end, wandb for one, and is gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

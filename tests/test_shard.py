@@ -205,6 +205,7 @@ def test_no_process_holds_the_whole_model_while_it_loads(tmp_path):
 
 
 BUSY = """
+import atexit
 import sys
 import torch
 import torch.distributed as dist
@@ -214,7 +215,7 @@ m = shard.spread(model.load(sys.argv[1]))
 processes.barrier()
 for _ in range(300):
     dist.all_reduce(torch.ones(200_000), async_op=True)
-print("all is sent")
+atexit.register(print, "all is sent")
 runs.leave(0)
 """
 
