@@ -583,7 +583,7 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=w
 
 def own_id(row):
     """The id that a row brings along, or None."""
-    return next((row[key] for key in IDS if isinstance(row.get(key), (str, int))), None)
+    return next((row[key] for key in IDS if type(row.get(key)) in (str, int)), None)
 
 
 def number_or_own(records, own):

@@ -39,6 +39,7 @@ STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
 SCHEDULES = ("dream", "llada", "sdar", "a2d")
 BLOCKWISE = ("sdar", "a2d")  # those that finish a block before the next one begins
 SPARE = 32  # columns of padding that no prompt needs, before they are cut off
+COLDEST = 1e-6  # temperature: logits divided by less leave float32
 # Numbers of logits, which bound the memory that a step needs.
 HELD = 2**25  # that the output head makes at once, but those of one row at least
 SLAB = 2**23  # of those, that are copied at once
@@ -96,8 +97,8 @@ class Settings:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be a number of at least 0")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
+            raise ValueError(f"temperature {self.temperature} must be 0, or a number of at least {COLDEST}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.threshold is not None and not 0 <= self.threshold <= (float("inf") if self.bounded else 1):

@@ -59,7 +59,7 @@ def distill(c, processes=None, loaded=None):
         return [dict(correct=evaluate.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
 
     new = evaluate.answer_all(c, processes, loaded, examples, settings, out, judge)
-    records = data.read_trajectories(out)
+    records = evaluate.read_verdicts(out)
     unchecked = sum(r["correct"] is None and data.usable(r) for r in records)
     if unchecked and c.check != "none":
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")

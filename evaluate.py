@@ -138,9 +138,10 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
         for file in data.trajectory_files(out):
             runs.drop_torn_line(file)
     processes.barrier()
-    done = set()
+    done = {}
     if data.trajectory_files(out):
-        done = {json.dumps(r["id"]) for r in data.read_trajectories(out)}
+        done = {json.dumps(r["id"]): r["prompt_ids"] for r in read_verdicts(out)}
+        check_answered(out, examples, done)
     processes.barrier()  # nobody writes before everybody has read
 
     todo = [e for e in examples if json.dumps(e["id"]) not in done]
@@ -162,6 +163,30 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
             progress.seen += len(records)
     processes.barrier()
     return len(todo)
+
+
+def check_answered(out, examples, known):
+    """Raises ValueError where the answers of a folder, id -> tokens of its prompt, are not to these prompts: with
+    another --limit, rows may have ids of their own or be numbered."""
+    asked = {json.dumps(e["id"]): e["prompt_ids"] for e in examples}
+    prompts, others = set(map(tuple, asked.values())), []
+    for key, prompt in known.items():
+        under_another = key not in asked and tuple(prompt) in prompts
+        if asked.get(key, prompt) != prompt or under_another:
+            others.append(key)
+    if others and not asked.keys() <= known.keys():
+        what = f"{len(others)} of its answers are to other prompts, or under other ids, such as {others[0]}"
+        raise ValueError(f"{out}: {what}; give the same --limit as before, or another --out")
+
+
+def read_verdicts(out, more=()):
+    """The records of a run folder with their verdicts. Raises ValueError for one that lacks any."""
+    records = data.read_trajectories(out)
+    for r in records:
+        for name in ("finished", "correct", *more):
+            if name not in r:
+                raise ValueError(f"{out}: the line of id {r['id']} has no {name}: remove it, and it is made again")
+    return records
 
 
 class Progress:
@@ -352,6 +377,9 @@ def evaluate(c, processes=None, loaded=None):
     identity = runs.content_hashes(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in tasks}  # before anything is decoded
+    if (out / "meta.json").is_file():
+        command = data.read_json(out / "meta.json").get("command")
+        raise FileExistsError(f"{out} holds a run of {command}: choose another --out")
     scores = []
     for task in tasks:
         about = dict(identity, decoder=settings[task])
@@ -418,7 +446,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         return [dict(verdict, response=text) for verdict, text in zip(found, texts)]
 
     answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
-    found = data.read_trajectories(out)[: len(examples)]
+    found = read_verdicts(out, ("strict", "loose") if task == "ifeval" else ())[: len(examples)]
     finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
     more = dict(finished=finished, shots=len(shots), protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
     return dict(score(task, found), **more, **paper_scores(c, loaded, task))
@@ -511,10 +539,7 @@ def read_shots(path, task):
         turns = turns[task]
     if not isinstance(turns, list):
         raise ValueError(f"{path}: the earlier turns must be a list of messages, found {type(turns).__name__}")
-    for turn in turns:
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise ValueError(f"{path}: an earlier turn must have a role and a content, found {turn!r:.80}")
-    return turns
+    return data.to_messages(turns, f"{path}: an earlier turn must have a role and a text content")
 
 
 def grader_versions():

@@ -891,7 +891,8 @@ class NllAndEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_nll, grad_h):
         logits, *saved = ctx.saved_tensors
-        grad, lowest = torch.empty_like(logits), torch.finfo(logits.dtype).min
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        lowest = torch.finfo(logits.dtype).min
         flat, found = logits.reshape(-1, logits.shape[-1]), grad.view(-1, logits.shape[-1])
         columns = (each.reshape(-1, 1) for each in (*saved, grad_nll, grad_h))
         for x, out, t, h, log_z, g_nll, g_h in NllAndEntropy.parts(flat, found, *columns):

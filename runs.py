@@ -266,13 +266,15 @@ def leave(status):
     The groups of a model that is spread stay with the model's mesh, and so do their threads: one that lets go of a
     tensor while the interpreter is taken down aborts the process. So a process that had others beside it calls what
     libraries have registered for its end, wandb for one, and is gone."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        sys.exit(status)
+    try:
         dist.destroy_process_group()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
         os._exit(status)
-    sys.exit(status)
 
 
 def last_words(line):
@@ -659,7 +661,7 @@ def drop_torn_line(file):
 def keep_lines(file, count):
     """Cut a log back to its first lines: those of the steps that the checkpoint knows."""
     if file.is_file():
-        lines = file.read_text().splitlines(keepends=True)
+        lines = data.read_text(file).splitlines(keepends=True)
         with atomic_file(file) as f:
             f.writelines(lines[:count])
 

@@ -66,7 +66,7 @@ def answer_prompts(c):
     if asked is None:
         asked = chat_turns() if chats else [said(c.prompt)]
     start = [data.message("system", c.system)] if c.system else []
-    talk, result = list(start), {}
+    talk, result, failed = list(start), {}, 0
     for turn, messages in enumerate(asked):
         own = messages[0]["role"] == "system"  # a row's own system turn stands in place of --system
         if not chats:
@@ -75,15 +75,18 @@ def answer_prompts(c):
         try:
             result = answer_turn(c, processes, loaded, settings, talk, turn)
         except ValueError as e:
-            if not chats:
+            if not chats and c.prompts is None:
                 raise
-            print(f"error: {e}", file=sys.stderr)  # the turn is taken back, and the chat goes on
-            talk.pop()
+            where = "" if chats else f"prompt {turn + 1} of {c.prompts}: "
+            print(f"error: {where}{e}", file=sys.stderr)  # the turn is taken back, and the others go on
+            talk, failed = talk[:-1], failed + 1
             continue
         talk.append({"role": "assistant", "content": result["text"]})
         result = dict(prompt=messages[-1]["content"], **result)
         # Of many answers each is a line of JSON: a text may have several lines.
         print(result["text"] if c.prompts is None else json.dumps(result, ensure_ascii=False), flush=True)
+    if failed and not chats:
+        raise ValueError(f"{failed} of {len(asked)} prompts of {c.prompts} were not answered: see above")
     return dict(**result, decoder=settings)
 
 
@@ -98,7 +101,7 @@ def read_prompts(path):
     Raises ValueError for a file without any."""
     if Path(path).suffix != ".txt":
         return [example["messages"] for example in data.read_examples(path, warn=say)]
-    found = [said(line.strip()) for line in data.read_text(path).splitlines() if line.strip()]
+    found = [said(line.strip()) for line in data.read_text(path).split("\n") if line.strip()]
     if not found:
         raise ValueError(f"{path}: no prompts")
     return found
@@ -220,7 +223,7 @@ def main(argv=None):
         check_values(c)
         result = run(c)
         if first:
-            print(json.dumps(result, ensure_ascii=False))
+            print(json.dumps(result, ensure_ascii=False), flush=True)
         return 0
     except KeyboardInterrupt:
         runs.last_words("stopped" + ("" if command in ALONE else "; the same command continues"))

@@ -112,6 +112,41 @@ def test_a_second_start_does_nothing_and_a_longer_limit_only_the_rest(tiny, puzz
         assert meta(tmp_path / "T")["prompts"] == limit
 
 
+@pytest.mark.parametrize("ids", [(1, 2, 1), ("a", "b", "a")])
+def test_a_longer_limit_that_changes_the_ids_is_refused(tiny, tmp_path, capsys, ids):
+    """The first two rows have ids of their own, all three do not; a prompt must not be answered under two of them."""
+    source, out = tmp_path / "D.jsonl", tmp_path / "T"
+    write_lines(source, [dict(id=key, question=f"L{i + 1}", answer="1") for i, key in enumerate(ids)])
+    options = dict(model=tiny, data=source, out=out, check="none", tokens_per_step=8)
+    distill(capsys, **options, limit=2)
+    fails(capsys, "2 of its answers are to other prompts.*--limit as before", "distill", **options)
+    assert distill(capsys, **options, limit=1)["new"] == 0  # a shorter one changes nothing
+    assert [r["id"] for r in data.read_trajectories(out)] == list(ids[:2])
+
+
+def test_a_truth_value_is_no_id(tiny, tmp_path, capsys):
+    source = write_lines(tmp_path / "D.jsonl", [dict(question="L1", id=True), dict(question="L2", id=1)])
+    distill(capsys, model=tiny, data=source, out=tmp_path / "T", check="none", tokens_per_step=8)
+    assert sorted(r["id"] for r in data.read_trajectories(tmp_path / "T")) == [0, 1]
+
+
+def test_a_record_without_its_verdict_is_named(tiny, puzzles, trajectories, tmp_path, capsys):
+    out = tmp_path / "T"
+    shutil.copytree(trajectories, out)
+    first, *rest = [r for _, r in data.read_rows(out / "trajectories-00000.jsonl")]
+    del first["correct"]
+    write_lines(out / "trajectories-00000.jsonl", [first, *rest])
+    fails(
+        capsys,
+        f"the line of id {first['id']} has no correct",
+        "distill",
+        model=tiny,
+        data=puzzles,
+        out=out,
+        check="exact",
+    )
+
+
 def test_a_torn_line_is_made_again(tiny, puzzles, trajectories, tmp_path, capsys):
     out = tmp_path / "T"
     shutil.copytree(trajectories, out)

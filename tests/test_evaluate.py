@@ -245,6 +245,34 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, mo
     assert "gsm8k_test.jsonl.gz:2: answer, question missing or of another type" in capsys.readouterr().err
 
 
+def test_a_folder_of_another_command_is_refused(bytes_model, tmp_path, capsys):
+    write(tmp_path / "gsm8k_test.jsonl.gz", [dict(question="What?", answer="#### 1")])
+    (tmp_path / "meta.json").write_text('{"command": "distill"}')
+    words = [
+        "evaluate",
+        "--model",
+        str(bytes_model),
+        "--data",
+        str(tmp_path),
+        "--tasks",
+        "gsm8k",
+        "--out",
+        str(tmp_path),
+    ]
+    assert tabom.main([*words, "--steps", "8", "--max-new-tokens", "8"]) == 1
+    assert "holds a run of distill: choose another --out" in capsys.readouterr().err
+    assert not (tmp_path / "gsm8k").exists()
+
+
+@pytest.mark.parametrize(
+    "turn", [dict(role="user", content=1), dict(role="user", content=None), dict(role=5, content="x")]
+)
+def test_shots_are_texts(turn, tmp_path):
+    (tmp_path / "shots.json").write_text(json.dumps([turn]))
+    with pytest.raises(ValueError, match="shots.json: an earlier turn must have a role and a text content, found"):
+        evaluate.read_shots(tmp_path / "shots.json", "gsm8k")
+
+
 def test_shots_come_before_the_question(bytes_model, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -50,6 +50,18 @@ def test_nll_and_entropy_and_their_gradients_are_the_formulas(shape, seed):
     torch.testing.assert_close(objectives.entropy(x), expected[1].detach())
 
 
+def test_logits_need_not_lie_in_a_row():
+    """Other people's models may put the sequence first."""
+    x = torch.randn(5, 3, 18, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    token = torch.arange(15).view(3, 5)
+    nll, h = objectives.NllAndEntropy.apply(x.transpose(0, 1), token)
+    (grad,) = torch.autograd.grad((nll + h).sum(), x)
+    y = x.detach().transpose(0, 1).contiguous().requires_grad_()
+    nll, h = objectives.NllAndEntropy.apply(y, token)
+    (expected,) = torch.autograd.grad((nll + h).sum(), y)
+    torch.testing.assert_close(grad.transpose(0, 1), expected)
+
+
 def test_a_token_that_a_model_forbids_adds_nothing_to_the_entropy(toy):
     """Other people's models say -inf for it."""
     x = torch.tensor([[0.5, -torch.inf, 1.0, -torch.inf]], requires_grad=True)

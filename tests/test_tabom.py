@@ -57,7 +57,7 @@ def test_watch_redraws_a_terminal_in_colour_below_the_turns(tiny, capsys, monkey
 
 def test_every_prompt_of_a_file_is_answered_by_itself(tiny, tmp_path, capsys):
     text, dataset = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
-    text.write_text("L12\n\n L34 \n")
+    text.write_text("L12\n\n L34 \r\n")
     write_lines(dataset, [dict(prompt="L12"), dict(prompt="L34")])
     alone = [run(capsys, "generate", model=tiny, prompt=prompt)[0]["text"] for prompt in ("L12", "L34")]
     for file in (text, dataset):
@@ -66,6 +66,13 @@ def test_every_prompt_of_a_file_is_answered_by_itself(tiny, tmp_path, capsys):
         assert [json.loads(line)["text"] for line in answers] == alone
         assert [json.loads(line)["prompt"] for line in answers] == ["L12", "L34"]
         assert last_json(result)["prompt"] == "L34"
+    write_lines(dataset, [dict(prompt="L12"), dict(prompt="zzz"), dict(prompt="L34\u2028")])
+    text.write_text("L12\nL3\u20284\nL34\n", encoding="utf-8")  # one line, which no token of tiny spells
+    for file, message in ((dataset, "2 of 3 prompts"), (text, "1 of 3 prompts")):
+        assert tabom.main(["generate", *flags(model=tiny, prompts=file)]) == 1
+        captured = capsys.readouterr()
+        assert json.loads(captured.out.splitlines()[0])["text"] == alone[0]
+        assert f"prompt 2 of {file}: the tokenizer cannot encode" in captured.err and message in captured.err
     fails(capsys, "--prompt and --prompts: give one of them", "generate", model=tiny, prompt="L", prompts=text)
     fails(capsys, "no file|No such file", "generate", model=tiny, prompts=tmp_path / "none.txt")
 
