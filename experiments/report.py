@@ -173,7 +173,7 @@ CLAIMS = (
         -1,
     ),
 )
-FIRST_LOOK = 6  # so many base models there were when results were first read; later ones replicate (registered.md)
+FIRST_LOOK = 6  # in results/, results were read with so many base models; those made later replicate (registered.md)
 SMALL = 2.0  # points: an interval within this of zero shows that there is nothing to see
 SMALL_NATS = 0.005
 FEWEST = 3  # base models: two differences may agree by chance
@@ -255,7 +255,7 @@ def markdown(found, tried):
     sections = [
         ("The base models", setup_table(found, values)),
         ("The paper's claims", claims_table(values)),
-        ("The primary measure: first look and replication", primary_table(values)),
+        (f"The primary measure on base-1 to base-{FIRST_LOOK}, and on later base models", primary_table(values)),
         *comparisons("Accuracy", rows, SOLVED, bases),
         *comparisons("Two tokens a step", rows, TWO, bases),
         *comparisons("Answers", rows, ANSWERS, bases),
