@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import data
 import evaluate
-import runs
-from options import opt
+from runs import disk, loading, torchrun
+from runs.options import opt
 
 RELEASE_METHODS = {"confidence": "default", "margin": "topk_margin"}  # what the authors' files call our strategies
 
 
 @dataclass
-class DistillOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions):
+class DistillOptions(loading.ModelOptions, loading.DecodeOptions, loading.DatasetOptions):
     """distillation"""
 
     out: str = opt(None, "folder for the trajectories; an unfinished one is continued", required=True)
@@ -41,19 +41,19 @@ def distill(c, processes=None, loaded=None):
     """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
 
     Each finished batch is written at once; the same command continues where an earlier one was stopped. c:
-    DistillOptions. loaded: a runs.Loaded that decodes, instead of loading c.model and c.adapter; it must be what they
-    name. Raises ValueError or FileNotFoundError before anything is decoded."""
-    processes = processes or runs.Processes(c.device)
-    say = runs.warner(processes)
+    DistillOptions. loaded: a loading.Loaded that decodes, instead of loading c.model and c.adapter; it must be what
+    they name. Raises ValueError or FileNotFoundError before anything is decoded."""
+    processes = processes or torchrun.Processes(c.device)
+    say = torchrun.warner(processes)
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit, say)
     if loaded is None:
-        loaded = runs.load_model(c, processes, c.adapter)
-    settings = runs.decoder_settings(c, loaded)
+        loaded = loading.load_model(c, processes, c.adapter)
+    settings = loading.decoder_settings(c, loaded)
     data.encode_examples(loaded.tok, examples, c.raw)
     evaluate.check_context(examples, settings, loaded.m.config, say)
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
     meta = dict(identity(c, processes, loaded, settings), prompts=len(examples))
-    out = runs.open_run(c.out, meta, processes, free=("limit", "prompts", *by_content))
+    out = disk.open_run(c.out, meta, processes, free=("limit", "prompts", *by_content))
 
     def judge(batch, records):
         return [dict(correct=evaluate.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
@@ -64,10 +64,10 @@ def distill(c, processes=None, loaded=None):
     if unchecked and c.check != "none":
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
     if c.format == "release" and processes.first:
-        with runs.atomic_file(out / "release.jsonl") as f:
+        with disk.atomic_file(out / "release.jsonl") as f:
             method = RELEASE_METHODS.get(settings["strategy"], settings["strategy"])
             for record in filter(data.usable, records):
-                f.write(runs.json_line(data.to_release_format(record, loaded.m.config.pad_id, method)))
+                f.write(disk.json_line(data.to_release_format(record, loaded.m.config.pad_id, method)))
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -92,12 +92,12 @@ def identity(c, processes, loaded, settings):
         limit=c.limit,
         raw=c.raw,
         block_causal=c.block_causal,
-        **runs.content_hashes(loaded.folder, c.adapter),
-        data_sha256=runs.fingerprint(c.data),
-        dtype=runs.resolve_dtype(c, processes),
+        **disk.content_hashes(loaded.folder, c.adapter),
+        data_sha256=disk.fingerprint(c.data),
+        dtype=loading.resolve_dtype(c, processes),
         decoder=settings,
         check=c.check,
         seed=c.seed,
         vocab_size=loaded.m.config.vocab_size,
-        versions=runs.versions(),
+        versions=disk.versions(),
     )

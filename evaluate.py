@@ -1,7 +1,6 @@
 """Step 3: answer benchmark questions and grade the answers. Other commands decode and check with this file too.
 
     torchrun --nproc_per_node 8 tabom.py evaluate --model M --adapter out/R/epoch-5 --tasks gsm8k,math500 --out out/E
-    python tabom.py grade --task gsm8k --responses R.jsonl --out V.jsonl
 
     texts, records = evaluate.answer(m, tok, prompts, settings, seed=0)    # settings: arguments of decode.generate
     evaluate.check("number", response, reference_answer)                   # True, False, or None: cannot be told
@@ -27,9 +26,9 @@ from tqdm import tqdm
 
 import data
 import decode
-import runs
 from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
-from options import name_list, opt
+from runs import disk, loading, torchrun
+from runs.options import name_list, opt
 
 TASKS = {task.NAME: task for task in (gsm8k, math500, humaneval, mbpp, ifeval)}
 PROTOCOLS = ("paper", "release", "official")
@@ -63,7 +62,7 @@ def answer(m, tok, prompts, settings, seed=0):
     for i, prompt in enumerate(prompts):
         ids = tok.encode(prompt) if isinstance(prompt, str) else list(prompt)
         examples.append(dict(id=i, prompt=prompt, answer=None, prompt_ids=ids))
-    records = answer_batch(runs.Loaded(m, tok, None), examples, settings, seed, next(m.parameters()).device)
+    records = answer_batch(loading.Loaded(m, tok, None), examples, settings, seed, next(m.parameters()).device)
     return [r["text"] for r in records], records
 
 
@@ -136,7 +135,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
     gives each record its verdict: a dict of correct (True, False or None) and whatever else is worth keeping."""
     if processes.first:
         for file in data.trajectory_files(out):
-            runs.drop_torn_line(file)
+            disk.drop_torn_line(file)
     processes.barrier()
     done = {}
     if data.trajectory_files(out):
@@ -157,7 +156,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
         ):
             for record, verdict in zip(records, judge([mine[i] for i in numbers], records)):
                 record.update(verdict)
-                f.write(runs.json_line(record))
+                f.write(disk.json_line(record))
                 progress.kept += data.usable(record)
             f.flush()
             progress.seen += len(records)
@@ -340,7 +339,7 @@ def is_mathematics(answer):
 
 
 @dataclass
-class EvaluateOptions(runs.ModelOptions, runs.DecodeOptions):
+class EvaluateOptions(loading.ModelOptions, loading.DecodeOptions):
     """what is asked"""
 
     tasks: tuple = opt(("gsm8k",), f"{', '.join(TASKS)}, comma-separated", parse=name_list)
@@ -364,17 +363,17 @@ def evaluate(c, processes=None, loaded=None):
     """Answer the questions of benchmarks and grade the answers -> a score with its interval for each.
 
     out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings.
-    loaded: a runs.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name."""
+    loaded: a loading.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name."""
     unknown = [task for task in c.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: unknown; choose among {', '.join(TASKS)}")
-    processes = processes or runs.Processes(c.device)
+    processes = processes or torchrun.Processes(c.device)
     tasks = list(dict.fromkeys(c.tasks))  # one that is named twice is answered once
     questions = {task: read_questions(task, c.data) for task in tasks}
     shots = {task: read_shots(c.shots, task) for task in tasks}
     if loaded is None:
-        loaded = runs.load_model(c, processes, c.adapter)
-    identity = runs.content_hashes(loaded.folder, c.adapter)
+        loaded = loading.load_model(c, processes, c.adapter)
+    identity = disk.content_hashes(loaded.folder, c.adapter)
     out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
     settings = {task: task_settings(c, task, loaded) for task in tasks}  # before anything is decoded
     if (out / "meta.json").is_file():
@@ -386,7 +385,7 @@ def evaluate(c, processes=None, loaded=None):
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
         shown = dict(command=vars(c) | dict(tasks=tasks), scores=scores, versions=grader_versions())
-        with runs.atomic_file(out / "results.json") as f:
+        with disk.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         if processes.shows:
             print(score_table(scores))
@@ -409,7 +408,7 @@ def task_settings(c, task, loaded):
         preset.pop("block_length", None)
     if c.max_new_tokens:
         preset.update(max_new_tokens=c.max_new_tokens, steps=c.max_new_tokens)
-    return runs.decoder_settings(c, loaded, preset)
+    return loading.decoder_settings(c, loaded, preset)
 
 
 def run_task(c, processes, loaded, task, questions, shots, about, out):
@@ -427,15 +426,15 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         protocol=c.protocol,
         block_causal=c.block_causal,
         **about,
-        dtype=runs.resolve_dtype(c, processes),
+        dtype=loading.resolve_dtype(c, processes),
         seed=c.seed,
         limit=c.limit,
         shots=len(shots),
         questions_sha256=digest(questions),
         shots_sha256=digest(shots),
-        versions=runs.versions(),
+        versions=disk.versions(),
     )
-    out = runs.open_run(out, meta, processes, free=("limit",))
+    out = disk.open_run(out, meta, processes, free=("limit",))
 
     def judge(batch, records):
         texts, asked = [], []
@@ -544,7 +543,7 @@ def read_shots(path, task):
 
 def grader_versions():
     """Versions that can change a score: of Python, torch, and the libraries that read mathematics and languages."""
-    found = runs.versions()
+    found = disk.versions()
     for name in ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "langdetect"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -556,57 +555,6 @@ def digest(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------- grading
-
-
-@dataclass
-class GradeOptions:
-    """what is graded"""
-
-    task: str = opt(None, "the benchmark that was answered", required=True, choices=tuple(TASKS))
-    responses: str = opt(None, "JSON Lines file; each line has the benchmark's fields and a response", required=True)
-    out: str = opt(None, "file for the same lines with their verdicts", required=True)
-    family: str = opt("dream", "the model family whose prompts were answered", choices=tuple(runs.DECODERS))
-    protocol: str = opt("paper", "whose grader judges: see evaluate --protocol", choices=PROTOCOLS)
-    as_is: bool = opt(False, "grade the whole response; without it, cut at the protocol's stop texts as in evaluate")
-    math_gold: str | None = opt(
-        None, "hand MATH500's reference answer to math-verify between dollar signs, or raw", choices=("latex", "raw")
-    )
-
-
-def grade(c):
-    """Grade responses that were made elsewhere -> the score; every line is written back with its verdict.
-
-    A line has the benchmark's fields and "response", or is of lm-evaluation-harness's --log_samples files ("doc" and
-    "resps"). Raises ValueError for a line that is neither, FileExistsError for an --out that is the input."""
-    out, source = Path(c.out), Path(c.responses)
-    if out.exists() and source.exists() and out.samefile(source):
-        raise FileExistsError(f"--out {out} is the file with the responses: choose another")
-    benchmark, rows, records = TASKS[c.task], [], []
-    for where, row in data.read_rows(source):
-        records.append(checked_row(from_harness(row), where, c.task, dict(benchmark.FIELDS, response=str)))
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{source}: no responses to grade")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with runs.atomic_file(out) as f:  # opened before the work: a place that cannot be written to costs nothing
-        texts = []
-        for record in records:
-            whole = record["response"]
-            texts.append(whole if c.as_is else benchmark.trim(whole, c.family, c.protocol))
-        found = verdicts(c.task, records, texts, c.family, c.protocol, c.math_gold)
-        for row, verdict in zip(rows, found):
-            f.write(runs.json_line({**row, **verdict}))
-    return dict(score(c.task, found), protocol=c.protocol, out=str(out))
-
-
-def from_harness(row):
-    """A row of a --log_samples file as the benchmark's fields and a response; any other row as it is."""
-    if not isinstance(row, dict) or "response" in row or not isinstance(row.get("doc"), dict):
-        return row
-    response = row.get("resps")
-    while isinstance(response, list) and response:  # [["text"]]: a list of requests, and one of the answers to each
-        response = response[0]
-    return dict(row["doc"], response=response)
 
 
 # What a malformed record, or a response made to break its grader, may raise.

@@ -35,9 +35,8 @@ import evaluate
 import lora
 import model
 import objectives
-import runs
-import shard
-from options import flag, name_list, opt
+from runs import disk, loading, resume, shard, torchrun
+from runs.options import flag, name_list, opt
 
 # ---------------------------------------------------------------------------------------------------------- options
 
@@ -102,7 +101,7 @@ def follows_recipe(cls):
 
 @follows_recipe
 @dataclass
-class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
+class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
     """training"""
 
     data: str = opt(None, "trajectories from distill; for nelbo also a dataset with answers (SFT-GT)", required=True)
@@ -170,7 +169,7 @@ class TrainOptions(runs.ModelOptions, runs.DatasetOptions):
         None,
         "block-causal models: where blocks are counted from, the start of the row or the end of its prompt (as the "
         "model's decoder: SDAR start, A2D prompt)",
-        choices=runs.GRIDS,
+        choices=loading.GRIDS,
     )
     keep: str = opt(
         "correct",
@@ -286,8 +285,8 @@ class TrainingRun:
     """A training run between two of its steps."""
 
     c: TrainOptions
-    processes: runs.Processes
-    loaded: runs.Loaded
+    processes: torchrun.Processes
+    loaded: loading.Loaded
     grid: str | None  # of block-causal attention, see --grid
     records: list  # what to train on, sorted by id
     held_out: list  # never trained on; their loss is taken after each epoch
@@ -309,18 +308,18 @@ class TrainingRun:
 def train(c, processes=None, loaded=None):
     """Train an adapter (or, with --lora-rank 0, all weights) -> the last metrics and the last checkpoint.
 
-    The same command continues a run that was stopped. c: TrainOptions. loaded: a runs.Loaded of c.model that gets the
-    adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises ValueError
-    for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that holds another
-    run."""
+    The same command continues a run that was stopped. c: TrainOptions. loaded: a loading.Loaded of c.model that gets
+    the adapter, or has one that --adapter or a checkpoint overwrites; all weights are always loaded anew. Raises
+    ValueError for data that cannot be trained on, and where a loss is not finite; FileExistsError for a folder that
+    holds another run."""
     # All that can fail on account of the user's input is in prepare(): from here on there are only steps.
-    run = prepare(c, processes or runs.Processes(c.device), loaded)
+    run = prepare(c, processes or torchrun.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
     also_log = open_log(c, run) if first else None
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
         tqdm(total=run.end, initial=run.done, desc="train", unit="step", disable=not run.processes.shows) as bar,
-        runs.stop_signals() as signals,
+        resume.stop_signals() as signals,
     ):
         for step in range(run.done, run.end):
             epoch, i = divmod(step, run.steps_per_epoch)
@@ -349,33 +348,33 @@ def prepare(c, processes, loaded=None):
     c = with_adapter(c)
     check_log(c)
     parameters, unused = objective_parameters(c)
-    last = runs.last_checkpoint(Path(c.out), runs.warner(processes))
+    last = resume.last_checkpoint(Path(c.out), torchrun.warner(processes))
     full, place = c.lora_rank == 0, spreading(c, processes)
     prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
     stored = dataclasses.replace(c, dtype=prefer) if full and place else c  # with --shard, --dtype is what computes
     if loaded is None or full or place:
-        loaded = runs.load_model(stored, processes, weights=last if full else None, dtype=prefer, place=place)
-    grid, blocks = c.grid or runs.decoding_grid(loaded.m.config), loaded.m.config.block_length
+        loaded = loading.load_model(stored, processes, weights=last if full else None, dtype=prefer, place=place)
+    grid, blocks = c.grid or loading.decoding_grid(loaded.m.config), loaded.m.config.block_length
     records = training_records(c, loaded, parameters, processes, grid)
     check_context(records, loaded, processes)
     held_out, records = split_off(records, c)
-    sampling = runs.decoder_settings(runs.DecodeOptions(block_length=blocks), loaded) if held_out else {}
+    sampling = loading.decoder_settings(loading.DecodeOptions(block_length=blocks), loaded) if held_out else {}
     global_batch = c.global_batch or 4 * processes.count
     steps_per_epoch = math.ceil(len(records) / global_batch)
     total = c.epochs * steps_per_epoch
 
-    meta = dict(identity(c, records), **parameters, **runs.content_hashes(loaded.folder, c.adapter))
-    meta.update(dtype=runs.resolve_dtype(stored, processes, prefer), global_batch=global_batch, grid=grid)
-    if stored is not c and runs.resolve_dtype(c, processes) != meta["dtype"]:
-        meta["compute"] = runs.resolve_dtype(c, processes)
+    meta = dict(identity(c, records), **parameters, **disk.content_hashes(loaded.folder, c.adapter))
+    meta.update(dtype=loading.resolve_dtype(stored, processes, prefer), global_batch=global_batch, grid=grid)
+    if stored is not c and loading.resolve_dtype(c, processes) != meta["dtype"]:
+        meta["compute"] = loading.resolve_dtype(c, processes)
     free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
     before = epochs_before(c)
     if before:
         free += ["epochs", "changed_from_recipe"]  # the latter may list the epochs; what else it lists is compared
-    runs.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
+    disk.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
     if before:
         line = f"--epochs {c.epochs}, and the run was started with {before}"
-        runs.warner(processes)(f"{line}: the learning rate follows the longer cosine")
+        torchrun.warner(processes)(f"{line}: the learning rate follows the longer cosine")
     weights = trainable(c, loaded.m, last)
     objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
     reference = None
@@ -385,14 +384,14 @@ def prepare(c, processes, loaded=None):
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
 
-    out = runs.open_run(c.out, meta, processes, free)
+    out = disk.open_run(c.out, meta, processes, free)
     if processes.first:
         warn_of_options(c, total, unused)
     loaded.m.train()  # for dropout, and T3D's random tokens
     loaded.m.gradient_checkpointing = c.gradient_checkpointing
-    done = 0 if last is None else runs.restore(last, weights, optimizer, reference)
+    done = 0 if last is None else resume.restore(last, weights, optimizer, reference)
     if processes.first:
-        runs.keep_lines(out / "metrics.jsonl", done)  # a kill may have left lines of steps that are made again
+        disk.keep_lines(out / "metrics.jsonl", done)  # a kill may have left lines of steps that are made again
         if 0 < done < total:
             tqdm.write(f"continuing at step {done} of {total}", sys.stderr)
     processes.barrier()
@@ -407,12 +406,12 @@ def spreading(c, processes):
     """What spreads a model over the processes for --shard; None without it, or where there is one process alone."""
     if c.shard and processes.count == 1:
         line = "--shard spreads a model over the processes of torchrun, and the only one here holds it whole"
-        runs.warner(processes)(line)
+        torchrun.warner(processes)(line)
     if not c.shard or processes.count == 1:
         return None
     compute = None
     if c.lora_rank == 0:  # the weights stay float32, for AdamW
-        compute = model.DTYPES[runs.resolve_dtype(c, processes)]
+        compute = model.DTYPES[loading.resolve_dtype(c, processes)]
     return functools.partial(shard.spread, device=processes.device, compute=compute)
 
 
@@ -433,7 +432,7 @@ def trainable(c, m, last):
 def first_reference(c, m, processes, dtype, place):
     """T3D's reference: the student as it starts, and then as of every reference_steps-th step."""
     if c.lora_rank == 0:
-        return FrozenCopy(m, runs.load_model(c, processes, dtype=dtype, place=place).m)
+        return FrozenCopy(m, loading.load_model(c, processes, dtype=dtype, place=place).m)
     reference = lora.Reference(m)
     if c.adapter:
         reference.update()
@@ -481,7 +480,7 @@ def identity(c, records):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=runs.versions())
+    return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=disk.versions())
 
 
 def epochs_before(c):
@@ -575,12 +574,12 @@ def save_checkpoint(run, step, name):
         shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
     if first or together:
         # A kill leaves the checkpoint before it whole.
-        with runs.atomic_folder(run.last, run.processes if together else None) as beside:
-            runs.write_checkpoint(
+        with disk.atomic_folder(run.last, run.processes if together else None) as beside:
+            resume.write_checkpoint(
                 beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference, first
             )  # fmt: skip
     if first:
-        runs.prune(run.out, run.c.keep_last)
+        resume.prune(run.out, run.c.keep_last)
     run.processes.barrier()
 
 
@@ -666,7 +665,7 @@ def losses_of_parts(run, chosen, when):
     for records in parts:
         shown = records or chosen[:1]
         generators = [data.generator(c.seed, when, r["id"]) for r in shown]
-        batch = runs.batch_of(shown, run.loaded, processes, run.grid)
+        batch = loading.batch_of(shown, run.loaded, processes, run.grid)
         # The loss of the global batch is the mean over its rows; theirs has this share in it.
         losses = run.objective(run.loaded.m, batch, generator=generators, **more)
         yield records, len(records) / len(chosen), losses
@@ -725,7 +724,7 @@ def training_records(c, loaded, parameters, processes, grid=None):
     config = loaded.m.config
     if config.block_length is None and grid is not None:
         raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
-    path, say = Path(c.data), runs.warner(processes)
+    path, say = Path(c.data), torchrun.warner(processes)
     # A dataset's answers have no decode order, and only Eq. 1 does without one.
     if data.holds_trajectories(path):
         kept = usable_trajectories(c, path, loaded, processes, say)
@@ -777,7 +776,7 @@ def check_context(records, loaded, processes):
     longest, context = max(map(length, records)), loaded.m.config.max_length
     if context is not None and longest > context:
         line = f"a prompt and its response have up to {longest} tokens, the model's context has {context}"
-        runs.warner(processes)(line)
+        torchrun.warner(processes)(line)
 
 
 def usable_trajectories(c, path, loaded, processes, say):

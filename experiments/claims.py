@@ -37,10 +37,10 @@ from pathlib import Path
 
 import data
 import distill
-import runs
 import train
 from experiments import mechanism, puzzles, report, sweep, tiny
-from options import name_list, opt, row_list
+from runs import disk, torchrun
+from runs.options import name_list, opt, row_list
 
 # TABOM's own settings, with which the order of answers is measured too; and what every row trains
 # with.
@@ -116,9 +116,9 @@ def claims(c):
         return on_trajectories(c)
     for name in names:
         check_targets(name)
-    processes, alone = runs.Processes("cpu"), runs.Processes("cpu", alone=True)
+    processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
     out = Path(c.out or "out/experiment")
-    out = runs.open_run(out, identity(c), processes)
+    out = disk.open_run(out, identity(c), processes)
     if processes.first:
         log_command(c, out)
     jobs, needs = jobs_of(c, alone, out, names)
@@ -205,7 +205,7 @@ def identity(c):
         domains=DOMAINS,
         seed=c.seed,
         command="claims",
-        versions=runs.versions(),
+        versions=disk.versions(),
     )
 
 
@@ -307,8 +307,8 @@ def write_copies(base, kept, draws):
         name = f"{r['id']}-{k}"
         copies.append({**r, "id": name, "finished": True, "correct": True})  # all of them are trained on
         truth.append(dict(id=name, prompt=r["prompt"], answer=puzzles.restyled(r["answer"], task)))
-    with runs.atomic_file(base / f"kept-{draws}.jsonl") as f:
-        f.writelines(map(runs.json_line, copies))
+    with disk.atomic_file(base / f"kept-{draws}.jsonl") as f:
+        f.writelines(map(disk.json_line, copies))
     tiny.write_answers(base / f"truth-{draws}.jsonl", tok, truth, tiny.SHORT.answer)
 
 
@@ -383,7 +383,7 @@ def run_of_row(c, alone, base, name, seed, tried, folder):
     result = sweep.one_run(bench, settings, bench.c.data, folder)
     model, before = bench.at(result["chosen"]["checkpoint"]), base / "runs" / "base" / "test-test_in"
     more = mechanism.against_base(model, alone, folder / "test-test_in", before)
-    return dict(result, mechanism=more, versions=runs.versions(), compile=c.compile)
+    return dict(result, mechanism=more, versions=disk.versions(), compile=c.compile)
 
 
 def report_so_far(c, out, folder):

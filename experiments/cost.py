@@ -27,8 +27,8 @@ import data
 import lora
 import model
 import objectives
-import runs
-from options import number_list
+from runs import loading
+from runs.options import number_list
 
 LLADA = dict(model_type="llada", block_type="llama", activation_type="silu", layer_norm_type="rms")
 LLADA.update(rms_norm_eps=1e-5, rope=True, rope_full_precision=True, rope_theta=500000.0)
@@ -139,7 +139,7 @@ def count_work(c, config, parameters):
     per_key = 2 * 2 * model.empty(config).layers[0].q_proj.out_features * config.layers
 
     # 1. Distillation, one token a step: the head runs on what is masked, on average half of a block.
-    block = config.block_length or runs.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
+    block = config.block_length or loading.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
     block = min(block, c.new_tokens)
     passes = c.queries * c.new_tokens
     if config.block_length is None:

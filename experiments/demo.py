@@ -29,11 +29,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import distill
-import runs
 import train
 from experiments import diagnose, puzzles
 from experiments.tiny import TINY
-from options import opt
+from runs import loading, torchrun
+from runs.options import opt
 
 
 @dataclass
@@ -64,10 +64,10 @@ def demo(c):
     The same command continues where it was stopped. c: DemoOptions. Raises FileExistsError for
     folders that hold anything but a beginning of the same demo."""
     if c.data_only:
-        if runs.Processes("cpu").count > 1:
+        if torchrun.Processes("cpu").count > 1:
             raise ValueError("--data-only needs one process: run it without torchrun")
         return dict(datasets=list(map(str, puzzles.write_datasets(c.data_only, c.seed))))
-    return whole_method(c, runs.Processes("cpu"))
+    return whole_method(c, torchrun.Processes("cpu"))
 
 
 def whole_method(c, processes):
@@ -107,7 +107,7 @@ def whole_method(c, processes):
     stages.begin("TDS")
     limits = (MEASURED, TRAINING["window"], TRAINING["margin"])
     for when, adapter in adapters.items():
-        loaded = runs.load_checkpoint(runs.ModelOptions(**base), processes, adapter)
+        loaded = loading.load_checkpoint(loading.ModelOptions(**base), processes, adapter)
         order = diagnose.own_order(loaded, processes, out / f"{when}-test_in", *limits)
         rows[when]["tds"] = order["tds"]
     stages.end()

@@ -31,9 +31,9 @@ import torch
 import data
 import evaluate
 import objectives
-import runs
 from experiments import plots, stats
-from options import field_names, flag, name_list, opt
+from runs import disk, loading, torchrun
+from runs.options import field_names, flag, name_list, opt
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TABLES = ("trajectories", "tds", "inversions", "loss")  # the JSON Lines in --out
@@ -41,7 +41,7 @@ BATCH = 16  # trajectories that own_order replays together
 
 
 @dataclass
-class DiagnoseOptions(runs.ModelOptions, runs.DecodeOptions, runs.DatasetOptions):
+class DiagnoseOptions(loading.ModelOptions, loading.DecodeOptions, loading.DatasetOptions):
     """what is measured"""
 
     model: str | None = opt(None, "base model; only the curves of --runs need none")
@@ -72,18 +72,18 @@ def diagnose(c, processes=None):
         raise ValueError("--model is missing (only the curves of --runs need none)")
     if c.model is not None and c.data is None:
         raise ValueError("--data is missing: trajectories, or prompts to decode")
-    runs.must_be_free(c.out)
+    disk.must_be_free(c.out)
     metrics = {}
     for folder in c.runs:
         metrics[str(folder)] = read_metrics(folder)
-    processes = processes or runs.Processes(c.device)
+    processes = processes or torchrun.Processes(c.device)
     found = []  # one dict for each model, the base first
     if c.model is not None:
         for checkpoint in (None, *c.checkpoints):
             found.append(measure_model(c, processes, checkpoint))
     if not processes.first:
         return None
-    with runs.atomic_folder(c.out) as beside:
+    with disk.atomic_folder(c.out) as beside:
         write_results(beside, found, metrics)
     summary = [one["summary"] for one in found]
     if summary:
@@ -119,7 +119,7 @@ def measure_model(c, processes, checkpoint):
     """Everything about one model, gathered from all processes: rows for each of TABLES, the summary
     and the picture. None on all processes but the first. checkpoint: None is the base model."""
     name = "base" if checkpoint is None else str(checkpoint)
-    loaded = runs.load_checkpoint(c, processes, checkpoint)
+    loaded = loading.load_checkpoint(c, processes, checkpoint)
     records = records_of(c, processes, loaded)
     replayed = []
     for i in range(0, len(records), c.batch_size):
@@ -184,7 +184,7 @@ def records_of(c, processes, loaded):
     --data has prompts."""
     stored = data.holds_trajectories(c.data)
     given = []
-    for name in field_names(runs.DecodeOptions):
+    for name in field_names(loading.DecodeOptions):
         if getattr(c, name) is not None and getattr(c, name) is not False:
             given.append(flag(name))
     if stored and not c.fresh and given:
@@ -200,7 +200,7 @@ def records_of(c, processes, loaded):
     mine = records[processes.index :: processes.count]
     if stored and not c.fresh:
         return mine
-    settings, decoded = runs.decoder_settings(c, loaded), []
+    settings, decoded = loading.decoder_settings(c, loaded), []
     for i in range(0, len(mine), c.batch_size):
         batch = mine[i : i + c.batch_size]
         decoded += evaluate.answer_batch(loaded, batch, settings, c.seed, processes.device)
@@ -219,7 +219,7 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     ranking, ranking_least  mean ranking loss of its windows, as decoded, and sorted; None without one
     inversions              {context: [(inverted, pairs) at distance 1, 2, ...]}
     """
-    batch, eos_id = runs.batch_of(records, loaded, processes), loaded.m.config.eos_id
+    batch, eos_id = loading.batch_of(records, loaded, processes), loaded.m.config.eos_id
     before_eos = objectives.counted_until(batch, eos_id, "final")  # [B, N], -1 behind the response's first EOS
     looked_at = torch.maximum(before_eos, objectives.counted_until(batch, eos_id, "so-far"))
     h = objectives.replay(loaded.m, batch, looked_at)  # [B, S, N]
@@ -251,7 +251,7 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
 
 def loss_rows(loaded, processes, records, seed):
     """The cross-entropy of each response at each of RATIOS, in nats: a row for each of both."""
-    batch = runs.batch_of(records, loaded, processes)
+    batch = loading.batch_of(records, loaded, processes)
     rows = []
     for ratio in RATIOS:
         generators = [data.generator(seed, "mask", ratio, r["id"]) for r in records]

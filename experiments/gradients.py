@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora
 import objectives
-import runs
 from experiments import speed
+from runs import torchrun
 
 ROWS, NEW = 4, 128  # of each process; response tokens
 
@@ -81,18 +81,18 @@ def main(argv=None):
     parser.add_argument("--repeat", type=int, default=20, help="measure so often and take the fastest")
     c = parser.parse_args(argv)
     try:
-        if runs.place_among_processes()[1] == 1:
+        if torchrun.place_among_processes()[1] == 1:
             raise ValueError("one process has nothing to exchange: start it with torchrun --nproc_per_node 2")
         if c.repeat < 1:
             raise ValueError(f"--repeat {c.repeat}: must be above 0")
-        processes = runs.Processes(c.device)
+        processes = torchrun.Processes(c.device)
         result = compare(processes, c.repeat)
-    except runs.ERRORS as e:
-        return runs.tell(e)
+    except torchrun.ERRORS as e:
+        return torchrun.tell(e)
     if processes.first:
         print(json.dumps(result))
     return 0
 
 
 if __name__ == "__main__":
-    runs.leave(main())
+    torchrun.leave(main())

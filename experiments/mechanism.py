@@ -9,8 +9,8 @@ had logged.
 
 import data
 import objectives
-import runs
 from experiments import diagnose
+from runs import loading
 
 TRAJECTORIES = 64  # of the base model, that are replayed
 THIRDS = 3  # groups of puzzles, by how much their order changed
@@ -26,7 +26,7 @@ def against_base(loaded, processes, answers, before):
     entropy, entropy_before     of the trained and of the base model at each token's own step, on the
                     base model's trajectories, nats a token
 
-    loaded: the trained model (runs.Loaded). answers, before: folders of the trajectories of both."""
+    loaded: the trained model (loading.Loaded). answers, before: folders of the trajectories of both."""
     theirs = data.read_trajectories(before)
     pairs = []
     for ours, base in zip(data.read_trajectories(answers), theirs, strict=True):
@@ -60,7 +60,7 @@ def entropies(loaded, processes, records):
     """What a model's entropies are on the base model's trajectories, and their KL (see against_base)."""
     kl = entropy = before = count = 0.0
     for i in range(0, len(records), diagnose.BATCH):
-        batch = runs.batch_of(records[i : i + diagnose.BATCH], loaded, processes)
+        batch = loading.batch_of(records[i : i + diagnose.BATCH], loaded, processes)
         h = objectives.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)  # [B, N]
         base_h = objectives.in_decode_order(batch["entropy"], batch)  # [B, N]
         kl += objectives.boltzmann_kl(h, base_h).sum().item()

@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import runs
+from runs import disk
 
 BLANK = "."
 EASY_BLANKS = (16, 26)  # of the 36 cells of a 6x6 square, both included
@@ -270,7 +270,7 @@ def write_new(texts):
             raise FileExistsError(f"{file} is there already with other content: choose another folder")
     for file in missing:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with runs.atomic_file(file) as f:
+        with disk.atomic_file(file) as f:
             f.write(texts[file])
 
 

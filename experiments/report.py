@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-import runs
 from experiments import plots, stats, sweep
 from experiments.stats import markdown_table
+from runs import disk
 
 COMPARED = ("base", "SFT-SD", "TABOM")  # what differences are taken to
 DERIVED = ("name", "checkpoints")  # keys of a run that say again what others say
@@ -412,7 +412,7 @@ def write_report(folder, found, about):
     """Write results.json, the tables and the pictures, and print the tables. about: what else
     results.json says of the experiment."""
     folder.mkdir(exist_ok=True)
-    head = {**about, "versions": runs.versions()}
+    head = {**about, "versions": disk.versions()}
     lines = []
     for result in found.values():
         kept = dict(result)
@@ -420,7 +420,7 @@ def write_report(folder, found, about):
             kept.pop(name, None)
         lines.append(json.dumps(rounded(kept)))
     start = json.dumps(rounded(head), indent=1).removesuffix("\n}")
-    with runs.atomic_file(folder / "results.json") as f:
+    with disk.atomic_file(folder / "results.json") as f:
         f.write(start + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n")  # a line for each run
     remake(folder)
 
@@ -430,7 +430,7 @@ def remake(folder):
     folder = Path(folder)
     results = read(folder)
     tables = markdown(*results)
-    with runs.atomic_file(folder / "tables.md") as f:
+    with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
     values, names = measured(results.found), names_of(results.found)
     plots.save(plots.draw_tds(tds_curves(results.found, names), names), folder / "tds.png")

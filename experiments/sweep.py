@@ -38,10 +38,10 @@ import evaluate
 import lora
 import model
 import objectives
-import runs
 import train
 from experiments import diagnose, stats
-from options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
+from runs import disk, loading, torchrun
+from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
 
 GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data
 TRAJECTORIES = 64  # so many answers to the first test set are replayed to measure their order
@@ -84,17 +84,17 @@ def sweep(c, grid=None):
     grid: name -> the options of train that a run changes, instead of --over."""
     grid = expand(c) if grid is None else grid
     prompts = check_sweep(c, grid)
-    processes = runs.Processes(c.device)
-    out = runs.open_run(c.out, identity(c), processes, free=("model", "adapter"))  # these by their content
+    processes = torchrun.Processes(c.device)
+    out = disk.open_run(c.out, identity(c), processes, free=("model", "adapter"))  # these by their content
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
-        distilling = runs.Processes(c.device)
+        distilling = torchrun.Processes(c.device)
         distill.distill(decoding(c, c.adapter, c.data, trajectories, c.seed, limit=c.limit), distilling)
         distilling.unlock()  # who trains on them sees by the lock that they are finished
         processes.barrier()
 
-    alone = runs.Processes(c.device, alone=True)
+    alone = torchrun.Processes(c.device, alone=True)
     bench = Workbench(c, alone)
     jobs = {out / "runs" / "base": functools.partial(base_run, bench)}
     for name, settings in grid.items():
@@ -105,9 +105,9 @@ def sweep(c, grid=None):
     found = [upgraded(result, c.tokens_per_step[0]) for result in found]
     rows = over_seeds(found)
     table = sweep_table(rows)
-    with runs.atomic_file(out / "results.json") as f:
-        f.write(json.dumps(dict(rows=rows, runs=found, command=vars(c), versions=runs.versions()), indent=2) + "\n")
-    with runs.atomic_file(out / "table.md") as f:
+    with disk.atomic_file(out / "results.json") as f:
+        f.write(json.dumps(dict(rows=rows, runs=found, command=vars(c), versions=disk.versions()), indent=2) + "\n")
+    with disk.atomic_file(out / "table.md") as f:
         f.write(table + "\n")
     print(table)
     return dict(out=str(out), runs=len(found), rows=rows)
@@ -145,9 +145,9 @@ def identity(c):
     contents = {}
     for source in (c.data, c.ground_truth, c.validation, *c.test):
         if source is not None and source not in evaluate.TASKS:
-            contents[str(source)] = list(map(runs.fingerprint, data.trajectory_files(source)))
-    base = runs.content_hashes(model.resolve(c.model), c.adapter)
-    return dict(command="sweep", **settings, **base, contents=contents, versions=runs.versions())
+            contents[str(source)] = list(map(disk.fingerprint, data.trajectory_files(source)))
+    base = disk.content_hashes(model.resolve(c.model), c.adapter)
+    return dict(command="sweep", **settings, **base, contents=contents, versions=disk.versions())
 
 
 def source_name(source):
@@ -193,7 +193,7 @@ def attempt(folder, work, own, alone):
         if not (held or own) or result_of(folder):
             return False
         result = dict(name=folder.name, **work(folder))
-        with runs.atomic_file(folder / "result.json") as f:
+        with disk.atomic_file(folder / "result.json") as f:
             f.write(json.dumps(result, indent=2) + "\n")
     finally:
         alone.unlock()
@@ -270,7 +270,7 @@ def expand(c):
 def grid_options():
     """Name -> field of the options of train that a grid may vary: neither switches nor lists, and
     not what is the same in all runs (a recipe sets options before the grid does)."""
-    same = {"out", "adapter", "recipe", *field_names(runs.DatasetOptions), *field_names(runs.ModelOptions)}
+    same = {"out", "adapter", "recipe", *field_names(loading.DatasetOptions), *field_names(loading.ModelOptions)}
     found = {}
     for f in dataclasses.fields(train.TrainOptions):
         varies = f.name == "seed" or f.name not in same
@@ -343,7 +343,7 @@ class Workbench:
     def base(self):
         """The base model. It may have an adapter on it, or be in training mode."""
         if self.loaded is None:
-            self.loaded = runs.load_model(self.c, self.processes)
+            self.loaded = loading.load_model(self.c, self.processes)
         return self.loaded
 
     def train(self, made):
@@ -360,8 +360,8 @@ class Workbench:
         if not is_adapter(self.c, checkpoint):
             if self.full[0] != checkpoint:
                 self.full = None, None  # never two of them in memory
-                options = runs.ModelOptions(model=checkpoint, **machine_of(self.c))
-                self.full = checkpoint, runs.load_model(options, self.processes)
+                options = loading.ModelOptions(model=checkpoint, **machine_of(self.c))
+                self.full = checkpoint, loading.load_model(options, self.processes)
             return self.full[1]
         loaded = self.base()
         if checkpoint is not None:

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import data
 import model
-import runs
 import train
 from experiments import puzzles
 from experiments.puzzles import BLANK, TASKS
+from runs import disk, resume
 
 TINY = Path(__file__).parent.parent / "tiny"  # the trained model that comes with the code
 
@@ -98,7 +98,7 @@ def write_start(folder, seed, kind=WHOLE):
     A folder that holds the same files stays as it is. Raises FileExistsError for other files."""
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
-        with runs.atomic_folder(folder) as beside:
+        with disk.atomic_folder(folder) as beside:
             build_start(beside, seed, kind)
         return
     with tempfile.TemporaryDirectory() as again:
@@ -135,7 +135,7 @@ def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=Fal
     last, with the learning rate still on its way down. Continues where it was stopped. Raises
     FileExistsError for a folder with anything else in it."""
     folder = Path(folder)
-    runs.must_be_free(folder / "tiny")
+    disk.must_be_free(folder / "tiny")
     write_start(folder / "start", seed, kind)
     lines = puzzles.dataset("pretrain", kind.tasks, kind.count, False, seed, kind.foreign)
     tok = data.load_tokenizer(folder / "start")
@@ -148,9 +148,9 @@ def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=Fal
         result = train.train(train.TrainOptions(**places, **options, stop_after=epoch), processes)
         if enough and enough(last, epoch):
             break
-    with runs.atomic_folder(folder / "tiny") as beside:
+    with disk.atomic_folder(folder / "tiny") as beside:
         for file in last.iterdir():
-            if file.name not in runs.TRAINER:
+            if file.name not in resume.TRAINER:
                 shutil.copyfile(file, beside / file.name)
     return {**result, "tiny": str(folder / "tiny")}
 
@@ -173,7 +173,7 @@ def write_random(folder, source, seed=0):
     """A model of Dream's layout with random weights and the tokenizer of another folder: it answers nonsense, and runs
     every command on real prompts -> what it is. Raises ValueError for a tokenizer without a mask or an EOS token."""
     source, folder = Path(source), Path(folder)
-    runs.must_be_free(folder)
+    disk.must_be_free(folder)
     tok = data.load_tokenizer(source)
     if tok.mask_id is None or tok.eos_id is None:
         raise ValueError(f"{source}: the tokenizer names no mask_token or no eos_token, which a masked model needs")
@@ -182,10 +182,10 @@ def write_random(folder, source, seed=0):
     raw.update(vocab_size=-(-tok.size // 64) * 64, max_position_embeddings=4096, tie_word_embeddings=False)
     pad_id = tok.eos_id if tok.pad_id is None else tok.pad_id
     raw.update(mask_token_id=tok.mask_id, eos_token_id=tok.eos_id, pad_token_id=pad_id, initializer_range=0.3)
-    with runs.atomic_folder(folder) as beside:
+    with disk.atomic_folder(folder) as beside:
         m = model.create(raw, data.generator(seed, "random"))
         model.save(m, beside)
-        runs.copy_extras(source, beside)
+        resume.copy_extras(source, beside)
     return dict(model=str(folder), parameters=sum(p.numel() for p in m.parameters()), vocabulary=tok.size)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = "blocks baselines release formats runs tools benchmarks experiments".split()
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -28,7 +29,10 @@ class Counts(NamedTuple):
 
 def sources():
     """The files of the project that are no tests."""
-    return sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*.py")])
+    found = list(ROOT.glob("*.py"))
+    for folder in FOLDERS:
+        found += ROOT.glob(f"{folder}/*.py")
+    return sorted(found)
 
 
 def count(file):

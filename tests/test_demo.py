@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import runs
 import tabom
 from experiments import demo
+from runs import loading
 
 
 def test_the_table_of_before_and_after():
@@ -57,12 +57,12 @@ def test_a_small_model_uses_one_thread_unless_told_otherwise(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    runs.one_thread_if_small(large)
+    loading.one_thread_if_small(large)
     assert threads == []
-    runs.one_thread_if_small(small)
+    loading.one_thread_if_small(small)
     assert threads == [1]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    runs.one_thread_if_small(small)
+    loading.one_thread_if_small(small)
     assert threads == [1]
 
 

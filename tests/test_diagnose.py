@@ -13,9 +13,9 @@ import data
 import lora
 import model
 import objectives
-import runs
 import tabom
 from experiments import diagnose, plots
+from runs import loading, torchrun
 
 LIMIT = 6  # trajectories that are looked at, of 12
 
@@ -127,9 +127,9 @@ def test_two_processes_write_the_same(tiny, trajectories, puzzles, run_folder, f
 
 def test_own_order_has_the_window_and_margin_it_is_given(tiny, trajectories):
     """The slow way: every window of every trajectory that holds no EOS, one after the other."""
-    processes, limit = runs.Processes("cpu"), 2
-    options = runs.ModelOptions(model=str(tiny), device="cpu")
-    loaded = runs.load_model(options, processes)
+    processes, limit = torchrun.Processes("cpu"), 2
+    options = loading.ModelOptions(model=str(tiny), device="cpu")
+    loaded = loading.load_model(options, processes)
     records = data.read_trajectories(trajectories)[:limit]
     m = model.load(tiny)
     for window, margin in ((3, 0.1), (6, 0.4)):
@@ -166,9 +166,9 @@ def test_responses_of_eos_alone_have_no_order(tiny, trajectories, tmp_path):
         for record in data.read_trajectories(trajectories)[:3]:
             record["response_ids"][0] = eos_id
             f.write(json.dumps(record) + "\n")
-    options = runs.ModelOptions(model=str(tiny), device="cpu")
-    processes = runs.Processes("cpu")
-    loaded = runs.load_model(options, processes)
+    options = loading.ModelOptions(model=str(tiny), device="cpu")
+    processes = torchrun.Processes("cpu")
+    loaded = loading.load_model(options, processes)
     found = diagnose.own_order(loaded, processes, tmp_path / "T.jsonl", 3, 8, 0.2)
     for name in ("ranking", "ranking_least", "inversions_step", "inversions_window"):
         assert found[name] is None

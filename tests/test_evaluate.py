@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 import data
 import evaluate
 import model
-import runs
 import tabom
 from benchmarks import gsm8k
+from runs import loading
 
 REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
@@ -135,7 +135,7 @@ def test_checks_agree_with_math_verify_on_real_answers(kind):
 
 def of_family(family, folder):
     """A Loaded that only knows its family and folder."""
-    return runs.Loaded(SimpleNamespace(config=SimpleNamespace(family=family)), None, folder)
+    return loading.Loaded(SimpleNamespace(config=SimpleNamespace(family=family)), None, folder)
 
 
 def settings_of(task, family, folder, **flags):

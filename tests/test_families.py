@@ -16,8 +16,8 @@ from helpers import FOLDER, decoded, meta, run, weights, write_lines
 
 import data
 import evaluate
-import runs
 from benchmarks import gsm8k, humaneval, math500, mbpp
+from runs import loading
 
 BESIDE = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "golden"
 
@@ -146,7 +146,7 @@ def test_the_prompts_that_the_real_model_was_given(tokenizers):
 
 def preset(task, family, blocks, folder, **flags):
     config = SimpleNamespace(family=family, block_length=blocks)
-    loaded = runs.Loaded(SimpleNamespace(config=config), None, folder)
+    loaded = loading.Loaded(SimpleNamespace(config=config), None, folder)
     found = evaluate.task_settings(evaluate.EvaluateOptions(**flags), task, loaded)
     return [found[name] for name in ("schedule", "temperature", "max_new_tokens", "steps", "block_length")]
 

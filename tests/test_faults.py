@@ -29,9 +29,9 @@ from helpers import (
 
 import data
 import evaluate
-import runs
 import tabom
 import train
+from runs import resume
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no forks, no locks, no limits")
 
@@ -106,7 +106,7 @@ def test_a_signal_writes_a_checkpoint_before_the_process_leaves(tiny, trajectori
     assert done["status"] == 130
     assert "the same command continues" in done["errors"]
     assert len(metrics(out)) == 5  # the step that the signal met is made
-    assert runs.checkpoints(out)[-1] == (5, out / "step-5")  # and not lost
+    assert resume.checkpoints(out)[-1] == (5, out / "step-5")  # and not lost
     assert tabom.main(words) == 0
     same(out, whole[0])
 
@@ -307,7 +307,7 @@ def test_a_process_that_dies_takes_the_others_down(tiny, trajectories, tmp_path)
     process.communicate(timeout=HUNG)
     assert process.returncode != 0
     assert worker(out, 0) is None
-    assert runs.last_checkpoint(out) is not None
+    assert resume.last_checkpoint(out) is not None
 
 
 BROKEN = """

@@ -25,7 +25,7 @@ import data
 import evaluate
 import lora
 import model
-import runs
+from runs import disk, resume
 
 ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # what tabom.main() turns into one line
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -290,16 +290,16 @@ def test_a_damaged_checkpoint_is_none(fuzz, place):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "trainer.json").write_text(json.dumps(dict(step=3)))
         (folder / "optimizer.safetensors").write_bytes(b"x" * 40)
-        hashes = {name: runs.fingerprint(folder / name) for name in ("trainer.json", "optimizer.safetensors")}
+        hashes = {name: disk.fingerprint(folder / name) for name in ("trainer.json", "optimizer.safetensors")}
         (folder / "manifest.json").write_text(json.dumps(hashes))
-        assert runs.last_checkpoint(out) == folder
+        assert resume.last_checkpoint(out) == folder
         file = folder / ("trainer.json", "optimizer.safetensors", "manifest.json")[seed % 3]
         good = file.read_bytes()
         file.write_bytes(mutated(good, seed))
         if file.read_bytes().strip() != good and file.name != "manifest.json":
-            assert runs.last_checkpoint(out) is None
+            assert resume.last_checkpoint(out) is None
         else:
-            survives(runs.last_checkpoint, out)
+            survives(resume.last_checkpoint, out)
 
 
 QUESTIONS = {

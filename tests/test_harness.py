@@ -15,9 +15,9 @@ from helpers import ROOT, flags
 
 import data
 import evaluate
-import harness
-import runs
 import tabom
+from runs import loading
+from tools import harness
 
 QUESTIONS = ["What is 1+1?", "Name a colour.", "How many legs have three spiders and a cat?", "?", "Spell it: cat."]
 STOPS = ["++", "G"]  # of what the random model writes
@@ -45,8 +45,8 @@ def command(*words, processes=1, **environment):
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    words = [*start, str(ROOT / "harness.py"), *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True, env=env, timeout=300)
+    words = [*start, "-m", "tools.harness", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
 
 
 # ------------------------------------------------------------------------------------------ what the harness calls
@@ -63,7 +63,7 @@ def test_the_texts_are_those_of_answer(bytes_model, batch_size):
     lm = answers(bytes_model, batch_size=batch_size, block_length=8, temperature=1.0, seed=3)
     prompts = [lm.apply_chat_template([data.message("user", q)]) for q in QUESTIONS]
     asked = requests(prompts, until=STOPS, max_gen_toks=16)
-    settings = dict(runs.DECODERS["llada"], block_length=8, temperature=1.0, max_new_tokens=16, steps=16)
+    settings = dict(loading.DECODERS["llada"], block_length=8, temperature=1.0, max_new_tokens=16, steps=16)
     texts, _ = evaluate.answer(lm.loaded.m, lm.loaded.tok, prompts, settings, seed=3)
     found = lm.generate_until(asked)
     assert found == [harness.cut(text, STOPS) for text in texts]
@@ -176,7 +176,7 @@ def test_without_the_harness_one_line_says_what_to_install(tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ImportError('there is none')\n")
     done = command("run", "--model", "tabom", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr == "error: harness.py needs lm-evaluation-harness: pip install lm_eval (there is none)\n"
+    assert done.stderr == "error: tools/harness.py needs lm-evaluation-harness: pip install lm_eval (there is none)\n"
 
 
 def test_the_harness_finds_the_package_evaluate(tmp_path):
@@ -189,7 +189,7 @@ def test_the_harness_finds_the_package_evaluate(tmp_path):
     (api / "model.py").write_text("class LM:\n    pass\n")
     registry = "KNOWN = {}\n\ndef register_model(name):\n    return lambda cls: KNOWN.update({name: cls})\n"
     (api / "registry.py").write_text(registry)
-    main = "from lm_eval.api.registry import KNOWN\n\ndef cli_evaluate():\n    import evaluate\n    import options\n"
+    main = "from lm_eval.api.registry import KNOWN\n\ndef cli_evaluate():\n    import evaluate\n    import data\n"
     main += "    print(evaluate.NAME, list(KNOWN), [c.__name__ for c in KNOWN['tabom'].__bases__])\n"
     (tmp_path / "lm_eval" / "__main__.py").write_text(main)
     done = command(PYTHONPATH=str(tmp_path))

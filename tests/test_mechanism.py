@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 import objectives
-import runs
 from experiments import mechanism, tiny
+from runs import loading, torchrun
 
 
 @given(st.permutations(range(12)), st.lists(st.integers(0, 40), min_size=12, max_size=12, unique=True))
@@ -22,8 +22,8 @@ def test_the_rank_correlation_is_spearmans(a, b):
 def test_a_model_against_itself_and_against_another_order(tmp_path):
     """The base model's own trajectories have KL 0; reversed orders have the correlation -1, and the puzzles
     whose order changed most come first."""
-    processes = runs.Processes("cpu", alone=True)
-    loaded = runs.load_model(runs.ModelOptions(model=str(tiny.TINY), device="cpu"), processes)
+    processes = torchrun.Processes("cpu", alone=True)
+    loaded = loading.load_model(loading.ModelOptions(model=str(tiny.TINY), device="cpu"), processes)
     rng, rows = random.Random(0), []
     for i in range(6):
         order = rng.sample(range(37), 37)
@@ -31,7 +31,7 @@ def test_a_model_against_itself_and_against_another_order(tmp_path):
         response = [6 + rng.randrange(6) for _ in range(37)]
         row = dict(id=i, prompt_ids=prompt, response_ids=response, order=order, answer=["1" * 36], correct=i % 2 == 0)
         rows.append(row)
-    batch = runs.batch_of(rows, loaded, processes)
+    batch = loading.batch_of(rows, loaded, processes)
     with torch.no_grad():
         h = objectives.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)
     for row, values in zip(rows, h.tolist()):

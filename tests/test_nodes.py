@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from helpers import HUNG, ROOT, TRAIN, decoded, edit_json, flags, interpreter, last_json, metrics, run, shell, start
 
-import runs
+from runs import disk, torchrun
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun")
 
@@ -112,10 +112,10 @@ def metas(*others):
 def test_what_may_differ_between_nodes():
     first = dict(model="/a/M", data="/a/d", adapter="x", model_sha256="1", lr=1.0, versions=dict(torch="2"))
     other = dict(first, model="/b/M", data="/b/d", adapter="y", versions=dict(torch="3"))
-    runs.same_everywhere(first, metas(first, other))
+    disk.same_everywhere(first, metas(first, other))
     for key, value in dict(model_sha256="2", data_sha256="3", lr=2.0).items():
         with pytest.raises(ValueError, match=f"process 2 on there and process 0 on .* differ in {key}: {value} and"):
-            runs.same_everywhere(first, metas(first, dict(other, **{key: value})))
+            disk.same_everywhere(first, metas(first, dict(other, **{key: value})))
 
 
 # ---------------------------------------------------------------------------------------------------------- last words
@@ -125,14 +125,14 @@ def test_the_last_words_are_said_once(monkeypatch, capsys):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port).items():
         monkeypatch.setenv(name, str(value))
-    assert [runs.tell(ValueError("a\nb")), runs.tell(RuntimeError("connection closed"))] == [1, 1]
-    runs.last_words("stopped")
+    assert [torchrun.tell(ValueError("a\nb")), torchrun.tell(RuntimeError("connection closed"))] == [1, 1]
+    torchrun.last_words("stopped")
     assert capsys.readouterr().err == "error: a b\n"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started the processes again
-    runs.last_words("stopped")
+    torchrun.last_words("stopped")
     assert capsys.readouterr().err == "stopped\n"
     monkeypatch.setenv("MASTER_PORT", "no port")
-    runs.last_words("stopped")
+    torchrun.last_words("stopped")
     assert capsys.readouterr().err == "stopped\n"
 
 

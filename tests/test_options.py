@@ -1,4 +1,4 @@
-"""options.py: fields become flags, --help in groups, misspelt options, lists, bounds.
+"""runs/options.py: fields become flags, --help in groups, misspelt options, lists, bounds.
 
 python -m pytest tests/test_options.py
 
@@ -6,15 +6,18 @@ The program is a small one of the tests' own; the real commands are parsed at th
 
 import dataclasses
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from helpers import interpreter
 from hypothesis import given
 from hypothesis import strategies as st
 
-import options
 import tabom
-from options import opt
+from runs import options
+from runs.options import opt
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Shared:
 
 
 @dataclass
-class Cook(Shared):
+class CookOptions(Shared):
     """the kitchen"""
 
     heat: float = opt(0.5, "how hot, at most 100% of the stove", low=0, high=1)
@@ -40,16 +43,14 @@ class Cook(Shared):
 
 
 @dataclass
-class Wash(Shared):
+class WashOptions(Shared):
     """the sink"""
 
     minutes_of_soaking: int = opt(3, "before the wash")
 
 
 def cook(c):
-    """Cook a meal.
-
-    Not in the help."""
+    """Cook a meal."""
 
 
 def wash(c):
@@ -57,12 +58,17 @@ def wash(c):
 
 
 @pytest.fixture
-def parser():
-    return options.command_line(dict(cook=(cook, Cook), wash=(wash, Wash)), "a kitchen", "kitchen 1.0")
+def parser(monkeypatch):
+    """The words of a command line -> what parse() makes of them. This file is the commands' module."""
+    commands = dict(cook=("tests.test_options", "Cook a meal."), wash=("tests.test_options", "Wash the dishes."))
+    monkeypatch.setitem(sys.modules, "tests.test_options", sys.modules[__name__])
+    return lambda text: options.parse(commands, "a kitchen", "kitchen 1.0", text.split())
 
 
 def parse(parser, text):
-    return vars(parser.parse_args(text.split()))
+    name, run, cls, found = parser(text)
+    assert (run, cls) == {"cook": (cook, CookOptions), "wash": (wash, WashOptions)}[name]
+    return dict(found, command=name)
 
 
 # ------------------------------------------------------------------------------------------------------ flags, values
@@ -77,7 +83,7 @@ def test_only_the_flags_that_are_given_are_there(parser):
 def test_values_have_the_types_of_their_fields(parser):
     given = parse(parser, "cook --model M --heat 1 --minutes 7 --pan iron --dishes pie --sizes 3,4 --level 2")
     del given["command"]
-    c = Cook(**given)
+    c = CookOptions(**given)
     assert (c.heat, c.minutes, c.pan, c.dishes, c.sizes, c.level) == (1.0, 7, "iron", ["pie"], (3, 4), 2.0)
     assert type(c.heat) is float
     assert (c.fast, c.seed, c.spices) == (False, 0, None)  # the defaults of the dataclass
@@ -85,11 +91,11 @@ def test_values_have_the_types_of_their_fields(parser):
 
 def test_names_of_flags():
     assert options.flag("max_new_tokens") == "--max-new-tokens"
-    assert options.field_names(Wash) == ["model", "seed", "minutes_of_soaking"]
+    assert options.field_names(WashOptions) == ["model", "seed", "minutes_of_soaking"]
 
 
 def test_the_kind_of_a_field():
-    kinds = {f.name: options.kind(f) for f in dataclasses.fields(Cook)}
+    kinds = {f.name: options.kind(f) for f in dataclasses.fields(CookOptions)}
     assert kinds["heat"] is float
     assert kinds["minutes"] is int
     assert kinds["fast"] is bool
@@ -131,12 +137,12 @@ def test_every_list_of_names_is_read_back(names, space):
 )
 def test_numbers_have_bounds(changes, message):
     with pytest.raises(ValueError, match=message):
-        options.check_values(Cook(model="M", **changes))
+        options.check_values(CookOptions(model="M", **changes))
 
 
 @given(st.floats(0, 1), st.none() | st.integers(1, 10**9))
 def test_numbers_within_their_bounds_pass(heat, minutes):
-    options.check_values(Cook(model="M", heat=heat, minutes=minutes))
+    options.check_values(CookOptions(model="M", heat=heat, minutes=minutes))
 
 
 @dataclass
@@ -156,7 +162,7 @@ def test_bounds_hold_for_each_number_of_a_list_and_for_no_text():
 
 
 def test_a_value_from_a_text_as_on_the_command_line():
-    fields = {f.name: f for f in dataclasses.fields(Cook)}
+    fields = {f.name: f for f in dataclasses.fields(CookOptions)}
     assert options.parse_value(fields["heat"], "0.25") == 0.25
     assert options.parse_value(fields["minutes"], "4") == 4
     assert options.parse_value(fields["spices"], "salt, dill") == ("salt", "dill")
@@ -174,7 +180,7 @@ def test_a_value_from_a_text_as_on_the_command_line():
 def refused(parser, capsys, text):
     """What argparse writes to stderr before it leaves with status 2."""
     with pytest.raises(SystemExit) as stop:
-        parser.parse_args(text.split())
+        parser(text)
     assert stop.value.code == 2
     return capsys.readouterr().err
 
@@ -182,12 +188,16 @@ def refused(parser, capsys, text):
 def test_a_misspelt_option_shows_the_usage_of_its_command_and_the_nearest_option(parser, capsys):
     err = refused(parser, capsys, "cook --model M --minuts 3")
     assert err.startswith("usage: tabom.py cook ")
-    assert "--minutes MINUTES" in err
-    assert "--minutes-of-soaking" not in err
     assert err.endswith("error: unrecognized arguments: --minuts (did you mean --minutes?)\n")
 
 
-def test_the_nearest_option_is_one_of_the_command(parser, capsys):
+def test_an_option_of_another_command_is_refused_with_the_usage_of_this_one(parser, capsys):
+    err = refused(parser, capsys, "cook --model M --minutes-of-soaking 3")
+    assert "--minutes MINUTES" in err
+    assert err.endswith("unrecognized arguments: --minutes-of-soaking (did you mean --minutes?)\n")
+
+
+def test_the_nearest_option_is_named_if_one_is_near(parser, capsys):
     assert "(did you mean --minutes-of-soaking?)" in refused(parser, capsys, "wash --model M --minutes-of-soap=3")
     assert "did you mean" not in refused(parser, capsys, "wash --model M --qqq")
 
@@ -225,7 +235,7 @@ def test_other_mistakes_are_named(parser, capsys, text, message):
 
 def shown(parser, capsys, text):
     with pytest.raises(SystemExit) as stop:
-        parser.parse_args(text.split())
+        parser(text)
     assert stop.value.code == 0
     return capsys.readouterr().out
 
@@ -234,7 +244,6 @@ def test_the_help_of_a_command_has_a_group_for_each_dataclass(parser, capsys, mo
     monkeypatch.setenv("COLUMNS", "100")
     out = shown(parser, capsys, "cook --help")
     assert "Cook a meal." in out
-    assert "Not in the help." not in out
     shared, own = out.index("what both commands have:\n"), out.index("the kitchen:\n")
     assert shared < out.index("\n  --seed SEED") < own < out.index("\n  --heat HEAT")
     assert "how hot, at most 100% of the stove (default 0.5)" in out
@@ -254,6 +263,10 @@ def test_the_help_of_the_program_lists_its_commands(parser, capsys):
 # ------------------------------------------------------------------------------------------------- the real commands
 
 
+def options_of(command):
+    return options.load(None, tabom.COMMANDS[command][0], command)[1]
+
+
 @pytest.mark.parametrize("command", tabom.COMMANDS)
 def test_every_command_has_help_for_every_field(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -261,15 +274,44 @@ def test_every_command_has_help_for_every_field(command, capsys, monkeypatch):
         tabom.main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for name in options.field_names(tabom.COMMANDS[command][1]):
+    for name in options.field_names(options_of(command)):
         assert f"\n  {options.flag(name)}" in out, name
 
 
 @pytest.mark.parametrize("command", tabom.COMMANDS)
 def test_every_default_is_within_its_bounds(command):
-    cls = tabom.COMMANDS[command][1]
+    cls = options_of(command)
     for f in dataclasses.fields(cls):
         options.kind(f)
         if f.metadata.get("choices"):
             assert f.default is None or f.default in f.metadata["choices"], f.name
     options.check_values(cls())
+
+
+@pytest.mark.parametrize("command", tabom.COMMANDS)
+def test_what_is_declared_for_a_command_has_all_of_its_options(command):
+    declared = options.declared_for(tabom.COMMANDS[command][0])
+    assert {options.flag(name) for name in options.field_names(options_of(command))} <= set(declared)
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # an import of it fails
+import tabom
+tabom.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "words, status, message",
+    [
+        (["--help"], 0, "diagnose"),
+        (["train", "--windw", "3"], 2, "unrecognized arguments: --windw (did you mean --window?)"),
+        (["trian"], 2, "invalid choice: 'trian'"),
+    ],
+)
+def test_help_and_mistakes_are_answered_without_torch(words, status, message):
+    command, env = interpreter("-c")
+    done = subprocess.run([*command, WITHOUT_TORCH, *words], env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert message in done.stdout + done.stderr

@@ -22,9 +22,9 @@ import pytest
 from style import module_name, sources
 
 import evaluate
-import harness
 import tabom
-from options import command_line
+from runs.options import field_names, flag, load, parse
+from tools import harness
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,8 +70,9 @@ def flags_of(module):
 def flags_of_commands():
     """The flags of all commands, of the experiments that are named, and THEIRS."""
     found = set(THEIRS)
-    for parser in command_line(tabom.COMMANDS, "").commands.values():
-        found.update(parser._option_string_actions)
+    for name, (module, _) in tabom.COMMANDS.items():
+        _, cls = load(None, module, name)
+        found.update(map(flag, field_names(cls)))
     for module in {name for name, _ in EXPERIMENTS}:
         found |= flags_of(module)
     return found
@@ -90,14 +91,14 @@ def test_every_command_is_shown():
 
 @pytest.mark.parametrize("call", sorted(set(CALLS)))
 def test_a_command_parses(call):
-    command_line(tabom.COMMANDS, "").parse_args(shlex.split(call))
+    parse(tabom.COMMANDS, "", argv=shlex.split(call))
 
 
 @pytest.mark.parametrize("line", sorted(set(LINES)))
 def test_a_line_calls_what_is_there(line):
     if line.startswith(OTHERS) or "tabom.py" in line or "-m experiments." in line:
         return
-    script = re.fullmatch(r"python (\w+\.py) .*", line)
+    script = re.fullmatch(r"python ([\w/]+\.py) .*", line.replace("-m tools.harness", "tools/harness.py"))
     assert script, f"nobody knows what this is: {line}"
     assert (ROOT / script[1]).is_file(), line
 
@@ -107,9 +108,9 @@ def test_an_experiment_has_the_flags(module, arguments):
     assert set(re.findall(r"--[a-z][\w-]*", arguments)) <= flags_of(module)
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))))
-def test_a_named_flag_exists(flag):
-    assert flag in flags_of_commands()
+@pytest.mark.parametrize("named", sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))))
+def test_a_named_flag_exists(named):
+    assert named in flags_of_commands()
 
 
 def test_the_arguments_of_the_harness_are_known():

@@ -11,9 +11,9 @@ from helpers import ROOT, flags, last_json
 import data
 import evaluate
 import lora
-import runs
 import tabom
 import train
+from runs import disk, loading, resume, torchrun
 
 TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
 
@@ -24,14 +24,14 @@ def error_line(capsys):
 
 
 def test_zero_is_a_value_of_a_decoder_flag(golden):
-    loaded = runs.Loaded(golden.load(), None, golden.folder)
-    c = runs.DecodeOptions(temperature=0.0, max_new_tokens=8, block_length=0)
-    settings = runs.decoder_settings(c, loaded)
+    loaded = loading.Loaded(golden.load(), None, golden.folder)
+    c = loading.DecodeOptions(temperature=0.0, max_new_tokens=8, block_length=0)
+    settings = loading.decoder_settings(c, loaded)
     assert settings["temperature"] == 0.0
     assert settings["block_length"] is None
     for name in ("max_new_tokens", "steps", "top_k"):
         with pytest.raises(ValueError, match=name):
-            runs.decoder_settings(runs.DecodeOptions(**{name: 0}), loaded)
+            loading.decoder_settings(loading.DecodeOptions(**{name: 0}), loaded)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_finished_run_needs_no_log(tiny, trajectories, tmp_path, capsys, damag
 
 
 def test_held_out_needs_a_decoder_and_says_so_before_an_epoch(tiny, trajectories, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "DECODERS", {})  # as for a family that this project trains and does not decode
+    monkeypatch.setattr(loading, "DECODERS", {})  # as for a family that this project trains and does not decode
     options = dict(model=tiny, data=trajectories, out=tmp_path / "R", held_out=2, **TRAIN)
     assert tabom.main(["train", *flags(**options)]) == 1
     assert "no decoder for" in error_line(capsys)
@@ -150,7 +150,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny, tmp_path, cap
         for i in range(8):
             n = 1 if i % 2 else 6  # a response of one token has no pair to rank
             row = dict(id=i, prompt_ids=[3, 4], response_ids=[5 + i % 3] * n, order=list(range(n)))
-            f.write(runs.json_line(row))
+            f.write(disk.json_line(row))
     for size in (1, 3, 7):
         options = dict(TRAIN, window=4, held_out=7, lr=0, batch_size=size)
         assert tabom.main(["train", *flags(model=tiny, data=file, out=tmp_path / str(size), **options)]) == 0
@@ -159,12 +159,14 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny, tmp_path, cap
 
 
 def test_looking_at_a_lock_neither_writes_nor_gives_it_back(tmp_path):
-    ours, theirs = runs.Processes("cpu", alone=True), runs.Processes("cpu", alone=True)
+    ours, theirs = torchrun.Processes("cpu", alone=True), torchrun.Processes("cpu", alone=True)
     assert not ours.locked_by_another(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert ours.lock(tmp_path)
     assert not ours.locked_by_another(tmp_path)
-    look = f"import runs; print(runs.Processes('cpu', alone=True).locked_by_another({str(tmp_path)!r}))"
+    look = (
+        f"from runs import torchrun; print(torchrun.Processes('cpu', alone=True).locked_by_another({str(tmp_path)!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
     ours.unlock()
@@ -172,7 +174,7 @@ def test_looking_at_a_lock_neither_writes_nor_gives_it_back(tmp_path):
 
 
 def test_trajectories_in_a_folder_that_cannot_be_written_to_are_read(trajectories, tmp_path, monkeypatch):
-    (tmp_path / runs.LOCK).touch(0o444)
+    (tmp_path / torchrun.LOCK).touch(0o444)
     really = open
 
     def read_only(file, mode="r", *more, **named):
@@ -181,11 +183,11 @@ def test_trajectories_in_a_folder_that_cannot_be_written_to_are_read(trajectorie
         return really(file, mode, *more, **named)
 
     monkeypatch.setattr("builtins.open", read_only)
-    assert not runs.Processes("cpu", alone=True).locked_by_another(tmp_path)
+    assert not torchrun.Processes("cpu", alone=True).locked_by_another(tmp_path)
 
 
 def test_grade_refuses_a_folder_before_it_grades(tmp_path, monkeypatch, capsys):
-    (tmp_path / "r.jsonl").write_text(runs.json_line(dict(answer="#### 3", response="3")))
+    (tmp_path / "r.jsonl").write_text(disk.json_line(dict(answer="#### 3", response="3")))
     monkeypatch.setattr(evaluate, "verdicts", None)  # not reached
     options = dict(task="gsm8k", responses=tmp_path / "r.jsonl", out=tmp_path)
     assert tabom.main(["grade", *flags(**options)]) == 1
@@ -195,8 +197,8 @@ def test_grade_refuses_a_folder_before_it_grades(tmp_path, monkeypatch, capsys):
 def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, monkeypatch, capsys):
     file, seen = tmp_path / "d.jsonl", []
     with open(file, "w") as f:
-        f.write(runs.json_line(dict(prompt="hi", system="Be terse.", history=[["a", "b"]])))
-        f.write(runs.json_line(dict(prompt="ho")))
+        f.write(disk.json_line(dict(prompt="hi", system="Be terse.", history=[["a", "b"]])))
+        f.write(disk.json_line(dict(prompt="ho")))
     encode = data.encode_prompt
 
     def seeing(tok, talk, *more):
@@ -221,9 +223,11 @@ def test_a_record_beyond_the_context_is_named_in_training(golden, tmp_path, caps
     row = dict(id=0, prompt_ids=[3] * 5000, response_ids=[4, 5], order=[0, 1])
     m = golden.load()
     m.config = dataclasses.replace(m.config, max_length=4096)
-    train.check_context([row], runs.Loaded(m, None, None), runs.Processes("cpu", alone=True))
+    train.check_context([row], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True))
     assert "up to 5002 tokens, the model's context has 4096" in error_line(capsys)
-    train.check_context([dict(row, prompt_ids=[3])], runs.Loaded(m, None, None), runs.Processes("cpu", alone=True))
+    train.check_context(
+        [dict(row, prompt_ids=[3])], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True)
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -258,17 +262,17 @@ def test_a_damaged_checkpoint_is_named_by_the_first_process_alone(tiny, trajecto
     options = dict(TRAIN, epochs=2)
     assert tabom.main(["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", **options)]) == 0
     (tmp_path / "R" / "epoch-2" / "optimizer.safetensors").unlink()
-    said, processes = [], runs.Processes("cpu", alone=True)
-    assert runs.last_checkpoint(tmp_path / "R", said.append) == tmp_path / "R" / "epoch-1"
+    said, processes = [], torchrun.Processes("cpu", alone=True)
+    assert resume.last_checkpoint(tmp_path / "R", said.append) == tmp_path / "R" / "epoch-1"
     assert len(said) == 1 and "epoch-2 is damaged" in said[0]
     processes.index = 1
     capsys.readouterr()
-    runs.last_checkpoint(tmp_path / "R", runs.warner(processes))
+    resume.last_checkpoint(tmp_path / "R", torchrun.warner(processes))
     assert capsys.readouterr().err == ""
 
 
 def test_a_question_that_cannot_be_asked_is_named(tiny, tmp_path, capsys):
-    (tmp_path / "gsm8k_test.jsonl").write_text(runs.json_line(dict(question="Janet", answer="#### 3")))
+    (tmp_path / "gsm8k_test.jsonl").write_text(disk.json_line(dict(question="Janet", answer="#### 3")))
     with gzip.open(tmp_path / "gsm8k_test.jsonl.gz", "wt") as f:
         f.write((tmp_path / "gsm8k_test.jsonl").read_text())
     options = dict(model=tiny, tasks="gsm8k", data=tmp_path, out=tmp_path / "E", max_new_tokens=8, block_length=8)

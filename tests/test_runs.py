@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import model
-import runs
 from experiments import tiny as tiny_model
+from runs import disk, loading, resume, torchrun
 
-ALONE = runs.Processes("cpu")
+ALONE = torchrun.Processes("cpu")
 NO_LOCKS = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -43,14 +43,14 @@ def test_one_process_shares_nothing():
 
 def test_the_place_among_others_is_torchruns(monkeypatch):
     monkeypatch.setenv("RANK", "2")  # a job scheduler may set this alone
-    assert runs.place_among_processes() == (0, 1)
+    assert torchrun.place_among_processes() == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert runs.place_among_processes() == (2, 3)
-    alone = runs.Processes("cpu", alone=True)  # works for itself, and does not draw a bar
+    assert torchrun.place_among_processes() == (2, 3)
+    alone = torchrun.Processes("cpu", alone=True)  # works for itself, and does not draw a bar
     assert (alone.index, alone.count, alone.first, alone.shows) == (0, 1, True, False)
-    monkeypatch.setattr(runs.dist, "init_process_group", lambda *a, **k: None)
-    third = runs.Processes("cpu")
+    monkeypatch.setattr(torchrun.dist, "init_process_group", lambda *a, **k: None)
+    third = torchrun.Processes("cpu")
     assert (third.index, third.count, third.first, third.shows) == (2, 3, False, False)
 
 
@@ -63,9 +63,9 @@ def three(monkeypatch):
         messages.append(tensor.numel())
         tensor.mul_(3)
 
-    processes = runs.Processes("cpu")
+    processes = torchrun.Processes("cpu")
     processes.count = 3
-    monkeypatch.setattr(runs.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torchrun.dist, "all_reduce", all_reduce)
     return processes, messages
 
 
@@ -96,15 +96,15 @@ def test_a_message_holds_at_most_the_parameter_that_fills_it(three):
 @pytest.mark.parametrize("device", ["warp9", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_an_error(device):
     with pytest.raises(ValueError, match=f"--device {device} cannot be used here: "):
-        runs.Processes(device)
+        torchrun.Processes(device)
 
 
 def test_only_the_first_process_warns(capsys):
-    runs.warner(ALONE)("careful")
+    torchrun.warner(ALONE)("careful")
     assert capsys.readouterr().err == "warning: careful\n"
-    other = runs.Processes("cpu")
+    other = torchrun.Processes("cpu")
     other.index = 1
-    runs.warner(other)("careful")
+    torchrun.warner(other)("careful")
     assert capsys.readouterr().err == ""
 
 
@@ -113,7 +113,7 @@ def test_only_the_first_process_warns(capsys):
 
 @NO_LOCKS
 def test_a_folder_that_another_process_writes_into_is_locked(tmp_path):
-    processes = runs.Processes("cpu")
+    processes = torchrun.Processes("cpu")
     with locked_by_another(tmp_path), pytest.raises(FileExistsError, match="another process is writing into"):
         processes.lock(tmp_path)
     assert processes.lock(tmp_path)  # now it is free
@@ -133,7 +133,7 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    processes = runs.Processes("cpu")
+    processes = torchrun.Processes("cpu")
     assert processes.lock(tmp_path) is False
     assert processes.locks == {}
 
@@ -142,9 +142,9 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
 
 
 def opened(out, free=(), **meta):
-    processes = runs.Processes("cpu")
+    processes = torchrun.Processes("cpu")
     try:
-        return runs.open_run(out, meta, processes, free)
+        return disk.open_run(out, meta, processes, free)
     finally:
         processes.unlock()
 
@@ -205,13 +205,13 @@ def test_a_meta_file_that_is_no_json_is_one_line(tmp_path):
 @pytest.mark.parametrize("name, opener", [("a.txt", open), ("a.txt.gz", gzip.open)])
 def test_a_file_appears_whole_or_not_at_all(tmp_path, name, opener):
     file = tmp_path / name
-    with runs.atomic_file(file) as f:
+    with disk.atomic_file(file) as f:
         f.write("é 1\n")
         assert not file.exists()
     with opener(file, "rt", encoding="utf-8") as f:
         assert f.read() == "é 1\n"
     before = file.read_bytes()
-    with pytest.raises(ZeroDivisionError), runs.atomic_file(file) as f:
+    with pytest.raises(ZeroDivisionError), disk.atomic_file(file) as f:
         f.write("half")
         raise ZeroDivisionError
     assert file.read_bytes() == before
@@ -222,11 +222,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "new"
     (tmp_path / "new.tmp").mkdir()  # of a process that was killed
     (tmp_path / "new.tmp" / "torn").touch()
-    with pytest.raises(ZeroDivisionError), runs.atomic_folder(folder) as beside:
+    with pytest.raises(ZeroDivisionError), disk.atomic_folder(folder) as beside:
         (beside / "half").touch()
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
-    with runs.atomic_folder(folder) as beside:
+    with disk.atomic_folder(folder) as beside:
         (beside / "whole").touch()
         assert not folder.exists()
     assert os.listdir(tmp_path) == ["new"]
@@ -234,45 +234,45 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_place_that_is_taken_is_refused(tmp_path):
-    runs.must_be_free(tmp_path / "nothing")
-    runs.must_be_free(tmp_path)  # an empty folder is free
+    disk.must_be_free(tmp_path / "nothing")
+    disk.must_be_free(tmp_path)  # an empty folder is free
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match="is there already: choose another --out"):
-            runs.must_be_free(place)
-    with pytest.raises(FileExistsError), runs.atomic_folder(tmp_path):
+            disk.must_be_free(place)
+    with pytest.raises(FileExistsError), disk.atomic_folder(tmp_path):
         pass
     assert os.listdir(tmp_path) == ["file"]
 
 
 @given(st.dictionaries(st.text(max_size=4), st.text(st.characters(), max_size=8) | st.integers(), max_size=4))
 def test_any_row_is_one_line_that_is_read_back(row):
-    line = runs.json_line(row)
+    line = disk.json_line(row)
     assert line.endswith("\n")
     assert json.loads(line) == row
     assert line.encode().count(b"\n") == 1
 
 
 def test_text_is_written_as_it_is_but_for_lone_surrogates():
-    assert runs.json_line(dict(text="für ∀")) == '{"text": "für ∀"}\n'
-    assert runs.json_line(dict(text="ü\ud800")) == '{"text": "\\u00fc\\ud800"}\n'
+    assert disk.json_line(dict(text="für ∀")) == '{"text": "für ∀"}\n'
+    assert disk.json_line(dict(text="ü\ud800")) == '{"text": "\\u00fc\\ud800"}\n'
 
 
 def test_a_torn_line_is_cut_off(tmp_path):
     file = tmp_path / "a.jsonl"
     for content, kept in ((b"1\n2\n3", b"1\n2\n"), (b"1\n2\n", b"1\n2\n"), (b"1", b""), (b"", b"")):
         file.write_bytes(content)
-        runs.drop_torn_line(file)
+        disk.drop_torn_line(file)
         assert file.read_bytes() == kept
 
 
 def test_a_log_is_cut_back_to_what_a_checkpoint_knows(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    runs.keep_lines(file, 3)  # no log yet
+    disk.keep_lines(file, 3)  # no log yet
     assert not file.exists()
     file.write_text("1\n2\n3\n4")
     for count, kept in ((3, "1\n2\n3\n"), (9, "1\n2\n3\n"), (0, "")):
-        runs.keep_lines(file, count)
+        disk.keep_lines(file, count)
         assert file.read_text() == kept
 
 
@@ -285,22 +285,22 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / "x.safetensors").write_bytes(b"123")
-    assert runs.fingerprint(a) == runs.fingerprint(b)
+    assert disk.fingerprint(a) == disk.fingerprint(b)
     (b / "notes.md").write_text("read by nobody")
-    assert runs.fingerprint(a) == runs.fingerprint(b)
+    assert disk.fingerprint(a) == disk.fingerprint(b)
     (b / "x.safetensors").rename(b / "y.safetensors")
-    assert runs.fingerprint(a) != runs.fingerprint(b)
+    assert disk.fingerprint(a) != disk.fingerprint(b)
     (b / "y.safetensors").rename(b / "x.safetensors")
     (b / "config.json").write_text("{ }")
-    assert runs.fingerprint(a) != runs.fingerprint(b)
+    assert disk.fingerprint(a) != disk.fingerprint(b)
 
 
 def test_a_file_has_the_fingerprint_of_its_content(tmp_path):
     (tmp_path / "a.jsonl").write_text("1\n")
     (tmp_path / "b.jsonl").write_text("1\n")
-    assert runs.fingerprint(tmp_path / "a.jsonl") == runs.fingerprint(tmp_path / "b.jsonl")
+    assert disk.fingerprint(tmp_path / "a.jsonl") == disk.fingerprint(tmp_path / "b.jsonl")
     (tmp_path / "b.jsonl").write_text("2\n")
-    assert runs.fingerprint(tmp_path / "a.jsonl") != runs.fingerprint(tmp_path / "b.jsonl")
+    assert disk.fingerprint(tmp_path / "a.jsonl") != disk.fingerprint(tmp_path / "b.jsonl")
 
 
 def test_large_models_that_differ_in_a_tensor_are_told_apart(tmp_path):
@@ -308,18 +308,18 @@ def test_large_models_that_differ_in_a_tensor_are_told_apart(tmp_path):
     file = tmp_path / "model.safetensors"
     content = bytearray(random.Random(0).randbytes(20 * 2**20))
     file.write_bytes(content)
-    before = runs.fingerprint(tmp_path)
+    before = disk.fingerprint(tmp_path)
     content[9 * 2**20 : 11 * 2**20] = bytes(2**21)
     file.write_bytes(content)
-    assert runs.fingerprint(tmp_path) != before
+    assert disk.fingerprint(tmp_path) != before
 
 
 def test_what_a_run_depends_on(tiny, trained):
-    without = runs.content_hashes(tiny)
-    assert without == dict(model_sha256=runs.fingerprint(tiny), adapter_sha256=None)
-    adapter = runs.content_hashes(tiny, trained / "epoch-1")["adapter_sha256"]
-    assert adapter == runs.fingerprint(trained / "epoch-1")
-    assert adapter != runs.fingerprint(trained / "epoch-2")
+    without = disk.content_hashes(tiny)
+    assert without == dict(model_sha256=disk.fingerprint(tiny), adapter_sha256=None)
+    adapter = disk.content_hashes(tiny, trained / "epoch-1")["adapter_sha256"]
+    assert adapter == disk.fingerprint(trained / "epoch-1")
+    assert adapter != disk.fingerprint(trained / "epoch-2")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -334,14 +334,14 @@ def adapted(tiny, folder):
 
 def test_a_checkpoint_is_written_and_restored(tiny, trained, tmp_path):
     m, found, optimizer = adapted(tiny, trained / "epoch-1")
-    assert runs.restore(trained / "epoch-1", found, optimizer) == 3
-    loaded = runs.Loaded(m, None, tiny)
+    assert resume.restore(trained / "epoch-1", found, optimizer) == 3
+    loaded = loading.Loaded(m, None, tiny)
     (tmp_path / "epoch-9").mkdir()
-    runs.write_checkpoint(tmp_path / "epoch-9", loaded, "base", found, optimizer, 3)
+    resume.write_checkpoint(tmp_path / "epoch-9", loaded, "base", found, optimizer, 3)
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "trainer.json"):
         assert (tmp_path / "epoch-9" / name).read_bytes() == (trained / "epoch-1" / name).read_bytes(), name
-    assert runs.intact(tmp_path / "epoch-9")
-    assert runs.checkpoints(tmp_path) == [(3, tmp_path / "epoch-9")]
+    assert resume.intact(tmp_path / "epoch-9")
+    assert resume.checkpoints(tmp_path) == [(3, tmp_path / "epoch-9")]
 
 
 def test_an_optimizer_of_other_weights_is_refused(tiny, trained, tmp_path):
@@ -353,11 +353,11 @@ def test_an_optimizer_of_other_weights_is_refused(tiny, trained, tmp_path):
     save_file({("other" if name == some else name): tensor for name, tensor in state.items()},
               folder / "optimizer.safetensors")  # fmt: skip
     with pytest.raises(ValueError, match="not a checkpoint of this run: optimizer.safetensors has other"):
-        runs.restore(folder, found, optimizer)
+        resume.restore(folder, found, optimizer)
     del state[some]
     save_file(state, folder / "optimizer.safetensors")
     with pytest.raises(ValueError, match="not a checkpoint of this run: remove it"):
-        runs.restore(folder, found, optimizer)
+        resume.restore(folder, found, optimizer)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
@@ -373,8 +373,8 @@ def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path, capsys, damage):
         file.write_bytes(content[: len(content) // 2])
     else:
         file.unlink()
-    assert not runs.intact(out / "epoch-2")
-    assert runs.last_checkpoint(out) == out / "epoch-1"
+    assert not resume.intact(out / "epoch-2")
+    assert resume.last_checkpoint(out) == out / "epoch-1"
     assert f"{out / 'epoch-2'} is damaged: the checkpoint before it is used" in capsys.readouterr().err
 
 
@@ -389,18 +389,18 @@ def test_checkpoints_are_sorted_by_step_and_pruned_between_epochs(tmp_path):
     fake_checkpoint(tmp_path / "epoch-3.tmp", 12)  # half written
     fake_checkpoint(tmp_path / "epoch-4", "x")  # not ours
     (tmp_path / "epoch-5").mkdir()
-    names = [folder.name for _, folder in runs.checkpoints(tmp_path)]
+    names = [folder.name for _, folder in resume.checkpoints(tmp_path)]
     assert names == ["step-2", "epoch-1", "epoch-2", "step-9", "step-10"]
-    runs.prune(tmp_path, 1)
-    names = [folder.name for _, folder in runs.checkpoints(tmp_path)]
+    resume.prune(tmp_path, 1)
+    names = [folder.name for _, folder in resume.checkpoints(tmp_path)]
     assert names == ["epoch-1", "epoch-2", "step-10"]
-    runs.prune(tmp_path, 5)
-    assert len(runs.checkpoints(tmp_path)) == 3
+    resume.prune(tmp_path, 5)
+    assert len(resume.checkpoints(tmp_path)) == 3
 
 
 def test_no_run_has_no_checkpoint(tmp_path):
-    assert runs.checkpoints(tmp_path / "nothing") == []
-    assert runs.last_checkpoint(tmp_path / "nothing") is None
+    assert resume.checkpoints(tmp_path / "nothing") == []
+    assert resume.last_checkpoint(tmp_path / "nothing") is None
 
 
 def test_signals_are_collected_inside_and_as_before_outside():
@@ -408,7 +408,7 @@ def test_signals_are_collected_inside_and_as_before_outside():
     if hasattr(signal, "SIGHUP"):
         stops.append(signal.SIGHUP)  # a closed terminal
     before = list(map(signal.getsignal, stops))
-    with runs.stop_signals() as seen:
+    with resume.stop_signals() as seen:
         for number in stops:
             signal.raise_signal(number)
         assert seen == stops
@@ -419,7 +419,7 @@ def test_another_thread_leaves_signals_alone():
     found = []
 
     def enter():
-        with runs.stop_signals() as seen:
+        with resume.stop_signals() as seen:
             found.append((seen, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=enter)
@@ -438,7 +438,7 @@ def settings(tmp_path, family="llada", preset=None, own=None, config=None, **opt
         (tmp_path / "generation_config.json").write_text(json.dumps(dict(tabom=own)))
     config = config or SimpleNamespace(family=family, block_length=None)
     loaded = SimpleNamespace(m=SimpleNamespace(config=config), folder=tmp_path)
-    return runs.decoder_settings(runs.DecodeOptions(**options), loaded, preset)
+    return loading.decoder_settings(loading.DecodeOptions(**options), loaded, preset)
 
 
 def test_each_family_has_its_decoder(tmp_path):
@@ -551,7 +551,7 @@ def test_own_settings_of_null_are_refused(tmp_path):
 
 
 def load(folder, **options):
-    return runs.load_model(runs.ModelOptions(model=str(folder), **options), ALONE)
+    return loading.load_model(loading.ModelOptions(model=str(folder), **options), ALONE)
 
 
 def test_a_model_comes_with_its_tokenizer_and_its_folder(tiny, capsys):
@@ -595,22 +595,22 @@ def test_a_config_and_a_tokenizer_that_disagree_are_named(tiny, tmp_path, capsys
 
 
 def test_the_dtype_is_the_one_asked_for_or_the_best_of_the_device(tiny):
-    auto, asked = runs.ModelOptions(), runs.ModelOptions(dtype="float16")
+    auto, asked = loading.ModelOptions(), loading.ModelOptions(dtype="float16")
     cuda = SimpleNamespace(device=torch.device("cuda"))
-    assert runs.resolve_dtype(auto, ALONE) == "float32"
-    assert runs.resolve_dtype(auto, cuda) == "bfloat16"
-    assert runs.resolve_dtype(auto, cuda, "float32") == "float32"
-    assert runs.resolve_dtype(asked, cuda, "float32") == "float16"
+    assert loading.resolve_dtype(auto, ALONE) == "float32"
+    assert loading.resolve_dtype(auto, cuda) == "bfloat16"
+    assert loading.resolve_dtype(auto, cuda, "float32") == "float32"
+    assert loading.resolve_dtype(asked, cuda, "float32") == "float16"
     assert {p.dtype for p in load(tiny, dtype="bfloat16").m.parameters()} == {torch.bfloat16}
 
 
 def test_a_checkpoint_of_either_kind_is_loaded(tiny, trained, tmp_path):
-    c = runs.ModelOptions(model=str(tiny))
-    assert lora.layers(runs.load_checkpoint(c, ALONE, None).m) == {}
-    assert len(lora.layers(runs.load_checkpoint(c, ALONE, trained / "epoch-1").m)) == 8
+    c = loading.ModelOptions(model=str(tiny))
+    assert lora.layers(loading.load_checkpoint(c, ALONE, None).m) == {}
+    assert len(lora.layers(loading.load_checkpoint(c, ALONE, trained / "epoch-1").m)) == 8
     other = model.create(tiny_model.config(), torch.Generator().manual_seed(5))
     model.save(other, tmp_path / "full")
-    loaded = runs.load_checkpoint(c, ALONE, tmp_path / "full")
+    loaded = loading.load_checkpoint(c, ALONE, tmp_path / "full")
     assert loaded.folder == tiny  # the tokenizer's
     for ours, theirs in zip(loaded.m.parameters(), other.parameters()):
         assert torch.equal(ours, theirs)
@@ -619,20 +619,20 @@ def test_a_checkpoint_of_either_kind_is_loaded(tiny, trained, tmp_path):
 def test_small_models_use_one_thread_unless_told_otherwise(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    small, large = torch.nn.Linear(3, 4), torch.nn.Linear(runs.SMALL, 1, device="meta")
+    small, large = torch.nn.Linear(3, 4), torch.nn.Linear(loading.SMALL, 1, device="meta")
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    runs.one_thread_if_small(small)
+    loading.one_thread_if_small(small)
     assert asked == []
     monkeypatch.delenv("OMP_NUM_THREADS")
-    runs.one_thread_if_small(large)
+    loading.one_thread_if_small(large)
     assert asked == []
-    runs.one_thread_if_small(small)
+    loading.one_thread_if_small(small)
     assert asked == [1]
 
 
 def test_a_batch_is_on_the_device_of_its_process(tiny, trajectories):
     records = data.read_trajectories(trajectories)[:3]
-    batch = runs.batch_of(records, load(tiny), ALONE)
+    batch = loading.batch_of(records, load(tiny), ALONE)
     assert batch["response_ids"].shape == (3, tiny_model.WHOLE.answer)
     assert batch["order"][1].tolist() == records[1]["order"]
 
@@ -702,7 +702,7 @@ def test_disagreements_of_config_and_tokenizer_are_told():
     special = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mask|>")
     letters = SimpleNamespace(special=special, ids={"<|endoftext|>": 256, "<|mask|>": 259})
     config = SimpleNamespace(eos_id=258, pad_id=256, mask_id=7)
-    eos, mask = runs.disagreements(letters, config)
+    eos, mask = loading.disagreements(letters, config)
     assert "eos_token_id is 258 in config.json, the tokenizer has 256 (<|endoftext|>)" in eos
     assert "mask_token_id is 7 in config.json, the tokenizer has 259 (<|mask|>)" in mask
-    assert runs.disagreements(letters, SimpleNamespace(eos_id=256, pad_id=None, mask_id=259)) == []
+    assert loading.disagreements(letters, SimpleNamespace(eos_id=256, pad_id=None, mask_id=259)) == []

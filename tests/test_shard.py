@@ -15,9 +15,8 @@ from helpers import HUNG, fails, flags, interpreter, meta, metrics, run, run_tra
 from safetensors.torch import load_file
 
 import model
-import runs
-import shard
 from experiments import cost
+from runs import resume, shard
 
 # Three steps an epoch of 12 records: the last global batch has two, which leaves some of four processes without any.
 OPTIONS = dict(keep="all", window=8, epochs=2, global_batch=5, batch_size=2, warmup=2, lr=2e-5, held_out=0)
@@ -149,9 +148,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny, trajectories, tmp_path):
     assert process.returncode != 0
     (said,) = (line for line in errors.splitlines() if line.startswith("error: "))
     assert re.search("File too large|I/O error", said)
-    assert runs.last_checkpoint(out) == out / "epoch-1" and not (out / "epoch-2").exists()
+    assert resume.last_checkpoint(out) == out / "epoch-1" and not (out / "epoch-2").exists()
     train(out, 2, **options)
-    assert runs.last_checkpoint(out) == out / "epoch-2"
+    assert resume.last_checkpoint(out) == out / "epoch-2"
 
 
 @pytest.mark.slow
@@ -165,9 +164,10 @@ def test_more_processes_than_records(tiny, trajectories, tmp_path, capsys):
 MEMORY = """
 import functools, json, sys
 import torch
-import model, runs, shard
+import model
+from runs import resume, torchrun, shard
 from experiments import speed
-processes = runs.Processes("cpu")
+processes = torchrun.Processes("cpu")
 place = None
 if processes.count > 1:
     place = functools.partial(shard.spread, device="cpu")
@@ -176,7 +176,7 @@ m = model.load(sys.argv[1], place=place)
 found = processes.gather([speed.peak_resident() - before])
 if processes.first:
     print(json.dumps(found))
-runs.leave(0)
+torchrun.leave(0)
 """
 
 
@@ -209,20 +209,21 @@ import atexit
 import sys
 import torch
 import torch.distributed as dist
-import model, runs, shard
-processes = runs.Processes("cpu")
+import model
+from runs import resume, torchrun, shard
+processes = torchrun.Processes("cpu")
 m = shard.spread(model.load(sys.argv[1]))
 processes.barrier()
 for _ in range(300):
     dist.all_reduce(torch.ones(200_000), async_op=True)
 atexit.register(print, "all is sent")
-runs.leave(0)
+torchrun.leave(0)
 """
 
 
 @pytest.mark.slow
 def test_processes_end_while_their_groups_still_work(tiny, tmp_path):
-    """Without runs.leave: "terminate called without an active exception", on every run."""
+    """Without torchrun.leave: "terminate called without an active exception", on every run."""
     (tmp_path / "program.py").write_text(BUSY)
     command, env = interpreter(tmp_path / "program.py", 2)
     done = subprocess.run([*command, str(tiny)], capture_output=True, text=True, env=env, timeout=HUNG)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import decode
 import model
-import runs
+from runs import loading
 
 FAMILIES = ("llada", "dream", "sdar", "a2d")
 
@@ -175,7 +175,7 @@ def test_nothing_is_compiled_anew_while_rows_finish(family):
         compiled.append(graph)
         return graph.forward
 
-    runs.compile_blocks(m, backend=compiler)
+    loading.compile_blocks(m, backend=compiler)
     prompts = sorted(prompts_of(range(11, 43)), key=len, reverse=True)
     schedule = family if family in decode.BLOCKWISE else "llada"
     options = dict(max_new_tokens=16, schedule=schedule, strategy="confidence", threshold=0.2)

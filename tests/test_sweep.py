@@ -17,9 +17,9 @@ import distill
 import lora
 import model
 import objectives
-import runs
 import tabom
 from experiments import report, sweep
+from runs import torchrun
 
 SMALL = dict(check="exact", keep="all", epochs=2, global_batch=6, batch_size=6, lr=1e-2, warmup=0, decode_batch=16)
 
@@ -175,7 +175,7 @@ def test_a_run_loads_the_base_model_once_and_scores_as_if_each_step_had_loaded_i
     tiny, puzzles, trajectories, tmp_path, loads
 ):
     c = bench_options(tiny, puzzles, trajectories)
-    bench = sweep.Workbench(c, runs.Processes("cpu", alone=True))
+    bench = sweep.Workbench(c, torchrun.Processes("cpu", alone=True))
     result = sweep.one_run(bench, dict(objective="tabom", window=4, seed=0), trajectories, tmp_path / "run")
     assert loads == ["tiny"] and len(result["checkpoints"]) == 2
     checkpoint = result["chosen"]["checkpoint"]
@@ -191,14 +191,14 @@ def test_a_run_loads_the_base_model_once_and_scores_as_if_each_step_had_loaded_i
 
 def test_training_of_all_weights_loads_each_checkpoint_once(tiny, puzzles, trajectories, tmp_path, loads):
     c = bench_options(tiny, puzzles, trajectories, lora_rank=0, epochs=1)
-    bench = sweep.Workbench(c, runs.Processes("cpu", alone=True))
+    bench = sweep.Workbench(c, torchrun.Processes("cpu", alone=True))
     sweep.one_run(bench, dict(objective="nelbo", seed=0), trajectories, tmp_path / "run")
     assert loads == ["tiny", "epoch-1"]
 
 
 def test_the_base_model_is_not_had_with_an_adapter_on_it(tiny, puzzles, trajectories, tmp_path):
     lora.save(lora.inject(model.load(tiny), rank=4), tmp_path / "adapter")
-    bench = sweep.Workbench(bench_options(tiny, puzzles, trajectories), runs.Processes("cpu", alone=True))
+    bench = sweep.Workbench(bench_options(tiny, puzzles, trajectories), torchrun.Processes("cpu", alone=True))
     before = bench.at(None)
     adapted = bench.at(str(tmp_path / "adapter"))
     assert adapted is before and lora.layers(adapted.m)
@@ -281,7 +281,8 @@ def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
 
 @pytest.mark.slow
 def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_holds(tmp_path):
-    other = "import sys, runs; p = runs.Processes('cpu'); p.lock(sys.argv[1]); print('held', flush=True); input()"
+    lock = "p = torchrun.Processes('cpu'); p.lock(sys.argv[1]); print('held', flush=True); input()"
+    other = f"import sys; from runs import torchrun; {lock}"
     held, done = tmp_path / "held", []
     held.mkdir()
 
@@ -296,8 +297,8 @@ def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_hol
     )
     assert process.stdout.readline() == "held\n"
     jobs = {tmp_path / name: work for name in ("later", "held", "free")}
-    alone = runs.Processes("cpu", alone=True)
-    found = sweep.share(jobs, runs.Processes("cpu"), alone, {tmp_path / "later": [held]})
+    alone = torchrun.Processes("cpu", alone=True)
+    found = sweep.share(jobs, torchrun.Processes("cpu"), alone, {tmp_path / "later": [held]})
     assert done == ["free", "held", "later"]
     assert found == [dict(name="later", number=3), dict(name="held", number=2), dict(name="free", number=1)]
     assert not alone.locks

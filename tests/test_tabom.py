@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from safetensors.torch import load_file
 
 import data
 import model
-import runs
 import tabom
 from experiments import tiny as tiny_model
-from options import opt
+from runs import resume
+from runs.options import opt
 
 PROMPT = "L" + "123456" * 6  # a tag and 36 cells
 
@@ -150,7 +151,7 @@ def test_merge_gives_the_adapters_logits_in_the_bases_layout(family, tmp_path, c
 def test_merge_keeps_the_dtype_and_the_tokenizer(tiny, trained, tmp_path, capsys):
     base = tmp_path / "bf16"
     model.save(model.load(tiny, dtype=torch.bfloat16), base)
-    runs.copy_extras(tiny, base)
+    resume.copy_extras(tiny, base)
     run(capsys, "merge", model=base, adapter=trained / "epoch-2", out=tmp_path / "M")
     assert {t.dtype for t in load_file(tmp_path / "M" / "model.safetensors").values()} == {torch.bfloat16}
     assert data.load_tokenizer(tmp_path / "M").size == len(tiny_model.vocabulary())
@@ -179,7 +180,9 @@ def echo(monkeypatch):
             raise errors[0]
         return dict(said=c.word * c.times)
 
-    monkeypatch.setitem(tabom.COMMANDS, "echo", (command, EchoOptions))
+    module = SimpleNamespace(echo=command, EchoOptions=EchoOptions)
+    monkeypatch.setitem(tabom.COMMANDS, "echo", ("tests.test_tabom", "Say a word."))
+    monkeypatch.setitem(sys.modules, "tests.test_tabom", module)
     monkeypatch.delenv("TABOM_DEBUG", raising=False)
     return notes, errors.append
 
@@ -199,7 +202,7 @@ def test_options_are_made_of_the_flags_that_are_given(echo, monkeypatch):
             given.append(flags)
             super().__init__(**flags)
 
-    monkeypatch.setitem(tabom.COMMANDS, "echo", (tabom.COMMANDS["echo"][0], Noting))
+    monkeypatch.setattr(sys.modules["tests.test_tabom"], "EchoOptions", Noting)
     assert tabom.main(["echo"]) == 0
     assert tabom.main(["echo", "--times", "1"]) == 0
     assert given == [{}, dict(times=1)]

@@ -11,9 +11,9 @@ from safetensors import safe_open
 import data
 import decode
 import model
-import runs
 from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
+from runs import loading
 
 
 def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
@@ -31,7 +31,7 @@ def test_the_tiny_model_solves_what_it_was_trained_on():
     for _ in range(10):
         prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS["latin"], rng, False)
         shown = "".join(a if c == puzzle_tasks.BLANK and rng.random() < 0.6 else c for c, a in zip(prompt[1:], answer))
-        settings = runs.decoder_settings(runs.DecodeOptions(), runs.Loaded(m, tok, tiny_model.TINY))
+        settings = loading.decoder_settings(loading.DecodeOptions(), loading.Loaded(m, tok, tiny_model.TINY))
         t = decode.generate(m, torch.tensor([tok.encode("L" + shown)]), **settings)
         right += tok.response_text(t.response[0].tolist()) == answer
     assert right >= 8

@@ -36,10 +36,10 @@ import evaluate
 import lora
 import model
 import objectives
-import runs
 import tabom
 import train
 from experiments import tiny as tiny_model
+from runs import loading, resume, torchrun
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
@@ -117,7 +117,7 @@ def test_an_objective_of_ones_own_reports_terms_of_its_own(tiny, trajectories, t
 # -------------------------------------------------------------------------- micro-batches and processes: one gradient
 
 
-class OneOf(runs.Processes):
+class OneOf(torchrun.Processes):
     """One of several processes, without the others: what it would send to them is kept instead."""
 
     def __init__(self, index, count):
@@ -335,7 +335,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(
     """The kernel refuses files above 20 kB from the second checkpoint on, as a full disk would."""
     import resource  # not on Windows
 
-    out, write, calls = tmp_path / "R", runs.write_checkpoint, []
+    out, write, calls = tmp_path / "R", resume.write_checkpoint, []
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*arguments):
@@ -347,7 +347,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
-    monkeypatch.setattr(runs, "write_checkpoint", limited)
+    monkeypatch.setattr(resume, "write_checkpoint", limited)
     fails(capsys, "too large|No space", "train", model=tiny, data=trajectories, out=out, **TRAIN)
     assert sorted(p.name for p in out.iterdir()) == ["epoch-1", "lock", "meta.json", "metrics.jsonl"]
     good = (trained / "epoch-1" / "adapter_model.safetensors").read_bytes()
@@ -557,9 +557,9 @@ def test_only_what_was_changed_of_a_recipe_is_written_down():
 def prepared_records(tmp_path, **options):
     """The records that a run of these options trains on."""
     c = train.TrainOptions(keep="all", out=str(tmp_path / "R"), **options)
-    loaded = runs.load_model(c, runs.Processes("cpu"))
+    loaded = loading.load_model(c, torchrun.Processes("cpu"))
     parameters, _ = train.objective_parameters(c)
-    return train.training_records(c, loaded, parameters, runs.Processes("cpu"))
+    return train.training_records(c, loaded, parameters, torchrun.Processes("cpu"))
 
 
 def test_steps_in_which_nothing_was_decoded_are_counted_and_train_on_nothing(tiny, trajectories, tmp_path, capsys):

@@ -5,9 +5,8 @@
         "the training loop"                                                 # the title of a group in --help
         lr: float = opt(2e-5, "peak learning rate", low=0)                  # becomes --lr
 
-    parser = command_line({"train": (train, TrainOptions)}, "what this program does")
-    given = vars(parser.parse_args())                                       # the flags that are there, and no others
-    c = TrainOptions(**given)
+    name, run, cls, given = parse({"train": ("train", "trains")}, "what this program does")
+    c = cls(**given)                                                        # given: the flags that are there
     check_values(c)                                                         # ValueError for a number out of bounds
 
 A field may state: low and high (the bounds of a number), choices, parse (text -> value; its ValueError says what the
@@ -18,11 +17,16 @@ the flag is absent.
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import math
+import re
 import sys
 import typing
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+DECLARED = re.compile(r"^\s+(\w+)(?:: [^=\n]+)? ?= ?(?:opt|of_some|Option)\(", re.MULTILINE)  # an option
 OURS = ("low", "high", "own_default")  # metadata that argparse does not know
 
 
@@ -109,43 +113,68 @@ def parse_value(f, text, extra=()):
 # ----------------------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that answers a misspelt option with the usage of its command and the nearest option it has."""
+def parse(commands, description, version=None, argv=None):
+    """The words of a command line -> (command, its function, its class of options, {option that is there: value}).
 
-    def parse_args(self, argv=None, namespace=None):
-        words = sys.argv[1:] if argv is None else list(argv)
-        command = next((self.commands[word] for word in words if word in self.commands), self)
-        for word in words:
-            option = word.split("=")[0]
-            text = " " in option  # a prompt that begins with two dashes, say: argparse takes it as a value, too
-            if option.startswith("--") and not text and option not in command._option_string_actions:
-                command.error(f"unrecognized arguments: {option}{command.nearest(option)}")
-        return super().parse_args(words, namespace)
-
-    def nearest(self, word):
-        """A hint at the option that looks most like a word; empty if none does."""
-        close = difflib.get_close_matches(word, self._option_string_actions, 1)
-        return f" (did you mean {close[0]}?)" if close else ""
-
-
-def command_line(commands, description, version=None):
-    """The parser of all commands. commands: {name: (function, options dataclass)}; the first paragraph of a function's
-    docstring describes it, and each dataclass that its options inherit from is a group of its --help."""
-    top = Parser(prog="tabom.py", description=description, allow_abbrev=False)
+    commands: {name: (module, summary)}. The module of the command that is called, and no other, is imported: it has a
+    function of the command's name and a dataclass NameOptions; each class that this inherits from is a group of the
+    --help. A misspelt option is refused before the import, which takes seconds where it needs torch."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    top = argparse.ArgumentParser(prog="tabom.py", description=description, allow_abbrev=False)
     if version:
         top.add_argument("--version", action="version", version=version)
-    subs = top.add_subparsers(dest="command", required=True, metavar="|".join(commands), parser_class=Parser)
-    top.commands = {}
-    for name, (run, cls) in commands.items():
-        summary = inspect.getdoc(run).split("\n\n")[0]
+    subs, run, cls = top.add_subparsers(dest="command", required=True, metavar="|".join(commands)), None, None
+    for name, (module, summary) in commands.items():
         sub = subs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        top.commands[name], groups = sub, {}
-        for f in dataclasses.fields(cls):
-            owner = defined_in(cls, f.name)
-            if owner not in groups:
-                groups[owner] = sub.add_argument_group(inspect.cleandoc(owner.__doc__))
-            add_flag(groups[owner], f)
-    return top
+        if words[:1] == [name]:
+            check_spelling(sub, words, declared_for(module))
+            run, cls = load(sub, module, name)
+            add_flags(sub, cls)
+            check_spelling(sub, words, sub._option_string_actions)
+    given = vars(top.parse_args(words))
+    return given.pop("command"), run, cls, given
+
+
+def load(parser, module, name):
+    """A command's function and its class of options. Ends with the parser's error where a package is not there."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError as e:
+        parser.error(f"{e}: pip install -r requirements.txt")
+    return getattr(found, name), getattr(found, f"{name.capitalize()}Options")
+
+
+def check_spelling(parser, words, known):
+    """Ends with the parser's error for an option that is not known, and names the nearest one that is."""
+    for word in words:
+        option = word.split("=")[0]
+        text = " " in option  # a prompt that begins with two dashes, say: argparse takes it as a value, too
+        if option.startswith("--") and not text and option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            parser.error(f"unrecognized arguments: {option}{hint}")
+
+
+def declared_for(module):
+    """The options that a command may have: of the lines that declare some in its file and in those that it imports.
+    The text is read; nothing is imported."""
+    own = ROOT / f"{module.replace('.', '/')}.py"
+    files, found = [own], ["--help"]
+    for name in re.findall(r"^(?:from|import) (\w+)", own.read_text(encoding="utf-8"), re.MULTILINE):
+        files += [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")]
+    for file in files:
+        found += map(flag, DECLARED.findall(file.read_text(encoding="utf-8")))
+    return found
+
+
+def add_flags(parser, cls):
+    """The fields of a class of options as flags of a parser, in a group for each class that it inherits from."""
+    groups = {}
+    for f in dataclasses.fields(cls):
+        owner = defined_in(cls, f.name)
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(inspect.cleandoc(owner.__doc__))
+        add_flag(groups[owner], f)
 
 
 def defined_in(cls, name):

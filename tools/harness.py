@@ -1,10 +1,10 @@
 """Our decoding as a model of lm-evaluation-harness (pip install lm_eval): its tasks and its scores.
 
-    python harness.py run --model tabom --model_args pretrained=M,adapter=A,max_new_tokens=256,greedy=True \\
+    python -m tools.harness run --model tabom --model_args pretrained=M,adapter=A,max_new_tokens=256,greedy=True \\
         --tasks gsm8k --apply_chat_template --batch_size 16
 
 --model_args are the fields of HarnessOptions, named like the flags of tabom.py, with pretrained
-instead of model. What they leave open is the model family's own (runs.DECODERS). Of a task's
+instead of model. What they leave open is the model family's own (loading.DECODERS). Of a task's
 generation_kwargs, `until` cuts the text, and max_gen_toks is its length where max_new_tokens is not
 given; the others have no part in it. Under torchrun the questions are shared over the processes.
 Source: lm_eval.api.model.LM, version 0.4.13.
@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-import runs
-from options import check_values, kind, opt, parse_value
+from runs import loading, torchrun
+from runs.options import check_values, kind, opt, parse_value
 
 
 @dataclasses.dataclass
-class HarnessOptions(runs.ModelOptions, runs.DecodeOptions):
+class HarnessOptions(loading.ModelOptions, loading.DecodeOptions):
     """--model_args, and the harness's own --batch_size and --device"""
 
     adapter: str | None = opt(None, "adapter folder")
@@ -74,9 +74,9 @@ class Answers:
         if device not in (None, "cuda:0"):
             model_args["device"] = device
         self.c = read_options(model_args)
-        self.processes = runs.Processes(self.c.device)
-        self.loaded = runs.load_model(self.c, self.processes, self.c.adapter)
-        self.warn, self.cuts = runs.warner(self.processes), False
+        self.processes = torchrun.Processes(self.c.device)
+        self.loaded = loading.load_model(self.c, self.processes, self.c.adapter)
+        self.warn, self.cuts = torchrun.warner(self.processes), False
         self._rank, self._world_size = self.processes.index, self.processes.count
         self._device = self.processes.device
 
@@ -121,7 +121,7 @@ class Answers:
             preset["max_new_tokens"] = max_gen_toks
         if isinstance(until, str):
             until = [until]
-        return runs.decoder_settings(self.c, self.loaded, preset), until or ()
+        return loading.decoder_settings(self.c, self.loaded, preset), until or ()
 
     def prompt_ids(self, prompt):
         """Token ids of a prompt, cut on the left. The first one that is cut is warned of."""
@@ -169,7 +169,7 @@ def import_lm_eval():
     # The harness's tasks import Hugging Face's `evaluate`, and would find our evaluate.py. This file
     # has imported all that it needs, so ours gives up the name, and its folder goes to the end of
     # the path, where processes that the harness starts find the other modules.
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent.parent
     for entry in list(sys.path):
         if Path(entry).resolve() == folder:
             sys.path.remove(entry)
@@ -180,7 +180,7 @@ def import_lm_eval():
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as e:
-        raise ImportError(f"harness.py needs lm-evaluation-harness: pip install lm_eval ({e})") from e
+        raise ImportError(f"tools/harness.py needs lm-evaluation-harness: pip install lm_eval ({e})") from e
     return cli_evaluate, LM, register_model
 
 
@@ -191,9 +191,9 @@ def main():
         register_model("tabom")(type("TabomLM", (Answers, LM), {}))
         cli_evaluate()
         return 0
-    except runs.ERRORS as e:
-        return runs.tell(e)
+    except torchrun.ERRORS as e:
+        return torchrun.tell(e)
 
 
 if __name__ == "__main__":
-    runs.leave(main())
+    torchrun.leave(main())

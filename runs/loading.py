@@ -1,0 +1,252 @@
+"""The options that commands share, and the model, tokenizer and decoder that they name.
+
+    loaded = loading.load_model(c, processes, c.adapter)    # c: ModelOptions; -> m, tok, folder
+    settings = loading.decoder_settings(c, loaded)          # c: DecodeOptions; -> arguments of decode.generate
+
+Each family has a decoder of its own, which flags and a model's own settings change.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import data
+import decode
+import lora
+import model
+from runs import torchrun
+from runs.options import kind, opt
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+DTYPES = ("auto", *model.DTYPES)
+
+
+@dataclass
+class ModelOptions:
+    """the model and the machine"""
+
+    model: str = opt(None, "model folder in Hugging Face layout, or Hub repo id", required=True)
+    device: str = opt("auto", "cuda, mps or cpu; auto takes the first one available")
+    dtype: str = opt("auto", "of the base model; auto: bfloat16 on cuda, else float32", choices=DTYPES)
+    seed: int = opt(0, "seed of every random choice, for any number of processes")
+    compile: bool = opt(False, "compile the transformer's blocks: faster after a minute, the same except for rounding")
+    block_causal: int | None = opt(
+        None, "attention is causal from block to block of this many tokens (A2D: 32 for bd3lm models)", low=1
+    )
+
+
+@dataclass
+class DecodeOptions:
+    """the decoder (defaults in brackets)"""
+
+    max_new_tokens: int | None = opt(None, "response length in tokens (256)")
+    steps: int | None = opt(None, "decoding steps for the whole response (one per token)")
+    block_length: int | None = opt(
+        None,
+        "decode in blocks of this many tokens, left to right; 0 = one (LLaDA 32, Dream 0, SDAR the model's)",
+    )
+    strategy: str | None = opt(
+        None, "which masked positions to decode first (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
+    )
+    schedule: str | None = opt(
+        None, "how the tokens are divided among --steps (the family's)", choices=decode.SCHEDULES
+    )
+    temperature: float | None = opt(None, "for drawing tokens; 0 takes the most probable one (Dream: 0.1, LLaDA: 0)")
+    top_p: float | None = opt(None, "draw from the most probable tokens with this total probability (Dream: 0.9)")
+    top_k: int | None = opt(None, "draw from this many of the most probable tokens")
+    threshold: float | None = opt(
+        None, "each step decodes every token of at least this probability, instead of following --schedule"
+    )
+    tokens_per_step: int | None = opt(None, "decode exactly this many tokens a step, instead of --steps", low=1)
+    greedy: bool = opt(False, "take the most probable token; --temperature then only affects which position is next")
+    sample: bool = opt(False, "draw tokens even where a benchmark's protocol takes the most probable one")
+    suppress_eos: bool = opt(False, "never choose EOS: every response has its full length")
+    eos_last: bool = opt(False, "decode EOS last: positions that predict it score lowest")
+
+
+@dataclass
+class DatasetOptions:
+    """the dataset"""
+
+    data: str = opt(None, "dataset: .jsonl, .jsonl.gz, .json or .parquet", required=True)
+    prompt_field: str | None = opt(None, "name of the prompt's field, where it is not one of the usual names")
+    answer_field: str | None = opt(None, "name of the answer's field, where it is not one of the usual names")
+    limit: int | None = opt(None, "use only the first LIMIT rows", low=1)
+    raw: bool = opt(False, "use prompts as they are, without the chat template")
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the folder that both came from."""
+
+    m: Any
+    tok: Any
+    folder: Path
+
+    @property
+    def never_chosen(self):
+        """Ids that no response may hold: the mask token, and rows of the network that are no token."""
+        return sorted({*self.tok.unused_ids(self.m.config.vocab_size), self.m.config.mask_id})
+
+
+def disagreements(tok, config):
+    """Lines about the ids on which a tokenizer and a model's config (anything with eos_id, pad_id and
+    mask_id) disagree."""
+    lines = []
+    for name in ("eos", "pad", "mask"):
+        token = tok.special.get(f"{name}_token")
+        ours, theirs = getattr(config, f"{name}_id", None), tok.ids.get(token)
+        if None not in (ours, theirs) and ours != theirs:
+            lines.append(f"{name}_token_id is {ours} in config.json, the tokenizer has {theirs} ({token})")
+    return lines
+
+
+def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=None):
+    """Loaded: the model of the options c on this process's device, its tokenizer and its folder.
+
+    adapter: a folder to take an adapter from. weights: another folder with the same model's tensors, such as a
+    checkpoint. place: see model.load. Raises ValueError for a tokenizer that has more ids than the model has rows."""
+    folder = model.resolve(c.model)
+    dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
+    m = model.load(weights or folder, dtype=dtype, device=processes.device, place=place)
+    if c.block_causal is not None:
+        if m.config.family not in ("sdar", "a2d"):
+            raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")
+        m.config.block_length = c.block_causal
+    one_thread_if_small(m)
+    tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
+    for line in disagreements(tok, m.config):
+        torchrun.warner(processes)(f"{folder}: {line}")
+    if tok.size > m.config.vocab_size:
+        rows = m.config.vocab_size
+        raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
+    if adapter is not None:
+        lora.load(m, adapter)
+    if c.compile:
+        compile_blocks(m)
+    return Loaded(m, tok, folder)
+
+
+def compile_blocks(m, **options):
+    """Compile the transformer's blocks, with the options of torch.compile."""
+    torch._dynamo.config.recompile_limit = 64  # of one code, shared by all blocks and models, adapted or not
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance may differ later
+    for block in m.layers:
+        block.compile(dynamic=True, **options)
+
+
+SMALL = 50_000_000  # parameters
+
+
+def one_thread_if_small(m):
+    """Let torch use one thread for a small model, where OMP_NUM_THREADS does not say otherwise.
+
+    Threads of a small model mostly wait for each other, and each wait is long where other programs use the cores."""
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in m.parameters()) < SMALL:
+        torch.set_num_threads(1)
+
+
+def load_checkpoint(c, processes, checkpoint):
+    """Loaded for a checkpoint of a run: the base model with its adapter, or its weights where all were trained. None is
+    the base model."""
+    if checkpoint is None or (Path(checkpoint) / "adapter_config.json").is_file():
+        return load_model(c, processes, adapter=checkpoint)
+    return load_model(c, processes, weights=checkpoint)
+
+
+def resolve_dtype(c, processes, dtype="auto"):
+    """The dtype asked for; "auto" means `dtype`, and that again what the device is best at."""
+    if c.dtype != "auto":
+        return c.dtype
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if processes.device.type == "cuda" else "float32"
+
+
+GRIDS = ("start", "prompt")  # where blocks are counted from: the start of a row, or the end of its prompt
+
+
+def decoding_grid(config):
+    """Where the decoder of a block-causal model counts blocks from; None without blocks."""
+    if config.block_length is None:
+        return None
+    return "prompt" if DECODERS[config.family]["schedule"] == "a2d" else "start"
+
+
+def batch_of(records, loaded, processes, grid=None):
+    """Records -> the batch of objectives.py, on this process's device. grid: of block-causal attention, one of GRIDS;
+    None = its decoder's."""
+    batch = data.collate(records, loaded.m.config.pad_id)
+    if (grid or decoding_grid(loaded.m.config)) == "prompt":
+        batch["origin"] = batch["prompt_mask"].sum(1)
+    return {name: tensor.to(processes.device) for name, tensor in batch.items()}
+
+
+# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation; SDAR's and dllm's own
+# evaluation). Where attention is block-causal, its blocks are the decoder's.
+DECODERS = {
+    "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
+    "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
+    "sdar": dict(strategy="confidence", schedule="sdar", temperature=0.0, max_new_tokens=256),
+    "a2d": dict(strategy="confidence", schedule="a2d", temperature=0.0, block_length=32, max_new_tokens=256),
+}
+
+
+def decoder_settings(c, loaded, preset=None):
+    """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
+    of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids. Where the
+    model's attention is block-causal, a block length that is asked for becomes its own: m.config.block_length is set.
+
+    Raises ValueError for settings that do not fit together, before anything is decoded or written."""
+    family, blocks = loaded.m.config.family, getattr(loaded.m.config, "block_length", None)
+    if family not in DECODERS:
+        raise ValueError(f"{loaded.folder}: no decoder for {family!r} models; there is one for {', '.join(DECODERS)}")
+    known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
+    flags = {}
+    for name in known:
+        value = getattr(c, name)
+        if value is not None and value is not False:  # 0 is a value: --temperature 0, --block-length 0
+            flags[name] = value
+    settings, base = {}, DECODERS[family]
+    if blocks is not None:
+        base = dict(base, block_length=blocks)
+    for layer in (base, preset or {}, own_decoder(loaded.folder, known), flags):
+        paced = "steps" in layer or "tokens_per_step" in layer
+        if paced or "max_new_tokens" in layer:  # the layer below said its steps for another length, or this one anew
+            settings.pop("steps", None)
+        if paced:
+            settings.pop("tokens_per_step", None)
+        settings.update(layer)
+    if c.sample:
+        settings["greedy"] = False
+    settings["block_length"] = settings.get("block_length") or blocks
+    if "tokens_per_step" not in settings:
+        steps, length = settings["max_new_tokens"], settings["block_length"]
+        if settings["schedule"] in decode.BLOCKWISE and length is not None:
+            steps = length * -(-steps // length)  # a last block that is not whole has as many steps as the others
+        settings.setdefault("steps", steps)
+    rules = ("suppress_eos", "eos_last")
+    decode.Settings(**{k: v for k, v in settings.items() if k not in rules})
+    if blocks is not None:
+        loaded.m.config.block_length = settings["block_length"]
+    return settings
+
+
+def own_decoder(folder, known):
+    """The decoder settings of a model folder: what its generation_config.json has under "tabom"."""
+    file = Path(folder) / "generation_config.json"
+    own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
+    if type(own) is not dict:
+        raise ValueError(f'{file}: "tabom" must be an object of decoder settings, not {own}')
+    for name, value in own.items():
+        if name not in known:
+            raise ValueError(f'{file}: "tabom" has {name}; the decoder settings are {", ".join(known)}')
+        wanted = kind(known[name])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f'{file}: "tabom" has {name} {value!r}, which must be {wanted.__name__}')
+    return own

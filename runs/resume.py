@@ -1,0 +1,174 @@
+"""Checkpoints of training, and what a continued run needs beside the weights.
+
+    with disk.atomic_folder(out / "epoch-1") as beside:
+        resume.write_checkpoint(beside, loaded, c.model, weights, optimizer, step)
+    step = resume.restore(resume.last_checkpoint(out), weights, optimizer)
+
+A run may be killed at any time: what it has finished stays whole, and the same command continues from there.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import data
+import lora
+import model
+from runs import disk, shard, torchrun
+
+MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
+TRAINER = ("optimizer.safetensors", "reference.safetensors", "trainer.json", MANIFEST)  # for a continued run alone
+SPREAD = "state"  # the folder in place of the first two where weights are spread over processes: a file of each
+
+
+def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=None, write=True):
+    """An adapter (or a model) that every command takes, and beside it what a continued run needs. base: the name of
+    the base model. Where the weights are spread over processes all of them call this, and one of them with write."""
+    m, spread = loaded.m, shard.is_spread(weights.values())
+    if lora.layers(m):
+        lora.save(m, folder, base)
+    else:
+        model.save(m, folder, whole=shard.whole, write=write)
+    state, kept = optimizer_state(weights, optimizer), {} if reference is None else reference.kept
+    if spread:
+        shard.save({**state, **{f"reference.{name}": tensor for name, tensor in kept.items()}}, folder / SPREAD)
+    if not write:
+        return
+    if not lora.layers(m):
+        copy_extras(loaded.folder, folder)
+    if not spread:
+        model.save_tensors({name: shard.whole(tensor) for name, tensor in state.items()}, folder / TRAINER[0])
+        if kept:
+            model.save_tensors({name: shard.whole(tensor) for name, tensor in kept.items()}, folder / TRAINER[1])
+    (folder / "trainer.json").write_text(json.dumps(dict(step=step, reference=bool(kept))) + "\n")
+    hashes = {}  # last: of all that was written
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            hashes[file.relative_to(folder).as_posix()] = disk.fingerprint(file)
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+def copy_extras(source, target):
+    """The small files of a model folder that are no weights: tokenizer, chat template, generation settings, code."""
+    for file in Path(source).iterdir():
+        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json") or file.name in TRAINER
+        there = (Path(target) / file.name).exists()
+        if file.is_file() and not weights and not there and file.stat().st_size < 2**26:
+            shutil.copyfile(file, Path(target) / file.name)
+
+
+def optimizer_state(weights, optimizer):
+    """AdamW's state by name: step, exp_avg and exp_avg_sq of each weight; empty before the first step."""
+    state = {}
+    for name, p in weights.items():
+        for key, value in optimizer.state[p].items():
+            state[f"{key}.{name}"] = value
+    return state
+
+
+def intact(checkpoint):
+    """Whether the files of a checkpoint are those that were written."""
+    try:
+        hashes = data.read_json(checkpoint / MANIFEST)
+        return bool(hashes) and all(disk.fingerprint(checkpoint / name) == sha for name, sha in hashes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(out):
+    """The checkpoints of a run, damaged ones too: (step, folder), by rising step."""
+    found = []
+    for folder in (*out.glob("epoch-*"), *out.glob("step-*")):
+        try:
+            step = data.read_json(folder / "trainer.json").get("step")
+        except (OSError, ValueError):
+            continue
+        if type(step) is int and folder.suffix != ".tmp":
+            found.append((step, folder))
+    return sorted(found)
+
+
+def last_checkpoint(out, warn=None):
+    """The folder of the latest intact checkpoint in a run, or None. A damaged one is left alone, and named on stderr,
+    or by warn(line)."""
+    warn = warn or torchrun.warner(torchrun.Processes("cpu", alone=True))
+    for _, folder in reversed(checkpoints(out)):
+        if intact(folder):
+            return folder
+        warn(f"{folder} is damaged: the checkpoint before it is used")
+    return None
+
+
+def prune(out, keep):
+    """Remove all checkpoints between epochs but the last few."""
+    between = [folder for _, folder in checkpoints(out) if folder.name.startswith("step-")]
+    for folder in between[: max(len(between) - keep, 0)]:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside this context, SIGTERM, SIGINT and SIGHUP (a closed terminal) do not end the process: they are appended to
+    the list that it yields."""
+    seen, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for number in {signal.SIGTERM, signal.SIGINT, hangup}:
+            before[number] = signal.signal(number, lambda n, _: seen.append(n))
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def restore(checkpoint, weights, optimizer, reference=None):
+    """Fill the optimizer's state, and T3D's reference, from a checkpoint whose weights are loaded already -> optimizer
+    steps done. Over how many processes the weights were spread then, if at all, does not matter.
+
+    Raises ValueError for a checkpoint of other weights."""
+    about, wrong = data.read_json(checkpoint / "trainer.json"), f"{checkpoint}: not a checkpoint of this run"
+    if type(about.get("step")) is not int:
+        raise ValueError(f"{wrong}: remove it to continue from the one before")
+    state = {}
+    for name, p in weights.items():
+        # The fused AdamW counts its steps on the device, the plain one on the CPU.
+        state[f"step.{name}"] = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+        state[f"exp_avg.{name}"] = torch.zeros_like(p.detach())
+        state[f"exp_avg_sq.{name}"] = torch.zeros_like(p.detach())
+    kept = {}
+    if about.get("reference"):
+        kept = {f"reference.{name}": torch.zeros_like(p.detach()) for name, p in weights.items()}
+    if (checkpoint / SPREAD).is_dir():
+        shard.load({**state, **kept}, checkpoint / SPREAD)
+        stored = state
+    else:
+        stored = fill_from(checkpoint / TRAINER[0], state, wrong)
+        if len(stored) not in (0, len(state)):  # empty where no step was finite yet
+            raise ValueError(f"{wrong}: remove it to continue from the one before")
+        if kept:
+            fill_from(checkpoint / TRAINER[1], kept, wrong, "reference.")
+    for name, p in weights.items() if stored else ():
+        optimizer.state[p] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    if kept:
+        reference.restore({name.removeprefix("reference."): tensor for name, tensor in kept.items()})
+    return about["step"]
+
+
+def fill_from(file, tensors, wrong, prefix=""):
+    """Fill tensors, {prefix + name: tensor}, from a safetensors file, one after the other -> the names in the file.
+
+    Raises ValueError, with the message `wrong`, for a name that is not among them."""
+    with safe_open(file, "pt") as f:
+        names = list(f.keys())
+        for name in names:
+            if prefix + name not in tensors:
+                raise ValueError(f"{wrong}: {file.name} has {name}")
+            shard.fill(tensors[prefix + name], f.get_tensor(name))
+    return names

@@ -1,0 +1,1 @@
+"""Small commands: generate, merge, grade, and our decoders in lm-evaluation-harness."""
