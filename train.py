@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import data
-import evaluate
+import distill
 import lora
 import model
 import objectives
@@ -647,7 +647,7 @@ def on_held_out(run):
     found = dict(held_out_loss=round(mean, 6) if math.isfinite(mean) else None, sample="")  # JSON has no NaN
     if processes.first or run.spread:  # a model that is spread answers on all processes, or not at all
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
-        found["sample"] = evaluate.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
+        found["sample"] = distill.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
     m.train()
     return found
 

@@ -13,6 +13,7 @@ import evaluate
 import lora
 import tabom
 import train
+from benchmarks import answers
 from runs import disk, loading, resume, torchrun
 
 TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
@@ -51,7 +52,7 @@ def test_zero_is_a_value_of_a_decoder_flag(golden):
     ],
 )
 def test_a_letter_is_checked_as_a_choice(response, letter):
-    assert evaluate.final_choice(response) == letter
+    assert answers.final_choice(response) == letter
     for answer in "ABCD":
         assert evaluate.check("auto", response, answer) is (answer == letter)
 
