@@ -48,7 +48,6 @@ GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --d
 TRAJECTORIES = 64  # so many answers to the first test set are replayed to measure their order
 
 
-@train.follows_recipe
 @dataclass
 class SweepOptions(train.TrainOptions):
     """the sweep"""

@@ -25,12 +25,12 @@ LEVELS = [
     ["train"],
     ["evaluate"],
     ["distill"],
-    ["release", "release.published"],
-    ["runs.resume"],
+    ["release", "release.published", "release.recipes"],
+    ["runs.resume", "runs.records", "runs.logs"],
     ["runs.loading"],
     ["runs.disk"],
     ["runs.torchrun"],
-    ["runs.shard", "runs.options"],
+    ["runs.shard", "runs.options", "blocks.data"],
     LEAVES,
 ]
 
