@@ -255,15 +255,15 @@ class Progress:
     """Moves a bar of prompts, also while they are being answered, and says the speed and how long all will take."""
 
     def __init__(self, bar, settings):
-        self.bar, self.seen, self.kept, self.begun = bar, 0, 0, time.time()
+        self.bar, self.seen, self.kept, self.begun = bar, 0, 0, time.perf_counter()
         self.tokens = settings["max_new_tokens"]
         self.steps = settings.get("steps") or -(-self.tokens // settings["tokens_per_step"])
 
     def decoded(self, now, *_):
         """After a step: the number of the step, in each row that took one."""
         done = self.seen + float(((now + 1) / self.steps).clamp(max=1).sum())  # prompts, and shares of some
-        each = (time.time() - self.begun) / done  # seconds
-        shown = f"{self.tokens / each:.0f} tokens/s, {tqdm.format_interval(each * self.bar.total)} in all"
+        speed = torchrun.per_second(done, self.begun)  # prompts
+        shown = f"{self.tokens * speed:.0f} tokens/s, {tqdm.format_interval(round(self.bar.total / speed))} in all"
         if self.seen:
             shown += f", kept {self.kept / self.seen:.0%}"
         self.bar.set_postfix_str(shown, refresh=False)

@@ -534,7 +534,7 @@ def global_batch_of(run, epoch, i):
 
 def train_step(run, step, epoch, chosen):
     """One optimizer step on the records of a global batch -> its line of metrics.jsonl."""
-    begun, c, processes = time.time(), run.c, run.processes
+    begun, c, processes = time.perf_counter(), run.c, run.processes
     # Only dropout draws from the global state: all else has a generator that depends on the example alone.
     torch.manual_seed(data.generator(c.seed, step, processes.index, "dropout").initial_seed())
 
@@ -560,7 +560,7 @@ def train_step(run, step, epoch, chosen):
         group["lr"] = lr
     norm = shard.whole(torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf)).item()  # of the whole gradient
     metrics = dict(step=step + 1, epoch=epoch + 1, **dict(zip(names, means)), grad_norm=norm, lr=lr)
-    metrics["tokens_per_second"] = round(tokens / (time.time() - begun), 1)
+    metrics["tokens_per_second"] = round(torchrun.per_second(tokens, begun), 1)
     if math.isfinite(metrics["loss"] + norm):  # the same on every process: the sums are
         run.optimizer.step()
     else:

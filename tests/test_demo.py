@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 import data
 import distill
-import evaluate
 import tabom
 from experiments import demo
 from runs import loading
@@ -128,6 +127,6 @@ def test_the_bar_says_the_speed_and_the_whole_time(monkeypatch):
     bar = tqdm(total=12_000, disable=False, file=io.StringIO())
     progress = distill.Progress(bar, dict(max_new_tokens=256, tokens_per_step=2))
     progress.seen, progress.kept = 90, 45
-    monkeypatch.setattr(evaluate.time, "time", lambda: progress.begun + 360)
+    monkeypatch.setattr(distill.time, "perf_counter", lambda: progress.begun + 360)
     progress.decoded(torch.tensor([63] * 20))  # half of 20 prompts: 100 in 6 minutes
     assert bar.postfix == "71 tokens/s, 12:00:00 in all, kept 50%"
