@@ -30,7 +30,7 @@ LEVELS = [
     ["runs.loading"],
     ["runs.disk"],
     ["runs.torchrun"],
-    ["runs.shard", "runs.options", "blocks.data"],
+    ["runs.shard", "runs.options", "runs.streams", "blocks.data"],
     LEAVES,
 ]
 

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -220,8 +221,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, name, opener):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "new"
-    (tmp_path / "new.tmp").mkdir()  # of a process that was killed
-    (tmp_path / "new.tmp" / "torn").touch()
     with pytest.raises(ZeroDivisionError), disk.atomic_folder(folder) as beside:
         (beside / "half").touch()
         raise ZeroDivisionError
@@ -231,6 +230,53 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert not folder.exists()
     assert os.listdir(tmp_path) == ["new"]
     assert os.listdir(folder) == ["whole"]
+
+
+def test_what_others_have_beside_an_output_is_left_alone(tmp_path):
+    """NAME.tmp may be anybody's: a base model, notes."""
+    (tmp_path / "new.tmp").mkdir()
+    (tmp_path / "new.tmp" / "notes").touch()
+    (tmp_path / "a.txt.tmp").write_text("mine")
+    with disk.atomic_folder(tmp_path / "new") as beside, disk.atomic_file(tmp_path / "a.txt") as f:
+        (beside / "whole").touch()
+        f.write("1")
+    assert (tmp_path / "new.tmp" / "notes").exists() and (tmp_path / "a.txt.tmp").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "a.txt.tmp", "new", "new.tmp"]
+
+
+def test_of_two_that_write_one_folder_the_second_fails_and_the_first_stays_whole(tmp_path):
+    slow = disk.atomic_folder(tmp_path / "M")
+    beside = slow.__enter__()
+    (beside / "slow").touch()
+    with disk.atomic_folder(tmp_path / "M") as other:
+        (other / "fast").touch()
+    with pytest.raises(FileExistsError, match="M is there already"):
+        slow.__exit__(None, None, None)
+    assert os.listdir(tmp_path) == ["M"] and os.listdir(tmp_path / "M") == ["fast"]
+
+
+def test_a_link_is_followed_and_a_pipe_is_written_into(tmp_path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    with disk.atomic_file(link) as f:
+        f.write("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    with disk.atomic_file(pipe) as f:
+        f.write("through")
+    assert reader.communicate()[0] == "through"
+    assert pipe.is_fifo()
+
+
+def test_what_a_kill_has_left_in_a_run_folder_goes_when_the_run_continues(tmp_path):
+    out = opened(tmp_path / "R", lr=1.0)
+    (disk.beside(out / "epoch-1")).mkdir()
+    (disk.beside(out / "meta.json")).touch()
+    (out / "mine.tmp").touch()
+    assert opened(tmp_path / "R", lr=1.0) == out
+    assert sorted(os.listdir(out)) == ["lock", "meta.json", "mine.tmp"]
 
 
 def test_a_place_that_is_taken_is_refused(tmp_path):
