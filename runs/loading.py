@@ -126,10 +126,21 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
         rows = m.config.vocab_size
         raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
     if adapter is not None:
+        warn_of_another_base(adapter, folder, torchrun.warner(processes))
         lora.load(m, adapter)
     if c.compile:
         compile_blocks(m)
     return Loaded(m, tok, folder)
+
+
+def warn_of_another_base(adapter, folder, warn):
+    """Warn where an adapter was trained on another model than the one in a folder, as the meta.json of its run says: in
+    a model that it is merged into it would act twice."""
+    meta = Path(adapter).parent / "meta.json"
+    base = data.read_json(meta).get("model_sha256") if meta.is_file() else None
+    if base is not None and base != disk.fingerprint(folder):
+        line = f"{adapter} was trained on another model than {folder}"
+        warn(f"{line}, as the hash in {meta} says; where it is merged in already it acts twice")
 
 
 def compile_blocks(m, **options):
