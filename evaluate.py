@@ -25,9 +25,8 @@ import torch
 from tqdm import tqdm
 
 import data
-import decode
 from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
-from runs import disk, loading, torchrun
+from runs import disk, loading, queue, torchrun
 from runs.options import name_list, opt
 
 TASKS = {task.NAME: task for task in (gsm8k, math500, humaneval, mbpp, ifeval)}
@@ -78,15 +77,15 @@ def answer_batch(loaded, examples, settings, seed, device):
 def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=None):
     """Decode examples, batch_size at a time -> yields (their numbers, their trajectory records) as they finish.
 
-    on_step: called after each decoding step, see decode.stream."""
+    on_step: called after each decoding step, see queue.stream."""
     m, prompts = loaded.m, [torch.tensor(e["prompt_ids"], device=device) for e in examples]
 
     def generator(i):
         return data.generator(seed, "decode", examples[i]["id"], device=device)
 
-    own = dict(generator=generator, on_step=on_step, **with_eos_rules(settings, loaded))
-    for numbers, t in decode.stream(m, prompts, batch_size, **own):
-        decoded = t.response != m.config.mask_id  # [R, N]; --threshold with few --steps may leave masks
+    own = dict(generator=generator, on_step=on_step, **loading.with_eos_rules(settings, loaded))
+    for numbers, t in queue.stream(m, prompts, batch_size, **own):
+        decoded = t.response != m.config.mask_id  # [R, N]; behind a stop token are masks
         if not t.entropy[decoded].isfinite().all():
             raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
         t = t._replace(order=t.order.masked_fill(~decoded, -1))
@@ -101,22 +100,9 @@ def record_of(e, tok, response, step, order, entropy, confidence):
     record.update(response_ids=response, order=order, step=step)
     record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
     record["text"] = tok.response_text(response)
-    record["finished"] = data.first_end(response, tok.stop_ids) < len(response)
+    end = data.first_end(response, tok.stop_ids)
+    record["finished"] = end < len(response) and -1 not in order[:end]  # with a mask before its end it is not
     return record
-
-
-def with_eos_rules(settings, loaded):
-    """Arguments of decode.generate: the settings, the ids that no response may hold, and the EOS id in place of
-    suppress_eos and eos_last."""
-    settings, eos = dict(settings), loaded.m.config.eos_id
-    settings["suppress"] = loaded.never_chosen
-    if settings.pop("suppress_eos", False):
-        settings["suppress"].append(eos)
-    if settings.pop("eos_last", False):
-        settings["last"] = [eos]
-    if settings.get("schedule") in decode.BLOCKWISE and loaded.m.config.block_length is not None:
-        settings["stop"] = sorted(loaded.tok.stop_ids)  # what a finished block ends, later blocks cannot change
-    return settings
 
 
 def check_context(examples, settings, config, warn):

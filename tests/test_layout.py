@@ -27,8 +27,8 @@ LEVELS = [
     ["evaluate"],
     ["runs.resume"],
     ["runs.loading", "runs.disk"],
-    ["runs.torchrun"],
-    ["runs.shard", "runs.options"],
+    ["runs.torchrun", "blocks.decoders"],
+    ["runs.shard", "runs.options", "runs.queue"],
     LEAVES,
 ]
 

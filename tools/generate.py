@@ -99,8 +99,8 @@ def answer_turn(c, processes, loaded, settings, talk, turn):
     watch = Watch(loaded, talk, c.delay) if c.watch else None
     own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
     begun = time.time()
-    t = decode.generate(loaded.m, ids, **own, **evaluate.with_eos_rules(settings, loaded))
-    seconds, tokens = time.time() - begun, t.response.numel()
+    t = decode.generate(loaded.m, ids, **own, **loading.with_eos_rules(settings, loaded))
+    seconds, tokens = time.time() - begun, int((t.response != loaded.m.config.mask_id).sum())
     text = loaded.tok.response_text(t.response[0].tolist())
     return dict(text=text, tokens=tokens, seconds=round(seconds, 2), tokens_per_second=round(tokens / seconds, 1))
 
