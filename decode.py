@@ -83,12 +83,9 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
 
 def start(m, rows, mask_id, device, **settings):
     """A Run of so many rows, which wait for a prompt: Run.fit(), Run.put(), then Run.advance()."""
-    if "last" in settings:  # the old name
-        settings.setdefault("decode_last", settings.pop("last"))
-    s = find_schedule(settings.get("schedule", "dream")).of_model(m, settings)
-    if mask_id is None:
-        mask_id = m.config.mask_id
-    return s.run(m, rows, mask_id, device)
+    if "last" in settings and "decode_last" not in settings:  # its old name
+        settings["decode_last"] = settings.pop("last")
+    return find_schedule(settings.get("schedule", "dream")).start(m, rows, mask_id, device, settings)
 
 
 # ------------------------------------------------------------------------------- settings, schedules
@@ -158,9 +155,8 @@ class Settings:
                     raise ValueError(f"{name} holds {min(ids)}: token ids begin at 0")
                 setattr(self, name, ids)
         self.draws = self.temperature > 0 and not self.greedy  # tokens are drawn by chance
-        self.score = self.strategy  # what positions are compared by
-        if self.threshold is not None and self.strategy not in self.by_score:
-            self.score = "largest"  # probability
+        # What positions are compared by: "largest" is the largest probability
+        self.score = self.strategy if self.threshold is None or self.strategy in self.by_score else "largest"
         self.plan()
 
     def plan(self):
@@ -179,13 +175,9 @@ class Settings:
             raise ValueError(f"steps {self.max_steps} do not divide by the {self.blocks} blocks of {L}")
 
     @classmethod
-    def of_model(cls, m, settings):
-        """The settings for a model, of which a schedule may need to know something."""
-        return cls(**settings)
-
-    def run(self, m, rows, mask_id, device):
-        """The rows that are decoded together."""
-        return Run(m, rows, mask_id, self, device)
+    def start(cls, m, rows, mask_id, device, settings):
+        """start() for this schedule, which may take something from the model, or need another Run."""
+        return Run(m, rows, mask_id, cls(**settings), device)
 
     def quota(self, i, count):
         """How many tokens step i [B] of a block decodes in rows of `count` [B] masked: int64 [B]."""
@@ -234,8 +226,7 @@ def find_schedule(name):
         except ModuleNotFoundError as e:
             raise ValueError(f"schedule {name!r} needs the folder {ELSEWHERE[name]} beside decode.py ({e})") from e
     if name not in SCHEDULES:
-        known = ", ".join(dict.fromkeys((*SCHEDULES, *ELSEWHERE)))
-        raise ValueError(f"schedule {name!r} is unknown; choose one of {known}")
+        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES | ELSEWHERE)}")
     return SCHEDULES[name]
 
 
@@ -251,8 +242,9 @@ class Run:
 
     def __init__(self, m, rows, mask_id, settings, device):
         B, self.N, self.W, self.P = rows, settings.max_new_tokens, settings.columns, 0
-        self.m, self.mask_id, self.settings = m, mask_id, settings
-        self.ids = torch.full((B, self.W), mask_id, device=device)  # [B, P + W]
+        self.m, self.settings = m, settings
+        self.mask_id = m.config.mask_id if mask_id is None else mask_id
+        self.ids = torch.full((B, self.W), self.mask_id, device=device)  # [B, P + W]
         self.attention_mask = torch.ones_like(self.ids)
         self.padded = False  # whether the mask is needed: models are faster without
         self.decoded_at = torch.full_like(self.ids, settings.max_steps)
@@ -263,6 +255,7 @@ class Run:
         self.length, self.taken = torch.zeros(2, B, dtype=torch.long)
         self.end = settings.blocks * settings.steps_per_block
         self.planned = torch.full((B,), self.end)
+        self.now = self.planned if settings.lockstep else self.taken  # the clock of the log: the same tensor
 
     @property
     def response(self):
@@ -273,13 +266,6 @@ class Run:
     def done(self):
         """Which rows are past their last block, bool [B]."""
         return self.planned == self.end
-
-    @property
-    def now(self):
-        """The number of the step that each row is at, for the log: [B]."""
-        if self.settings.lockstep:
-            return self.planned
-        return self.taken
 
     def fit(self, P):
         """Make room for prompts of up to P tokens; seldom less than before, for a shape costs time."""
@@ -473,13 +459,10 @@ def choose(logits, noise, s):
 
     Slab by slab: the memory for copies of the logits is bounded, however many are masked."""
     R, K, _ = logits.shape
-    tokens, scores = [], []
     size = slab(logits)
-    for x, u in zip(logits.flatten(0, 1).split(size), noise.flatten().split(size)):
-        token, score = choose_slab(x, u, s)
-        tokens.append(token)
-        scores.append(score)
-    return torch.cat(tokens).view(R, K), torch.cat(scores).view(R, K)
+    slabs = zip(logits.flatten(0, 1).split(size), noise.flatten().split(size))
+    token, score = zip(*(choose_slab(x, u, s) for x, u in slabs))
+    return torch.cat(token).view(R, K), torch.cat(score).view(R, K)
 
 
 def slab(logits):
@@ -639,11 +622,6 @@ def check_inputs(prompt_ids, prompt_mask, generator):
     """The generators, one for each row, and the number of tokens of each prompt.
 
     Raises ValueError for another number of them, and for a mask that is not one of left padding."""
-    if prompt_mask is not None:
-        if prompt_mask.shape != prompt_ids.shape:
-            raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
-        if (prompt_mask.int().diff(dim=1) < 0).any():
-            raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
     B, generators = len(prompt_ids), generator
     if not isinstance(generator, (list, tuple)):
         generators = [generator] * B
@@ -651,5 +629,9 @@ def check_inputs(prompt_ids, prompt_mask, generator):
         raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
     lengths = [prompt_ids.shape[1]] * B
     if prompt_mask is not None:
+        if prompt_mask.shape != prompt_ids.shape:
+            raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
+        if (prompt_mask.int().diff(dim=1) < 0).any():
+            raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
         lengths = prompt_mask.bool().sum(1).tolist()
     return generators, lengths

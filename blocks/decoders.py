@@ -29,93 +29,6 @@ DECODERS = {
 }
 
 
-class Blockwise(decode.LLaDA):
-    """Each block has steps / blocks, rounded up; None = as many as it has tokens. Any length of blocks and
-    number of steps will do: the last block may be shorter, or is cut."""
-
-    finishes_blocks = True
-
-    @classmethod
-    def of_model(cls, m, settings):
-        """Raises ValueError for blocks that are not those of the model's attention."""
-        theirs = attention_blocks(m)
-        if settings.get("block_length") is None:
-            settings = dict(settings, block_length=theirs)
-        s = cls(**settings)
-        if theirs not in (None, s.length):
-            raise ValueError(
-                f"block_length {s.length}, but the model's attention has {theirs}: set m.config.block_length"
-            )
-        return s
-
-    def run(self, m, rows, mask_id, device):
-        return BlockRun(m, rows, mask_id, self, device)
-
-    def plan(self):
-        N = self.columns = self.max_new_tokens
-        self.length = self.block_length or N
-        self.blocks = -(-N // self.length)
-        self.steps_per_block = self.length
-        if self.steps is not None:
-            self.steps_per_block = -(-self.steps // self.blocks)
-        self.max_steps = self.steps_per_block * self.blocks
-        self.lockstep = False
-
-
-class SDAR(Blockwise):
-    """SDAR's generate.py: LLaDA's number of tokens a step, scored after temperature, top_k and top_p.
-
-    A threshold adds to it (low_confidence_dynamic): all tokens of a higher score, and the scheduled number
-    at least. Beside the entropy it is in nats (entropy_bounded), with no scheduled number: the tokens of
-    least entropy whose entropies sum to less, and one at least."""
-
-    scores_untempered = False
-    top_p_after_top_k = True
-
-    @property
-    def summed_entropy(self):
-        return self.strategy == "entropy" and self.threshold is not None
-
-    @property
-    def threshold_adds(self):
-        return not self.summed_entropy
-
-    def run(self, m, rows, mask_id, device):
-        return RunFromFirstToken(m, rows, mask_id, self, device)
-
-    def plan(self):
-        if self.block_length is None:
-            raise ValueError("schedule 'sdar' needs a block_length: that of the model's training, such as 4")
-        super().plan()
-        if self.summed_entropy:
-            self.steps_per_block = self.length
-        self.blocks += 1  # at most: the prompt may fill most of the first
-        self.columns += self.length - 1
-        self.max_steps = self.steps_per_block * self.blocks
-
-    def reached(self, score, nth):
-        if self.summed_entropy:  # entropies, the least first, of this position and those before it
-            total = -score.sort(dim=1, descending=True).values.cumsum(1)
-            return total.gather(1, nth) < self.threshold
-        return score > self.threshold
-
-
-class A2D(Blockwise):
-    """dllm's samplers: an even share of what is left, rounded; a step without any is left out, and not counted."""
-
-    def run(self, m, rows, mask_id, device):
-        return RunFromPrompt(m, rows, mask_id, self, device)
-
-    def share(self, i, count):
-        # In float32, as the official code: its rounding decides which way a half falls.
-        steps = self.steps_per_block
-        now, later = (1 - (1 - (steps - at).float() / steps) for at in (i, i + 1))
-        return (count.float() * (1 - later / now)).round().long()
-
-
-decode.SCHEDULES.update(sdar=SDAR, a2d=A2D)
-
-
 def attention_blocks(m):
     """The block length of a model's attention; None = it sees everything, or nothing is known."""
     return getattr(getattr(m, "config", None), "block_length", None)
@@ -185,3 +98,88 @@ class RunFromPrompt(BlockRun):
         if self.causal:
             more["origin"] = self.length[host].to(rows.device) if self.padded else self.P
         return ids, more
+
+
+# ---------------------------------------------------------------------------------------------- the schedules
+
+
+class Blockwise(decode.LLaDA):
+    """Each block has steps / blocks, rounded up; None = as many as it has tokens. Any length of blocks and
+    number of steps will do: the last block may be shorter, or is cut."""
+
+    finishes_blocks = True
+    Rows = BlockRun
+
+    @classmethod
+    def start(cls, m, rows, mask_id, device, settings):
+        """Raises ValueError for blocks that are not those of the model's attention."""
+        theirs = attention_blocks(m)
+        if settings.get("block_length") is None:
+            settings = dict(settings, block_length=theirs)
+        s = cls(**settings)
+        if theirs not in (None, s.length):
+            raise ValueError(
+                f"block_length {s.length}, but the model's attention has {theirs}: set m.config.block_length"
+            )
+        return cls.Rows(m, rows, mask_id, s, device)
+
+    def plan(self):
+        N = self.columns = self.max_new_tokens
+        self.length = self.block_length or N
+        self.blocks = -(-N // self.length)
+        self.steps_per_block = self.length
+        if self.steps is not None:
+            self.steps_per_block = -(-self.steps // self.blocks)
+        self.max_steps = self.steps_per_block * self.blocks
+        self.lockstep = False
+
+
+class SDAR(Blockwise):
+    """SDAR's generate.py: LLaDA's number of tokens a step, scored after temperature, top_k and top_p.
+
+    A threshold adds to it (low_confidence_dynamic): all tokens of a higher score, and the scheduled number
+    at least. Beside the entropy it is in nats (entropy_bounded), with no scheduled number: the tokens of
+    least entropy whose entropies sum to less, and one at least."""
+
+    scores_untempered = False
+    top_p_after_top_k = True
+    Rows = RunFromFirstToken
+
+    @property
+    def summed_entropy(self):
+        return self.strategy == "entropy" and self.threshold is not None
+
+    @property
+    def threshold_adds(self):
+        return not self.summed_entropy
+
+    def plan(self):
+        if self.block_length is None:
+            raise ValueError("schedule 'sdar' needs a block_length: that of the model's training, such as 4")
+        super().plan()
+        if self.summed_entropy:
+            self.steps_per_block = self.length
+        self.blocks += 1  # at most: the prompt may fill most of the first
+        self.columns += self.length - 1
+        self.max_steps = self.steps_per_block * self.blocks
+
+    def reached(self, score, nth):
+        if self.summed_entropy:  # entropies, the least first, of this position and those before it
+            total = -score.sort(dim=1, descending=True).values.cumsum(1)
+            return total.gather(1, nth) < self.threshold
+        return score > self.threshold
+
+
+class A2D(Blockwise):
+    """dllm's samplers: an even share of what is left, rounded; a step without any is left out, and not counted."""
+
+    Rows = RunFromPrompt
+
+    def share(self, i, count):
+        # In float32, as the official code: its rounding decides which way a half falls.
+        steps = self.steps_per_block
+        now, later = (1 - (1 - (steps - at).float() / steps) for at in (i, i + 1))
+        return (count.float() * (1 - later / now)).round().long()
+
+
+decode.SCHEDULES.update(sdar=SDAR, a2d=A2D)
