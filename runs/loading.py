@@ -19,7 +19,7 @@ import decode
 import lora
 import model
 from blocks import decoders
-from runs import torchrun
+from runs import disk, torchrun
 from runs.options import kind, opt
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -167,6 +167,18 @@ def resolve_dtype(c, processes, dtype="auto"):
     if dtype != "auto":
         return dtype
     return "bfloat16" if processes.device.type == "cuda" else "float32"
+
+
+def identity(c, processes, loaded):
+    """What an answer depends on besides the prompt and the decoder's settings, for the meta.json of a run: the content
+    of model and adapter, how they compute, and the seed."""
+    return dict(
+        block_causal=c.block_causal,
+        **disk.content_hashes(loaded.folder, c.adapter),
+        dtype=resolve_dtype(c, processes),
+        seed=c.seed,
+        versions=disk.versions(),
+    )
 
 
 GRIDS = ("start", "prompt")  # where blocks are counted from: the start of a row, or the end of its prompt

@@ -6,10 +6,12 @@ python -m pytest tests/test_decode.py
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import FOLDER
+from helpers import FOLDER, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -773,6 +775,59 @@ def test_settings_that_do_not_fit_together(toy, options, message):
 def test_ids_beyond_the_vocabulary(toy, name):
     with pytest.raises(ValueError, match="holds 13; the model has 13 tokens"):
         decode.generate(toy(), PROMPT[None], max_new_tokens=4, **{name: [2, 13]})
+
+
+@pytest.mark.parametrize(
+    "answer, got",
+    [
+        (lambda ids, positions: torch.zeros(*ids.shape, 13), r"Tensor \[2, 17, 13\]"),  # positions are ignored
+        (lambda ids, positions: torch.zeros(len(ids), 13), r"Tensor \[2, 13\]"),
+        (lambda ids, positions: dict(logits=None), r"dict \[\]"),
+    ],
+)
+def test_a_model_that_returns_something_else(answer, got):
+    with pytest.raises(ValueError, match=rf"^the model returned {got} for positions \[2, 12\], not \[2, 12, V\]$"):
+        decode.generate(
+            lambda ids, attention_mask=None, positions=None: answer(ids, positions),
+            torch.stack((PROMPT, PROMPT)), mask_id=12, max_new_tokens=12, tokens_per_step=2,
+        )  # fmt: skip
+
+
+def test_a_method_called_unembed_is_no_contract(toy):
+    class Stranger(toy):
+        def unembed(self, x):
+            raise AssertionError("nobody asked for it")
+
+    options = dict(max_new_tokens=6, steps=6)
+    equal(decode.generate(Stranger(), PROMPT[None], **options), decode.generate(toy(), PROMPT[None], **options))
+
+
+def test_last_is_the_old_name_of_decode_last(toy):
+    ids, options = [1, 4, 5, 8], dict(max_new_tokens=12, tokens_per_step=2)
+    new, old = (decode.generate(toy(), PROMPT[None], **{name: ids}, **options) for name in ("decode_last", "last"))
+    equal(new, old)
+    assert not torch.equal(new.step, decode.generate(toy(), PROMPT[None], **options).step)
+    with pytest.raises(TypeError, match="'last'"):
+        decode.generate(toy(), PROMPT[None], decode_last=ids, last=ids, **options)
+
+
+def test_a_schedule_is_a_class_of_settings(toy, monkeypatch):
+    class Halves(decode.LLaDA):
+        def share(self, i, count):
+            return (count + 1) // 2
+
+    monkeypatch.setitem(decode.SCHEDULES, "halves", Halves)
+    assert type(decode.Settings(12, schedule="halves")) is Halves
+    assert per_step(decode.generate(toy(), PROMPT[None], max_new_tokens=12, schedule="halves"), 1) == [6, 3, 2, 1]
+
+
+def test_a_schedule_of_another_folder_is_found_or_missed_by_name(monkeypatch):
+    monkeypatch.setitem(decode.ELSEWHERE, "other", "no_such_folder")
+    with pytest.raises(ValueError, match="^schedule 'other' needs the folder no_such_folder beside decode.py"):
+        decode.Settings(12, schedule="other")
+    code = "import sys, decode; assert 'blocks' not in sys.modules; print(decode.Settings(8, schedule='a2d').max_steps)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "8\n", done.stderr
 
 
 def test_settings_check_themselves_without_a_model():

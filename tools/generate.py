@@ -14,7 +14,7 @@ import torch
 
 import data
 import decode
-import evaluate
+import distill
 from runs import loading, torchrun
 from runs.options import opt
 
@@ -94,15 +94,16 @@ def say(line):
 def answer_turn(c, processes, loaded, settings, talk, turn):
     """The answer to a conversation -> dict(text, tokens, seconds, tokens_per_second)."""
     ids = data.encode_prompt(loaded.tok, talk, c.raw)
-    evaluate.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
+    distill.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
     ids = torch.tensor([ids], device=processes.device)  # [1, P]
     watch = Watch(loaded, talk, c.delay) if c.watch else None
     own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
-    begun = time.time()
+    begun = time.perf_counter()
     t = decode.generate(loaded.m, ids, **own, **loading.with_eos_rules(settings, loaded))
-    seconds, tokens = time.time() - begun, int((t.response != loaded.m.config.mask_id).sum())
+    tokens = int((t.response != loaded.m.config.mask_id).sum())  # what was decoded: masks behind the end are not
+    speed = torchrun.per_second(tokens, begun + (watch.waited if watch else 0.0))  # --delay is not speed
     text = loaded.tok.response_text(t.response[0].tolist())
-    return dict(text=text, tokens=tokens, seconds=round(seconds, 2), tokens_per_second=round(tokens / seconds, 1))
+    return dict(text=text, tokens=tokens, seconds=round(tokens / speed, 2), tokens_per_second=round(speed, 1))
 
 
 def chat_turns():
@@ -126,7 +127,7 @@ class Watch:
 
     def __init__(self, loaded, talk, delay=0.0):
         self.tok, self.mask_id, self.delay = loaded.tok, loaded.m.config.mask_id, delay
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.waited = sys.stderr.isatty(), 0.0  # seconds between pictures
         self.above = "".join(f"{turn['role']}: {turn['content']}\n" for turn in talk)
 
     def __call__(self, step, response, entropy):
@@ -142,6 +143,7 @@ class Watch:
         else:
             print(f"step {step}: {''.join(cells)}", file=sys.stderr, flush=True)
         time.sleep(self.delay)
+        self.waited += self.delay
 
     def shown(self, text, *codes):
         """The text in a colour of the terminal; as it is in a file."""
