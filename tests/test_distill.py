@@ -266,7 +266,7 @@ def test_the_authors_format_has_their_names_of_decoders(tiny, prose, tmp_path, c
 
 
 def test_what_was_never_decoded_has_no_order_and_is_trained_around(tiny, prose, tmp_path, capsys, monkeypatch):
-    """A threshold that nothing reaches decodes one token a step, and two steps leave six masks; commands refuse that."""
+    """A threshold that nothing reaches decodes a token a step, and two steps leave six masks; commands refuse it."""
     monkeypatch.setattr(loading, "check_decoder", lambda settings: None)
     options = dict(model=tiny, data=prose, max_new_tokens=8, block_length=8, check="none")
     distill(capsys, threshold=1.0, steps=2, out=tmp_path / "T", **options)
