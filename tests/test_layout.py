@@ -29,8 +29,8 @@ LEVELS = [
     ["runs.resume", "runs.records", "runs.logs"],
     ["runs.loading"],
     ["runs.disk"],
-    ["runs.torchrun"],
-    ["runs.shard", "runs.options", "runs.streams", "blocks.data"],
+    ["runs.torchrun", "blocks.decoders"],
+    ["runs.shard", "runs.options", "runs.streams", "runs.queue", "blocks.data"],
     LEAVES,
 ]
 

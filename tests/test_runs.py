@@ -545,6 +545,58 @@ def test_steps_follow_the_length_that_is_nearest_to_them(tmp_path):
     assert "tokens_per_step" not in settings(tmp_path, own=dict(tokens_per_step=2), steps=64)
 
 
+def test_a_pace_is_said_anew_as_a_whole(tmp_path):
+    """steps, tokens_per_step and threshold: a layer that says one of them drops those of the layers below it."""
+    preset = dict(max_new_tokens=512, steps=128, block_length=64)
+    found = settings(tmp_path, preset=preset, threshold=0.9)
+    assert (found["threshold"], found["steps"]) == (0.9, 512)  # the steps that nobody asked for leave no masks
+    assert "steps" not in settings(tmp_path, own=dict(threshold=0.9), tokens_per_step=2)
+    found = settings(tmp_path, own=dict(threshold=0.9), steps=64)
+    assert "threshold" not in found and found["steps"] == 64
+    found = settings(tmp_path, own=dict(tokens_per_step=2), threshold=0.9)
+    assert "tokens_per_step" not in found and found["steps"] == 256
+
+
+@pytest.mark.parametrize("family, blocks", [("llada", None), ("dream", None), ("a2d", None), ("a2d", 8)])
+def test_a_threshold_with_steps_that_may_leave_masks_is_refused(tmp_path, family, blocks):
+    options = dict(family=family, config=SimpleNamespace(family=family, block_length=blocks), threshold=0.9)
+    options |= dict(max_new_tokens=32, block_length=8)
+    with pytest.raises(ValueError, match="^threshold 0.9 and steps 4: .* one of the 32 tokens.* leave steps out$"):
+        settings(tmp_path, steps=4, **options)
+    assert settings(tmp_path, steps=32, **options)["steps"] == 32
+    with pytest.raises(ValueError, match="threshold 0.9 and steps 4"):
+        settings(tmp_path, own=dict(max_new_tokens=32, steps=4, threshold=0.9), family=family, block_length=8)
+
+
+def test_a_threshold_of_sdar_adds_to_its_steps(tmp_path):
+    config = SimpleNamespace(family="sdar", block_length=4)
+    for strategy in ("confidence", "entropy"):  # every block is decoded whole, whatever the steps are
+        found = settings(tmp_path, config=config, max_new_tokens=32, steps=16, threshold=0.9, strategy=strategy)
+        assert (found["threshold"], found["steps"]) == (0.9, 16)
+
+
+def test_layers_are_merged_and_no_layer_is_changed():
+    below, above = dict(max_new_tokens=8, steps=4, top_k=2), dict(max_new_tokens=16)
+    assert loading.merge_layers(below, above) == dict(max_new_tokens=16, top_k=2)
+    assert loading.merge_layers(below, dict(steps=2)) == dict(max_new_tokens=8, steps=2, top_k=2)
+    assert below == dict(max_new_tokens=8, steps=4, top_k=2)
+
+
+def test_ends_are_all_tokens_that_end_a_response_and_eos_is_one(tmp_path):
+    """A flag means every end of a response, a benchmark's protocol exactly the EOS."""
+    tok = SimpleNamespace(stop_ids={7, 5, 6}, unused_ids=lambda rows: [8, 9])
+    config = SimpleNamespace(family="llada", block_length=None, eos_id=5, mask_id=4, vocab_size=10)
+    loaded = loading.Loaded(SimpleNamespace(config=config), tok, tmp_path)
+    assert loading.with_eos_rules(dict(steps=2), loaded) == dict(steps=2, suppress=[4, 8, 9])
+    found = loading.with_eos_rules(dict(suppress_eos=True, eos_last=True), loaded)
+    assert found == dict(suppress=[4, 8, 9, 5, 6, 7], decode_last=[5, 6, 7])
+    found = loading.with_eos_rules(dict(suppress_eos="eos", eos_last="eos"), loaded)
+    assert found == dict(suppress=[4, 8, 9, 5], decode_last=[5])
+    config.block_length = 4
+    assert loading.with_eos_rules(dict(schedule="a2d"), loaded)["stop"] == [5, 6, 7]
+    assert "stop" not in loading.with_eos_rules(dict(schedule="llada"), loaded)
+
+
 def test_block_length_0_is_one_block_and_sample_is_not_greedy(tmp_path):
     assert settings(tmp_path, block_length=0)["block_length"] is None
     assert settings(tmp_path, preset=dict(greedy=True))["greedy"] is True
