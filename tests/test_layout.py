@@ -28,7 +28,7 @@ LEVELS = [
     ["runs.resume"],
     ["runs.loading", "runs.disk"],
     ["runs.torchrun"],
-    ["runs.shard", "runs.options"],
+    ["runs.shard", "runs.options", "blocks.network"],
     LEAVES,
 ]
 
