@@ -328,8 +328,9 @@ def parse_config(raw, where="config.json"):
             wrong.append(f"head_dim is {c.head_width} ({c.heads} heads), which is not even and cannot be rotated")
         if max(c.mask_id, c.eos_id, c.pad_id) >= c.vocab_size:
             wrong.append(f"ids {c.mask_id}, {c.eos_id} and {c.pad_id} are not all in a vocabulary of {c.vocab_size}")
-        if raw.get("layer_types") not in (None, ["full_attention"] * c.layers):
-            wrong.append(f"layer_types is {raw['layer_types']!r}, supported is 'full_attention' for every layer")
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or kinds.count("full_attention") < len(kinds):
+            wrong.append(f"layer_types is {kinds!r}, supported is 'full_attention' for every layer")
     if wrong:
         raise ValueError(f"{where}: {'; '.join(wrong)}")
     return c
@@ -339,16 +340,15 @@ def read_values(raw, family):
     """(the fields of Config that a config.json gives; what is wrong with them)"""
     theta, wrong = read_rope(raw)
     values, raw = dict(family.start), raw | dict(rope_theta=theta)
-    for f in fields(Config)[1:]:
-        keys, bounds = f.metadata.get("keys", ()), f.metadata
-        there = [key for key in keys if raw.get(key) is not None]
+    for f in fields(Config):
+        there = [key for key in f.metadata.get("keys", ()) if raw.get(key) is not None]
         value = raw[there[0]] if there else values.get(f.name)
         # Of several ends the first counts; Config.raw keeps the others.
         value = value[0] if f.name == "eos_id" and isinstance(value, list) and value else value
-        if keys and (value is not None or f.default is MISSING):
-            values[f.name] = value
-            if not isinstance(value, f.type) or not bounds["least"] <= value <= bounds["most"]:
-                wrong.append(f"{' or '.join(there or keys)} is {value!r}, or missing: not of a known type and size")
+        if f.metadata and (value is not None or f.default is MISSING):
+            values[f.name], name = value, " or ".join(there or f.metadata["keys"])
+            if not isinstance(value, f.type) or not f.metadata["least"] <= value <= f.metadata["most"]:
+                wrong.append(f"{name} is {value!r}: missing, or of another type or size than a model has")
     return values, wrong
 
 
