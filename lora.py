@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import re
+import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_bytes
 from torch import nn
 
 PREFIX = "base_model.model."  # PEFT wraps the official model class twice
@@ -57,10 +59,7 @@ class Settings:
 def by_pattern(pattern, name, default):
     """The number of the first key that is the layer's name or the end of it, as in PEFT's
     get_pattern_key."""
-    for key, number in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return number
-    return default
+    return next((number for key, number in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 class LoRALinear(nn.Linear):
@@ -122,48 +121,28 @@ def layers(m):
     return {name: module for name, module in m.named_modules() if isinstance(module, LoRALinear)}
 
 
-def find(m, targets):
+def find(m, targets, every=True):
     """Name -> linear layer, for the layers whose official name is a target or ends in .target; a
-    string is a pattern for the whole name, as in PEFT. Raises ValueError for a target that matches
-    nothing."""
-    found, nothing = matching(m, targets)
-    if nothing or not found:
-        known = set()
-        for name in linears(m):
-            known.add(official(m, name).rsplit(".", 1)[-1])
-        missing = ", ".join(nothing) or "(no target)"
-        raise ValueError(f"no linear layer is called {missing}; there are {', '.join(sorted(known))}")
-    return found
-
-
-def matching(m, targets):
-    """(name -> linear layer of the targets, the targets that match none)"""
-    found, used = {}, set()
-    pattern = isinstance(targets, str)
-    if pattern:
-        targets = [targets]
-    for name, layer in linears(m).items():
-        whole = official(m, name)
-        for target in targets:
-            if is_target(whole, target, pattern):
-                found[name] = layer
-                used.add(target)
-    return found, [target for target in targets if target not in used]
-
-
-def is_target(name, target, pattern):
-    """Whether a layer's official name is the target or ends in it, or fits it as a regular
-    expression."""
-    if not pattern:
-        return name == target or name.endswith("." + target)
+    string is a pattern for the whole name, as in PEFT. Raises ValueError for targets that match
+    nothing: any of them, or without `every` all together."""
+    whole, found, used = isinstance(targets, str), {}, set()
+    known = {name: layer for name, layer in m.named_modules() if isinstance(layer, nn.Linear)}
+    targets = [targets] if whole else targets
     try:
-        return bool(re.fullmatch(target, name))
+        patterns = {target: re.compile(target if whole else rf"(.*\.)?{re.escape(target)}") for target in targets}
     except re.error as e:
-        raise ValueError(f"the pattern {target!r} of layers is not one: {e}") from e
-
-
-def linears(m):
-    return {name: module for name, module in m.named_modules() if isinstance(module, nn.Linear)}
+        raise ValueError(f"the pattern {targets[0]!r} of layers is not one: {e}") from e
+    for name, layer in known.items():
+        fits = [target for target, pattern in patterns.items() if pattern.fullmatch(official(m, name))]
+        if fits:
+            found[name] = layer
+            used.update(fits)
+    nothing = [target for target in targets if target not in used]
+    if not found or (every and nothing):
+        there_are = sorted({official(m, name).rsplit(".", 1)[-1] for name in known})
+        missing = ", ".join(nothing) or "(no target)"
+        raise ValueError(f"no linear layer is called {missing}; there are {', '.join(there_are)}")
+    return found
 
 
 def inject(m, rank=16, alpha=16, targets=("q_proj", "v_proj"), dropout=0.0, generator=None, **more):
@@ -292,29 +271,19 @@ def save(m, folder, base=None):
     rank, rank_pattern = common(ranks)
     alpha, alpha_pattern = common(alphas)
     layer = next(iter(found.values()))
-    config = dict(
-        peft_type="LORA",
-        base_model_name_or_path=None if base is None else str(base),
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=layer.dropout,
-        target_modules=short_names(m, found),
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        use_rslora=layer.rslora,
-        bias="none",
-        fan_in_fan_out=False,
-        inference_mode=True,
-        task_type=None,
-    )
+    config = dict(peft_type="LORA", base_model_name_or_path=base and str(base), r=rank)
+    config.update(lora_alpha=alpha, alpha_pattern=alpha_pattern, rank_pattern=rank_pattern, lora_dropout=layer.dropout)
+    config.update(target_modules=short_names(m, found), use_rslora=layer.rslora, bias="none", fan_in_fan_out=False)
+    config.update(inference_mode=True, task_type=None)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().contiguous() for name, p in tensors(m).items()}
-    # Both are whole before either takes its place: a folder never holds half a file.
-    save_tensors(weights, folder / "adapter_model.safetensors.tmp")
-    (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Both are whole, under names that nobody has, before either takes its place: a folder never holds half a file.
+    new = f".{uuid.uuid4().hex[:8]}.tmp"
+    (folder / f"adapter_model.safetensors{new}").write_bytes(as_bytes(weights, metadata={"format": "pt"}))
+    (folder / f"adapter_config.json{new}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / f"{file}.tmp").replace(folder / file)
+        (folder / f"{file}{new}").replace(folder / file)
 
 
 def common(numbers):
@@ -340,32 +309,15 @@ def short_names(m, found):
     return whole
 
 
-def save_tensors(weights, file):
-    """A safetensors file that others can read: the library makes it private (mode 600), whatever
-    the umask."""
-    file.unlink(missing_ok=True)
-    file.touch()  # made the usual way, it has the mode that the umask gives
-    mode = file.stat().st_mode
-    save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(mode)
-
-
 # Of PEFT's settings: those that change nothing here or that settings() reads, and the values of
 # others that are computed here. Anything else that is set asks for a variant of LoRA that this
 # module is not.
 HARMLESS = set(
-    """
-    r lora_alpha lora_dropout target_modules rank_pattern alpha_pattern revision
+    """r lora_alpha lora_dropout target_modules rank_pattern alpha_pattern revision peft_type
     base_model_name_or_path task_type auto_mapping inference_mode peft_version layers_pattern
-    loftq_config megatron_config megatron_core qalora_group_size ensure_weight_tying
-    """.split()
+    loftq_config megatron_config megatron_core qalora_group_size ensure_weight_tying""".split()
 )
-PLAIN = dict(
-    peft_type=("LORA",),
-    bias=("none", None),
-    init_lora_weights=(True, False, None, "gaussian"),
-    use_rslora=(True, False, None),
-)
+PLAIN = dict(bias=("none", None), init_lora_weights=(True, False, None, "gaussian"), use_rslora=(True, False, None))
 
 
 def adapter_folder(path):
@@ -376,12 +328,11 @@ def adapter_folder(path):
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         return folder
+    if (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is a model, not an adapter (no adapter_config.json)")
+    if newest := max(folder.glob("*/adapter_config.json"), key=training_step, default=None):
+        raise FileNotFoundError(f"{folder} is a run: take one of its checkpoints, such as {newest.parent}")
     if folder.is_dir():
-        if (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} is a model, not an adapter (no adapter_config.json)")
-        newest = max(folder.glob("*/adapter_config.json"), key=training_step, default=None)
-        if newest:
-            raise FileNotFoundError(f"{folder} is a run: take one of its checkpoints, such as {newest.parent}")
         raise FileNotFoundError(f"no adapter_config.json in {folder}: not a PEFT adapter folder")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
         raise FileNotFoundError(f"no adapter {path}: give a PEFT folder, or a Hub repo id (owner/name)")
@@ -401,22 +352,18 @@ def adapter_folder(path):
 
 def training_step(file):
     """(optimizer steps done before a checkpoint that holds this file, when the file was written)"""
-    step = -1
-    with contextlib.suppress(ValueError, OSError):
-        step = read_json(file.with_name("trainer.json")).get("step", -1)
-    if type(step) is not int:
+    try:
+        step = int(read_json(file.with_name("trainer.json"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
         step = -1
     return step, file.stat().st_mtime
 
 
 def read_json(file):
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{file}: not valid JSON ({e})") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
+        return {} | json.loads(file.read_text(encoding="utf-8-sig"))  # an error where it is no object
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not a JSON object ({e})") from e
 
 
 def settings(path):
@@ -431,17 +378,14 @@ def settings(path):
         raise ValueError(f"{file}: peft_type is {config['peft_type']!r}, and only LoRA adapters are supported")
     odd = []
     for key, value in config.items():
-        unset = PLAIN.get(key, (value,) if not value else ())
-        if key not in HARMLESS and value not in unset:
+        if key not in HARMLESS and (value not in PLAIN[key] if key in PLAIN else value):
             odd.append(f"{key} = {value!r}")
     if odd:
         raise ValueError(f"{file}: unsupported adapter settings {', '.join(odd)}")
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
-    if missing:
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]:
         raise ValueError(f"{file}: {', '.join(missing)} missing: not a readable LoRA adapter")
     targets = config["target_modules"]
-    listed = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
-    if not listed and not isinstance(targets, str):
+    if not isinstance(targets, (list, str)) or any(not isinstance(target, str) for target in targets):
         raise ValueError(f"{file}: target_modules is {targets!r}, not a list of names or a pattern")
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     for pattern in patterns:
@@ -449,8 +393,8 @@ def settings(path):
             by_pattern(pattern, "", None)
         except (re.error, AttributeError) as e:
             raise ValueError(f"{file}: {pattern!r} does not map names of layers to numbers ({e})") from e
-    s = Settings(config["r"], config["lora_alpha"], targets, config.get("lora_dropout") or 0.0)
-    s.rslora, (s.rank_pattern, s.alpha_pattern) = bool(config.get("use_rslora")), patterns
+    dropout, rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
+    s = Settings(config["r"], config["lora_alpha"], targets, dropout, rslora, *patterns)
     check_settings(s, f"{file}: ")
     return s
 
@@ -468,9 +412,7 @@ def load(m, path):
     s = settings(folder)
     stored = read_tensors(folder)
     mine = layers(m)
-    targeted = mine or matching(m, s.targets)[0]
-    if not targeted:
-        find(m, s.targets or ())  # raises, with the names that there are
+    targeted = mine or find(m, s.targets, every=False)
     wrong, shapes = [], {}
     for name, linear in targeted.items():
         whole = official(m, name)
@@ -502,14 +444,12 @@ def load(m, path):
 
 def read_tensors(folder):
     """PEFT's tensor name -> tensor. Raises FileNotFoundError or ValueError."""
-    file = folder / "adapter_model.safetensors"
+    file, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not file.is_file() and pickle.is_file():
+        way_out = "save the adapter with PEFT's safe_serialization=True"
+        raise FileNotFoundError(f"{folder}: {pickle.name} is a pickle and may run code, so it is never read: {way_out}")
     if not file.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise FileNotFoundError(
-                f"{folder}: adapter_model.bin is a pickle and may run code, so it is never read: "
-                "save the adapter with PEFT's safe_serialization=True"
-            )
-        raise FileNotFoundError(f"no adapter_model.safetensors in {folder}")
+        raise FileNotFoundError(f"no {file.name} in {folder}")
     try:
         stored = load_file(file)
     except SafetensorError as e:
@@ -525,8 +465,6 @@ def check_manifest(folder, files):
     one that has it: a checkpoint of training has."""
     manifest = folder / "manifest.json"
     hashes = read_json(manifest) if manifest.is_file() else {}
-    for file in files:
-        if file in hashes and (folder / file).is_file():
-            digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-            if digest != hashes[file]:
-                raise ValueError(f"{folder / file} was damaged or changed: not the SHA-256 of {manifest.name}")
+    for file in [file for file in files if file in hashes and (folder / file).is_file()]:
+        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != hashes[file]:
+            raise ValueError(f"{folder / file} was damaged or changed: not the SHA-256 of {manifest.name}")

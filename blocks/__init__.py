@@ -1,3 +1,9 @@
-"""Block-causal models, SDAR and A2D. Importing this folder adds them to the tables of the core."""
+"""SDAR and A2D: models whose attention is causal from block to block of tokens, and sees all of a block.
 
-from blocks import decoders  # noqa: F401, it registers the schedules
+    import blocks            # model.load and decode.generate do so where one of these is asked for
+
+Importing this folder adds what its files have to the tables of the core: networks to model.FAMILIES, schedules to
+decode.SCHEDULES.
+"""
+
+from blocks import decoders, network  # noqa: F401

@@ -136,7 +136,7 @@ def count_work(c, config, parameters):
     """Passes of the distillation, and FLOPs: dict(passes, per_pass, distill, train)."""
     L, body = c.prompt_tokens + c.new_tokens, 2 * parameters["body"]
     # Of each token, layer and key: q k^T and weights v, 2 FLOPs for each of H E numbers.
-    per_key = 2 * 2 * model.empty(config).layers[0].q_proj.out_features * config.layers
+    per_key = 2 * 2 * model.empty(config).layers[0].attn.q_proj.out_features * config.layers
 
     # 1. Distillation, one token a step: the head runs on what is masked, on average half of a block.
     block = config.block_length or loading.DECODERS.get(config.family, {}).get("block_length") or c.new_tokens
@@ -180,6 +180,8 @@ def plan(c):
         raw = data.read_json(model.resolve(c.model) / "config.json")
     config = model.parse_config(raw)
     if c.block_causal is not None:
+        if config.grid is None:
+            raise ValueError(f"--block-causal {c.block_causal}: {config.family} models see everything; leave it out")
         config = dataclasses.replace(config, block_length=c.block_causal)
     parameters = count_parameters(config)
     work = count_work(c, config, parameters)

@@ -19,6 +19,7 @@ import uuid
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import data
 import lora
@@ -204,3 +205,12 @@ def keep_lines(file, count):
         lines = data.read_text(file).splitlines(keepends=True)
         with atomic_file(file) as f:
             f.writelines(lines[:count])
+
+
+def save_tensors(tensors, file):
+    """A safetensors file that others can read: the library makes it private (mode 600), whatever the umask."""
+    file.unlink(missing_ok=True)
+    file.touch()  # made the usual way, it has the mode that the umask gives
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)

@@ -114,7 +114,12 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
     checkpoint. place: see model.load. Raises ValueError for a tokenizer that has more ids than the model has rows."""
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
-    m = model.load(weights or folder, dtype=dtype, device=processes.device, place=place)
+    fill = None
+    if place is not None:
+        from runs import shard  # torch's FSDP2 takes two seconds to import
+
+        fill = shard.fill
+    m = model.load(weights or folder, dtype=dtype, device=processes.device, place=place, fill=fill)
     if c.block_causal is not None:
         if m.config.family not in ("sdar", "a2d"):
             raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")

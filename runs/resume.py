@@ -43,9 +43,9 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
     if not lora.layers(m):
         copy_extras(loaded.folder, folder)
     if not spread:
-        model.save_tensors({name: shard.whole(tensor) for name, tensor in state.items()}, folder / TRAINER[0])
+        disk.save_tensors({name: shard.whole(tensor) for name, tensor in state.items()}, folder / TRAINER[0])
         if kept:
-            model.save_tensors({name: shard.whole(tensor) for name, tensor in kept.items()}, folder / TRAINER[1])
+            disk.save_tensors({name: shard.whole(tensor) for name, tensor in kept.items()}, folder / TRAINER[1])
     (folder / "trainer.json").write_text(json.dumps(dict(step=step, reference=bool(kept))) + "\n")
     hashes = {}  # last: of all that was written
     for file in sorted(folder.rglob("*")):
@@ -172,5 +172,5 @@ def fill_from(file, tensors, wrong, prefix=""):
         for name in names:
             if prefix + name not in tensors:
                 raise ValueError(f"{wrong}: {file.name} has {name}")
-            shard.fill(tensors[prefix + name], f.get_tensor(name))
+            shard.fill(tensors[prefix + name], f, name)
     return names

@@ -1,6 +1,7 @@
 """One model spread over processes: each holds a part of every weight, gradient and optimizer state (torch's FSDP2).
 
-    m = model.load(folder, place=functools.partial(shard.spread, compute=torch.bfloat16))    # on every process
+    spread = functools.partial(shard.spread, compute=torch.bfloat16)
+    m = model.load(folder, place=spread, fill=shard.fill)                   # on every process, which reads its part
     model.save(m, "out/model", whole=shard.whole, write=processes.first)                     # likewise
     shard.save(state, "out/state")                                          # name -> tensor, each process its own part
     shard.load(state, "out/state")                              # in place, on any number of processes
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 def spread(m, device="cpu", compute=None):
@@ -55,11 +56,16 @@ def whole(tensor):
     return tensor.detach().cpu().contiguous()
 
 
-def fill(tensor, values):
-    """Copy whole values into a tensor, or this process's part of them where it is spread over processes."""
-    if isinstance(tensor, DTensor):
-        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(values)
+def fill(target, file, name):
+    """Copy a tensor of an open safetensors file into target -> the part of target that this process holds: of one that
+    is spread over processes only its rows, which alone are read."""
+    part, values = target, None
+    if isinstance(target, DTensor):
+        part, each = target.to_local(), -(-len(target) // target.device_mesh.size())  # FSDP2 cuts as torch.chunk does
+        start = min(each * target.device_mesh.get_local_rank(), len(target))
+        values = file.get_slice(name)[start : start + len(part)]
+    part.detach().copy_(file.get_tensor(name) if values is None else values)
+    return part
 
 
 def save(state, folder):

@@ -107,8 +107,8 @@ def official_t3d(m, case, e, name):
     reference.config.block_length = case["block"]
     if case["reference"] == "halved":
         with torch.no_grad():
-            reference.layers[0].down_proj.weight *= 0.5
-            reference.layers[-1].o_proj.weight *= 0.5
+            reference.layers[0].mlp.down_proj.weight *= 0.5
+            reference.layers[-1].attn.o_proj.weight *= 0.5
     options = {x: case[x] for x in ("alpha", "beta", "path_weight", "path_k")}
     options.update(reference=reference, mask=get["masked"].bool(), noise=get["noisy"], path="levels")
     return objectives.t3d(m, batch, **options)
@@ -233,22 +233,6 @@ def test_without_the_clean_copy_a_block_sees_the_masks_of_earlier_ones(qwen3, fa
     assert ((clean - masks)[:, 4 - begin :].abs().amax(-1) > 0.1).all()
 
 
-def test_the_network_on_both_copies(qwen3):
-    m, ids = qwen3["sdar"], random_batch([9], 1)["response_ids"]
-    noisy = ids.masked_fill(torch.arange(9) % 2 == 0, 305)
-    m.config.block_length = 4
-    whole = m(noisy, clean=ids)
-    assert whole.shape == (1, 9, 320)  # of the noisy copy alone
-    torch.testing.assert_close(m(noisy, clean=ids, start=4), whole[:, 4:], rtol=0, atol=1e-4)
-    torch.testing.assert_close(m(ids, clean=ids), m(ids), rtol=0, atol=1e-4)  # nothing is masked: one copy is enough
-    m.gradient_checkpointing = True
-    m(noisy, clean=ids).sum().backward()
-    m.gradient_checkpointing = False
-    m.config.block_length = None
-    with pytest.raises(ValueError, match="no clean copy for sdar without blocks"):
-        m(noisy, clean=ids)
-
-
 # ----------------------------------------------------------------------------------------- every objective on blocks
 
 # Arguments that draw nothing at random but from the generators.
@@ -274,7 +258,7 @@ def more_of(name, family):
         return {}
     reference = load(family, 4)
     with torch.no_grad():
-        reference.layers[0].down_proj.weight *= 0.5
+        reference.layers[0].mlp.down_proj.weight *= 0.5
     return dict(reference=reference)
 
 

@@ -90,7 +90,7 @@ def test_a_random_checkpoint_loads(golden, tmp_path):
     m = model.load(tmp_path, dtype=None)
     assert {p.dtype for p in m.parameters()} == {torch.bfloat16}
     assert 0.015 < m.head.weight.float().std() < 0.025
-    assert not torch.equal(m.layers[0].q_proj.weight, m.layers[1].q_proj.weight)
+    assert not torch.equal(m.layers[0].attn.q_proj.weight, m.layers[1].attn.q_proj.weight)
 
 
 @pytest.mark.exhaustive

@@ -29,7 +29,7 @@ LEVELS = [
     ["runs.resume", "runs.records", "runs.logs"],
     ["runs.loading"],
     ["runs.disk"],
-    ["runs.torchrun", "blocks.decoders"],
+    ["runs.torchrun", "blocks.decoders", "blocks.network"],
     ["runs.shard", "runs.options", "runs.streams", "runs.queue", "blocks.data"],
     LEAVES,
 ]

@@ -74,7 +74,7 @@ def test_a_fresh_adapter_changes_nothing(golden, dtype):
 @torch.no_grad()
 def test_forward_is_the_formula(golden):
     m = golden.load()
-    layer = fill(lora.inject(m, rank=3, alpha=5, targets=("v_proj",))).layers[1].v_proj
+    layer = fill(lora.inject(m, rank=3, alpha=5, targets=("v_proj",))).layers[1].attn.v_proj
     x = torch.randn(2, 7, m.config.width)
     by_hand = x @ (layer.weight + 5 / 3 * layer.lora_B.weight @ layer.lora_A.weight).T
     by_hand = by_hand if layer.bias is None else by_hand + layer.bias
@@ -243,7 +243,7 @@ def test_round_trip_in_the_names_of_peft(golden, tmp_path, merged):
 
 
 def test_an_adapter_on_some_layers_round_trips(golden, tmp_path):
-    pattern = golden.load().checkpoint_name("layers.1.q_proj").replace(".", r"\.")
+    pattern = golden.load().checkpoint_name("layers.1.attn.q_proj").replace(".", r"\.")
     m = fill(lora.inject(golden.load(), rank=2, targets=pattern))
     assert list(lora.layers(m)) == ["layers.1.attn.q_proj"]
     lora.save(m, tmp_path)

@@ -172,7 +172,7 @@ place = None
 if processes.count > 1:
     place = functools.partial(shard.spread, device="cpu")
 before = speed.resident()
-m = model.load(sys.argv[1], place=place)
+m = model.load(sys.argv[1], place=place, fill=shard.fill)
 found = processes.gather([speed.peak_resident() - before])
 if processes.first:
     print(json.dumps(found))
