@@ -1,4 +1,5 @@
-"""What docs/method.md, docs/choices.md and docs/recipes.md say of the paper, by enumeration, and the numbers that they quote.
+"""What docs/method.md and docs/choices.md say of the paper, by enumeration, with the numbers that the pages quote; and
+what docs/choices.md and docs/recipes.md say of its tables and of other checkpoints.
 
 python -m pytest tests/test_method.py
 """
@@ -7,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -17,10 +19,12 @@ from helpers import FOLDER, ROOT
 from programs import REAL, needs_data
 from safetensors.torch import load_file, save_file
 
+import data
 import decode
 import lora
 import model
 import objectives
+from benchmarks.answers import check
 
 try:  # at the merge: from baselines import ...
     from baselines import boltzmann_kl, inversions
@@ -75,11 +79,11 @@ def some_entropies(W, seed):
     return [g.uniform(0.01, 3) for _ in range(W)]
 
 
-# --------------------------------------------------------------------------------------------------- Eq. 1: which U is uniform
+# -------------------------------------------------------------------------------------------- Eq. 1: which U is uniform
 
 
 def test_a_ratio_first_makes_every_number_of_masks_equally_likely():
-    """The integral over t of C(N, k) t^k (1 - t)^(N - k) is 1 / (N + 1); with every subset alike it is C(N, k) / 2^N."""
+    """The integral of C(N, k) t^k (1 - t)^(N - k) is 1 / (N + 1). Of all subsets C(N, k) / 2^N have k members."""
     for N in (1, 2, 5, 8):
         for k in range(N + 1):
             beta = math.gamma(k + 1) * math.gamma(N - k + 1) / math.gamma(N + 2)
@@ -87,7 +91,7 @@ def test_a_ratio_first_makes_every_number_of_masks_equally_likely():
     says("choices.md", "every subset equally likely", "binomial")
 
 
-def test_the_two_readings_differ_at_256_tokens():
+def test_the_two_readings_of_eq_1_differ_at_256_tokens():
     """Within 8 of half of the tokens lie 71 % of the subsets, and 7 % of the numbers of masks."""
     near = range(128 - 8, 128 + 9)
     binomial = sum(math.comb(256, k) for k in near) / 2**256
@@ -95,11 +99,11 @@ def test_the_two_readings_differ_at_256_tokens():
     says("choices.md", "71 % of all subsets", "7 % of the masks")
 
 
-# --------------------------------------------------------------------------------------------------- propositions 1 and 2
+# ------------------------------------------------------------------------------------------------- propositions 1 and 2
 
 
 class Joint:
-    """A model whose predictions are the exact conditionals of one joint distribution over responses. joint: {tokens: p}."""
+    """A model that predicts the exact conditionals of one joint distribution over responses, {tokens: probability}."""
 
     def __init__(self, joint):
         self.joint, self.N = joint, len(next(iter(joint)))
@@ -123,6 +127,16 @@ class Joint:
             known = {r: token for r, token in enumerate(response) if token != self.config.mask_id}
             logits[b, L - self.N :] = self.conditional(known).clamp(min=1e-30).log().float()
         return logits if positions is None else logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+@pytest.mark.parametrize("N", range(1, 6))
+def test_proposition_1_every_position_counts_alike(N):
+    """A position's share of the mean over M in Eq. 1, in expectation over M: 1/N, however M's size is drawn."""
+    sets = [M for M in subsets(N) if M]
+    for probability in (lambda M: 1 / len(sets), lambda M: 1 / (N * math.comb(N, len(M)))):
+        assert sum(map(probability, sets)) == pytest.approx(1)
+        for r in range(N):
+            assert sum(probability(M) / len(M) for M in sets if r in M) == pytest.approx(1 / N)
 
 
 # The first token is 0 with probability 0.9, and the second repeats it with probability 0.99.
@@ -175,13 +189,13 @@ def test_more_context_lowers_an_entropy_on_average():
     assert 0.9 * after[0] + 0.1 * after[1] < before
 
 
-# --------------------------------------------------------------------------------------------------- definition 1
+# --------------------------------------------------------------------------------------------------------- definition 1
 
 
 @pytest.mark.parametrize("N", range(2, 9))
 def test_definition_1_one_trajectory_is_far_from_uniform(N):
     """Whatever the weights of its N states, the KL from all 2^N subsets is log(2^N / N) at least."""
-    uniform = {U: 2.0**-N for U in subsets(N)}
+    uniform = dict.fromkeys(subsets(N), 2.0**-N)
     states = [frozenset(range(k)) for k in range(N)]
     least = math.log(2**N / N)
     assert kl(dict.fromkeys(states, 1 / N), uniform) == pytest.approx(least)
@@ -201,7 +215,7 @@ def test_definition_1_at_256_tokens():
     says("method.md", "172 nats", "125 nats")
 
 
-# --------------------------------------------------------------------------------------------------- Eq. 3 to 6
+# ----------------------------------------------------------------------------------------------------------- Eq. 3 to 6
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -251,7 +265,7 @@ def test_eq_6_is_the_expectation_that_the_paper_expands(seed):
     assert kl_of(base, h) == pytest.approx(kl(q, p))
 
 
-# --------------------------------------------------------------------------------------------------- theorem 1 and lemma 1
+# ------------------------------------------------------------------------------------------------ theorem 1 and lemma 1
 
 BASE = [0.2, 0.4, 0.6, 1.2]  # q*
 SCALED = [0.4, 0.8, 1.2, 2.4]  # the same order of all states
@@ -301,8 +315,8 @@ def leads(A, B, W):
 
 
 def decided(A, B, W):
-    """Whether every h with 0 < h(0) < h(1) < ... puts the sets in the same order: the difference of their sums is the sum of
-    (h(j) - h(j - 1)) leads[j]."""
+    """Whether every h with 0 < h(0) < h(1) < ... puts the sets in the same order. The difference of their sums is the
+    sum over j of (h(j) - h(j - 1)) leads[j]."""
     found = leads(A, B, W)
     return not min(found) < 0 < max(found)
 
@@ -335,7 +349,7 @@ def test_lemma_1_the_order_of_tokens_decides_a_share_of_the_pairs(W):
 
 
 def test_lemma_1_two_models_with_the_same_order_of_tokens():
-    """Eq. 8 is 0 for both. One has another order of the states; the other has the order of all states, and a KL 17 times as
+    """Eq. 8 is 0 for both. One has another order of the states; the other has that of all states, and a KL 17 times as
     large."""
     for h in (BASE, SCALED, SWAPPED):
         assert h == sorted(h) and float(objectives.ranking_loss(torch.tensor(h), 0.1)) == 0
@@ -348,7 +362,7 @@ def test_lemma_1_two_models_with_the_same_order_of_tokens():
     says("method.md", "0.0094", "0.163")
 
 
-# --------------------------------------------------------------------------------------------------- Eq. 7 and 8
+# ---------------------------------------------------------------------------------------------------------- Eq. 7 and 8
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -379,7 +393,7 @@ def test_beta_goes_into_the_margin_and_the_weight():
     torch.testing.assert_close(found, weight * beta * objectives.ranking_loss(h, margin / beta))
 
 
-# --------------------------------------------------------------------------------------------------- T3D's statements
+# ----------------------------------------------------------------------------------------------------- T3D's statements
 
 
 def softmax_tables(seed, *shapes):
@@ -389,7 +403,8 @@ def softmax_tables(seed, *shapes):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_bound_of_t3d_is_jensens(seed):
-    """Its Eq. 7 with expectations inside the sigmoids is at most Eq. 23's, with them outside: all 9 responses of 2 tokens."""
+    """Its Eq. 7, expectations inside the sigmoid, is at most its Eq. 23, where they are outside: all 9 responses of 2
+    tokens."""
     p, ref, trajectory = softmax_tables(seed, (2, 3), (2, 3), (9,))
     both = torch.cartesian_prod(torch.arange(3), torch.arange(3))  # [9, 2]
     log_p, log_ref = ((x[0, both[:, 0]] + x[1, both[:, 1]]) for x in (p, ref))  # [9]
@@ -426,7 +441,7 @@ def test_the_exact_second_term_of_ddo_has_no_gradient_at_the_start_of_a_round():
     says("choices.md", "gradient of the exact expectation is 0")
 
 
-# --------------------------------------------------------------------------------------------------- the paper's numbers
+# -------------------------------------------------------------------------------------------------- the paper's numbers
 
 
 @pytest.fixture(scope="module")
@@ -495,11 +510,80 @@ def test_cells_that_are_no_whole_number_of_questions(paper):
     assert odd["HumanEval"] == {52.66, 61.55, 36.01, 42.01, 56.11, 38.9, 40.3, 56.45, 57.5, 56.8}
     assert odd["MATH500"] == {41.1, 35.5, 35.7, 36.5} and odd["MBPP"] == {40.1, 40.12, 58.7}
     assert odd["GSM8K"] == {81.41, 52.33, 81.81, 80.12, 83.1, 82.5}
-    for column, values in odd.items():
+    for values in odd.values():
         says("choices.md", ", ".join(f"{value:.2f}" for value in sorted(values)))
 
 
-# --------------------------------------------------------------------------------------------------- decoders and checkpoints
+def rows_of(page, head):
+    """The rows of the table of docs/page that begins with this line, as lists of cells without the first."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").split("\n")
+    found = {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[lines.index(head) + 2 :]):
+        name, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        found[name] = values
+    return found
+
+
+def test_t3ds_averages():
+    """Of the eight columns with few steps, as Table 1 prints them: two are not those of their rows."""
+    main = rows_of("t3d.md", "| model, b, TokPS | original | naive TD | T3D |")
+    more = rows_of("t3d.md", "| model, b, TokPS | SFT | ReDi | dParallel |")
+    printed = rows_of("t3d.md", "| model, TokPS | original | SFT | ReDi | dParallel | naive TD | T3D |")
+    wrong = {}
+    for name, values in printed.items():
+        size, tokens = name.split(", ")
+        rows = []
+        for b in (4, 8):
+            original, naive, t3d = main[f"{size}, {b}, {tokens}"]
+            rows.append([original, *more[f"{size}, {b}, {tokens}"], naive, t3d])
+        for method, value, *cells in zip(("original", "SFT", "ReDi", "dParallel", "naive TD", "T3D"), values, *rows):
+            numbers = [float(x) for cell in cells for x in cell.split("/")]
+            mean = sum(numbers) / len(numbers)
+            if abs(mean - float(value)) > 0.01:
+                wrong[name, method] = float(value), round(mean, 2)
+    assert wrong == {("4B, 2", "SFT"): (46.76, 45.07), ("4B, 4", "naive TD"): (28.92, 29.1)}
+    says("t3d.md", "46.76; its eight columns average 45.07", "28.92; 29.10")
+    assert not any(is_a_share(x, 500) for x in (54.44, 52.22)) and not any(is_a_share(x, 164) for x in (9.0, 10.0))
+
+
+@needs_data
+@needs_paper
+def test_the_papers_scores_are_those_of_the_tables(paper):
+    """docs/recipes.md has Tables 2 and 3, in its order of the benchmarks."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    tasks = ("GSM8K", "MATH500", "HumanEval", "MBPP", "IFEval")
+    for table, data in (("table3", "PRM12K"), ("table2", "Ling-Coder")):
+        place = [paper[table]["columns"].index(task) for task in tasks]
+        for name, rows in paper[table]["rows"].items():
+            for row, values in rows.items():
+                numbers = " | ".join(f"{values[i]:.2f}" for i in place)
+                first = f"{name} | - | base" if row == "No-SFT" else f"{name} | {data} | {row}"
+                assert f"| {first} | {numbers} |" in text
+
+
+def test_the_mathematics_dataset_is_read_as_it_is(tmp_path):
+    """A row of MixChain-Z-PRM12K with its columns. distill can compare with the solution as well as with the answer."""
+    solution = "One and one: $1 + 1 = \\boxed{\\frac{4}{2}}$."
+    row = dict(question="What is 1 + 1?", answer=solution, target="\\frac{4}{2}", solution_0=solution, solution_1="2")
+    row |= dict(correct_1=True, solution_1_token=1, __index_level_0__=0)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    for field, expected in ((None, solution), ("target", row["target"])):
+        (example,) = data.read_examples(file, answer_field=field)
+        assert (example["prompt"], example["answer"]) == (row["question"], expected)
+        assert check("math", "The sum is \\boxed{2}.", example["answer"]) is True
+        assert check("math", "The sum is \\boxed{3}.", example["answer"]) is False
+
+
+def test_the_citation_names_the_authors_of_the_paper():
+    readme, cited = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CITATION.cff"))
+    authors = " ".join(re.search(r"author = \{(.*?)\}", readme, re.DOTALL)[1].split()).split(" and ")
+    found = re.findall(r"family-names: (\w+), given-names: (\w+)", cited)
+    assert [", ".join(name) for name in found] == authors and len(authors) == 12
+    assert "2605.11854" in cited
+
+
+# --------------------------------------------------------------------------------------------- decoders and checkpoints
 
 
 def test_dreams_schedule_is_not_one_token_a_step(toy):
