@@ -51,10 +51,11 @@ for line in LINES:
 EXPERIMENTS = re.findall(r"-m experiments\.(\w+)([^\n`]*)", TEXT)
 
 # What a line may begin with, besides a command of the project.
-OTHERS = ("pip install -r requirements.txt", "pytest", "echo ")
-# Flags of other programs: torchrun, lm-evaluation-harness, and every parser's own.
+OTHERS = ("pip install -r requirements.txt", "pytest", "echo ", "hf download ")
+# Flags of other programs: torchrun, lm-evaluation-harness, hf, and every parser's own.
 THEIRS = {"--nproc_per_node", "--model_args", "--log_samples", "--apply_chat_template", "--batch_size", "--help"}
 THEIRS |= {"--nnodes", "--node_rank", "--master_addr", "--master_port"}
+THEIRS |= {"--repo-type", "--local-dir", "--include"}
 
 
 @functools.cache
