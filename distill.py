@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import data
 import evaluate
+import release.files
+import tokenizer
 from runs import disk, loading, torchrun
 from runs.options import opt
 
@@ -49,7 +51,7 @@ def distill(c, processes=None, loaded=None):
     if loaded is None:
         loaded = loading.load_model(c, processes, c.adapter)
     settings = loading.decoder_settings(c, loaded)
-    data.encode_examples(loaded.tok, examples, c.raw)
+    tokenizer.encode_examples(loaded.tok, examples, c.raw)
     evaluate.check_context(examples, settings, loaded.m.config, say)
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
     meta = dict(identity(c, processes, loaded, settings), prompts=len(examples))
@@ -67,7 +69,7 @@ def distill(c, processes=None, loaded=None):
         with disk.atomic_file(out / "release.jsonl") as f:
             method = RELEASE_METHODS.get(settings["strategy"], settings["strategy"])
             for record in filter(data.usable, records):
-                f.write(disk.json_line(data.to_release_format(record, loaded.m.config.pad_id, method)))
+                f.write(disk.json_line(release.files.to_release_format(record, loaded.m.config.pad_id, method)))
     return dict(
         out=str(out),
         trajectories=len(records),

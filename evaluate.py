@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 import data
 import decode
+import tokenizer
 from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
+from formats import talks
 from runs import disk, loading, torchrun
 from runs.options import name_list, opt
 
@@ -101,7 +103,7 @@ def record_of(e, tok, response, step, order, entropy, confidence):
     record.update(response_ids=response, order=order, step=step)
     record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
     record["text"] = tok.response_text(response)
-    record["finished"] = data.first_end(response, tok.stop_ids) < len(response)
+    record["finished"] = tokenizer.first_end(response, tok.stop_ids) < len(response)
     return record
 
 
@@ -466,7 +468,7 @@ def prompt_of(c, loaded, task, record, shots):
     """(user's turn, token ids of the prompt) of a question, cut on the left to the benchmark's length."""
     family = loaded.m.config.family
     text, start = TASKS[task].ask(record, family, c.protocol)
-    ids = data.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
+    ids = tokenizer.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
     whole = family in ("llada", "sdar") and c.protocol == "official"  # OpenCompass and T3D do not cut
     return text, ids if whole else ids[-TASKS[task].PROMPT_TOKENS :]
 
@@ -538,7 +540,7 @@ def read_shots(path, task):
         turns = turns[task]
     if not isinstance(turns, list):
         raise ValueError(f"{path}: the earlier turns must be a list of messages, found {type(turns).__name__}")
-    return data.to_messages(turns, f"{path}: an earlier turn must have a role and a text content")
+    return talks.to_messages(turns, f"{path}: an earlier turn must have a role and a text content")
 
 
 def grader_versions():

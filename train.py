@@ -35,6 +35,7 @@ import evaluate
 import lora
 import model
 import objectives
+import tokenizer
 from runs import disk, loading, resume, shard, torchrun
 from runs.options import flag, name_list, opt
 
@@ -730,7 +731,7 @@ def training_records(c, loaded, parameters, processes, grid=None):
         kept = usable_trajectories(c, path, loaded, processes, say)
     elif c.objective == "nelbo":
         examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
-        data.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
+        tokenizer.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
         kept = examples
     else:
         raise ValueError(

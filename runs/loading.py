@@ -18,6 +18,7 @@ import data
 import decode
 import lora
 import model
+import tokenizer
 from runs import torchrun
 from runs.options import kind, opt
 
@@ -119,7 +120,7 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
             raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")
         m.config.block_length = c.block_causal
     one_thread_if_small(m)
-    tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
+    tok = tokenizer.load(folder, m.config.eos_id, m.config.mask_id)
     for line in disagreements(tok, m.config):
         torchrun.warner(processes)(f"{folder}: {line}")
     if tok.size > m.config.vocab_size:

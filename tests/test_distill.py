@@ -13,6 +13,7 @@ import data
 import decode
 import evaluate
 import model
+import tokenizer
 from experiments import tiny as tiny_model
 
 
@@ -32,7 +33,7 @@ def test_it_logs_what_the_decoder_did(tiny, puzzles, trajectories):
     decoder = meta(trajectories)["decoder"]
     assert decoder["strategy"] == "entropy"  # the model's own generation_config.json
     assert decoder["max_new_tokens"] == tiny_model.WHOLE.answer
-    m, tok = model.load(tiny), data.load_tokenizer(tiny)
+    m, tok = model.load(tiny), tokenizer.load(tiny)
     for row in rows[:3]:
         record = found[row["id"]]
         assert record["prompt_ids"] == tok.encode(row["prompt"])
@@ -50,7 +51,7 @@ def test_it_logs_what_the_decoder_did(tiny, puzzles, trajectories):
 
 def test_the_same_from_python(tiny, puzzles, trajectories):
     """evaluate.answer takes texts or token ids, and gives the records that distill writes."""
-    m, tok, settings = model.load(tiny), data.load_tokenizer(tiny), meta(trajectories)["decoder"]
+    m, tok, settings = model.load(tiny), tokenizer.load(tiny), meta(trajectories)["decoder"]
     rows = [json.loads(line) for line in puzzles.read_text().splitlines()][:3]
     prompts = [row["prompt"] for row in rows]
     texts, records = evaluate.answer(m, tok, prompts, settings)
@@ -66,7 +67,7 @@ def test_the_same_from_python(tiny, puzzles, trajectories):
 
 
 def test_the_seed_decides_what_python_samples(tiny):
-    m, tok = model.load(tiny), data.load_tokenizer(tiny)
+    m, tok = model.load(tiny), tokenizer.load(tiny)
     settings = dict(max_new_tokens=12, steps=12, temperature=1.0)
     answers = [evaluate.answer(m, tok, ["L1", "L2"], settings, seed)[0] for seed in (0, 0, 1)]
     assert answers[0] == answers[1]
@@ -74,7 +75,7 @@ def test_the_seed_decides_what_python_samples(tiny):
 
 
 def test_predictions_that_are_not_finite_are_an_error(tiny):
-    m, tok = model.load(tiny), data.load_tokenizer(tiny)
+    m, tok = model.load(tiny), tokenizer.load(tiny)
     with torch.no_grad():
         next(m.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="predictions are not finite"):

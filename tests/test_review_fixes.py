@@ -12,6 +12,7 @@ import data
 import evaluate
 import lora
 import tabom
+import tokenizer
 import train
 from runs import disk, loading, resume, torchrun
 
@@ -199,7 +200,7 @@ def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, 
     with open(file, "w") as f:
         f.write(disk.json_line(dict(prompt="hi", system="Be terse.", history=[["a", "b"]])))
         f.write(disk.json_line(dict(prompt="ho")))
-    encode = data.encode_prompt
+    encode = tokenizer.encode_prompt
 
     def seeing(tok, talk, *more):
         seen.append(list(talk))

@@ -36,7 +36,9 @@ import evaluate
 import lora
 import model
 import objectives
+import release.files
 import tabom
+import tokenizer
 import train
 from experiments import tiny as tiny_model
 from runs import loading, resume, torchrun
@@ -320,7 +322,7 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
     assert before.keys() == after.keys()
     for name, w in before.items():
         assert not torch.equal(w, after[name]), name
-    data.load_tokenizer(out / "epoch-2")  # the checkpoint is a model folder of its own
+    tokenizer.load(out / "epoch-2")  # the checkpoint is a model folder of its own
     shutil.rmtree(out / "epoch-2")
     run_train(capsys, **options)
     again = load_file(out / "epoch-2" / "model.safetensors")
@@ -486,7 +488,7 @@ def release(tiny, trajectories, tmp_path_factory):
     """A file in the authors' format: twelve trajectories, four of each of three methods, padded to 256 tokens."""
     rows = []
     for i, record in enumerate(data.read_trajectories(trajectories)):
-        rows.append(data.to_release_format(record, 2, ("entropy", "default", "topk_margin")[i % 3]))
+        rows.append(release.files.to_release_format(record, 2, ("entropy", "default", "topk_margin")[i % 3]))
     return write_lines(tmp_path_factory.mktemp("release") / "theirs.jsonl", rows)
 
 
@@ -609,7 +611,7 @@ def test_rows_of_the_authors_files_are_read_as_their_loader_reads_them(bytes_mod
     """What it reads of these rows is in tests/golden/release/loader.json: here the rows of "entropy"."""
     golden = json.loads((FOLDER / "release" / "loader.json").read_text())
     items = golden["cases"][0]["items"]
-    file, tok = write_lines(tmp_path / "theirs.jsonl", golden["rows"]), data.load_tokenizer(bytes_model)
+    file, tok = write_lines(tmp_path / "theirs.jsonl", golden["rows"]), tokenizer.load(bytes_model)
     found = prepared_records(tmp_path, model=str(bytes_model), data=str(file), methods=("entropy",))
     assert len(found) == len(items) == 4
     for record, (prompt, response, ids, _, order, _) in zip(found, items):
