@@ -206,7 +206,7 @@ def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, 
         seen.append(list(talk))
         return encode(tok, talk, *more)
 
-    monkeypatch.setattr(data, "encode_prompt", seeing)
+    monkeypatch.setattr(tokenizer, "encode_prompt", seeing)
     options = dict(model=bytes_model, prompts=file, max_new_tokens=2, block_length=0)
     assert tabom.main(["generate", *flags(**options)]) == 0
     assert [turn["content"] for turn in seen[0]] == ["Be terse.", "a", "b", "hi"]
