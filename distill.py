@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import data
 import evaluate
-import release.files
 import tokenizer
+from release.files import to_release_format
 from runs import disk, loading, torchrun
 from runs.options import opt
 
@@ -69,7 +69,7 @@ def distill(c, processes=None, loaded=None):
         with disk.atomic_file(out / "release.jsonl") as f:
             method = RELEASE_METHODS.get(settings["strategy"], settings["strategy"])
             for record in filter(data.usable, records):
-                f.write(disk.json_line(release.files.to_release_format(record, loaded.m.config.pad_id, method)))
+                f.write(disk.json_line(to_release_format(record, loaded.m.config.pad_id, method)))
     return dict(
         out=str(out),
         trajectories=len(records),

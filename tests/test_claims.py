@@ -13,11 +13,11 @@ from helpers import flags, last_json, shell, write_lines
 
 import data
 import objectives
-import release.files
 import tabom
 import tokenizer
 import train
 from experiments import claims, puzzles, report, sweep, tiny
+from release.files import to_release_format
 
 
 @pytest.mark.parametrize("name", claims.ROWS)
@@ -115,7 +115,7 @@ def test_rows_on_the_authors_trajectories(tiny, trajectories, puzzles, tmp_path,
     """A file in the authors' format, as it is: --methods chooses its rows, and all runs train on the same ones."""
     rows = []
     for i, record in enumerate(data.read_trajectories(trajectories)):
-        rows.append(release.files.to_release_format(record, 2, ("entropy", "credit", "topk_margin")[i % 3]))
+        rows.append(to_release_format(record, 2, ("entropy", "credit", "topk_margin")[i % 3]))
     write_lines(tmp_path / "theirs.jsonl", rows)
     words = flags(model=tiny, data=tmp_path / "theirs.jsonl", test=puzzles, recipe="llada-prm12k", seeds=1)
     words += flags(methods="entropy,credit", rows="SFT-SD;TABOM", out=tmp_path / "C")

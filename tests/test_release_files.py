@@ -7,8 +7,8 @@ from helpers import FOLDER
 from letters import HI, column, write, write_bytes_tokenizer
 
 import data
-import release.files
 import tokenizer
+from release.files import to_release_format
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_the_authors_loader_takes_the_same_rows(letters, tmp_path):
 def test_our_records_can_be_written_in_the_authors_format(letters, tmp_path):
     prompt = tokenizer.encode_prompt(letters, HI)
     ours = dict(RECORD, prompt="Hi", prompt_ids=prompt, text="x", step=[3, 0, 4, 1])
-    row = release.files.to_release_format(ours, pad_id=256)
+    row = to_release_format(ours, pad_id=256)
     assert len(row["response_token_ids"]) == len(row["decoding_order"]) == 256
     assert row["decoding_order"][:5] == [3, 0, 4, 1, -1] and row["non_ltr_positions"] == [0, 1, 2, 3]
     (record,) = data.read_trajectories(write(tmp_path / "d.jsonl", row), tok=letters)

@@ -36,11 +36,11 @@ import evaluate
 import lora
 import model
 import objectives
-import release.files
 import tabom
 import tokenizer
 import train
 from experiments import tiny as tiny_model
+from release.files import to_release_format
 from runs import loading, resume, torchrun
 
 # --------------------------------------------------------------------------------------------------------- the loop
@@ -488,7 +488,7 @@ def release(tiny, trajectories, tmp_path_factory):
     """A file in the authors' format: twelve trajectories, four of each of three methods, padded to 256 tokens."""
     rows = []
     for i, record in enumerate(data.read_trajectories(trajectories)):
-        rows.append(release.files.to_release_format(record, 2, ("entropy", "default", "topk_margin")[i % 3]))
+        rows.append(to_release_format(record, 2, ("entropy", "default", "topk_margin")[i % 3]))
     return write_lines(tmp_path_factory.mktemp("release") / "theirs.jsonl", rows)
 
 
