@@ -1,9 +1,6 @@
-"""Step 3: answer benchmark questions and grade the answers. Other commands decode and check with this file too.
+"""Step 3: answer benchmark questions and grade the answers.
 
     torchrun --nproc_per_node 8 tabom.py evaluate --model M --adapter out/R/epoch-5 --tasks gsm8k,math500 --out out/E
-
-    texts, records = evaluate.answer(m, tok, prompts, settings, seed=0)    # settings: arguments of decode.generate
-    evaluate.check("number", response, reference_answer)                   # True, False, or None: cannot be told
 
 A benchmark is a file of benchmarks/ (docs/extending.md lists what it holds). Protocols: "paper" asks both families as
 lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the lengths of the authors' published code;
@@ -13,331 +10,24 @@ lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the
 import ast
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import json
-import re
-import time
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 import data
-import decode
+import distill
 import tokenizer
 from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
+from benchmarks.answers import check  # noqa: F401 - evaluate.check
 from formats import talks
 from runs import disk, loading, torchrun
 from runs.options import name_list, opt
 
 TASKS = {task.NAME: task for task in (gsm8k, math500, humaneval, mbpp, ifeval)}
-PROTOCOLS = ("paper", "release", "official")
-
-# Tables 2 and 3, in percent, from the authors' project page (docs/recipes.md has the other rows): before training, and
-# TABOM trained on PRM12K and on Ling-Coder.
-PAPER = {
-    ("dream", "gsm8k"): (81.41, 84.31, 81.73),
-    ("dream", "math500"): (39.80, 41.10, 42.40),
-    ("dream", "humaneval"): (52.66, 58.54, 60.36),
-    ("dream", "mbpp"): (58.00, 59.20, 60.60),
-    ("dream", "ifeval"): (56.56, 56.19, 55.45),
-    ("llada", "gsm8k"): (76.12, 78.62, 77.33),
-    ("llada", "math500"): (36.20, 36.80, 38.20),
-    ("llada", "humaneval"): (36.01, 40.30, 42.68),
-    ("llada", "mbpp"): (39.20, 40.10, 40.00),
-    ("llada", "ifeval"): (33.08, 32.98, 34.19),
-}
-PAPER_VOCABULARY = 100_000  # both of the paper's models have more tokens; no row of it belongs beside a smaller one
-
-# -------------------------------------------------------------------------------------------------------- answering
-
-
-def answer(m, tok, prompts, settings, seed=0):
-    """Answer prompts in one batch -> (texts, records), one of each per prompt.
-
-    prompts: texts as the model reads them (tok.chat renders one), or lists of token ids. settings: arguments of
-    decode.generate. seed: with the number of the prompt it decides every random choice. A record is a line of a
-    trajectory file (docs/formats.md). Raises ValueError for predictions that are not finite."""
-    examples = []
-    for i, prompt in enumerate(prompts):
-        ids = tok.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        examples.append(dict(id=i, prompt=prompt, answer=None, prompt_ids=ids))
-    records = answer_batch(loading.Loaded(m, tok, None), examples, settings, seed, next(m.parameters()).device)
-    return [r["text"] for r in records], records
-
-
-def answer_batch(loaded, examples, settings, seed, device):
-    """Decode a few examples (dicts of id and prompt_ids, perhaps prompt and answer) together -> their trajectory
-    records."""
-    records = {}
-    for numbers, found in answers(loaded, examples, settings, seed, device):
-        records.update(zip(numbers, found))
-    return [records[i] for i in range(len(examples))]
-
-
-def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=None):
-    """Decode examples, batch_size at a time -> yields (their numbers, their trajectory records) as they finish.
-
-    on_step: called after each decoding step, see decode.stream."""
-    m, prompts = loaded.m, [torch.tensor(e["prompt_ids"], device=device) for e in examples]
-
-    def generator(i):
-        return data.generator(seed, "decode", examples[i]["id"], device=device)
-
-    own = dict(generator=generator, on_step=on_step, **with_eos_rules(settings, loaded))
-    for numbers, t in decode.stream(m, prompts, batch_size, **own):
-        decoded = t.response != m.config.mask_id  # [R, N]; --threshold with few --steps may leave masks
-        if not t.entropy[decoded].isfinite().all():
-            raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
-        t = t._replace(order=t.order.masked_fill(~decoded, -1))
-        t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
-        rows = zip(*(field.tolist() for field in t))
-        yield numbers, [record_of(examples[i], loaded.tok, *row) for i, row in zip(numbers, rows)]
-
-
-def record_of(e, tok, response, step, order, entropy, confidence):
-    """The trajectory record of an example and of a row of decode.Trajectory, as lists."""
-    record = dict(id=e["id"], prompt=e.get("prompt"), answer=e.get("answer"), prompt_ids=e["prompt_ids"])
-    record.update(response_ids=response, order=order, step=step)
-    record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
-    record["text"] = tok.response_text(response)
-    record["finished"] = tokenizer.first_end(response, tok.stop_ids) < len(response)
-    return record
-
-
-def with_eos_rules(settings, loaded):
-    """Arguments of decode.generate: the settings, the ids that no response may hold, and the EOS id in place of
-    suppress_eos and eos_last."""
-    settings, eos = dict(settings), loaded.m.config.eos_id
-    settings["suppress"] = loaded.never_chosen
-    if settings.pop("suppress_eos", False):
-        settings["suppress"].append(eos)
-    if settings.pop("eos_last", False):
-        settings["last"] = [eos]
-    if settings.get("schedule") in decode.BLOCKWISE and loaded.m.config.block_length is not None:
-        settings["stop"] = sorted(loaded.tok.stop_ids)  # what a finished block ends, later blocks cannot change
-    return settings
-
-
-def check_context(examples, settings, config, warn):
-    """Warn of prompts that, with their response, are longer than the context that the model was trained with."""
-    if config.max_length is None:
-        return
-    longest = max(len(e["prompt_ids"]) for e in examples) + settings["max_new_tokens"]
-    if longest > config.max_length:
-        warn(f"prompt and response have up to {longest} tokens; the model was trained with {config.max_length}")
-
-
-def answer_all(c, processes, loaded, examples, settings, out, judge):
-    """Answer the examples whose answers the folder out lacks, split over the processes -> their number.
-
-    c: options with seed and batch_size. examples: dicts of id, prompt, answer and prompt_ids. judge(examples, records)
-    gives each record its verdict: a dict of correct (True, False or None) and whatever else is worth keeping."""
-    if processes.first:
-        for file in data.trajectory_files(out):
-            disk.drop_torn_line(file)
-    processes.barrier()
-    done = {}
-    if data.trajectory_files(out):
-        done = {json.dumps(r["id"]): r["prompt_ids"] for r in read_verdicts(out)}
-        check_answered(out, examples, done)
-    processes.barrier()  # nobody writes before everybody has read
-
-    todo = [e for e in examples if json.dumps(e["id"]) not in done]
-    todo.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding, and the batch that needs most memory first
-    mine = todo[processes.index :: processes.count]
-    with (
-        open(out / f"trajectories-{processes.index:05d}.jsonl", "a", encoding="utf-8") as f,
-        tqdm(total=len(mine), desc=out.name, unit="prompt", disable=not processes.shows) as bar,
-    ):
-        progress = Progress(bar, settings)
-        for numbers, records in answers(
-            loaded, mine, settings, c.seed, processes.device, c.batch_size, progress.decoded
-        ):
-            for record, verdict in zip(records, judge([mine[i] for i in numbers], records)):
-                record.update(verdict)
-                f.write(disk.json_line(record))
-                progress.kept += data.usable(record)
-            f.flush()
-            progress.seen += len(records)
-    processes.barrier()
-    return len(todo)
-
-
-def check_answered(out, examples, known):
-    """Raises ValueError where the answers of a folder, id -> tokens of its prompt, are not to these prompts: with
-    another --limit, rows may have ids of their own or be numbered."""
-    asked = {json.dumps(e["id"]): e["prompt_ids"] for e in examples}
-    prompts, others = set(map(tuple, asked.values())), []
-    for key, prompt in known.items():
-        under_another = key not in asked and tuple(prompt) in prompts
-        if asked.get(key, prompt) != prompt or under_another:
-            others.append(key)
-    if others and not asked.keys() <= known.keys():
-        what = f"{len(others)} of its answers are to other prompts, or under other ids, such as {others[0]}"
-        raise ValueError(f"{out}: {what}; give the same --limit as before, or another --out")
-
-
-def read_verdicts(out, more=()):
-    """The records of a run folder with their verdicts. Raises ValueError for one that lacks any."""
-    records = data.read_trajectories(out)
-    for r in records:
-        for name in ("finished", "correct", *more):
-            if name not in r:
-                raise ValueError(f"{out}: the line of id {r['id']} has no {name}: remove it, and it is made again")
-    return records
-
-
-class Progress:
-    """Moves a bar of prompts, also while they are being answered, and says the speed and how long all will take."""
-
-    def __init__(self, bar, settings):
-        self.bar, self.seen, self.kept, self.begun = bar, 0, 0, time.time()
-        self.tokens = settings["max_new_tokens"]
-        self.steps = settings.get("steps") or -(-self.tokens // settings["tokens_per_step"])
-
-    def decoded(self, now, *_):
-        """After a step: the number of the step, in each row that took one."""
-        done = self.seen + float(((now + 1) / self.steps).clamp(max=1).sum())  # prompts, and shares of some
-        each = (time.time() - self.begun) / done  # seconds
-        shown = f"{self.tokens / each:.0f} tokens/s, {tqdm.format_interval(each * self.bar.total)} in all"
-        if self.seen:
-            shown += f", kept {self.kept / self.seen:.0%}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(int(done) - self.bar.n)
-
-
-# ---------------------------------------------------------------------------------------------- is an answer right?
-
-CHECKS = ("auto", "number", "math", "exact", "none")
-
-
-def check(kind, response, answer):
-    """Whether a response agrees with the reference answer, or with any of a list of them: True, False, or None where
-    that cannot be decided.
-
-    "number": the final number of the response against the answer, without percent signs; None for an answer that is
-    not one plain number.
-    "math": math-verify's verdict, as for MATH500. "auto": number for a plain number, the letter chosen for a letter,
-    math for other mathematics, None for prose. "exact": the same text, but for space around it. "none": None. Raises
-    ValueError for another kind."""
-    if kind not in CHECKS:
-        raise ValueError(f"check {kind!r} is not one of {', '.join(CHECKS)}")
-    if kind == "none" or answer is None:
-        return None
-    if isinstance(answer, list):
-        verdicts = [check(kind, response, one) for one in answer]
-        if None in verdicts and True not in verdicts:
-            return None
-        return True in verdicts
-    if kind == "exact":
-        return response.strip() == answer.strip()
-    if kind == "number":  # 12\% and 12 % are 12; math-verify, which auto asks, knows that they may be 0.12 too
-        response, answer = PERCENT.sub("", response), PERCENT.sub("", answer)
-    marked = marked_answer(answer)
-    if kind == "auto" and re.fullmatch("[A-Z]", (marked or answer).strip()):
-        return final_choice(response) == (marked or answer).strip()
-    gold = sole_number(answer if marked is None else marked)
-    if gold is not None and kind != "math":
-        found = final_number(response)
-        if found is not None or kind == "number":
-            return found == gold
-    if kind == "number" or (kind == "auto" and gold is None and not is_mathematics(answer)):
-        return None
-    return math500.grade(dict(answer=(answer if marked is None else marked).strip()), response)["correct"]
-
-
-def marked_answer(text):
-    """The text after the last ####, else inside the last \\boxed{} whose braces close; None without either."""
-    if "####" in text:
-        return text.rsplit("####", 1)[1]
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for place in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : place]
-    return None
-
-
-PERCENT = re.compile(r"(?<=\d)\s*\\?%")
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-PLAIN = re.compile(rf"-?\$?-?(?:{DIGITS})")
-# What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
-PART = re.compile(
-    r"\s*[/\u00d7\u00b7\u00f7\u2044\u2215\u221a\u03c0]|\s*\^|_|\s*\\(?:sqrt|pi|d?frac|cdot|times)|\s*\*\s*\d|\s*pi\b"
-    r"|[:,]\d|[A-Za-z](?![A-Za-z])|\(|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be]"
-)
-# And what stands before one: the signs are those of a product, a quotient, a fraction and a root.
-PART_BEFORE = re.compile(r"[/^_{\\:\u00d7\u00b7\u00f7\u2044\u2215\u221a]\s*$|\d\s*\*\s*$|\d,\s*$|[A-Za-z]\(?$")
-
-
-def spelled_plainly(text):
-    """LaTeX's spellings of numbers, 1{,}000 and 1\\,000, and the minus signs U+2212 and U+2013, in plain characters."""
-    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-"), ("\u2013", "-"), ("\\$", "$")):
-        text = text.replace(written, plain)
-    return text
-
-
-def sole_number(text):
-    """The number that is all of a text, apart from space, a dollar sign and a final point: Decimal, or None.
-
-    "72 apples", "3/4" and "2x" are not plain numbers."""
-    text = spelled_plainly(text).strip().strip("$").strip()
-    text = text.removeprefix("\\(").removesuffix("\\)").strip().removesuffix(".")
-    if not PLAIN.fullmatch(text):
-        return None
-    return Decimal(text.replace(",", "").replace("$", ""))
-
-
-def final_number(text):
-    """The marked answer of a response if it has one, else its last number: Decimal; None where there is no number, or
-    where it is part of a fraction, a power or a product."""
-    marked = marked_answer(text)
-    if marked is not None:
-        return sole_number(marked)
-    text = spelled_plainly(text)
-    found = list(re.finditer(DIGITS, text))
-    if not found:
-        return None
-    last = found[-1]
-    before, after = text[: last.start()].removesuffix("$"), text[last.end() :]
-    if PART_BEFORE.search(before) or PART.match(after):
-        return None
-    number = Decimal(last[0].replace(",", ""))
-    negative = re.search(r"(?<![\w)])-$", before)  # the minus of 5-3 subtracts
-    return number.copy_negate() if negative else number
-
-
-# A capital letter on its own, but for the article in "A dog" and the pronoun in "I think".
-LETTER = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|[AI](?!\s+(?!is\b)[a-z]))(?![\w'])")
-
-
-def final_choice(text):
-    """The letter that a response to a multiple-choice question chooses: that of its marked answer, else the first
-    behind its last word "answer", else its last one; None without any."""
-    marked = marked_answer(text)
-    if marked is not None:
-        text = marked
-    found = LETTER.findall(re.split("answer", text, flags=re.IGNORECASE)[-1])
-    if found:
-        return found[0 if re.search("answer", text, re.IGNORECASE) else -1]
-    found = LETTER.findall(text)
-    return found[-1] if found else None
-
-
-def is_mathematics(answer):
-    """Whether math-verify can make sense of a reference answer: marked, or short and without words."""
-    if marked_answer(answer) is not None or "\\" in answer:
-        return True
-    return len(answer) <= 100 and not re.search(r"[A-Za-z]{3,}", answer)
-
-
-# ------------------------------------------------------------------------------------------------------- benchmarks
+PROTOCOLS = {"paper": "release.published", "release": "release.published", "official": None}  # -> what knows more of it
+WHOLE_PROMPTS = ("llada", "sdar")  # families whose official evaluation cuts no prompt
 
 
 @dataclass
@@ -349,13 +39,18 @@ class EvaluateOptions(loading.ModelOptions, loading.DecodeOptions):
         "paper",
         "paper: prompts of lm-evaluation-harness, the paper's response lengths; release: the same prompts, lengths and "
         "graders of the authors' code; official: each model's own evaluation",
-        choices=PROTOCOLS,
+        choices=tuple(PROTOCOLS),
     )
     out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-HASH)")
     data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
     adapter: str | None = opt(None, "adapter folder")
     shots: str | None = opt(
         None, "JSON file of turns put before each question: a list of chat messages, or an object with a list per task"
+    )
+    prompt_tokens: int | None = opt(
+        None,
+        "longer prompts are cut on the left to this many tokens (1024; LLaDA with --protocol official: all)",
+        low=1,
     )
     limit: int | None = opt(None, "use only the first LIMIT questions of each task", low=1)
     batch_size: int = opt(16, "questions decoded together on each process", low=1)
@@ -365,7 +60,8 @@ def evaluate(c, processes=None, loaded=None):
     """Answer the questions of benchmarks and grade the answers -> a score with its interval for each.
 
     out/TASK/ holds the trajectories of the answers with their verdicts; out/results.json the scores and settings.
-    loaded: a loading.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name."""
+    loaded: a loading.Loaded that answers, instead of loading c.model and c.adapter; it must be what they name.
+    Raises ValueError or FileNotFoundError before anything is decoded."""
     unknown = [task for task in c.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: unknown; choose among {', '.join(TASKS)}")
@@ -373,17 +69,18 @@ def evaluate(c, processes=None, loaded=None):
     tasks = list(dict.fromkeys(c.tasks))  # one that is named twice is answered once
     questions = {task: read_questions(task, c.data) for task in tasks}
     shots = {task: read_shots(c.shots, task) for task in tasks}
-    if loaded is None:
-        loaded = loading.load_model(c, processes, c.adapter)
-    identity = disk.content_hashes(loaded.folder, c.adapter)
-    out = Path(c.out or f"out/evaluate-{digest(identity)[:8]}")
+    loaded = loaded or loading.load_model(c, processes, c.adapter)
+    if PROTOCOLS[c.protocol]:
+        room(c).check_model(c, loaded, torchrun.warner(processes))
     settings = {task: task_settings(c, task, loaded) for task in tasks}  # before anything is decoded
+    same = loading.identity(c, processes, loaded)
+    out = Path(c.out or f"out/evaluate-{digest({name: same[name] for name in ('model_sha256', 'adapter_sha256')})[:8]}")
     if (out / "meta.json").is_file():
         command = data.read_json(out / "meta.json").get("command")
         raise FileExistsError(f"{out} holds a run of {command}: choose another --out")
     scores = []
     for task in tasks:
-        about = dict(identity, decoder=settings[task])
+        about = dict(same, decoder=settings[task])
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
         shown = dict(command=vars(c) | dict(tasks=tasks), scores=scores, versions=grader_versions())
@@ -395,19 +92,17 @@ def evaluate(c, processes=None, loaded=None):
     return dict(out=str(out), scores=scores)
 
 
+def room(c):
+    """The module with what else a protocol decides."""
+    return importlib.import_module(PROTOCOLS[c.protocol])
+
+
 def task_settings(c, task, loaded):
     """A benchmark's decoder settings, with the command line's changes. There are as many steps as tokens, also where
-    --max-new-tokens changes the number of tokens. Raises ValueError for a protocol that does not know the family."""
-    family = loaded.m.config.family
-    if c.protocol == "release" and family not in ("llada", "dream"):
-        raise ValueError(
-            f"--protocol release: the authors' code has LLaDA and Dream, not {family}; use paper or official"
-        )
-    preset = TASKS[task].settings(family, c.protocol)
-    if (
-        getattr(loaded.m.config, "block_length", None) is not None
-    ):  # the attention's own blocks, unless flags say others
-        preset.pop("block_length", None)
+    --max-new-tokens changes the number of tokens."""
+    preset = TASKS[task].settings(loaded.m.config.family, c.protocol)
+    if getattr(loaded.m.config, "block_length", None) is not None:
+        preset.pop("block_length", None)  # the attention's blocks, unless flags say others
     if c.max_new_tokens:
         preset.update(max_new_tokens=c.max_new_tokens, steps=c.max_new_tokens)
     return loading.decoder_settings(c, loaded, preset)
@@ -415,70 +110,65 @@ def task_settings(c, task, loaded):
 
 def run_task(c, processes, loaded, task, questions, shots, about, out):
     """Answer and grade the questions of one benchmark -> its score. about: model, adapter and decoder settings."""
-    family, examples = loaded.m.config.family, []
-    for i, record in enumerate(questions[: c.limit]):
-        try:
-            text, ids = prompt_of(c, loaded, task, record, shots)
-        except ValueError as e:
-            raise ValueError(f"question {i} of {task}, counted from 0: {e}") from e
-        examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
+    family, examples = loaded.m.config.family, encode_questions(c, processes, loaded, task, questions, shots)
     meta = dict(
         command="evaluate",
         task=task,
         protocol=c.protocol,
-        block_causal=c.block_causal,
         **about,
-        dtype=loading.resolve_dtype(c, processes),
-        seed=c.seed,
         limit=c.limit,
-        shots=len(shots),
+        prompt_tokens=c.prompt_tokens,
+        shots=examples_of(shots),
         questions_sha256=digest(questions),
         shots_sha256=digest(shots),
-        versions=disk.versions(),
     )
     out = disk.open_run(out, meta, processes, free=("limit",))
 
     def judge(batch, records):
         texts, asked = [], []
         for example, record in zip(batch, records):
-            texts.append(TASKS[task].trim(graded_text(c, loaded, record), family, c.protocol))
+            text = room(c).graded_text(c, loaded, record) if PROTOCOLS[c.protocol] else record["text"]
+            texts.append(TASKS[task].trim(text, family, c.protocol))
             asked.append(example["record"])
         found = verdicts(task, asked, texts, family, c.protocol)
         return [dict(verdict, response=text) for verdict, text in zip(found, texts)]
 
-    answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
-    found = read_verdicts(out, ("strict", "loose") if task == "ifeval" else ())[: len(examples)]
+    distill.answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
+    found = distill.read_verdicts(out, ("strict", "loose") if task == "ifeval" else ())[: len(examples)]
     finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
-    more = dict(finished=finished, shots=len(shots), protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
-    return dict(score(task, found), **more, **paper_scores(c, loaded, task))
+    more = dict(finished=finished, shots=meta["shots"], protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
+    return dict(score(task, found), **more, **paper_scores(c, loaded, task, about["decoder"], len(found)))
 
 
-def paper_scores(c, loaded, task):
-    """dict(paper=dict(base, prm12k, ling_coder)): the paper's scores in percent, before training and after TABOM on
-    either dataset. Empty where model, questions, prompts or decoder are not the paper's or the release's."""
-    config = loaded.m.config
-    own = task_settings(EvaluateOptions(protocol=c.protocol), task, loaded)
-    same = c.limit is None and c.shots is None and c.protocol != "official" and task_settings(c, task, loaded) == own
-    if not same or config.vocab_size < PAPER_VOCABULARY or (config.family, task) not in PAPER:
+def paper_scores(c, loaded, task, settings, n):
+    """What to show beside a score on n questions: the paper's, where everything is as in the paper; else nothing."""
+    of_protocol = task_settings(EvaluateOptions(protocol=c.protocol), task, loaded)
+    if not PROTOCOLS[c.protocol] or settings != of_protocol or c.shots is not None:
         return {}
-    return dict(paper=dict(zip(("base", "prm12k", "ling_coder"), PAPER[config.family, task])))
+    return room(c).published(c, loaded.m.config, task, n)
 
 
-def prompt_of(c, loaded, task, record, shots):
-    """(user's turn, token ids of the prompt) of a question, cut on the left to the benchmark's length."""
-    family = loaded.m.config.family
-    text, start = TASKS[task].ask(record, family, c.protocol)
-    ids = tokenizer.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
-    whole = family in ("llada", "sdar") and c.protocol == "official"  # OpenCompass and T3D do not cut
-    return text, ids if whole else ids[-TASKS[task].PROMPT_TOKENS :]
+def encode_questions(c, processes, loaded, task, questions, shots):
+    """The questions as examples of distill.answer_all: dicts of id, prompt, answer, prompt_ids and record. Prompts that
+    are longer than --prompt-tokens, or the benchmark's own length, are cut on the left, with a warning."""
+    family, examples = loaded.m.config.family, []
+    most = c.prompt_tokens or TASKS[task].PROMPT_TOKENS
+    if c.prompt_tokens is None and c.protocol == "official" and family in WHOLE_PROMPTS:
+        most = None
+    for i, record in enumerate(questions[: c.limit]):
+        text, start = TASKS[task].ask(record, family, c.protocol)
+        try:
+            ids = tokenizer.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
+        except ValueError as e:
+            raise ValueError(f"question {i} of {task}, counted from 0: {e}") from e
+        examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
+    distill.cut_prompts(examples, most, torchrun.warner(processes), task)
+    return examples
 
 
-def graded_text(c, loaded, record):
-    """The text of a response that is graded. The release cuts LLaDA's at the EOS alone: an end of turn stays in it."""
-    if c.protocol != "release" or loaded.m.config.family != "llada":
-        return record["text"]
-    ids, eos = record["response_ids"], loaded.m.config.eos_id
-    return loaded.tok.decode(ids[: ids.index(eos)] if eos in ids else ids)
+def examples_of(shots):
+    """How many worked examples the turns before a question are: the answers among them."""
+    return sum(turn["role"] == "assistant" for turn in shots)
 
 
 def read_questions(task, folder=None):
@@ -641,6 +331,6 @@ def score_table(scores):
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", paper, r["finished"], decoding]
         cells += [r["protocol"], r["shots"], r["seed"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if any("paper" in r for r in scores):
-        lines.append("paper %: before training / TABOM on PRM12K / TABOM on Ling-Coder")
+    for line in dict.fromkeys(r["paper_about"] for r in scores if "paper" in r):
+        lines.append(line)
     return "\n".join(lines)

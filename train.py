@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -31,13 +30,14 @@ import torch
 from tqdm import tqdm
 
 import data
-import evaluate
+import distill
 import lora
 import model
 import objectives
-import tokenizer
-from runs import disk, loading, resume, shard, torchrun
+from release import recipes
+from runs import disk, loading, logs, resume, shard, torchrun
 from runs.options import flag, name_list, opt
+from runs.records import check_context, training_records
 
 # ---------------------------------------------------------------------------------------------------------- options
 
@@ -64,43 +64,7 @@ def window_size(text):
 
 SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.items())
 
-# The four recipes of the authors' release (tonyckc/TABOM). All else is the same in them, and the default here: W 32,
-# LoRA of rank and alpha 16, 5 epochs, weight decay 0.01, clipping at 1, 50 steps of warm-up.
-SHARED = dict(window=32, lora_rank=16, lora_alpha=16, epochs=5, weight_decay=0.01, clip=1.0, warmup=50)
-SHARED |= dict(starts="uniform", max_prompt_tokens=256, keep="all", cut_eos=False, lora_targets=("q_proj", "v_proj"))
-RECIPES = {
-    "dream-prm12k": SHARED | dict(methods=("entropy",), margin=0.1, weight=1.0, lr=2e-5, global_batch=32),
-    "dream-ling-coder": SHARED
-    | dict(methods=("all",), margin=0.1, weight=2.0, lr=1e-4, global_batch=64, starts="non-ltr"),
-    "llada-prm12k": SHARED
-    | dict(methods=("entropy", "default", "credit"), margin=0.2, weight=1.0, lr=2e-5, global_batch=32),
-    "llada-ling-coder": SHARED | dict(methods=("default",), margin=0.3, weight=1.0, lr=2e-5, global_batch=32),
-}
 
-
-def recipe_help(recipe):
-    """A recipe in the help of the command line."""
-    return f"margin {recipe['margin']}, weight {recipe['weight']}, lr {recipe['lr']}, batch {recipe['global_batch']}"
-
-
-def follows_recipe(cls):
-    """A class of options whose `recipe` sets what the constructor is not given, from Python as on the command line.
-
-    The constructor raises ValueError for a recipe that there is not."""
-    plain = cls.__init__
-
-    @functools.wraps(plain)
-    def made(self, **given):
-        name = given.get("recipe")
-        if name not in (None, *RECIPES):
-            raise ValueError(f"--recipe {name}: must be one of {', '.join(RECIPES)}")
-        plain(self, **{**RECIPES.get(name, {}), **given})
-
-    cls.__init__ = made
-    return cls
-
-
-@follows_recipe
 @dataclass
 class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
     """training"""
@@ -110,9 +74,8 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
     adapter: str | None = opt(None, "adapter folder to start from, instead of a new adapter")
     recipe: str | None = opt(
         None,
-        "settings of one of the authors' recipes; flags on the command line win: "
-        + "; ".join(f"{name}: {recipe_help(recipe)}" for name, recipe in RECIPES.items()),
-        choices=tuple(RECIPES),
+        f"settings of one of the authors' recipes; flags on the command line win: {recipes.help()}",
+        choices=tuple(recipes.RECIPES),
     )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
     window: int | str | None = of_some(
@@ -172,10 +135,11 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
         "model's decoder: SDAR start, A2D prompt)",
         choices=loading.GRIDS,
     )
-    keep: str = opt(
-        "correct",
+    keep: str | None = opt(
+        None,
         "trajectories to train on; correct: finished, and not judged wrong",
         choices=("correct", "finished", "all"),
+        otherwise="correct",
     )
     methods: tuple | None = opt(
         None, "in files from the authors: use only rows of these decoding methods, or all", parse=name_list
@@ -191,7 +155,7 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
     lora_targets: tuple | None = opt(
         None, "layers with an adapter, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list
     )
-    epochs: int = opt(5, "passes over the data; a checkpoint after each", low=1)
+    epochs: int | None = opt(None, "passes over the data; a checkpoint after each", low=1, otherwise=5)
     stop_after: int | None = opt(
         None, "stop after this many epochs; the learning rate still follows the cosine over --epochs", low=1
     )
@@ -206,15 +170,22 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
     skip_nonfinite: bool = opt(False, "skip a step whose loss or gradient is not finite, instead of stopping")
     global_batch: int | None = opt(None, "examples per optimizer step, over all processes (4 per process)", low=1)
     batch_size: int = opt(4, "examples per forward pass on each process; gradients accumulate to --global-batch", low=1)
-    lr: float = opt(2e-5, "peak learning rate", low=0)
+    lr: float | None = opt(None, "peak learning rate", low=0, otherwise=2e-5)
     final_lr: float = opt(0.0, "learning rate at the end of the cosine", low=0)
-    warmup: int = opt(50, "steps of linear warm-up", low=0)
-    weight_decay: float = opt(0.01, "weight decay of AdamW", low=0)
-    clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", low=0)
+    warmup: int | None = opt(None, "steps of linear warm-up", low=0, otherwise=50)
+    weight_decay: float | None = opt(None, "weight decay of AdamW", low=0, otherwise=0.01)
+    clip: float | None = opt(None, "largest gradient norm; 0 = no clipping", low=0, otherwise=1.0)
     gradient_checkpointing: bool = opt(False, "recompute activations: less memory, more time")
     shard: bool = opt(
         False, "spread weights, gradients and optimizer over the processes (FSDP2), instead of a whole model on each"
     )
+
+    def __post_init__(self):
+        """What no flag gives is the recipe's, or else our default. Raises ValueError for a recipe that there is not."""
+        recipe = recipes.settings(self.recipe)
+        for f in dataclasses.fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, recipe.get(f.name, f.metadata.get("otherwise")))
 
 
 def objective_parameters(c):
@@ -267,7 +238,7 @@ def with_adapter(c):
             if given in (None, value) or (name == "lora_targets" and set(given) == set(value)):
                 continue
             way_out = "leave the flag out"
-            if RECIPES.get(c.recipe, {}).get(name) == given:  # nobody gave the flag
+            if recipes.settings(c.recipe).get(name) == given:  # nobody gave the flag
                 as_flag = ",".join(value) if name == "lora_targets" else value
                 way_out = f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag}, or start from another adapter"
             raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; {way_out}")
@@ -316,7 +287,7 @@ def train(c, processes=None, loaded=None):
     # All that can fail on account of the user's input is in prepare(): from here on there are only steps.
     run = prepare(c, processes or torchrun.Processes(c.device), loaded)
     first, metrics = run.processes.first, last_metrics(run)
-    also_log = open_log(c, run) if first else None
+    also_log = logs.opened(c.log if first else None, run.out, data.read_json(run.out / "meta.json"), run.done)
     with (
         open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
         tqdm(total=run.end, initial=run.done, desc="train", unit="step", disable=not run.processes.shows) as bar,
@@ -347,7 +318,7 @@ def train(c, processes=None, loaded=None):
 def prepare(c, processes, loaded=None):
     """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
     c = with_adapter(c)
-    check_log(c)
+    logs.check(c.log)
     parameters, unused = objective_parameters(c)
     last = resume.last_checkpoint(Path(c.out), torchrun.warner(processes))
     full, place = c.lora_rank == 0, spreading(c, processes)
@@ -476,7 +447,7 @@ def identity(c, records):
     for f in dataclasses.fields(c):
         if f.name not in FREE and "own_default" not in f.metadata:
             settings[f.name] = getattr(c, f.name)
-    for name, value in RECIPES.get(c.recipe, {}).items():
+    for name, value in recipes.settings(c.recipe).items():
         if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
@@ -502,41 +473,6 @@ def split_off(records, c):
     for i, record in enumerate(records):
         parts[i not in chosen].append(record)
     return parts
-
-
-LOGS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # --log -> the module that it needs
-
-
-def check_log(c):
-    """Raises ImportError, before a folder is made, where the library of --log is not installed."""
-    if c.log is None:
-        return
-    try:
-        importlib.import_module(LOGS[c.log])
-    except ImportError as e:
-        raise ImportError(f"--log {c.log} needs a package that is not here: pip install {c.log}") from e
-
-
-def open_log(c, run):
-    """A function of a step's metrics that writes them to --log's library too. Raises ImportError without it."""
-    if c.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
-
-        writer = SummaryWriter(run.out / "tensorboard")
-
-        def write(metrics):
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    writer.add_scalar(name, value, metrics["step"])
-            writer.flush()
-
-        return write
-    if c.log == "wandb":
-        import wandb
-
-        wandb.init(project="tabom", name=run.out.name, dir=run.out, config=data.read_json(run.out / "meta.json"))
-        return lambda metrics: wandb.log(metrics, step=metrics["step"])
-    return lambda metrics: None
 
 
 def warn_of_options(c, total, unused):
@@ -598,7 +534,7 @@ def global_batch_of(run, epoch, i):
 
 def train_step(run, step, epoch, chosen):
     """One optimizer step on the records of a global batch -> its line of metrics.jsonl."""
-    begun, c, processes = time.time(), run.c, run.processes
+    begun, c, processes = time.perf_counter(), run.c, run.processes
     # Only dropout draws from the global state: all else has a generator that depends on the example alone.
     torch.manual_seed(data.generator(c.seed, step, processes.index, "dropout").initial_seed())
 
@@ -624,7 +560,7 @@ def train_step(run, step, epoch, chosen):
         group["lr"] = lr
     norm = shard.whole(torch.nn.utils.clip_grad_norm_(weights, c.clip or math.inf)).item()  # of the whole gradient
     metrics = dict(step=step + 1, epoch=epoch + 1, **dict(zip(names, means)), grad_norm=norm, lr=lr)
-    metrics["tokens_per_second"] = round(tokens / (time.time() - begun), 1)
+    metrics["tokens_per_second"] = round(torchrun.per_second(tokens, begun), 1)
     if math.isfinite(metrics["loss"] + norm):  # the same on every process: the sums are
         run.optimizer.step()
     else:
@@ -648,7 +584,7 @@ def on_held_out(run):
     found = dict(held_out_loss=round(mean, 6) if math.isfinite(mean) else None, sample="")  # JSON has no NaN
     if processes.first or run.spread:  # a model that is spread answers on all processes, or not at all
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]
-        found["sample"] = evaluate.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
+        found["sample"] = distill.answer_batch(run.loaded, example, run.sampling, c.seed, processes.device)[0]["text"]
     m.train()
     return found
 
@@ -713,121 +649,3 @@ def learning_rate(step, total, c):
         return c.lr * step / c.warmup
     done = (step - c.warmup) / max(total - c.warmup, 1)
     return c.final_lr + (c.lr - c.final_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-# -------------------------------------------------------------------------------------------------- what to train on
-
-
-def training_records(c, loaded, parameters, processes, grid=None):
-    """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
-    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. grid: of
-    block-causal attention, see --grid; raises ValueError for one of a model without blocks."""
-    config = loaded.m.config
-    if config.block_length is None and grid is not None:
-        raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
-    path, say = Path(c.data), torchrun.warner(processes)
-    # A dataset's answers have no decode order, and only Eq. 1 does without one.
-    if data.holds_trajectories(path):
-        kept = usable_trajectories(c, path, loaded, processes, say)
-    elif c.objective == "nelbo":
-        examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
-        tokenizer.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
-        kept = examples
-    else:
-        raise ValueError(
-            f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
-        )
-    fields = ["id", "prompt_ids", "response_ids", "order"]
-    if parameters.get("starts") == "non-ltr":
-        fields.append("non_ltr")
-    if parameters.get("ranking") == "kl":
-        fields.append("entropy")
-    records = []
-    for record in kept:
-        records.append({name: record.get(name) for name in fields})
-        if grid is not None:
-            records[-1] = whole_blocks(records[-1], config.block_length, grid, config.eos_id)
-    if "entropy" in fields and any(record["entropy"] is None for record in records):
-        raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
-    return records
-
-
-def whole_blocks(record, block_length, grid, eos_id):
-    """A record for block-causal attention, whose last block is whole. A dataset's answer is filled up with EOS, which
-    are targets as in SDAR's and A2D's own training: decoding asks for the whole block. A trajectory loses the masks
-    behind the last block in which something was decoded: nothing sees them."""
-    order = record["order"]
-    n = len(record["response_ids"])
-    if order is not None:
-        while n > 0 and order[n - 1] < 0:
-            n -= 1
-    begin = len(record["prompt_ids"]) if grid == "start" else 0
-    filling = -(begin + n) % block_length
-    if order is None:
-        return {**record, "response_ids": record["response_ids"] + [eos_id] * filling}
-    changed = dict(record)
-    for name in ("response_ids", "order", "entropy"):
-        if record.get(name) is not None:
-            changed[name] = record[name][: n + filling]
-    return changed
-
-
-def check_context(records, loaded, processes):
-    """Warn of prompts that, with their response, are longer than what the model was made for."""
-    longest, context = max(map(length, records)), loaded.m.config.max_length
-    if context is not None and longest > context:
-        line = f"a prompt and its response have up to {longest} tokens, the model's context has {context}"
-        torchrun.warner(processes)(line)
-
-
-def usable_trajectories(c, path, loaded, processes, say):
-    """The trajectories that --keep lets through. Raises ValueError where none is left, for another vocabulary, and for
-    a distillation that is not finished."""
-    config, tok = loaded.m.config, loaded.tok
-    methods = c.methods
-    if methods is not None and "all" in methods:
-        methods = None
-    records = data.read_trajectories(path, config.vocab_size, tok, methods, config.mask_id, c.max_prompt_tokens, say)[
-        : c.limit
-    ]
-    meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
-    if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
-        raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")
-    check_finished(c, path, meta, len(records), processes)
-    kept = [r for r in records if data.usable(r, c.keep)]
-    if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
-        finished = sum(bool(r.get("finished")) for r in records)
-        wrong = sum(r.get("correct") is False for r in records)
-        raise ValueError(
-            f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong): "
-            "take another --keep, or distill with a larger --max-new-tokens"
-        )
-    if (c.methods or c.max_prompt_tokens) and "method" not in kept[0]:
-        say("--methods and --max-prompt-tokens act on the authors' files: these have their prompts already")
-    wrong = sum(r.get("correct") is False for r in kept)
-    if wrong:
-        say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
-    if c.cut_eos:
-        kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
-    gaps = sum(map(has_gap, kept))
-    if gaps and c.objective != "nelbo":
-        what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
-        say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
-    return kept
-
-
-def has_gap(record):
-    """Whether a trajectory has steps, before its last one, in which nothing was decoded."""
-    steps = set(record["order"]) - {-1}
-    return len(steps) <= max(steps)
-
-
-def check_finished(c, path, meta, there, processes):
-    """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
-    if path.is_dir() and processes.locked_by_another(path):
-        raise ValueError(f"{path}: distill is still writing into it: wait for it")
-    prompts = meta.get("prompts")
-    wanted = min(prompts if type(prompts) is int else there, c.limit or math.inf)  # a stranger's may be anything
-    if there < wanted and not c.unfinished:
-        how = "the same distill command continues it; --unfinished trains on what is there"
-        raise ValueError(f"{path}: {there} of {wanted} prompts are answered: {how}")

@@ -38,8 +38,8 @@ from pathlib import Path
 import data
 import distill
 import tokenizer
-import train
 from experiments import mechanism, puzzles, report, sweep, tiny
+from release.recipes import RECIPES
 from runs import disk, torchrun
 from runs.options import name_list, opt, row_list
 
@@ -102,7 +102,7 @@ class ClaimsOptions:
     test: tuple = opt((), "with --data: datasets or benchmarks to answer, comma-separated", parse=name_list)
     benchmarks: str | None = opt(None, "with --data: folder with the benchmarks' files, else from the Hub")
     ground_truth: str | None = opt(None, "with --data: dataset whose answers SFT-GT trains on; without it no SFT-GT")
-    recipe: str | None = opt(None, "with --data: settings of all rows, as in train", choices=tuple(train.RECIPES))
+    recipe: str | None = opt(None, "with --data: settings of all rows, as in train", choices=tuple(RECIPES))
     methods: tuple | None = opt(None, "with --data: as in train", parse=name_list)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import data
-import evaluate
+import distill
 import objectives
 import tokenizer
 from experiments import plots, stats
@@ -204,7 +204,7 @@ def records_of(c, processes, loaded):
     settings, decoded = loading.decoder_settings(c, loaded), []
     for i in range(0, len(mine), c.batch_size):
         batch = mine[i : i + c.batch_size]
-        decoded += evaluate.answer_batch(loaded, batch, settings, c.seed, processes.device)
+        decoded += distill.answer_batch(loaded, batch, settings, c.seed, processes.device)
     return decoded
 
 

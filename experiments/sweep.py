@@ -39,6 +39,7 @@ import lora
 import model
 import objectives
 import train
+from benchmarks.answers import CHECKS
 from experiments import diagnose, stats
 from runs import disk, loading, torchrun
 from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
@@ -47,7 +48,6 @@ GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --d
 TRAJECTORIES = 64  # so many answers to the first test set are replayed to measure their order
 
 
-@train.follows_recipe
 @dataclass
 class SweepOptions(train.TrainOptions):
     """the sweep"""
@@ -72,7 +72,7 @@ class SweepOptions(train.TrainOptions):
         choices=("accuracy", "tds", "last"),
     )
     rounds: int = opt(1, "rounds of distilling with the chosen checkpoint and training on (ReDi)", low=1)
-    check: str = opt("auto", "how a response is compared with the answer", choices=evaluate.CHECKS)
+    check: str = opt("auto", "how a response is compared with the answer", choices=CHECKS)
     decode_batch: int = opt(16, "prompts decoded together", low=1)
     test_limit: int | None = opt(None, "use only the first TEST_LIMIT questions of each validation and test set", low=1)
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")

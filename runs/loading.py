@@ -19,7 +19,7 @@ import decode
 import lora
 import model
 import tokenizer
-from runs import torchrun
+from runs import disk, torchrun
 from runs.options import kind, opt
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -169,6 +169,18 @@ def resolve_dtype(c, processes, dtype="auto"):
     return "bfloat16" if processes.device.type == "cuda" else "float32"
 
 
+def identity(c, processes, loaded):
+    """What an answer depends on besides the prompt and the decoder's settings, for the meta.json of a run: the content
+    of model and adapter, how they compute, and the seed."""
+    return dict(
+        block_causal=c.block_causal,
+        **disk.content_hashes(loaded.folder, c.adapter),
+        dtype=resolve_dtype(c, processes),
+        seed=c.seed,
+        versions=disk.versions(),
+    )
+
+
 GRIDS = ("start", "prompt")  # where blocks are counted from: the start of a row, or the end of its prompt
 
 
@@ -200,7 +212,7 @@ DECODERS = {
 
 def decoder_settings(c, loaded, preset=None):
     """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
-    of c (DecodeOptions). suppress_eos and eos_last are among them: evaluate.with_eos_rules puts in the ids. Where the
+    of c (DecodeOptions). suppress_eos and eos_last are among them: distill.with_eos_rules puts in the ids. Where the
     model's attention is block-causal, a block length that is asked for becomes its own: m.config.block_length is set.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""

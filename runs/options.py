@@ -10,7 +10,8 @@
     check_values(c)                                                         # ValueError for a number out of bounds
 
 A field may state: low and high (the bounds of a number), choices, parse (text -> value; its ValueError says what the
-text must be), nargs, required. The type is read from the annotation: `int | None` takes whole numbers and is None where
+text must be), nargs, required, otherwise (what the help shows as the default of a field that is None where the flag
+is absent). The type is read from the annotation: `int | None` takes whole numbers and is None where
 the flag is absent.
 """
 
@@ -27,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DECLARED = re.compile(r"^\s+(\w+)(?:: [^=\n]+)? ?= ?(?:opt|of_some|Option)\(", re.MULTILINE)  # an option
-OURS = ("low", "high", "own_default")  # metadata that argparse does not know
+OURS = ("low", "high", "own_default", "otherwise")  # metadata that argparse does not know
 
 
 def opt(default, help, **more):
@@ -191,7 +192,7 @@ def add_flag(group, f):
     if kind(f) is bool:
         group.add_argument(flag(f.name), action="store_true", default=argparse.SUPPRESS, help=more["help"])
         return
-    shown = f.default
+    shown = f.metadata.get("otherwise", f.default)
     if isinstance(shown, tuple):
         shown = (" " if "nargs" in more else ",").join(map(str, shown))
     if shown not in (None, ""):

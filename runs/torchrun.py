@@ -220,6 +220,11 @@ def last_words(line):
     print(line, file=sys.stderr, flush=True)
 
 
+def per_second(count, begun):
+    """How many a second, since time.perf_counter() was `begun`: a clock that no one sets, and at least a nanosecond."""
+    return count / max(time.perf_counter() - begun, 1e-9)
+
+
 def place_among_processes():
     """(index, count) of this process among those of torchrun; (0, 1) without torchrun, whatever RANK is set to.
 

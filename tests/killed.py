@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-import evaluate
+import distill
 import tabom
 import train
 
@@ -61,7 +61,7 @@ def child(request, log):
     if request["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
     train.train_step = moments.counted(train.train_step)
-    evaluate.record_of = moments.counted(evaluate.record_of)
+    distill.record_of = moments.counted(distill.record_of)
     sys.addaudithook(moments.hook)
     status = 99  # an exception that the command line does not know
     try:

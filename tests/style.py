@@ -63,11 +63,12 @@ def together(counts):
     return Counts(*sums)._replace(longest_function=longest)
 
 
-def imports(file):
-    """The modules of the project that a file imports, at its top or inside a function: names as in sources()."""
+def imports_at_top(file):
+    """The modules of the project that a file imports at its top: names as in sources(). A function may import another
+    one when it is called: a room that is looked up, or what only one path needs."""
     known = {module_name(one) for one in sources()}
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

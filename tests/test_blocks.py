@@ -22,7 +22,7 @@ import decode
 import model
 import objectives
 import tabom
-import train
+from blocks.data import whole_blocks
 from experiments import tiny as tiny_model
 
 quick = settings(max_examples=25, deadline=None)
@@ -513,16 +513,16 @@ def test_a_replay_has_the_entropies_that_decoding_logged(qwen3, family, steps):
 
 def test_records_end_with_a_whole_block():
     record = dict(id=0, prompt_ids=[1, 2, 3], response_ids=[4, 5, 6], order=None)
-    assert train.whole_blocks(record, 4, "start", 9)["response_ids"] == [4, 5, 6, 9, 9]
-    assert train.whole_blocks(record, 4, "prompt", 9)["response_ids"] == [4, 5, 6, 9]
-    assert train.whole_blocks(record, 3, "start", 9) == record
+    assert whole_blocks(record, 4, "start", 9)["response_ids"] == [4, 5, 6, 9, 9]
+    assert whole_blocks(record, 4, "prompt", 9)["response_ids"] == [4, 5, 6, 9]
+    assert whole_blocks(record, 3, "start", 9) == record
     # of a trajectory, the blocks in which nothing was decoded go
     order, ids = [0, 2, 1, -1, -1, -1, -1, -1], list(range(4, 12))
     record = dict(id=0, prompt_ids=[1, 2, 3], response_ids=ids, order=order, entropy=[0.5] * 8)
-    shorter = train.whole_blocks(record, 4, "start", 9)
+    shorter = whole_blocks(record, 4, "start", 9)
     assert (shorter["response_ids"], shorter["order"]) == (ids[:5], order[:5]) and len(shorter["entropy"]) == 5
-    assert train.whole_blocks(record, 4, "prompt", 9)["order"] == order[:4]
-    assert train.whole_blocks(record, 32, "start", 9) == record
+    assert whole_blocks(record, 4, "prompt", 9)["order"] == order[:4]
+    assert whole_blocks(record, 32, "start", 9) == record
 
 
 @pytest.fixture(scope="module")

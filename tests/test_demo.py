@@ -13,7 +13,7 @@ from helpers import ROOT, flags, last_json, shell
 from tqdm import tqdm
 
 import data
-import evaluate
+import distill
 import tabom
 from experiments import demo
 from runs import loading
@@ -113,7 +113,7 @@ def test_the_demo_on_two_processes_says_the_same(tmp_path):
 
 def test_the_bar_moves_while_prompts_are_answered():
     bar = tqdm(total=20, disable=False, file=io.StringIO())
-    progress = evaluate.Progress(bar, dict(max_new_tokens=4, steps=4))
+    progress = distill.Progress(bar, dict(max_new_tokens=4, steps=4))
     progress.seen, places = 5, []
     for step in range(4):  # ten rows
         progress.decoded(torch.full((10,), step))
@@ -125,8 +125,8 @@ def test_the_bar_moves_while_prompts_are_answered():
 
 def test_the_bar_says_the_speed_and_the_whole_time(monkeypatch):
     bar = tqdm(total=12_000, disable=False, file=io.StringIO())
-    progress = evaluate.Progress(bar, dict(max_new_tokens=256, tokens_per_step=2))
+    progress = distill.Progress(bar, dict(max_new_tokens=256, tokens_per_step=2))
     progress.seen, progress.kept = 90, 45
-    monkeypatch.setattr(evaluate.time, "time", lambda: progress.begun + 360)
+    monkeypatch.setattr(distill.time, "perf_counter", lambda: progress.begun + 360)
     progress.decoded(torch.tensor([63] * 20))  # half of 20 prompts: 100 in 6 minutes
     assert bar.postfix == "71 tokens/s, 12:00:00 in all, kept 50%"

@@ -11,7 +11,7 @@ from helpers import TRAIN, changed_model, decoded, edit_json, fails, flags, last
 
 import data
 import decode
-import evaluate
+import distill as answering
 import model
 import tokenizer
 from experiments import tiny as tiny_model
@@ -50,11 +50,11 @@ def test_it_logs_what_the_decoder_did(tiny, puzzles, trajectories):
 
 
 def test_the_same_from_python(tiny, puzzles, trajectories):
-    """evaluate.answer takes texts or token ids, and gives the records that distill writes."""
+    """answering.answer takes texts or token ids, and gives the records that distill writes."""
     m, tok, settings = model.load(tiny), tokenizer.load(tiny), meta(trajectories)["decoder"]
     rows = [json.loads(line) for line in puzzles.read_text().splitlines()][:3]
     prompts = [row["prompt"] for row in rows]
-    texts, records = evaluate.answer(m, tok, prompts, settings)
+    texts, records = answering.answer(m, tok, prompts, settings)
     wanted = decoded(trajectories)
     for row, text, record in zip(rows, texts, records, strict=True):
         assert text == record["text"]
@@ -62,14 +62,14 @@ def test_the_same_from_python(tiny, puzzles, trajectories):
         assert (record["prompt_ids"], record["response_ids"]) == (ids, response)
         assert (record["order"], record["step"]) == (order, step)
         assert (record["text"], record["finished"]) == (text, finished)
-    again, _ = evaluate.answer(m, tok, [tok.encode(prompt) for prompt in prompts], settings)
+    again, _ = answering.answer(m, tok, [tok.encode(prompt) for prompt in prompts], settings)
     assert again == texts
 
 
 def test_the_seed_decides_what_python_samples(tiny):
     m, tok = model.load(tiny), tokenizer.load(tiny)
     settings = dict(max_new_tokens=12, steps=12, temperature=1.0)
-    answers = [evaluate.answer(m, tok, ["L1", "L2"], settings, seed)[0] for seed in (0, 0, 1)]
+    answers = [answering.answer(m, tok, ["L1", "L2"], settings, seed)[0] for seed in (0, 0, 1)]
     assert answers[0] == answers[1]
     assert answers[0] != answers[2]
 
@@ -79,7 +79,7 @@ def test_predictions_that_are_not_finite_are_an_error(tiny):
     with torch.no_grad():
         next(m.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="predictions are not finite"):
-        evaluate.answer(m, tok, ["L1"], dict(max_new_tokens=4, steps=4))
+        answering.answer(m, tok, ["L1"], dict(max_new_tokens=4, steps=4))
 
 
 def test_batch_size_changes_nothing(tiny, puzzles, tmp_path, capsys):

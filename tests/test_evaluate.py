@@ -5,21 +5,23 @@ The benchmarks and the graded real outputs are read from the folder that TABOM_D
 import gzip
 import json
 import os
+import re
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import last_json
+from helpers import last_json, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import distill
 import evaluate
 import model
 import tabom
 import tokenizer
-from benchmarks import gsm8k
+from benchmarks import answers, gsm8k
 from runs import loading
 
 REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
@@ -115,7 +117,7 @@ def test_exact_and_no_check():
 def test_a_number_is_found_however_it_is_written(n, form):
     if n < 0 and "$" in form:
         return  # $-5 is not how anyone writes it
-    assert evaluate.final_number(form.format(n)) == Decimal(n)
+    assert answers.final_number(form.format(n)) == Decimal(n)
 
 
 @needs_data
@@ -136,7 +138,7 @@ def test_checks_agree_with_math_verify_on_real_answers(kind):
 
 def of_family(family, folder):
     """A Loaded that only knows its family and folder."""
-    return loading.Loaded(SimpleNamespace(config=SimpleNamespace(family=family)), None, folder)
+    return loading.Loaded(SimpleNamespace(config=SimpleNamespace(family=family, raw={})), None, folder)
 
 
 def settings_of(task, family, folder, **flags):
@@ -184,30 +186,61 @@ def test_wilson_interval():
 
 
 @pytest.mark.parametrize(
-    "vocab, options, shown",
+    "layers, n, options, shown",
     [
-        (126464, {}, "76.1 / 78.6 / 77.3"),
-        (126464, dict(protocol="release"), "76.1 / 78.6 / 77.3"),
-        (126464, dict(steps=512, seed=3), "76.1 / 78.6 / 77.3"),  # what the benchmark has anyway
-        (126464, dict(protocol="official"), "-"),
-        (126464, dict(tokens_per_step=2), "-"),
-        (126464, dict(limit=5), "-"),
-        (260, {}, "-"),  # none of the paper's models
+        (32, 1319, {}, "76.1 / 78.6 / 77.3"),
+        (32, 1319, dict(protocol="release"), "76.1 / 78.6 / 77.3"),
+        (32, 1319, dict(steps=512, seed=3), "76.1 / 78.6 / 77.3"),  # what the benchmark has anyway
+        (32, 1319, dict(model="here/LLaDA-8B-Instruct/"), "76.1 / 78.6 / 77.3"),
+        (32, 1319, dict(protocol="official"), "-"),
+        (32, 1319, dict(tokens_per_step=2), "-"),
+        (32, 1319, dict(shots="shots.json"), "-"),
+        (32, 5, dict(limit=5), "-"),
+        (32, 2, {}, "-"),  # a file of two questions
+        (2, 1319, {}, "-"),  # a name is not enough
+        (32, 1319, dict(model="GSAI-ML/LLaDA-1.5"), "-"),
+        (32, 1319, dict(model="GSAI-ML/LLaDA-8B-Base"), "-"),
     ],
 )
-def test_the_papers_score_stands_beside_one_of_the_same_questions(vocab, options, shown, tmp_path):
+def test_the_papers_score_stands_beside_the_same_checkpoint_and_questions(layers, n, options, shown, tmp_path):
     loaded = of_family("llada", tmp_path)
-    loaded.m.config.vocab_size = vocab
-    c = evaluate.EvaluateOptions(**options)
+    loaded.m.config.vocab_size, loaded.m.config.width, loaded.m.config.layers = 126464, 4096, layers
+    c = evaluate.EvaluateOptions(**{"model": "GSAI-ML/LLaDA-8B-Instruct", **options})
     about = dict(decoder=evaluate.task_settings(c, "gsm8k", loaded), finished=100.0)
     about.update(protocol=c.protocol, shots=0, seed=0)
-    score = dict(evaluate.score("gsm8k", [dict(correct=True)]), **about, **evaluate.paper_scores(c, loaded, "gsm8k"))
+    paper = evaluate.paper_scores(c, loaded, "gsm8k", about["decoder"], n)
+    score = dict(evaluate.score("gsm8k", [dict(correct=True)]), **about, **paper)
     head, _, row, *legend = evaluate.score_table([score]).splitlines()
     assert row.split(" | ")[head.split(" | ").index("paper %")] == shown
     assert bool(legend) == (shown != "-")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_a_prompt_that_is_cut_is_said_and_shots_are_counted_as_examples(bytes_model, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question=f"What is {i}?", answer=f"#### {i}") for i in range(2)])
+    turns = [dict(role="user", content="x" * 900), dict(role="assistant", content="#### 1")] * 2
+    (tmp_path / "shots.json").write_text(json.dumps(turns))
+    options = dict(model=bytes_model, data=folder, shots=tmp_path / "shots.json", max_new_tokens=8, block_length=8)
+    result, err = run(capsys, "evaluate", **options, out=tmp_path / "E")
+    assert re.search(r"gsm8k: 2 of 2 prompts have up to \d{4} tokens, and lose all but the last 1024", err)
+    assert result["scores"][0]["shots"] == 2
+    assert {len(r["prompt_ids"]) for r in data.read_trajectories(tmp_path / "E" / "gsm8k")} == {1024}
+    result, err = run(capsys, "evaluate", **options, prompt_tokens=4096, out=tmp_path / "whole")
+    assert "prompts have up to" not in err
+    assert min(len(r["prompt_ids"]) for r in data.read_trajectories(tmp_path / "whole" / "gsm8k")) > 1800
+
+
+def test_the_settings_of_another_checkpoint_are_named(bytes_model, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question="What is 1?", answer="#### 1")])
+    options = dict(model=bytes_model, data=folder, max_new_tokens=8, block_length=8, out=tmp_path / "E")
+    _, err = run(capsys, "evaluate", **options)
+    assert f"--protocol paper has the lengths and steps of LLaDA-8B-Instruct; {bytes_model} is another model" in err
 
 
 def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, monkeypatch):
@@ -301,7 +334,7 @@ def test_shots_come_before_the_question(bytes_model, tmp_path):
 def test_what_was_never_decoded_has_the_order_minus_one(bytes_model):
     m, tok = model.load(bytes_model), tokenizer.load(bytes_model)
     settings = dict(max_new_tokens=8, steps=2, threshold=1.0)
-    texts, (record,) = evaluate.answer(m, tok, ["one"], settings)
+    texts, (record,) = distill.answer(m, tok, ["one"], settings)
     masks = [r for r, token in enumerate(record["response_ids"]) if token == m.config.mask_id]
     assert len(masks) == 6
     for r in range(8):

@@ -18,6 +18,7 @@ import data
 import evaluate
 import tokenizer
 from benchmarks import gsm8k, humaneval, math500, mbpp
+from release import published
 from runs import loading
 
 BESIDE = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "golden"
@@ -163,8 +164,13 @@ def test_settings_of_each_family(task, tmp_path):
     assert official == ["sdar", 0.0, 4096, 4096, 4]
     dream = evaluate.TASKS[task].settings("dream")["max_new_tokens"]  # the paper has no SDAR: Dream's lengths
     assert preset(task, "sdar", 8, tmp_path) == ["sdar", 0.0, dream, dream, 8]
-    with pytest.raises(ValueError, match="--protocol release: the authors' code has LLaDA and Dream, not sdar"):
-        preset(task, "sdar", 4, tmp_path, protocol="release")
+
+
+def test_the_authors_code_has_no_such_family():
+    loaded = SimpleNamespace(m=SimpleNamespace(config=SimpleNamespace(family="sdar", raw={})))
+    wanted = "--protocol release: the authors' code has LLaDA-8B-Instruct and Dream-v0-Instruct-7B, no sdar model"
+    with pytest.raises(ValueError, match=wanted):
+        published.check_model(evaluate.EvaluateOptions(model="M", protocol="release"), loaded, print)
 
 
 def test_t3d_asks_for_a_box_and_grades_it():

@@ -28,7 +28,7 @@ from helpers import (
 )
 
 import data
-import evaluate
+import distill
 import tabom
 import train
 from runs import resume
@@ -227,7 +227,7 @@ def test_a_running_command_keeps_others_out_of_its_folder(
 ):
     """Another process tries the lock in the middle of the run, and gets it afterwards."""
     out, found = tmp_path / "R", []
-    module, name = dict(distill=(evaluate, "answers"), train=(train, "train_step"))[command]
+    module, name = dict(distill=(distill, "answers"), train=(train, "train_step"))[command]
     work = getattr(module, name)
 
     def others():

@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT, flags
 
 import data
-import evaluate
+import distill
 import tabom
 import tokenizer
 from runs import loading
@@ -65,7 +65,7 @@ def test_the_texts_are_those_of_answer(bytes_model, batch_size):
     prompts = [lm.apply_chat_template([tokenizer.message("user", q)]) for q in QUESTIONS]
     asked = requests(prompts, until=STOPS, max_gen_toks=16)
     settings = dict(loading.DECODERS["llada"], block_length=8, temperature=1.0, max_new_tokens=16, steps=16)
-    texts, _ = evaluate.answer(lm.loaded.m, lm.loaded.tok, prompts, settings, seed=3)
+    texts, _ = distill.answer(lm.loaded.m, lm.loaded.tok, prompts, settings, seed=3)
     found = lm.generate_until(asked)
     assert found == [harness.cut(text, STOPS) for text in texts]
     assert len(set(found)) > 1
@@ -106,16 +106,18 @@ def test_a_repeated_question_is_drawn_anew(bytes_model):
     assert lm.generate_until(requests(["What?"])) == [first]
 
 
-def test_prompts_are_cut_on_the_left(bytes_model, capsys):
-    lm = answers(bytes_model, prompt_tokens=5)
-    assert lm.loaded.tok.decode(lm.prompt_ids("1234567")) == "34567"
-    assert "7 tokens is cut on the left to 5" in capsys.readouterr().err
-    assert lm.loaded.tok.decode(lm.prompt_ids("12345")) == "12345"
-    assert lm.loaded.tok.decode(lm.prompt_ids("1234567")) == "34567"
-    assert not capsys.readouterr().err  # one warning is enough
-    assert len(answers(bytes_model).prompt_ids("x" * 2000)) == 1024
-    with pytest.raises(ValueError, match="an empty prompt"):
-        lm.prompt_ids("")
+def test_prompts_are_cut_on_the_left_with_one_warning(bytes_model, capsys, monkeypatch):
+    lm, seen = answers(bytes_model, prompt_tokens=5, block_length=8, max_new_tokens=8), []
+
+    def nothing(loaded, examples, *rest):
+        seen.extend(loaded.tok.decode(e["prompt_ids"]) for e in examples)
+        return ()
+
+    monkeypatch.setattr(distill, "answers", nothing)
+    lm.generate_until(requests(["1234567", "12345", "abcdefg"]))
+    assert sorted(seen) == ["12345", "34567", "cdefg"]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
+    assert "2 of 3 prompts have up to 7 tokens, and lose all but the last 5" in line
 
 
 def test_the_chat_template_continues_the_assistants_turn(bytes_model):

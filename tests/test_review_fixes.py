@@ -13,8 +13,8 @@ import evaluate
 import lora
 import tabom
 import tokenizer
-import train
-from runs import disk, loading, resume, torchrun
+from benchmarks import answers
+from runs import disk, loading, records, resume, torchrun
 
 TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
 
@@ -52,7 +52,7 @@ def test_zero_is_a_value_of_a_decoder_flag(golden):
     ],
 )
 def test_a_letter_is_checked_as_a_choice(response, letter):
-    assert evaluate.final_choice(response) == letter
+    assert answers.final_choice(response) == letter
     for answer in "ABCD":
         assert evaluate.check("auto", response, answer) is (answer == letter)
 
@@ -224,9 +224,9 @@ def test_a_record_beyond_the_context_is_named_in_training(golden, tmp_path, caps
     row = dict(id=0, prompt_ids=[3] * 5000, response_ids=[4, 5], order=[0, 1])
     m = golden.load()
     m.config = dataclasses.replace(m.config, max_length=4096)
-    train.check_context([row], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True))
+    records.check_context([row], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True))
     assert "up to 5002 tokens, the model's context has 4096" in error_line(capsys)
-    train.check_context(
+    records.check_context(
         [dict(row, prompt_ids=[3])], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True)
     )
     assert capsys.readouterr().err == ""

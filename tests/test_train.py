@@ -32,7 +32,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import data
-import evaluate
+import distill
 import lora
 import model
 import objectives
@@ -40,8 +40,9 @@ import tabom
 import tokenizer
 import train
 from experiments import tiny as tiny_model
+from release import recipes
 from release.files import to_release_format
-from runs import loading, resume, torchrun
+from runs import loading, records, resume, torchrun
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
@@ -493,7 +494,7 @@ def release(tiny, trajectories, tmp_path_factory):
 
 
 def test_the_table_has_every_recipe():
-    assert set(train.RECIPES) == set(TABLE)
+    assert set(recipes.RECIPES) == set(TABLE)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -561,7 +562,7 @@ def prepared_records(tmp_path, **options):
     c = train.TrainOptions(keep="all", out=str(tmp_path / "R"), **options)
     loaded = loading.load_model(c, torchrun.Processes("cpu"))
     parameters, _ = train.objective_parameters(c)
-    return train.training_records(c, loaded, parameters, torchrun.Processes("cpu"))
+    return records.training_records(c, loaded, parameters, torchrun.Processes("cpu"))
 
 
 def test_steps_in_which_nothing_was_decoded_are_counted_and_train_on_nothing(tiny, trajectories, tmp_path, capsys):
@@ -793,7 +794,7 @@ def test_held_out_records_are_not_trained_on_and_their_loss_is_logged(tiny, traj
 @pytest.mark.parametrize("loss", [dict(), dict(starts="non-ltr", window=4), dict(objective="nelbo", window=None)])
 def test_the_held_out_loss_is_one_mean_over_rows(tiny, uneven, tmp_path, monkeypatch, loss):
     """Whatever the batch size and the number of processes, also where rows have no pair."""
-    monkeypatch.setattr(evaluate, "answer_batch", lambda *arguments: [dict(text="")])
+    monkeypatch.setattr(distill, "answer_batch", lambda *arguments: [dict(text="")])
     small = dict(model=str(tiny), data=str(uneven), keep="all", held_out=6, lora_rank=2, **{"window": 8, **loss})
 
     def held_out_loss(batch_size, index=0, count=1):
@@ -836,8 +837,8 @@ def test_metrics_go_to_other_libraries_too(tiny, trajectories, tmp_path, capsys,
     given = []
 
     class Writer:
-        def __init__(self, folder):
-            assert folder == tmp_path / "tensorboard" / "tensorboard"
+        def __init__(self, folder, purge_step):
+            assert (folder, purge_step) == (tmp_path / "tensorboard" / "tensorboard", None)
 
         def add_scalar(self, name, value, step):
             given.append((name, value, step))

@@ -14,7 +14,7 @@ import torch
 
 import data
 import decode
-import evaluate
+import distill
 import tokenizer
 from runs import loading, torchrun
 from runs.options import opt
@@ -95,15 +95,15 @@ def say(line):
 def answer_turn(c, processes, loaded, settings, talk, turn):
     """The answer to a conversation -> dict(text, tokens, seconds, tokens_per_second)."""
     ids = tokenizer.encode_prompt(loaded.tok, talk, c.raw)
-    evaluate.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
+    distill.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
     ids = torch.tensor([ids], device=processes.device)  # [1, P]
     watch = Watch(loaded, talk, c.delay) if c.watch else None
     own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
-    begun = time.time()
-    t = decode.generate(loaded.m, ids, **own, **evaluate.with_eos_rules(settings, loaded))
-    seconds, tokens = time.time() - begun, t.response.numel()
+    begun = time.perf_counter()
+    t = decode.generate(loaded.m, ids, **own, **distill.with_eos_rules(settings, loaded))
+    speed, tokens = torchrun.per_second(t.response.numel(), begun), t.response.numel()
     text = loaded.tok.response_text(t.response[0].tolist())
-    return dict(text=text, tokens=tokens, seconds=round(seconds, 2), tokens_per_second=round(tokens / seconds, 1))
+    return dict(text=text, tokens=tokens, seconds=round(tokens / speed, 2), tokens_per_second=round(speed, 1))
 
 
 def chat_turns():

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import evaluate
+import distill
 from runs import loading, torchrun
 from runs.options import check_values, kind, opt, parse_value
 
@@ -76,7 +76,7 @@ class Answers:
         self.c = read_options(model_args)
         self.processes = torchrun.Processes(self.c.device)
         self.loaded = loading.load_model(self.c, self.processes, self.c.adapter)
-        self.warn, self.cuts = torchrun.warner(self.processes), False
+        self.warn = torchrun.warner(self.processes)
         self._rank, self._world_size = self.processes.index, self.processes.count
         self._device = self.processes.device
 
@@ -102,10 +102,11 @@ class Answers:
             groups[key][-1].append(dict(id=number, place=place, prompt_ids=self.prompt_ids(prompt)))
         bar = tqdm(total=len(requests), unit="prompt", disable=not self.processes.shows)
         for settings, stops, examples in groups.values():
-            evaluate.check_context(examples, settings, self.loaded.m.config, self.warn)
+            distill.cut_prompts(examples, self.c.prompt_tokens, self.warn, "the harness")
+            distill.check_context(examples, settings, self.loaded.m.config, self.warn)
             examples.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding
             own = (self.c.seed, self._device, self.c.batch_size)
-            for numbers, records in evaluate.answers(self.loaded, examples, settings, *own):
+            for numbers, records in distill.answers(self.loaded, examples, settings, *own):
                 for i, record in zip(numbers, records):
                     place = examples[i]["place"]
                     text = texts[place] = cut(record["text"], stops)
@@ -124,14 +125,11 @@ class Answers:
         return loading.decoder_settings(self.c, self.loaded, preset), until or ()
 
     def prompt_ids(self, prompt):
-        """Token ids of a prompt, cut on the left. The first one that is cut is warned of."""
-        ids, most = self.loaded.tok.encode(prompt), self.c.prompt_tokens
+        """Token ids of a prompt."""
+        ids = self.loaded.tok.encode(prompt)
         if not ids:
             raise ValueError("an empty prompt: the model needs at least one token to answer")
-        if len(ids) > most and not self.cuts:
-            self.cuts = True
-            self.warn(f"a prompt of {len(ids)} tokens is cut on the left to {most} (prompt_tokens)")
-        return ids[-most:]
+        return ids
 
     def loglikelihood(self, requests):
         why = "a masked diffusion model has no left-to-right likelihood"

@@ -1,0 +1,109 @@
+"""What a training run trains on: the usable trajectories of a folder or file, or a dataset's answers.
+
+    found = records.training_records(c, loaded, parameters, processes)    # c: TrainOptions; dicts, sorted by id
+
+Which trajectories are usable is data.usable's to say (--keep).
+"""
+
+import math
+from pathlib import Path
+
+import data
+import tokenizer
+from blocks.data import whole_blocks
+from runs import torchrun
+
+
+def training_records(c, loaded, parameters, processes, grid=None):
+    """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
+    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. grid: of
+    block-causal attention, see --grid; raises ValueError for one of a model without blocks."""
+    config = loaded.m.config
+    if config.block_length is None and grid is not None:
+        raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
+    path, say = Path(c.data), torchrun.warner(processes)
+    # A dataset's answers have no decode order, and only Eq. 1 does without one.
+    if data.holds_trajectories(path):
+        kept = usable_trajectories(c, path, loaded, processes, say)
+    elif c.objective == "nelbo":
+        examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
+        tokenizer.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
+        kept = examples
+    else:
+        raise ValueError(
+            f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
+        )
+    fields = ["id", "prompt_ids", "response_ids", "order"]
+    if parameters.get("starts") == "non-ltr":
+        fields.append("non_ltr")
+    if parameters.get("ranking") == "kl":
+        fields.append("entropy")
+    records = []
+    for record in kept:
+        records.append({name: record.get(name) for name in fields})
+        if grid is not None:
+            records[-1] = whole_blocks(records[-1], config.block_length, grid, config.eos_id)
+    if "entropy" in fields and any(record["entropy"] is None for record in records):
+        raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
+    return records
+
+
+def check_context(records, loaded, processes):
+    """Warn of prompts that, with their response, are longer than what the model was made for."""
+    longest, context = max(len(r["prompt_ids"]) + len(r["response_ids"]) for r in records), loaded.m.config.max_length
+    if context is not None and longest > context:
+        line = f"a prompt and its response have up to {longest} tokens, the model's context has {context}"
+        torchrun.warner(processes)(line)
+
+
+def usable_trajectories(c, path, loaded, processes, say):
+    """The trajectories that --keep lets through. Raises ValueError where none is left, for another vocabulary, and for
+    a distillation that is not finished."""
+    config, tok = loaded.m.config, loaded.tok
+    methods = c.methods
+    if methods is not None and "all" in methods:
+        methods = None
+    records = data.read_trajectories(path, config.vocab_size, tok, methods, config.mask_id, c.max_prompt_tokens, say)[
+        : c.limit
+    ]
+    meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
+    if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
+        raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")
+    check_finished(c, path, meta, len(records), processes)
+    kept = [r for r in records if data.usable(r, c.keep)]
+    if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
+        finished = sum(bool(r.get("finished")) for r in records)
+        wrong = sum(r.get("correct") is False for r in records)
+        raise ValueError(
+            f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong): "
+            "take another --keep, or distill with a larger --max-new-tokens"
+        )
+    if (c.methods or c.max_prompt_tokens) and "method" not in kept[0]:
+        say("--methods and --max-prompt-tokens act on the authors' files: these have their prompts already")
+    wrong = sum(r.get("correct") is False for r in kept)
+    if wrong:
+        say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
+    if c.cut_eos:
+        kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
+    gaps = sum(map(has_gap, kept))
+    if gaps and c.objective != "nelbo":
+        what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
+        say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
+    return kept
+
+
+def has_gap(record):
+    """Whether a trajectory has steps, before its last one, in which nothing was decoded."""
+    steps = set(record["order"]) - {-1}
+    return len(steps) <= max(steps)
+
+
+def check_finished(c, path, meta, there, processes):
+    """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
+    if path.is_dir() and processes.locked_by_another(path):
+        raise ValueError(f"{path}: distill is still writing into it: wait for it")
+    prompts = meta.get("prompts")
+    wanted = min(prompts if type(prompts) is int else there, c.limit or math.inf)  # a stranger's may be anything
+    if there < wanted and not c.unfinished:
+        how = "the same distill command continues it; --unfinished trains on what is there"
+        raise ValueError(f"{path}: {there} of {wanted} prompts are answered: {how}")
