@@ -86,6 +86,23 @@ def read_rows(path):
         yield f"{path}: row {number}", row
 
 
+def files_of(path):
+    """The files that a path names: itself; several, with commas between them; those in a folder in the order of their
+    names: its trajectories, else its .jsonl, .jsonl.gz and .parquet files, else its .json files."""
+    files = []
+    for name in [str(path)] if Path(path).exists() else str(path).split(","):
+        name = Path(name.strip())
+        found = trajectory_files(name)
+        if not found:
+            inside = sorted(name.iterdir())
+            found = [file for file in inside if file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))]
+            found = found or [file for file in inside if file.suffix == ".json"]
+        if not found:
+            raise FileNotFoundError(f"no trajectories and no dataset in the folder {name}")
+        files += found
+    return files
+
+
 def holds_json_lines(path):
     """Whether the first line of a file is a whole JSON object and not the file's only line."""
     with open(path, "rb") as f, contextlib.suppress(ValueError, RecursionError):
@@ -137,15 +154,18 @@ IDS = ("id", "task_id", "unique_id", "key")
 
 
 def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=warnings.warn):
-    """The prompts of a dataset: [{id, where, prompt, messages, answer}]. where: "file:line"; messages: what the model
-    is asked, earlier turns first; prompt: the last of them; answer: a text, a list of several right ones, or None.
+    """The prompts of a dataset (files_of its path): [{id, where, prompt, messages, answer}]. where: "file:line";
+    messages: what the model is asked, earlier turns first; prompt: the last of them; answer: a text, a list of several
+    right ones, or None.
 
     prompt_field and answer_field name columns with unusual names. Reads no more than `limit` rows. The id is the row's
     where all those read differ, else its number from 0. warn(line) is called once for every column that looks like
     input and is not used. Raises ValueError for an empty dataset, and with file and line for a row that fits
     nothing."""
-    examples, ids, told = [], [], set()
-    for where, row in itertools.islice(read_rows(path), limit):
+    examples, ids, told, files = [], [], set(), files_of(path)
+    if Path(path).is_dir():
+        warn(f"{path}: read as one dataset are {', '.join(file.name for file in files)}")
+    for where, row in itertools.islice(itertools.chain.from_iterable(map(read_rows, files)), limit):
         try:
             plain, lines = row, []
             if prompt_field or answer_field or not is_plain(row):
@@ -230,19 +250,19 @@ def trajectory_files(path):
 
 
 def read_trajectories(
-    path, vocab_size=None, tok=None, methods=None, mask_id=None, max_prompt_tokens=None, warn=warnings.warn
+    path, vocab_size=None, tok=None, methods=None, mask_id=None, max_prompt_tokens=None, warn=warnings.warn, raw=False
 ):
-    """The records of a trajectory folder or file, checked and sorted by id: dicts with id, prompt_ids, response_ids and
-    order as lists. order[r] is the decode rank of position r, or its decode step: equal numbers were decoded together,
-    -1 never was.
+    """The records of trajectories (files_of their path), checked and sorted by id: dicts with id, prompt_ids,
+    response_ids and order as lists. order[r] is the decode rank of position r, or its decode step: equal numbers were
+    decoded together, -1 never was. Tokens A B C D of the order 0 2 1 -1: first A was decoded, then C, then B; D never.
 
     A file of another form (ELSEWHERE) has texts, and its reader needs tok, whose template renders the prompt (cut to
-    max_prompt_tokens); methods: only rows of these; warn(line) is called for every row that it cannot use. Raises
-    FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of different lengths, an
-    id that is there twice, ids beyond vocab_size (trajectories of another model), a mask token (mask_id) that counts as
-    decoded."""
-    files = trajectory_files(path)
-    if not files or not files[0].is_file():
+    max_prompt_tokens), or not if raw; methods: only rows of these; warn(line) is called for every row that it cannot
+    use. Raises FileNotFoundError, or ValueError with file and line: a broken line, a missing field, lists of different
+    lengths, an id that is there twice, ids beyond vocab_size (trajectories of another model), a mask token (mask_id)
+    that counts as decoded."""
+    files = files_of(path)
+    if not files[0].is_file():
         raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or a file of it")
     records, first = [], {}
     others, ids, reader = [], [], None  # of another form; its rows need not all look like it
@@ -256,7 +276,7 @@ def read_trajectories(
                     raise ValueError(f"id {row['id']!r} appears twice, first at {first[row['id']]}")
                 first[row["id"]] = where
                 continue
-            record, why = reader.read_record(row, tok, methods, max_prompt_tokens)
+            record, why = reader.read_record(row, tok, methods, max_prompt_tokens, raw)
             if record is not None:
                 others.append(check_record({"id": len(others), **record}, vocab_size, mask_id))
                 ids.append(id_of(row))
@@ -285,13 +305,13 @@ def reader_of(row):
 
 
 def holds_trajectories(path):
-    """Whether a path is a trajectory folder, or a file whose first row is a trajectory."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no trajectories and no dataset at {path}")
-    if path.is_dir():
+    """Whether a path is a trajectory folder, or names files whose first row is a trajectory."""
+    file = files_of(path)[0]
+    if not file.is_file():
+        raise FileNotFoundError(f"no trajectories and no dataset at {file}")
+    if Path(path).is_dir() and trajectory_files(path):
         return True
-    _, row = next(read_rows(path), (None, None))
+    _, row = next(read_rows(file), (None, None))
     return is_ours(row) or reader_of(row) is not None
 
 

@@ -69,7 +69,7 @@ def distill(c, processes=None, loaded=None):
         answer_field=c.answer_field,
         limit=c.limit,
         raw=c.raw,
-        data_sha256=disk.fingerprint(c.data),
+        data_sha256=disk.data_fingerprint(c.data),
         decoder=settings,
         check=c.check,
         vocab_size=loaded.m.config.vocab_size,

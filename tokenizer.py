@@ -108,12 +108,10 @@ class Tokenizer:
         found, positions = [], []
         for i, token in enumerate(ids):
             positions.append(i)
-            text = None
-            if token != mask_id:
-                text = self.decode(ids[positions[0] : i + 1])
-                goes_on = i + 1 < len(ids) and ids[i + 1] != mask_id
-                if text.endswith("\ufffd") and goes_on and len(positions) < 8:
-                    continue
+            text = None if token == mask_id else self.decode(ids[positions[0] : i + 1])
+            goes_on = i + 1 < len(ids) and ids[i + 1] != mask_id
+            if text is not None and text.endswith("\ufffd") and goes_on and len(positions) < 8:
+                continue
             found.append((text, positions))
             positions = []
         return found
@@ -209,16 +207,27 @@ def encode_prompt(tok, messages, raw=False, prefix="", max_tokens=None):
 
     raw: the last message's text without the chat template. prefix: the start of the answer (see Tokenizer.chat).
     max_tokens: the last message is cut on its right so that the prompt has at most so many. Raises ValueError for a
-    prompt of no tokens, and for one that cannot be cut that far."""
+    prompt of no tokens, for one that cannot be cut that far, and for a template that leaves out what the user says."""
     if raw:
         ids = tok.encode_text(messages[-1]["content"] + prefix)[:max_tokens]
     else:
         if max_tokens is not None:
             messages = cut_messages(tok, messages, max_tokens)
-        ids = tok.encode_chat(messages, prefix=prefix)
+        text, quoted = tok.render(messages, prefix=prefix)
+        check_asked(tok, messages, text)
+        ids = tok.encode(text, quoted)
     if not ids:
         raise ValueError("an empty prompt: the model needs at least one token to answer")
     return ids
+
+
+def check_asked(tok, messages, text):
+    """Raises ValueError where the template's text of messages has nothing of what a user says."""
+    for i, turn in enumerate(messages):
+        if turn["role"] == "user" and turn["content"].strip() not in text:  # left out, or written in another way
+            other = [*messages[:i], message("user", unused_character(messages)), *messages[i + 1 :]]
+            if tok.fill(other) == tok.fill(messages):
+                raise ValueError(f"the chat template leaves out what the user says: {turn['content']!r:.80}")
 
 
 def cut_messages(tok, messages, max_tokens):
@@ -289,7 +298,7 @@ def load(folder, eos_id=None, mask_id=None):
     EOS ids in generation_config.json adds to those that end a response.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read, for added tokens that do
-    not fit, and for a special token that is declared and not in the vocabulary."""
+    not fit, for two tokens at one id, and for a special token that is declared and not in the vocabulary."""
     folder = Path(folder)
     config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     special, declared = {}, {}  # "eos_token" -> text; text -> the key that declares it
@@ -322,7 +331,12 @@ def load(folder, eos_id=None, mask_id=None):
     model_type = str(read_json(folder / "config.json").get("model_type"))
     ends = read_json(folder / "generation_config.json").get("eos_token_id")
     ends = filter(lambda i: type(i) is int, ends if isinstance(ends, list) else ())
-    return Tokenizer(backend, special, template, eos_id, mask_id, model_type, ends)
+    tok = Tokenizer(backend, special, template, eos_id, mask_id, model_type, ends)
+    first = {}
+    for token, i in tok.ids.items():
+        if first.setdefault(i, token) != token:
+            raise ValueError(f"{folder}: {first[i]!r} and {token!r} have one id, {i}")
+    return tok
 
 
 def load_backend(folder):
@@ -363,6 +377,8 @@ def add_tokens(backend, folder, config, declared):
         content = token.get("content") if isinstance(token, dict) else None
         if not re.fullmatch("[0-9]{1,9}", i) or not isinstance(content, str):
             raise ValueError(f"{folder / file}: an added token needs an id and a text, found {i!r:.40}: {token!r:.80}")
+        if added.get(int(i), (0, 0))[1] == file:
+            raise ValueError(f"{folder / file}: {added[int(i)][0]['content']!r} and {content!r} have one id, {i}")
         added[int(i)] = (token, file)
 
     for i, (token, file) in sorted(added.items(), key=lambda item: item[0]):
@@ -388,7 +404,9 @@ def compile_template(template):
         if template is None:
             raise ValueError(f"the tokenizer's chat templates are {names}; none of them is called default")
     if not isinstance(template, str):
-        raise ValueError("the tokenizer has no chat_template: use an instruct checkpoint, or --raw")
+        raise ValueError(
+            "the tokenizer has no chat_template: take an instruct checkpoint, or prompts without one (raw)"
+        )
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -396,8 +414,7 @@ def compile_template(template):
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    loops = ["jinja2.ext.loopcontrols"]
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     env.filters["tojson"] = tojson
@@ -421,9 +438,8 @@ def read_json(file):
     """The JSON object in a file, {} where there is no file."""
     if not file.is_file():
         return {}
-    text = read_text(file)
     try:
-        content = json.loads(text)
+        content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not valid JSON ({e})") from e
     if not isinstance(content, dict):

@@ -191,7 +191,8 @@ def records_of(c, processes, loaded):
     if stored and not c.fresh and given:
         raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")
     if stored:
-        records = data.read_trajectories(c.data, loaded.m.config.vocab_size, loaded.tok, c.methods)[: c.limit]
+        how = dict(tok=loaded.tok, methods=c.methods, raw=c.raw)
+        records = data.read_trajectories(c.data, loaded.m.config.vocab_size, **how)[: c.limit]
     else:
         records = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
         for e in records:

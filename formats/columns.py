@@ -29,6 +29,7 @@ FIELDS = {
     "text": ["code"],
     "input": "output target answer response".split(),
     "inputs": "targets outputs".split(),
+    "human": ["assistant"],
 }
 LAST_ANSWERS = ("answerKey", "answer_idx", "expected_answer", "target")  # where there is no other
 # Columns that look like input, whatever they hold; and those that need no warning.
@@ -42,29 +43,53 @@ OTHERS = set(
     "title method data_source metadata meta".split()
 )
 NO_INPUTS = OTHERS.union(CONVERSATIONS, IDS, LAST_ANSWERS, *FIELDS.values()) - INPUTS - FIELDS.keys()
+SPELLING = {name.lower(): name for name in (*CONVERSATIONS, *INPUTS, *LAST_ANSWERS, *FIELDS, *NO_INPUTS - OTHERS)}
 
 
 def to_plain(row, prompt_field=None, answer_field=None):
     """A row -> ({messages, answer}, lines about what of it is not used). The prompt is in prompt_field, or in the first
     column that is known; answer: a text, a list of several right ones, or None. Raises ValueError for a row that fits
     nothing."""
-    column, choices, answer = prompt_field or find_prompt(row), find_choices(row), None
-    if isinstance(row.get(column), list) or (column in CONVERSATIONS and prompt_field is None):
-        messages = talks.to_messages(row[column])
-        if messages and messages[-1]["role"] == "assistant":
-            answer = messages.pop()["content"]
+    row = with_usual_names(row, (prompt_field, answer_field))
+    column, choices, answer, lines = prompt_field or find_prompt(row), find_choices(row), None, []
+    talk = field(row, column)
+    if isinstance(talk, list) or (column in CONVERSATIONS and prompt_field is None):
+        messages = talks.to_messages(talk, say=lines.append)
+        answer = talks.pop_answer(messages, talk, lines.append)
     else:
         messages = [{"role": "user", "content": full_prompt(row, column, choices)}]
     if answer is None or answer_field is not None:
         answer = find_answer(row, column, answer_field, choices)
+        if talks.are_turns(answer):
+            answer = talks.answer_of(answer, messages, lines.append)
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("the conversation has no user turn to answer")
     system, history = text_of(row.get("system")) or text_of(row.get("system_prompt")), row.get("history")
     if isinstance(history, list):
-        messages = talks.to_messages(history, "history must hold pairs [user, assistant] or messages") + messages
+        needs = "history must hold pairs [user, assistant] or messages"
+        messages = talks.to_messages(history, needs, lines.append) + messages
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages, "answer": answer}, unused(row, messages, answer, answer_field)
+    return {"messages": messages, "answer": answer}, lines + unused(row, messages, answer, (prompt_field, answer_field))
+
+
+def with_usual_names(row, kept):
+    """The row with its known columns in our spelling: Question is question. kept: names that stay as they are."""
+    found = {}
+    for name, value in row.items():
+        usual = SPELLING.get(name.lower(), name)
+        free = usual not in row and usual not in found and name not in kept
+        found[usual if free else name] = value
+    return found
+
+
+def field(row, name):
+    """The value of a column, or of a.b inside the column a; None where there is none."""
+    if name in row:
+        return row[name]
+    for key in name.split("."):
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
 
 
 def find_prompt(row):
@@ -81,7 +106,7 @@ def find_prompt(row):
 def full_prompt(row, column, choices):
     """The prompt column's text with its context (behind an instruction, before a question), input
     and lettered choices."""
-    prompt = row.get(column)
+    prompt = field(row, column)
     if not isinstance(prompt, str):
         raise ValueError(f"field {column!r} is missing or not text; the row has {', '.join(row)}")
     context, more = text_of(row.get("context")), text_of(row.get("input"))
@@ -117,16 +142,16 @@ def find_choices(row):
 
 
 def find_answer(row, column, name, choices):
-    """The answer to the prompt in a column, or the one in column `name`: text, a list of texts, or
-    None where the row has none. A number is written out; anything else is no text to learn."""
-    if name is not None and row.get(name) is None:
+    """The answer to the prompt in a column, or the one in column `name`: text, a list of texts, a conversation as it
+    is, or None where the row has none or a blank one. A number is written out; anything else is no text to learn."""
+    if name is not None and field(row, name) is None:
         raise ValueError(f"field {name!r} is missing; the row has {', '.join(row)}")
     for option in (*FIELDS.get(column, ["answer"]), *LAST_ANSWERS):
-        if name is None and row.get(option) not in (None, ""):
+        if name is None and not is_blank(row.get(option)):
             name = option
-    if name is None:
+    value = field(row, name) if name else None
+    if is_blank(value):
         return None
-    value = row[name]
     if name == "answers" and isinstance(value, dict):
         value = value.get("text", value)  # SQuAD: {"text": [...], "answer_start": [...]}
     if name == "solutions" and isinstance(value, str) and value.lstrip().startswith("["):
@@ -136,11 +161,20 @@ def find_answer(row, column, name, choices):
         return None
     if choices:
         return chosen_letter(value, choices, name)
-    if isinstance(value, str) or are_texts(value):
+    if talks.are_turns(value):
+        return value
+    if are_texts(value):
+        return list(filter(has_text, value)) or None
+    if isinstance(value, str):
         return value
     if type(value) is int or (type(value) is float and math.isfinite(value)):
         return str(value)
     raise ValueError(f"field {name!r} must be text, a number or a list of texts, found {value!r:.80}")
+
+
+def is_blank(value):
+    """Whether a value is nothing, or a text or texts without a letter."""
+    return value is None or ((isinstance(value, str) or are_texts(value)) and not any(map(has_text, value)))
 
 
 def chosen_letter(value, choices, name):
@@ -161,11 +195,11 @@ def text_of(value):
     return text if has_text(text) else ""
 
 
-def unused(row, messages, answer, answer_field=None):
+def unused(row, messages, answer, named=()):
     """Lines about columns that look like input and are in no message, and about a row whose answer may be in one of
-    them."""
+    them. named: the columns that the user named."""
     said, choices = [turn["content"] for turn in messages], find_choices(row)
-    used, lines, others = {answer_field}, [], []
+    used, lines, others = {name.split(".")[0] for name in named if name}.union(named), [], []
     if choices and choices[-1][1] in said[-1]:
         used |= {"choices", "options"}
     if isinstance(row.get("history"), list):

@@ -28,7 +28,7 @@ def knows(row):
     return isinstance(row, dict) and (bool(KEYS & row.keys()) or row.get("method") in METHODS)
 
 
-def read_record(row, tok, methods=None, max_prompt_tokens=None):
+def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
     """A row of the authors' files -> (record without id, None), (None, why it cannot be used), or
     (None, None) where it is of another method. A row without response_token_ids gets those of its
     text; one without a decoding_order for every token counts as decoded from left to right."""
@@ -44,9 +44,9 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None):
         lacks = "prompt" if prompt is None else "response"
         return None, f"it has no {lacks}; the row has {', '.join(row) or 'nothing'}"
     messages = [message("user", prompt)]
-    prompt_ids = encode_prompt(tok, messages, max_tokens=max_prompt_tokens)
+    prompt_ids = encode_prompt(tok, messages, raw, max_tokens=max_prompt_tokens)
     if not response:
-        response = encode_answer(tok, messages, text)
+        response = encode_answer(tok, messages, text, raw)
     if not are_numbers(response, 0):
         raise ValueError(f"response_token_ids must be a list of ids, found {response!r:.80}")
     if not isinstance(order, list) or len(order) < len(response):

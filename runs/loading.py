@@ -75,7 +75,9 @@ class DecodeOptions:
 class DatasetOptions:
     """the dataset"""
 
-    data: str = opt(None, "dataset: .jsonl, .jsonl.gz, .json or .parquet", required=True)
+    data: str = opt(
+        None, "dataset: .jsonl, .jsonl.gz, .json or .parquet; several with commas, or a folder", required=True
+    )
     prompt_field: str | None = opt(None, "name of the prompt's field, where it is not one of the usual names")
     answer_field: str | None = opt(None, "name of the answer's field, where it is not one of the usual names")
     limit: int | None = opt(None, "use only the first LIMIT rows", low=1)

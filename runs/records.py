@@ -63,9 +63,8 @@ def usable_trajectories(c, path, loaded, processes, say):
     methods = c.methods
     if methods is not None and "all" in methods:
         methods = None
-    records = data.read_trajectories(path, config.vocab_size, tok, methods, config.mask_id, c.max_prompt_tokens, say)[
-        : c.limit
-    ]
+    how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
+    records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
     meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
     if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
         raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")

@@ -114,6 +114,37 @@ def test_a_json_file_may_hold_json_lines_or_one_row(tmp_path):
         data.read_examples(write(tmp_path / "d.json", dict(prompt="a"), "{"))
 
 
+def test_several_files_and_a_folder_are_one_dataset(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", dict(prompt="a")), write(tmp_path / "b.jsonl", dict(prompt="b"))
+    (tmp_path / "info.json").write_text("{}")  # lies beside rows, and is none
+    assert column(data.read_examples(f"{a}, {b}"), "where") == [f"{a}:1", f"{b}:1"]
+    said = []
+    assert column(data.read_examples(tmp_path, warn=said.append), "prompt") == ["a", "b"]
+    assert said == [f"{tmp_path}: read as one dataset are a.jsonl, b.jsonl"]
+    assert not data.holds_trajectories(tmp_path) and not data.holds_trajectories(f"{b},{a}")
+    comma = write(tmp_path / "c,d.jsonl", dict(prompt="c"))
+    assert column(data.read_examples(comma), "prompt") == ["c"]
+    with pytest.raises(FileNotFoundError, match=r"no dataset file .*none\.jsonl"):
+        data.read_examples(f"{a},{tmp_path}/none.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no trajectories and no dataset in the folder .*empty"):
+        data.read_examples(tmp_path / "empty")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "rows.json").write_text(json.dumps([dict(prompt="j")]))
+    assert column(data.read_examples(tmp_path / "json", warn=said.append), "prompt") == ["j"]
+
+
+def test_a_folder_of_trajectories_has_nothing_else_that_is_read(tmp_path):
+    for name in ("S", "T"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "trajectories-00000.jsonl", {**RECORD, "id": name})
+        write(tmp_path / name / "release.jsonl", dict(question="q", gen_text="a"))
+    (tmp_path / "T" / "trajectories-00001.jsonl").touch()
+    assert data.holds_trajectories(tmp_path / "T") and column(data.read_trajectories(tmp_path / "T"), "id") == ["T"]
+    both = f"{tmp_path}/T,{tmp_path}/S"
+    assert data.holds_trajectories(both) and column(data.read_trajectories(both), "id") == ["S", "T"]
+
+
 def test_every_format_reads_the_same(tmp_path):
     rows = [dict(question=f"q{i}", answer=str(i)) for i in range(3)]
     lines = write(tmp_path / "a.jsonl", *rows).read_text()

@@ -194,3 +194,96 @@ def test_a_question_without_an_answer_is_a_row_like_any_other(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = [e["answer"] for e in data.read_examples(tmp_path / "d.jsonl", warn=lambda line: None)]
     assert answers == [["Ann"], None]
+
+
+# --------------------------------------------------------------------------------------------- parts of a conversation
+
+
+def say(role, content="x", **more):
+    return dict(role=role, content=content, **more)
+
+
+CALL = [dict(id="c", type="function", function=dict(name="f", arguments="{}"))]
+
+
+@pytest.mark.parametrize("part", ["tool_calls", "function_call", "reasoning_content"])
+def test_parts_of_a_message_that_are_not_used_are_said_once_per_kind(tmp_path, part):
+    said, row = [], dict(messages=[say("user"), say("assistant", "a", **{part: CALL})])
+    middle = dict(messages=[say("user"), say("assistant", "b", **{part: "t"}), say("user")], answer="c")
+    examples = data.read_examples(write(tmp_path / "d.jsonl", row, row, middle), warn=said.append)
+    assert column(examples, "answer") == ["a", "a", "c"]
+    assert said == [f"{tmp_path}/d.jsonl:1: {part} of a message is not used"]
+    said.clear()
+    empty = dict(messages=[say("user"), say("assistant", "a", **{part: None})])
+    data.read_examples(write(tmp_path / "e.jsonl", empty), warn=said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("content", ["", " \n", None, [dict(type="text", text="")]])
+@pytest.mark.parametrize("more", [{}, dict(tool_calls=CALL), dict(function_call=CALL[0])])
+@pytest.mark.parametrize("after", [[], [say("user")]])
+def test_an_assistant_that_says_nothing_is_an_error_of_its_row(tmp_path, content, more, after):
+    good, bad = [say("user"), say("assistant")], [say("user"), say("assistant", content, **more), *after]
+    file = write(tmp_path / "d.jsonl", dict(messages=good), dict(messages=bad))
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: a turn of the assistant has no content: {'role': 'assistant'"):
+        data.read_examples(file)
+
+
+def test_a_turn_of_weight_0_is_no_answer(tmp_path, letters):
+    said, talk = [], [say("user", "q"), say("assistant", "a", weight=0)]
+    examples = data.read_examples(write(tmp_path / "d.jsonl", dict(messages=talk)), warn=said.append)
+    assert examples[0]["answer"] is None and examples[0]["messages"] == [say("user", "q")]
+    assert said == [f"{tmp_path}/d.jsonl:1: an answer of weight 0 is not trained on, and is no answer"]
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: the row has no answer to train on"):
+        tokenizer.encode_examples(letters, examples, answers=True)
+    said.clear()
+    whole = [*talk, say("user", "r"), say("assistant", "b", weight=1)]  # what comes before is only read
+    (example,) = data.read_examples(write(tmp_path / "e.jsonl", dict(messages=whole)), warn=said.append)
+    assert (example["answer"], said) == ("b", []) and len(example["messages"]) == 3
+    prompt = dict(prompt=[say("user", "q")], completion=talk[1:])
+    assert data.read_examples(write(tmp_path / "f.jsonl", prompt), warn=said.append)[0]["answer"] is None
+    assert len(said) == 1
+
+
+FOREIGN = [
+    (dict(prompt=[say("user", "q")], completion=[say("assistant", "a")]), "q", "a"),
+    (dict(prompt=[say("system", "s"), say("user", "q")], chosen=[say("user", "q"), say("assistant", "a")]), "q", None),
+    (dict(prompt=[say("user", "q")], chosen=[say("user", "q"), say("assistant", "a")], rejected=[]), "q", "a"),
+    (dict(prompt="q", completion=[say("assistant", "a")]), "q", "a"),
+    (dict(messages=[say("developer", "d"), say("user", "q")]), "q", None),
+    (dict(messages=[say("HUMAN", "q"), say("ASSISTANT", "a")]), "q", "a"),
+    (dict(conversations=[dict(human="q", assistant="a")]), "q", "a"),
+    (dict(Question="q", Answer="a"), "q", "a"),
+    (dict(HUMAN="q", ASSISTANT="a"), "q", "a"),
+    (dict(QUESTION="q", Choices=["x", "y"], answerkey="B"), "q\nA. x\nB. y", "B"),
+    (dict(question="q", answer=["", ""]), "q", None),
+    (dict(question="q", answer=["", "a"]), "q", ["a"]),
+    (dict(question="q", answer=" "), "q", None),
+    (dict(question="q", answers=dict(text=[""])), "q", None),
+]
+
+
+@pytest.mark.parametrize("row, prompt, answer", FOREIGN)
+def test_what_other_tools_write_is_read(tmp_path, row, prompt, answer):
+    file, said = write(tmp_path / "d.jsonl", row), []
+    if answer is None and "chosen" in row:  # the answer has a prompt of its own
+        with pytest.raises(ValueError, match=r"d\.jsonl:1: an answer must be one turn of the assistant"):
+            data.read_examples(file)
+        return
+    (example,) = data.read_examples(file, warn=said.append)
+    assert (example["prompt"], example["answer"], said) == (prompt, answer, [])
+    assert set(column(example["messages"], "role")) <= {"system", "user"}
+
+
+def test_an_answer_field_may_lie_inside_a_column(tmp_path):
+    row = dict(prompt=[say("user", "q")], reward_model=dict(ground_truth="4", style="rule"), data_source="x")
+    file, said = write(tmp_path / "d.jsonl", row), []
+    (example,) = data.read_examples(file, answer_field="reward_model.ground_truth", warn=said.append)
+    assert (example["prompt"], example["answer"], said) == ("q", "4", [])
+    dotted = write(tmp_path / "e.jsonl", {"a.b": "column", "a": {"b": "inside"}, "extra": {"ask": "q"}})
+    (example,) = data.read_examples(dotted, "extra.ask", "a.b", warn=said.append)
+    assert (example["prompt"], example["answer"]) == ("q", "column")
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: field 'reward_model\.truth' is missing"):
+        data.read_examples(file, answer_field="reward_model.truth")
+    kept = write(tmp_path / "f.jsonl", dict(Question="q", Answer="a"))
+    assert data.read_examples(kept, "Question", "Answer")[0]["answer"] == "a"

@@ -43,6 +43,17 @@ def test_the_authors_rows_are_read_as_records(letters, tmp_path):
         data.read_trajectories(file)
 
 
+def test_raw_is_honoured_for_the_authors_rows(letters, tmp_path):
+    file = write(tmp_path / "d.jsonl", dict(question="What is 2 + 2?", gen_text="Four."))
+    (record,) = data.read_trajectories(file, tok=letters, raw=True)
+    assert letters.decode(record["prompt_ids"]) == "What is 2 + 2?"
+    assert letters.decode(record["response_ids"]) == "Four.<|endoftext|>"
+    bare = tokenizer.Tokenizer(letters.backend, letters.special, None)
+    assert data.read_trajectories(file, tok=bare, raw=True)[0] == record
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: the tokenizer has no chat_template"):
+        data.read_trajectories(file, tok=bare)
+
+
 def test_the_authors_rows_without_ids_or_with_a_short_order(letters, tmp_path):
     text = dict(question="What is 2 + 2?", answer="4", gen_text="Four.")
     file = write(tmp_path / "d.jsonl", text, {**AUTHORS, "decoding_order": [1, 0]}, {**AUTHORS, "decoding_order": None})

@@ -310,6 +310,36 @@ def test_named_templates_and_other_files_are_read(tmp_path):
         tokenizer.load(folder)
 
 
+def test_two_tokens_with_one_id_are_refused(tmp_path):
+    folder = write_bytes_tokenizer(tmp_path / "M")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["two"] = 65
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"M: .*'two'.* have one id, 65"):
+        tokenizer.load(folder)
+    folder = write_bytes_tokenizer(tmp_path / "N")
+    (folder / "added_tokens.json").write_text(json.dumps({"<a>": 261, "<b>": 261}))
+    with pytest.raises(ValueError, match=r"added_tokens\.json: '<a>' and '<b>' have one id, 261"):
+        tokenizer.load(folder)
+
+
+def test_a_template_that_leaves_out_what_the_user_says_is_refused(letters):
+    def encode(template, messages=HI):
+        tok = tokenizer.Tokenizer(letters.backend, letters.special, template)
+        return tok.decode(tokenizer.encode_prompt(tok, messages))
+
+    talk = [dict(role="user", content="first"), dict(role="assistant", content="yes"), dict(role="user", content="Hi")]
+    with pytest.raises(ValueError, match="leaves out what the user says: 'Hi'"):
+        encode("{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(ValueError, match="leaves out what the user says: 'first'"):
+        encode("{{ messages[-1].content }}", talk)
+    with pytest.raises(ValueError, match="leaves out what the user says"):
+        encode("{{ messages[0].text }}x")
+    assert encode("{{ messages[0].content | upper }}") == "HI"  # written in another way
+    assert encode(TRIMMED.replace("bos_token", "''"), [dict(role="user", content=" Hi ")]).count("Hi") == 1
+
+
 def test_a_declared_token_must_be_in_the_vocabulary(tmp_path):
     folder = write_bytes_tokenizer(tmp_path / "M", added=False)
     with pytest.raises(ValueError, match="eos_token '<|endoftext|>' is not in the tokenizer's vocabulary"):
