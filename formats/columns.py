@@ -206,7 +206,7 @@ def unused(row, messages, answer, named=()):
         used.add("history")
     for column, value in row.items():
         text = text_of(value)
-        if column in NO_INPUTS or column in used or any(text and text in one for one in said):
+        if column in NO_INPUTS or column in used or value == answer or any(text and text in one for one in said):
             continue
         # A few words in a row are something to read; one word is a label.
         words = text != "" and text == value and (len(text.split()) > 2 or column in FIELDS)

@@ -76,7 +76,7 @@ class DatasetOptions:
     """the dataset"""
 
     data: str = opt(
-        None, "dataset: .jsonl, .jsonl.gz, .json or .parquet; several with commas, or a folder", required=True
+        None, "dataset: .jsonl, .jsonl.gz, .json, .parquet; several with commas, or a folder", required=True
     )
     prompt_field: str | None = opt(None, "name of the prompt's field, where it is not one of the usual names")
     answer_field: str | None = opt(None, "name of the answer's field, where it is not one of the usual names")

@@ -113,6 +113,18 @@ def test_a_second_start_does_nothing_and_a_longer_limit_only_the_rest(tiny, puzz
         assert meta(tmp_path / "T")["prompts"] == limit
 
 
+def test_the_prompts_of_several_files_and_of_a_folder(tiny, tmp_path, capsys):
+    folder = tmp_path / "D"
+    folder.mkdir()
+    files = [write_lines(folder / f"{i}.jsonl", [dict(prompt=f"L{i}", answer="1")]) for i in (1, 2)]
+    options = dict(model=tiny, check="none", tokens_per_step=8)
+    distill(capsys, data=",".join(map(str, files)), out=tmp_path / "T", **options)
+    assert [r["prompt"] for r in data.read_trajectories(tmp_path / "T")] == ["L1", "L2"]
+    assert distill(capsys, data=folder, out=tmp_path / "T", **options)["new"] == 0  # the same by their content
+    write_lines(files[1], [dict(prompt="L3", answer="1")])
+    fails(capsys, "data_sha256", "distill", data=folder, out=tmp_path / "T", **options)
+
+
 @pytest.mark.parametrize("ids", [(1, 2, 1), ("a", "b", "a")])
 def test_a_longer_limit_that_changes_the_ids_is_refused(tiny, tmp_path, capsys, ids):
     """The first two rows have ids of their own, all three do not; a prompt must not be answered under two of them."""

@@ -624,6 +624,15 @@ def test_rows_of_the_authors_files_are_read_as_their_loader_reads_them(bytes_mod
             assert (record["response_ids"], record["order"]) == (ids, order)
 
 
+def test_raw_takes_the_prompts_of_the_authors_files_as_they_are(bytes_model, tmp_path):
+    file, tok = (
+        write_lines(tmp_path / "theirs.jsonl", [dict(question="2 + 2?", gen_text="4")]),
+        tokenizer.load(bytes_model),
+    )
+    (record,) = prepared_records(tmp_path, model=str(bytes_model), data=str(file), raw=True)
+    assert tok.decode(record["prompt_ids"]) == "2 + 2?" and tok.decode(record["response_ids"][:-1]) == "4"
+
+
 @pytest.mark.parametrize("tokens", [5, 20])
 def test_max_prompt_tokens_cuts_the_users_text_on_the_right(tiny, release, puzzles, tmp_path, tokens):
     whole = prepared_records(tmp_path, model=str(tiny), data=str(release))
