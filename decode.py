@@ -3,41 +3,36 @@
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256)  # Dream
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="llada",
                         strategy="confidence", block_length=32)  # LLaDA
-    # SDAR, or A2D with "a2d": blocks of m.config.block_length
-    t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, schedule="sdar", strategy="confidence")
     t = decode.generate(m, prompt_ids, prompt_mask, max_new_tokens=256, tokens_per_step=2)  # faster
     t.response, t.step, t.order, t.entropy, t.confidence  # each [B, N]
-    for numbers, t in decode.stream(m, prompts, 16, max_new_tokens=256): ...  # many prompts, 16 at a time
 
 The response starts as N mask tokens. Each step runs the model once, gives every masked position a
 token and a score, and keeps the tokens of the best scores (Eq. 2 of the TABOM paper, with the
-entropy as the score).
+entropy as the score). To read: generate(), Run.advance() and Run.step(), in this order.
 
 Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
-tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`), but for its credit
-fusion, which is left out; Fast-dLLM (arXiv 2505.22618) for thresholds; JetAstra/SDAR generate.py and
-its OpenCompass wrapper, but for their overwriting of prompts; ZHZisZZ/dllm (A2D: the MDLM and BD3LM
-samplers). Their tokens and steps are reproduced exactly at temperature 0, and with greedy at any
-temperature.
+tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`); Fast-dLLM (arXiv
+2505.22618) for thresholds. Their tokens and steps are reproduced exactly at temperature 0, and with
+greedy at any temperature.
 
-`m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L or P, V] in
-which logits[:, i] predicts token i. Where attention is block-causal (m.config.block_length), "sdar"
-and "a2d" keep keys and values of finished blocks (m.new_cache), which is exact: a step computes one.
+`m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L, V], or those
+at positions [B, P] alone, [B, P, V], in which logits[:, i] predicts token i. One that has the class
+attribute `splits_head = True` also takes head=False, which returns [B, P, D], what its output head
+gets; m.unembed(x) makes logits of it, and is called for as many rows at a time as memory allows.
 
-Dimensions: B batch, P prompt, N response, V vocabulary, W positions after the prompt: N, or with
-"sdar" room for a last block that ends beyond N; in one step R rows that are not done, K masked
-positions of the row that has most of them, Q tokens decoded.
+Dimensions: B batch, P prompt, N response, V vocabulary, D width, W positions after the prompt: N, or
+more where a last block may end beyond N; in one step R rows that take it, K masked positions of the
+row that has most of them, Q tokens decoded.
 """
 
 import dataclasses
+import importlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
-SCHEDULES = ("dream", "llada", "sdar", "a2d")
-BLOCKWISE = ("sdar", "a2d")  # those that finish a block before the next one begins
 SPARE = 32  # columns of padding that no prompt needs, before they are cut off
 COLDEST = 1e-6  # temperature: logits divided by less leave float32
 # Numbers of logits, which bound the memory that a step needs.
@@ -51,139 +46,10 @@ class Trajectory(NamedTuple):
     """What was decoded, and how. Every field is a tensor [B, N]."""
 
     response: torch.Tensor  # token ids; the mask token where nothing was decoded
-    step: torch.Tensor  # the step that decoded the token, from 0; Settings.limit where none did
+    step: torch.Tensor  # the step that decoded the token, from 0; Settings.max_steps where none did
     order: torch.Tensor  # decode rank, 0 = first; ties inside a step by entropy, then by position
     entropy: torch.Tensor  # nats, of the model's whole distribution at temperature 1, at that step
     confidence: torch.Tensor  # probability that the same distribution gave to the token
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to decode: the keyword arguments of generate(). Raises ValueError for what does not fit.
-
-    A threshold takes the place of the schedule. "dream" compares the largest probability of each
-    position with it, whatever strategy, temperature, top_p and top_k are; the others the strategy's
-    score (the probability, the margin, or minus the entropy, which can only reach 0). If none
-    reaches it, the best one is decoded. steps are then the most that are taken: N where not given,
-    as with tokens_per_step. With "sdar" it adds to the schedule: all tokens of a higher score, and the
-    scheduled number at least; but for the entropy, where it is in nats: the tokens of least entropy
-    whose entropies sum to less.
-
-    "sdar" counts blocks from the first token of a prompt, whose end may share one with the response,
-    and decodes the last one whole before it is cut. "a2d" counts from the end of the prompt. With
-    both, each block has steps / blocks, rounded up; None = as many as it has tokens."""
-
-    max_new_tokens: int  # N, the length of every response
-    steps: int | None = None  # for the whole response, the same number for each block; None = N
-    strategy: str = "entropy"  # first: low entropy, high confidence, large margin, random, or left
-    schedule: str = "dream"  # see quota(); "dream" and "sdar" score after temperature and so on
-    block_length: int | None = None  # decode so many tokens, then the next; None = one block, or the model's
-    tokens_per_step: int | None = None  # exactly so many each step, from the first step on
-    temperature: float = 0.0  # of drawing a token; 0 = the most probable one
-    top_p: float | None = None  # draw from the most probable tokens whose sum just exceeds this
-    top_k: int | None = None  # draw from so many of the most probable tokens
-    greedy: bool = False  # the most probable token at any temperature; the scores do not change
-    threshold: float | None = None  # all tokens with at least this probability, or else the best one
-    suppress: tuple | None = None  # ids that are never chosen, such as those of no real token
-    last: tuple | None = None  # ids whose positions come last, scored as if the ids did not exist
-    stop: tuple | None = None  # ids that end a row after the block that holds one
-
-    def __post_init__(self):
-        for name in ("max_new_tokens", "steps", "block_length", "tokens_per_step", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
-        for name, known in (("strategy", STRATEGIES), ("schedule", SCHEDULES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
-            raise ValueError(f"temperature {self.temperature} must be 0, or a number of at least {COLDEST}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.threshold is not None and not 0 <= self.threshold <= (float("inf") if self.bounded else 1):
-            raise ValueError(f"threshold {self.threshold} must be a probability between 0 and 1")
-        for other in ("steps", "threshold"):
-            n, value = self.tokens_per_step, getattr(self, other)
-            if n is not None and value is not None:
-                raise ValueError(f"tokens_per_step {n} and {other} {value}: give one of them")
-        for name in ("suppress", "last", "stop"):
-            if getattr(self, name) is not None:  # any collection of ids; a tuple can be compared
-                ids = tuple(map(int, getattr(self, name)))
-                if ids and min(ids) < 0:
-                    raise ValueError(f"{name} holds {min(ids)}: token ids begin at 0")
-                object.__setattr__(self, name, ids)
-        self.check_blocks()
-
-    def check_blocks(self):
-        """Raises ValueError for blocks that do not divide the response, or the steps."""
-        N, L = self.max_new_tokens, self.length
-        if self.schedule == "sdar" and self.block_length is None:
-            raise ValueError("schedule 'sdar' needs a block_length: that of the model's training, such as 4")
-        if self.schedule in BLOCKWISE:  # any length and number of steps will do
-            return
-        if N % L:
-            raise ValueError(
-                f"block_length {L} does not divide max_new_tokens {N}; nearest below: {divisor_below(N, L)}"
-            )
-        if self.limit < self.blocks or (self.fixed and self.limit % self.blocks):
-            raise ValueError(f"steps {self.limit} do not divide by the {self.blocks} blocks of {L}")
-
-    @property
-    def length(self):
-        """Tokens of a block."""
-        return self.block_length or self.max_new_tokens
-
-    @property
-    def blocks(self):
-        """Number of blocks, at most: with "sdar" a prompt may fill most of the first."""
-        return -(-self.max_new_tokens // self.length) + (self.schedule == "sdar")
-
-    @property
-    def each(self):
-        """The most steps of a block."""
-        if self.schedule not in BLOCKWISE:
-            return self.limit // self.blocks
-        if self.steps is None or self.bounded:
-            return self.length
-        return -(-self.steps // -(-self.max_new_tokens // self.length))
-
-    @property
-    def limit(self):
-        """The most steps that decoding can take."""
-        if self.schedule in BLOCKWISE:
-            return self.each * self.blocks
-        return self.steps or self.max_new_tokens
-
-    @property
-    def fixed(self):
-        """Whether each block begins at a fixed step, rather than as soon as the one before is done."""
-        paced = self.threshold is not None or self.tokens_per_step is not None
-        return not paced and self.schedule not in BLOCKWISE
-
-    @property
-    def bounded(self):
-        """Whether the threshold is one of cumulated entropy, in nats."""
-        return self.schedule == "sdar" and self.strategy == "entropy" and self.threshold is not None
-
-    @property
-    def raw(self):
-        """Whether scores are of the model's own distribution, not the one that is drawn from."""
-        return self.schedule in ("llada", "a2d")
-
-    @property
-    def draws(self):
-        """Whether tokens are drawn by chance."""
-        return self.temperature > 0 and not self.greedy
-
-    @property
-    def score(self):
-        """What positions are compared by: the strategy, or "largest", the largest probability."""
-        if self.threshold is None:
-            return self.strategy
-        if self.schedule != "dream" and self.strategy in ("entropy", "confidence", "margin"):
-            return self.strategy
-        return "largest"
 
 
 @torch.no_grad()
@@ -199,92 +65,169 @@ def generate(m, prompt_ids, prompt_mask=None, *, mask_id=None, generator=None, o
 
     A position that is given the mask token stays masked, as in the official decoders; suppress the
     token to prevent it. What a block leaves masked stays a candidate in the next ones, but not with
-    a threshold, "sdar" or "a2d".
-    Raises ValueError for settings, prompts or generators that do not fit together, or blocks that are
-    not the model's, TypeError for settings that do not exist.
+    a threshold, or where a schedule finishes its blocks.
+    Raises ValueError for settings, prompts or generators that do not fit together or not the model,
+    and for a model that returns something else than logits; TypeError for settings that do not exist.
     """
     generators, lengths = check_inputs(prompt_ids, prompt_mask, generator)
-    prompts = [row[len(row) - n :] for row, n in zip(prompt_ids, lengths)]
-    watch = None
-    if on_step is not None:
-
-        def watch(now, *seen):
-            on_step(int(now.max()), *seen)
-
-    own = dict(mask_id=mask_id, generator=generators.__getitem__, on_step=watch)
-    places, parts = [], []
-    for finished, t in stream(m, prompts, **own, **settings):
-        places += finished
-        parts.append(t)
-    back = torch.tensor(places, device=prompt_ids.device).argsort()
-    return Trajectory(*(torch.cat(field)[back] for field in zip(*parts)))
+    run = start(m, len(prompt_ids), mask_id, prompt_ids.device, **settings)
+    run.fit(max(lengths, default=0))
+    for row, (ids, n) in enumerate(zip(prompt_ids, lengths)):
+        run.put(row, ids[len(ids) - n :], generators[row])
+    while not run.done.all():
+        steps = run.advance()
+        if on_step is not None and len(steps):
+            on_step(int(steps.max()), *run.so_far())
+    return run.trajectory(list(range(len(prompt_ids))))
 
 
-@torch.no_grad()
-def stream(m, prompts, batch_size=None, *, mask_id=None, generator=None, on_step=None, **settings):
-    """Decode prompts, batch_size rows at a time -> yields (their numbers, Trajectory) as rows finish.
-
-    A row that is done is given the next prompt at once: the batch stays full while there are any.
-    Each row is what it is in a batch of its own, but for the rounding of the model.
-
-    prompts: token ids [P] each, of any lengths; the longest first need the least padding.
-    batch_size: None = all prompts together.
-    generator: a function of a prompt's number that makes its torch.Generator; None = torch's own.
-    on_step: called after each step as on_step(now, response [B, N], entropy [B, N]), where now [R] is
-        the number of the step, in each row that took one, on the host.
-    The rest is as in generate().
-    """
-    # The blocks of the model's attention, where that is block-causal
-    own = getattr(getattr(m, "config", None), "block_length", None)
-    if settings.get("schedule") in BLOCKWISE and settings.get("block_length") is None:
-        settings["block_length"] = own
-    s = Settings(**settings)
-    if s.schedule in BLOCKWISE and own not in (None, s.length):
-        raise ValueError(f"block_length {s.length}, but the model's attention has {own}: set m.config.block_length")
-    if mask_id is None:
-        mask_id = m.config.mask_id
-    waiting, held = list(reversed(range(len(prompts)))), {}  # numbers of prompts; row -> that of its prompt
-    if not waiting:
-        return
-    run = Run(m, min(batch_size or len(prompts), len(prompts)), mask_id, s, prompts[0].device, own)
-    while True:
-        free = (run.block == s.blocks).nonzero()[:, 0].tolist()
-        done = [row for row in free if row in held]
-        if done:
-            yield [held.pop(row) for row in done], run.trajectory(done)
-        new = free[: len(waiting)]
-        for row in new:
-            held[row] = waiting.pop()
-        if not held:
-            return
-        if new:
-            run.fit(max(len(prompts[i]) for i in held.values()))
-        for row in new:
-            run.put(row, prompts[held[row]], generator and generator(held[row]))
-        run.advance(on_step)
+def start(m, rows, mask_id, device, **settings):
+    """A Run of so many rows, which wait for a prompt: Run.fit(), Run.put(), then Run.advance()."""
+    if "last" in settings and "decode_last" not in settings:  # its old name
+        settings["decode_last"] = settings.pop("last")
+    return find_schedule(settings.get("schedule", "dream")).start(m, rows, mask_id, device, settings)
 
 
-def quota(s, i, steps, count):
-    """How many tokens step i [B] of a block's `steps` decodes in rows of `count` [B] masked: int64 [B].
+# ------------------------------------------------------------------------------- settings, schedules
 
-    "dream": int(n (1 - later/now)) of n, with now and later neighbours in linspace(1, 1e-3,
-    steps + 1), and all of them at the last step. "llada", "sdar": L // steps of a block of L, and one
-    more in the first L % steps. "a2d": an even share of what is left, rounded; a step without any is
-    left out and not counted. With a threshold: one, or with "sdar" as without."""
-    if s.threshold is not None and (s.bounded or s.schedule != "sdar"):
-        return count.clamp(max=1)
-    if s.tokens_per_step is not None:
-        return count.clamp(max=s.tokens_per_step)
-    if s.schedule in ("llada", "sdar"):
-        return count.minimum(s.length // steps + (i < s.length % steps).long())
-    # In float32, as the official code: the rounding decides which way a half falls, and what int()
-    # cuts off.
-    if s.schedule == "a2d":
-        later, now = (1 - (1 - (steps - at).float() / steps) for at in (i + 1, i))
-        return (count.float() * (1 - later / now)).round().long()
-    time = torch.linspace(1, 1e-3, steps + 1)
-    share = (count.float() * (1 - time[i + 1] / time[i])).long()
-    return count.where(i == steps - 1, share)
+
+@dataclasses.dataclass
+class Settings:
+    """How to decode: the keyword arguments of generate(). Raises ValueError for what does not fit.
+
+    A schedule is a subclass, and Settings(schedule="llada", ...) makes one of it: it says in share()
+    how many tokens a step decodes, and by the attributes below whatever else hangs on it.
+
+    A threshold takes the place of the schedule: a step decodes all positions that reach it, or else
+    the best one. "dream" compares the largest probability of each position with it, whatever
+    strategy, temperature, top_p and top_k are; "llada" the strategy's score (the probability, the
+    margin, or minus the entropy, which can only reach 0). steps are then the most that are taken: N
+    where not given, as with tokens_per_step."""
+
+    max_new_tokens: int  # N, the length of every response
+    steps: int | None = None  # for the whole response, the same number for each block; None = N
+    strategy: str = "entropy"  # first: low entropy, high confidence, large margin, random, or left
+    schedule: str = "dream"  # how many tokens each step decodes: a name of SCHEDULES or ELSEWHERE
+    block_length: int | None = None  # decode so many tokens, then the next; None = one block, or the model's
+    tokens_per_step: int | None = None  # exactly so many each step, from the first step on
+    temperature: float = 0.0  # of drawing a token; 0 = the most probable one
+    top_p: float | None = None  # draw from the most probable tokens whose sum just exceeds this
+    top_k: int | None = None  # draw from so many of the most probable tokens
+    greedy: bool = False  # the most probable token at any temperature; the scores do not change
+    threshold: float | None = None  # all tokens with at least this probability, or else the best one
+    suppress: tuple | None = None  # ids that are never chosen, such as those of no real token
+    decode_last: tuple | None = None  # ids whose positions come last, scored as if the ids did not exist
+    stop: tuple | None = None  # ids that end a row after the block that holds one
+
+    # What a schedule decides beside share()
+    scores_untempered = False  # scores are of the model's own distribution, not the one that is drawn from
+    by_score = ()  # strategies whose score a threshold is compared with; the largest probability for others
+    threshold_adds = False  # a threshold adds to share(), and does not take its place
+    summed_entropy = False  # the threshold is one of summed entropy, in nats
+    top_p_after_top_k = False  # top_p is a share of what top_k leaves, not of the whole
+    finishes_blocks = False  # a block is finished before the next one begins, however long that takes
+
+    def __new__(cls, *values, schedule="dream", **others):
+        return object.__new__(find_schedule(schedule) if cls is Settings else cls)
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "steps", "block_length", "tokens_per_step", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
+            raise ValueError(f"temperature {self.temperature} must be 0, or a number of at least {COLDEST}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        highest = float("inf") if self.summed_entropy else 1
+        if self.threshold is not None and not 0 <= self.threshold <= highest:
+            raise ValueError(f"threshold {self.threshold} must be a probability between 0 and 1")
+        for other in ("steps", "threshold"):
+            n, value = self.tokens_per_step, getattr(self, other)
+            if n is not None and value is not None:
+                raise ValueError(f"tokens_per_step {n} and {other} {value}: give one of them")
+        for name in ("suppress", "decode_last", "stop"):
+            if getattr(self, name) is not None:  # any collection of ids; a tuple can be compared
+                ids = tuple(map(int, getattr(self, name)))
+                if ids and min(ids) < 0:
+                    raise ValueError(f"{name} holds {min(ids)}: token ids begin at 0")
+                setattr(self, name, ids)
+        self.draws = self.temperature > 0 and not self.greedy  # tokens are drawn by chance
+        # What positions are compared by: "largest" is the largest probability
+        self.score = self.strategy if self.threshold is None or self.strategy in self.by_score else "largest"
+        self.plan()
+
+    def plan(self):
+        """Lay out the blocks. Raises ValueError where they do not divide the response, or the steps."""
+        N, L = self.max_new_tokens, self.block_length or self.max_new_tokens
+        if N % L:
+            below = next(d for d in range(min(N, L), 0, -1) if N % d == 0)
+            raise ValueError(f"block_length {L} does not divide max_new_tokens {N}; nearest below: {below}")
+        self.length, self.blocks = L, N // L  # tokens of a block, and how many there are at most
+        self.columns = N  # W, positions after the prompt
+        self.max_steps = self.steps or N  # that decoding can take
+        self.steps_per_block = self.max_steps // self.blocks  # at most
+        # Each block begins at a fixed step, rather than as soon as the one before is done
+        self.lockstep = self.threshold is None and self.tokens_per_step is None
+        if self.max_steps < self.blocks or (self.lockstep and self.max_steps % self.blocks):
+            raise ValueError(f"steps {self.max_steps} do not divide by the {self.blocks} blocks of {L}")
+
+    @classmethod
+    def start(cls, m, rows, mask_id, device, settings):
+        """start() for this schedule, which may take something from the model, or need another Run."""
+        return Run(m, rows, mask_id, cls(**settings), device)
+
+    def quota(self, i, count):
+        """How many tokens step i [B] of a block decodes in rows of `count` [B] masked: int64 [B]."""
+        if self.threshold is not None and not self.threshold_adds:
+            return count.clamp(max=1)  # and all that reach the threshold
+        if self.tokens_per_step is not None:
+            return count.clamp(max=self.tokens_per_step)
+        return self.share(i, count)
+
+    def reached(self, score, nth):
+        """Which positions reach the threshold, of those with a score, which is the nth: bool [R, W]."""
+        return score >= self.threshold
+
+
+class Dream(Settings):
+    """int(n (1 - later/now)) of n, with now and later neighbours in linspace(1, 1e-3, steps + 1), and
+    all of them at the last step."""
+
+    def share(self, i, count):
+        # In float32, as the official code: its rounding decides what int() cuts off.
+        time = torch.linspace(1, 1e-3, self.steps_per_block + 1)
+        some = (count.float() * (1 - time[i + 1] / time[i])).long()
+        return count.where(i == self.steps_per_block - 1, some)
+
+
+class LLaDA(Settings):
+    """L // steps of a block of L tokens, and one more in the first L % steps."""
+
+    scores_untempered = True
+    by_score = ("entropy", "confidence", "margin")
+
+    def share(self, i, count):
+        L, steps = self.length, self.steps_per_block
+        return count.minimum(L // steps + (i < L % steps).long())
+
+
+SCHEDULES = {"dream": Dream, "llada": LLaDA}
+ELSEWHERE = {"sdar": "blocks", "a2d": "blocks"}  # schedules that a folder beside this file adds to SCHEDULES
+
+
+def find_schedule(name):
+    """The class of a schedule. Raises ValueError for one that is unknown, or whose folder is missing."""
+    if name not in SCHEDULES and name in ELSEWHERE:
+        try:
+            importlib.import_module(ELSEWHERE[name])
+        except ModuleNotFoundError as e:
+            raise ValueError(f"schedule {name!r} needs the folder {ELSEWHERE[name]} beside decode.py ({e})") from e
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES | ELSEWHERE)}")
+    return SCHEDULES[name]
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -293,33 +236,36 @@ def quota(s, i, steps, count):
 class Run:
     """The rows that are decoded together: their tokens, the log, and the step that decodes some more.
 
-    Rows share nothing but the step: each has a prompt, a block that it is at and a count of steps of
-    its own. block_length: that of the model's attention, or None."""
+    Rows share nothing but the step. Each has a prompt and two clocks: the steps of the schedule that
+    are over, `planned`, of which every block has steps_per_block, and the steps that it took, `taken`.
+    A block that is done early, or a step without a token, leaves the second behind the first."""
 
-    def __init__(self, m, rows, mask_id, settings, device, block_length=None):
-        B, N = rows, settings.max_new_tokens
-        self.m, self.mask_id, self.settings = m, mask_id, settings
-        self.P, self.N, self.W = 0, N, N
-        if settings.schedule == "sdar":
-            self.W += settings.length - 1
-        self.ids = torch.full((B, self.W), mask_id, device=device)  # [B, P + W]
+    def __init__(self, m, rows, mask_id, settings, device):
+        B, self.N, self.W, self.P = rows, settings.max_new_tokens, settings.columns, 0
+        self.m, self.settings = m, settings
+        self.mask_id = m.config.mask_id if mask_id is None else mask_id
+        self.ids = torch.full((B, self.W), self.mask_id, device=device)  # [B, P + W]
         self.attention_mask = torch.ones_like(self.ids)
-        self.decoded_at = torch.full_like(self.ids, settings.limit)
+        self.padded = False  # whether the mask is needed: models are faster without
+        self.decoded_at = torch.full_like(self.ids, settings.max_steps)
         self.entropy = torch.full((B, self.W), float("nan"), device=device)
         self.confidence = self.entropy.clone()
         self.generators = [None] * B
-        # [B] each, on the host: which block a row is at (past the last: it is done), the step in it, all
-        # steps before; tokens of its prompt, and of those the ones in the first block; columns whose
-        # keys and values are final, -1 for a prompt that is new
-        self.block = torch.full((B,), settings.blocks)
-        self.i, self.now, self.length, self.tail, self.known = torch.zeros(5, B, dtype=torch.long)
-        self.blockwise = block_length is not None and settings.schedule in BLOCKWISE
-        self.cache = None
+        # [B] each, on the host: the tokens of the prompt, and the two clocks. A new row is done.
+        self.length, self.taken = torch.zeros(2, B, dtype=torch.long)
+        self.end = settings.blocks * settings.steps_per_block
+        self.planned = torch.full((B,), self.end)
+        self.now = self.planned if settings.lockstep else self.taken  # the clock of the log: the same tensor
 
     @property
     def response(self):
         """[B, W], a view: decoding writes into ids [B, P + W]."""
         return self.ids[:, self.P :]
+
+    @property
+    def done(self):
+        """Which rows are past their last block, bool [B]."""
+        return self.planned == self.end
 
     def fit(self, P):
         """Make room for prompts of up to P tokens; seldom less than before, for a shape costs time."""
@@ -327,88 +273,74 @@ class Run:
             return
         self.ids = F.pad(self.ids, (P - self.P, 0), value=self.mask_id)
         self.attention_mask = F.pad(self.attention_mask, (P - self.P, 0))
-        self.P, self.padded = P, False
-        if self.blockwise and hasattr(self.m, "new_cache"):  # any other model computes all tokens at every step
-            self.cache = self.m.new_cache(len(self.ids), P + self.W)
-            self.known.fill_(-1)
+        self.P = P
+        self.padded = bool((self.length < P)[~self.done].any())
 
-    def put(self, row, prompt, generator):
-        """Begin with a prompt [n] in a row."""
+    def put(self, row, prompt, generator=None):
+        """Begin with a prompt [n] in a row, for which fit() has made room."""
         n = len(prompt)
         self.ids[row] = self.mask_id
         self.ids[row, self.P - n : self.P] = prompt
         self.attention_mask[row] = 1
         self.attention_mask[row, : self.P - n] = 0
-        self.decoded_at[row] = self.settings.limit
+        self.decoded_at[row] = self.settings.max_steps
         self.entropy[row] = self.confidence[row] = float("nan")
-        self.block[row] = self.i[row] = self.now[row] = 0
-        self.length[row], self.known[row] = n, -1
-        if self.settings.schedule == "sdar":
-            self.tail[row] = n % self.settings.length
-        self.generators[row] = generator
+        self.planned[row] = self.taken[row] = 0
+        self.length[row], self.generators[row] = n, generator
         # Once there is a mask it stays, until prompts are far shorter: a compiled model is slow to change
-        self.padded |= bool((self.length < self.P)[self.block < self.settings.blocks].any())
+        self.padded |= n < self.P
 
-    def advance(self, on_step=None):
-        """Take one step in every row that is not done; none where one more is found to be done."""
+    def advance(self):
+        """End the blocks in which nothing is masked, then take a step in every row that is not done.
+
+        -> the numbers of the step in the rows that took it, [R] on the host: none where a row has been
+        found to be done, so that it may be filled first."""
         s = self.settings
         while True:
             masked = self.candidates()  # [B, W]
             count = masked.sum(1).cpu()  # [B], all that the host has to know of a step
-            over = (self.block < s.blocks) & ((count == 0) | (self.i == s.each))
+            over = ~self.done & (count == 0)
             if not over.any():
                 break
-            self.block[over] += 1
-            self.i[over] = 0
-            if s.stop is not None:
-                self.block[over & member(self.response, s.stop).any(1).cpu()] = s.blocks
-            if (self.block[over] == s.blocks).any():
-                return  # a row is free: it may be filled before the step
-        if s.fixed:
-            self.now = self.block * s.each + self.i
-        best = quota(s, self.i, s.each, count)  # [B]
-        turn = torch.ones_like(best, dtype=torch.bool)
-        if self.cache is not None and (self.known[best > 0] < 0).any():
-            turn = self.known < 0  # new prompts first: their step is longer than that of the others
-            best *= turn
-        if best.any():  # Dream's first step often decodes nothing, and then needs no model
+            self.end_block(over)
+            if self.done[over].any():
+                return self.now[:0]
+        i = self.planned % s.steps_per_block  # the step in the block, [B]
+        best = s.quota(i, count)
+        ready = self.ready(best)
+        best = best * ready
+        now = self.now[best > 0]
+        if len(now):  # Dream's first step often decodes nothing, and then needs no model
             self.step(masked, count, best)
-            if on_step is not None:
-                on_step(self.now[best > 0], self.response[:, : self.N], self.entropy[:, : self.N])
-        self.now += best > 0
-        self.i += turn & (self.block < s.blocks)
+        self.taken += best > 0
+        last = ready & (i == s.steps_per_block - 1)
+        self.planned += ready & ~last
+        self.end_block(last)
+        return now
 
     def candidates(self):
         """Which positions may be decoded now, in the block of each row: bool [B, W]."""
         s, at = self.settings, torch.arange(self.W, device=self.ids.device)
-        start, last = self.block * s.length - self.tail, (self.block < s.blocks).long()
-        start, last = torch.stack((start, last))[..., None].to(at.device)  # [B, 1] each
-        masked = (self.response == self.mask_id) & (last > 0) & (at < start + s.length)
-        if s.schedule in BLOCKWISE or s.threshold is not None:
-            masked &= (at >= start) & (start < self.N)
+        begin = self.block_starts()[:, None].to(at.device)  # [B, 1]
+        masked = (self.response == self.mask_id) & (at < begin + s.length) & (begin < self.N)
+        if s.finishes_blocks or s.threshold is not None:
+            masked &= at >= begin
         return masked
 
-    def inputs(self, rows, host):
-        """The ids, and the arguments beside them, for a step of rows [R].
+    def block_starts(self):
+        """The position at which the block of each row begins, [B]; N or more where it is done."""
+        return self.planned // self.settings.steps_per_block * self.settings.length
 
-        host: the same rows, on the host."""
-        end, more = self.P + self.W, dict(attention_mask=None)
-        if self.cache is not None:
-            # The first step of a block computes the one before it as well: its last tokens were
-            # masks when they were decoded. Each row is at a block, and so at columns, of its own.
-            begin = self.P + self.block[host] * self.settings.length - self.tail[host]  # [R]
-            ends = (begin + self.settings.length).clamp(max=end)
-            n, end = int((ends - self.known[host].clamp(min=0)).max()), int(ends.max())
-            first = (ends - n).clamp(min=0)  # [R]
-            if (first == first[0]).all():
-                first = int(first[0])
-            more.update(cache=self.cache.of(rows, first, n))
-            self.known[host] = begin
-        if self.padded:  # models are faster without a mask
-            more["attention_mask"] = self.attention_mask[rows, :end]
-        if self.blockwise and self.settings.schedule == "a2d":
-            more["origin"] = self.length[host].to(rows.device) if self.padded else self.P
-        return self.ids[rows, :end], more
+    def end_block(self, over):
+        """Rows, over [B] bool, go on to their next block; those with a stop token are done."""
+        s = self.settings
+        self.planned[over] = (self.planned[over] // s.steps_per_block + 1) * s.steps_per_block
+        if s.stop is not None and over.any():
+            self.planned[over & member(self.response, s.stop).any(1).cpu()] = self.end
+
+    def ready(self, best):
+        """Which rows go on in their schedule now, bool [B]; best [B]: how many tokens they would decode."""
+        return ~self.done
 
     def step(self, masked, count, best):
         """Run the model once, and decode the best [B] so many of the masked positions [B, W].
@@ -419,16 +351,23 @@ class Run:
         masked, best = masked[rows], best.to(masked.device)[rows]
         place, number = numbered(masked, K)  # [R, K], [R, W]
         ids, more = self.inputs(rows, host)
-        split = hasattr(self.m, "unembed")  # any other model makes all logits at once
-        if split:
+        size, head = len(rows), None
+        if getattr(self.m, "splits_head", False):
+            size, head = max(1, HELD // (K * self.m.config.vocab_size)), self.m.unembed
             more["head"] = False
         x = self.m(ids, positions=self.P + place, **more)  # [R, K, D], or logits [R, K, V]
-        size = len(x)
-        if split:
-            size = max(1, HELD // (K * self.m.config.vocab_size))
-        parts = zip(*(each.split(size) for each in (x, rows, masked, best, place, number)))
-        for x, *part in parts:
-            self.unmask(self.m.unembed(x) if split else x, *part)
+        check_output(x, len(rows), K)
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
+            logits = head(x[part]) if head else x[part]
+            self.unmask(logits, rows[part], masked[part], best[part], place[part], number[part])
+
+    def inputs(self, rows, host):
+        """The ids of rows [R], and the arguments of the model beside them. host: the same rows, on the host."""
+        more = dict(attention_mask=None)
+        if self.padded:
+            more["attention_mask"] = self.attention_mask[rows]
+        return self.ids[rows], more
 
     def unmask(self, logits, rows, masked, best, place, number):
         """Decode the best [R] so many of the masked positions [R, W] of these rows [R], of whose masked
@@ -452,7 +391,7 @@ class Run:
         nth = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = the best
         picked = nth < best[:, None]
         if s.threshold is not None:
-            picked |= self.reached(score, nth)
+            picked |= s.reached(score, nth)
         r, n = (picked & masked).nonzero(as_tuple=True)  # [Q]
 
         # 3. Write them down, with what the model's whole untempered distribution said.
@@ -461,32 +400,23 @@ class Run:
         self.decoded_at[at] = self.now.to(rows.device)[rows[r]]
         self.entropy[at], self.confidence[at] = describe(logits, r, number[r, n], token[r, n])
 
-    def reached(self, score, nth):
-        """Which positions reach the threshold, of those with a score, which is the nth: bool [R, W]."""
-        s = self.settings
-        if s.bounded:  # entropies, the least first, of this position and those before it
-            total = -score.sort(dim=1, descending=True).values.cumsum(1)
-            return total.gather(1, nth) < s.threshold
-        if s.schedule == "sdar":
-            return score > s.threshold
-        return score >= s.threshold
-
     def noise(self, rows):
         """Noise in [0, 1) for the response of each row, from the row's own generator: [R, W]."""
         noise = torch.empty(len(rows), self.W, device=rows.device)
         for row, b in zip(noise, rows.tolist()):
-            g = self.generators[b]
-            if g is None:
-                row.uniform_()
-            else:  # it may be on another device
-                row.copy_(torch.rand(self.W, generator=g, device=g.device))
+            g = self.generators[b]  # it may be on another device
+            row.copy_(torch.rand(self.W, generator=g, device=row.device if g is None else g.device))
         return noise
+
+    def so_far(self):
+        """The responses, and the entropies of what is decoded, [B, N] each."""
+        return self.response[:, : self.N], self.entropy[:, : self.N]
 
     def trajectory(self, rows):
         """The Trajectory of some rows, a list."""
         logs = (self.response, self.decoded_at, self.entropy, self.confidence)
         response, step, entropy, confidence = (x[rows, : self.N] for x in logs)
-        step = step.masked_fill(response == self.mask_id, self.settings.limit)
+        step = step.masked_fill(response == self.mask_id, self.settings.max_steps)
         return Trajectory(response, step, decode_order(step, entropy), entropy, confidence)
 
 
@@ -498,6 +428,13 @@ def numbered(masked, K):
     number = (masked.cumsum(1) - 1).clamp(min=0)
     place = masked.int().argsort(dim=1, descending=True, stable=True)[:, :K]
     return torch.where(masked.gather(1, place), place, place[:, :1]), number
+
+
+def check_output(x, R, K):
+    """Raises ValueError for what a model returned in place of a number or vector for each of K positions of R rows."""
+    shape = list(getattr(x, "shape", ()))
+    if len(shape) != 3 or shape[:2] != [R, K]:
+        raise ValueError(f"the model returned {type(x).__name__} {shape} for positions [{R}, {K}], not [{R}, {K}, V]")
 
 
 def describe(logits, row, number, token):
@@ -522,13 +459,10 @@ def choose(logits, noise, s):
 
     Slab by slab: the memory for copies of the logits is bounded, however many are masked."""
     R, K, _ = logits.shape
-    tokens, scores = [], []
     size = slab(logits)
-    for x, u in zip(logits.flatten(0, 1).split(size), noise.flatten().split(size)):
-        token, score = choose_slab(x, u, s)
-        tokens.append(token)
-        scores.append(score)
-    return torch.cat(tokens).view(R, K), torch.cat(scores).view(R, K)
+    slabs = zip(logits.flatten(0, 1).split(size), noise.flatten().split(size))
+    token, score = zip(*(choose_slab(x, u, s) for x, u in slabs))
+    return torch.cat(token).view(R, K), torch.cat(score).view(R, K)
 
 
 def slab(logits):
@@ -547,16 +481,16 @@ def choose_slab(logits, noise, s):
     if s.score in ("random", "left"):
         return token, noise  # the distribution does not matter
 
-    # "dream" and "sdar" score the distribution that tokens are drawn from, the others the model's own.
-    if s.raw or s.score == "largest":
-        p, ids = without(logits, s.last).softmax(-1), None  # in the model's dtype, as officially
-    elif s.last is not None or not s.draws:
-        p, ids = filtered(without(logits, s.last), s)
+    # "dream" scores the distribution that tokens are drawn from, "llada" the model's own.
+    if s.scores_untempered or s.score == "largest":
+        p, ids = without(logits, s.decode_last).softmax(-1), None  # in the model's dtype, as officially
+    elif s.decode_last is not None or not s.draws:
+        p, ids = filtered(without(logits, s.decode_last), s)
     score = rate(s.score, p, ids, token)
-    if s.last is not None:
+    if s.decode_last is not None:
         # Of the entropy, 0 would be the best.
         worst = torch.finfo(score.dtype).min if s.score == "entropy" else 0.0
-        score = score.masked_fill(member(token, s.last), worst)
+        score = score.masked_fill(member(token, s.decode_last), worst)
     return token, score
 
 
@@ -581,7 +515,7 @@ def filtered(logits, s):
     temperature = s.temperature or 1.0  # 0 is for the token only
     if s.top_k is not None or (s.top_p is not None and s.top_p < 1):
         return nucleus(logits, temperature, s)
-    if s.raw:
+    if s.scores_untempered:
         logits = logits.float()  # Dream draws in the model's dtype, LLaDA in a wider one
     return (logits / temperature).softmax(-1), None
 
@@ -595,7 +529,7 @@ def nucleus(logits, temperature, s):
     logits = logits.float()
     limit = min(s.top_k or logits.shape[-1], logits.shape[-1])
     whole = logits
-    if s.schedule == "sdar" and limit < logits.shape[-1]:  # top_p is a share of what top_k leaves
+    if s.top_p_after_top_k and limit < logits.shape[-1]:
         whole = logits.topk(limit, dim=-1).values
     n, total = min(64, limit), None
     while True:
@@ -664,7 +598,7 @@ def without(logits, ids):
     if not ids:
         return logits
     if max(ids) >= logits.shape[-1]:
-        raise ValueError(f"suppress or last holds {max(ids)}; the model has {logits.shape[-1]} tokens")
+        raise ValueError(f"suppress or decode_last holds {max(ids)}; the model has {logits.shape[-1]} tokens")
     index = torch.tensor(ids, device=logits.device)
     return logits.index_fill(-1, index, torch.finfo(logits.dtype).min)
 
@@ -688,11 +622,6 @@ def check_inputs(prompt_ids, prompt_mask, generator):
     """The generators, one for each row, and the number of tokens of each prompt.
 
     Raises ValueError for another number of them, and for a mask that is not one of left padding."""
-    if prompt_mask is not None:
-        if prompt_mask.shape != prompt_ids.shape:
-            raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
-        if (prompt_mask.int().diff(dim=1) < 0).any():
-            raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
     B, generators = len(prompt_ids), generator
     if not isinstance(generator, (list, tuple)):
         generators = [generator] * B
@@ -700,10 +629,9 @@ def check_inputs(prompt_ids, prompt_mask, generator):
         raise ValueError(f"{len(generators)} generators for {B} prompts: give one, or one for each")
     lengths = [prompt_ids.shape[1]] * B
     if prompt_mask is not None:
+        if prompt_mask.shape != prompt_ids.shape:
+            raise ValueError(f"prompt_mask is {[*prompt_mask.shape]}, prompt_ids is {[*prompt_ids.shape]}")
+        if (prompt_mask.int().diff(dim=1) < 0).any():
+            raise ValueError("prompts must be padded on the left: prompt_mask has a 0 after a 1")
         lengths = prompt_mask.bool().sum(1).tolist()
     return generators, lengths
-
-
-def divisor_below(n, k):
-    """The largest divisor of n that is at most k."""
-    return next(d for d in range(min(n, k), 0, -1) if n % d == 0)

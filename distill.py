@@ -19,10 +19,9 @@ import torch
 from tqdm import tqdm
 
 import data
-import decode
 import tokenizer
 from benchmarks.answers import CHECKS, check
-from runs import disk, loading, torchrun
+from runs import disk, loading, queue, torchrun
 from runs.options import opt
 
 FORMATS = {"ours": None, "release": "release"}  # --format -> the room that writes another one
@@ -130,15 +129,15 @@ def answer_batch(loaded, examples, settings, seed, device):
 def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=None):
     """Decode examples, batch_size at a time -> yields (their numbers, their trajectory records) as they finish.
 
-    on_step: called after each decoding step, see decode.stream."""
+    on_step: called after each decoding step, see queue.stream."""
     m, prompts = loaded.m, [torch.tensor(e["prompt_ids"], device=device) for e in examples]
 
     def generator(i):
         return data.generator(seed, "decode", examples[i]["id"], device=device)
 
-    own = dict(generator=generator, on_step=on_step, **with_eos_rules(settings, loaded))
-    for numbers, t in decode.stream(m, prompts, batch_size, **own):
-        decoded = t.response != m.config.mask_id  # [R, N]; --threshold with few --steps may leave masks
+    own = dict(generator=generator, on_step=on_step, **loading.with_eos_rules(settings, loaded))
+    for numbers, t in queue.stream(m, prompts, batch_size, **own):
+        decoded = t.response != m.config.mask_id  # [R, N]; behind a token that ends it, a response may be masked
         if not t.entropy[decoded].isfinite().all():
             raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
         t = t._replace(order=t.order.masked_fill(~decoded, -1))
@@ -153,22 +152,9 @@ def record_of(e, tok, response, step, order, entropy, confidence):
     record.update(response_ids=response, order=order, step=step)
     record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
     record["text"] = tok.response_text(response)
-    record["finished"] = tokenizer.first_end(response, tok.stop_ids) < len(response)
+    end = tokenizer.first_end(response, tok.stop_ids)
+    record["finished"] = end < len(response) and -1 not in order[:end]  # with a mask before its end it is not
     return record
-
-
-def with_eos_rules(settings, loaded):
-    """Arguments of decode.generate: the settings, the ids that no response may hold, and the EOS id in place of
-    suppress_eos and eos_last."""
-    settings, eos = dict(settings), loaded.m.config.eos_id
-    settings["suppress"] = loaded.never_chosen
-    if settings.pop("suppress_eos", False):
-        settings["suppress"].append(eos)
-    if settings.pop("eos_last", False):
-        settings["last"] = [eos]
-    if settings.get("schedule") in decode.BLOCKWISE and loaded.m.config.block_length is not None:
-        settings["stop"] = sorted(loaded.tok.stop_ids)  # what a finished block ends, later blocks cannot change
-    return settings
 
 
 def check_context(examples, settings, config, warn):
@@ -222,6 +208,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
                 record.update(verdict)
                 f.write(disk.json_line(record))
                 progress.kept += data.usable(record)
+                progress.masks += record["order"].count(-1)
             f.flush()
             progress.seen += len(records)
     processes.barrier()
@@ -257,14 +244,15 @@ class Progress:
 
     def __init__(self, bar, settings):
         self.bar, self.seen, self.kept, self.begun = bar, 0, 0, time.perf_counter()
-        self.tokens = settings["max_new_tokens"]
+        self.tokens, self.masks = settings["max_new_tokens"], 0  # of a prompt; of all, those never decoded
         self.steps = settings.get("steps") or -(-self.tokens // settings["tokens_per_step"])
 
     def decoded(self, now, *_):
         """After a step: the number of the step, in each row that took one."""
         done = self.seen + float(((now + 1) / self.steps).clamp(max=1).sum())  # prompts, and shares of some
         speed = torchrun.per_second(done, self.begun)  # prompts
-        shown = f"{self.tokens * speed:.0f} tokens/s, {tqdm.format_interval(round(self.bar.total / speed))} in all"
+        tokens = torchrun.per_second(done * self.tokens - self.masks, self.begun)
+        shown = f"{tokens:.0f} tokens/s, {tqdm.format_interval(round(self.bar.total / speed))} in all"
         if self.seen:
             shown += f", kept {self.kept / self.seen:.0%}"
         self.bar.set_postfix_str(shown, refresh=False)

@@ -249,6 +249,8 @@ class Transformer(nn.Module):
     pass instead of keeping its activations, and `config.block_length` to make attention
     block-causal."""
 
+    splits_head = True  # it takes head=False, and makes logits of what it returns then in unembed()
+
     def __init__(self, config):
         super().__init__()
         self.config = config

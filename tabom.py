@@ -12,6 +12,7 @@ TABOM_DEBUG=1 shows the traceback of an error.
 
 import json
 
+from runs import streams
 from runs.options import check_values, parse
 
 COMMANDS = {  # name -> (module, what it does)
@@ -53,6 +54,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    streams.guard()
     status = main()
     from runs import torchrun
 

@@ -56,7 +56,8 @@ def settings(family, protocol="paper"):
     if family == "sdar" and protocol == "official":
         return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     if family == "llada":
-        return dict(max_new_tokens=512, steps=512, block_length=512, temperature=0.0, suppress_eos=True)
+        # Exactly the EOS: an end of turn may be chosen (LLaDA's logits_eos_inf)
+        return dict(max_new_tokens=512, steps=512, block_length=512, temperature=0.0, suppress_eos="eos")
     found = dict(max_new_tokens=768, steps=768)
     if family == "dream":
         found.update(block_length=None, temperature=0.1, top_p=0.9, greedy=protocol != "official")

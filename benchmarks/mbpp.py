@@ -69,7 +69,9 @@ def settings(family, protocol="paper"):
     if family == "sdar" and protocol == "official":
         return dict(max_new_tokens=4096, steps=4096, temperature=0.0)
     if family == "llada":
-        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0, eos_last=True)
+        # The authors score exactly the EOS last, LLaDA's own rule (confidence_eos_eot_inf) the end of a turn too
+        last = True if protocol == "official" else "eos"
+        return dict(max_new_tokens=256, steps=256, block_length=256, temperature=0.0, eos_last=last)
     tokens = 512 if protocol == "release" else 1024
     found = dict(max_new_tokens=tokens, steps=tokens)
     if family == "dream":

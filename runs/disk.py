@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import uuid
 from pathlib import Path
 
 import torch
@@ -35,7 +37,8 @@ def open_run(out, meta, processes, free=()):
 
     def begin():
         out.mkdir(parents=True, exist_ok=True)
-        processes.lock(out)
+        if processes.lock(out):
+            remove_left_over(out)
         with atomic_file(out / "meta.json") as f:
             f.write(json.dumps(meta, indent=2) + "\n")
 
@@ -87,47 +90,72 @@ def json_line(row):
     return line + "\n"
 
 
+def beside(path):
+    """A name beside a path that nobody has."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+LEFT = re.compile(r".*\.[0-9a-f]{8}\.tmp")  # what a killed process leaves: a name that beside() made
+
+
+def remove_left_over(folder):
+    """Remove what a killed process has left in a run folder that is locked."""
+    for path in folder.iterdir():
+        if LEFT.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif LEFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_file(path):
-    """A text file that appears whole or not at all; compressed where its name ends in .gz. Raises IsADirectoryError for
-    the path of a folder."""
+    """A text file that appears whole or not at all; compressed where its name ends in .gz. Of a link the target is
+    written, and into a device or a pipe, as open() does. Raises IsADirectoryError for the path of a folder."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file")
-    beside = path.with_name(path.name + ".tmp")
     opened = gzip.open if path.suffix == ".gz" else open
+    if path.exists() and not path.is_file():
+        with opened(path, "wt", encoding="utf-8") as f:
+            yield f
+        return
+    path = path.resolve()
+    whole = beside(path)
     try:
-        with opened(beside, "wt", encoding="utf-8") as f:
+        with opened(whole, "wt", encoding="utf-8") as f:
             yield f
             f.flush()
-        with open(beside, "rb") as f:
+        with open(whole, "rb") as f:
             os.fsync(f.fileno())
-        os.replace(beside, path)
+        os.replace(whole, path)
     finally:
-        beside.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path, processes=None):
     """A folder that appears whole or not at all: written beside its place, and renamed once.
 
-    processes: all of them write into it together, and the first makes and renames it."""
-    path, first = Path(path), processes is None or processes.first
-    beside = path.with_name(path.name + ".tmp")
+    processes: all of them write into it together, and the first makes and renames it. Raises FileExistsError for a
+    place that is not free, before and after it is written."""
+    path, first = Path(path).resolve(), processes is None or processes.first
+    whole = beside(path)
+    if processes is not None:
+        whole = processes.gather([whole])[0]  # the first process's choice
     if first:
         must_be_free(path)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        whole.mkdir(parents=True)
     if processes is not None:
         processes.barrier()  # it is there
     try:
-        yield beside
+        yield whole
         if processes is not None:
             processes.barrier()  # all have written
         if first:
-            os.replace(beside, path)
+            must_be_free(path)  # others may have been faster
+            os.replace(whole, path)
     finally:
         if first:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(whole, ignore_errors=True)
 
 
 def must_be_free(path):

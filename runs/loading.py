@@ -19,6 +19,7 @@ import decode
 import lora
 import model
 import tokenizer
+from blocks import decoders
 from runs import disk, torchrun
 from runs.options import kind, opt
 
@@ -67,8 +68,8 @@ class DecodeOptions:
     tokens_per_step: int | None = opt(None, "decode exactly this many tokens a step, instead of --steps", low=1)
     greedy: bool = opt(False, "take the most probable token; --temperature then only affects which position is next")
     sample: bool = opt(False, "draw tokens even where a benchmark's protocol takes the most probable one")
-    suppress_eos: bool = opt(False, "never choose EOS: every response has its full length")
-    eos_last: bool = opt(False, "decode EOS last: positions that predict it score lowest")
+    suppress_eos: bool = opt(False, "never choose a token that ends a response: each has its full length")
+    eos_last: bool = opt(False, "decode what ends a response last: positions that predict EOS or the like score lowest")
 
 
 @dataclass
@@ -129,10 +130,21 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
         rows = m.config.vocab_size
         raise ValueError(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {rows} rows")
     if adapter is not None:
+        warn_of_another_base(adapter, folder, torchrun.warner(processes))
         lora.load(m, adapter)
     if c.compile:
         compile_blocks(m)
     return Loaded(m, tok, folder)
+
+
+def warn_of_another_base(adapter, folder, warn):
+    """Warn where an adapter was trained on another model than the one in a folder, as the meta.json of its run says: in
+    a model that it is merged into it would act twice."""
+    meta = Path(adapter).parent / "meta.json"
+    base = data.read_json(meta).get("model_sha256") if meta.is_file() else None
+    if base is not None and base != disk.fingerprint(folder):
+        line = f"{adapter} was trained on another model than {folder}"
+        warn(f"{line}, as the hash in {meta} says; where it is merged in already it acts twice")
 
 
 def compile_blocks(m, **options):
@@ -202,66 +214,115 @@ def batch_of(records, loaded, processes, grid=None):
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 
-# Each family's own decoder (Table 8 of the paper, and 32-token blocks for LLaDA's distillation; SDAR's and dllm's own
-# evaluation). Where attention is block-causal, its blocks are the decoder's.
+# How each family decodes by default: Table 8 of the paper, with 32-token blocks for LLaDA's distillation.
 DECODERS = {
     "dream": dict(strategy="entropy", schedule="dream", temperature=0.1, top_p=0.9, max_new_tokens=256),
     "llada": dict(strategy="confidence", schedule="llada", temperature=0.0, block_length=32, max_new_tokens=256),
-    "sdar": dict(strategy="confidence", schedule="sdar", temperature=0.0, max_new_tokens=256),
-    "a2d": dict(strategy="confidence", schedule="a2d", temperature=0.0, block_length=32, max_new_tokens=256),
+    **decoders.DECODERS,
 }
+EOS_RULES = ("suppress_eos", "eos_last")  # settings that with_eos_rules() turns into ids
 
 
 def decoder_settings(c, loaded, preset=None):
-    """The arguments of decode.generate: the family's, then a benchmark's preset, then the model's own, then the flags
-    of c (DecodeOptions). suppress_eos and eos_last are among them: distill.with_eos_rules puts in the ids. Where the
-    model's attention is block-causal, a block length that is asked for becomes its own: m.config.block_length is set.
+    """The arguments of decode.generate: the family's, then a benchmark's preset, then the model folder's, then the
+    flags of c (DecodeOptions). suppress_eos and eos_last are among them: with_eos_rules() puts in the ids. Where the
+    model's attention is block-causal, a block length that is asked for is applied to it.
 
     Raises ValueError for settings that do not fit together, before anything is decoded or written."""
     family, blocks = loaded.m.config.family, getattr(loaded.m.config, "block_length", None)
     if family not in DECODERS:
         raise ValueError(f"{loaded.folder}: no decoder for {family!r} models; there is one for {', '.join(DECODERS)}")
-    known = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
-    flags = {}
-    for name in known:
-        value = getattr(c, name)
-        if value is not None and value is not False:  # 0 is a value: --temperature 0, --block-length 0
-            flags[name] = value
-    settings, base = {}, DECODERS[family]
+    base = DECODERS[family]
     if blocks is not None:
         base = dict(base, block_length=blocks)
-    for layer in (base, preset or {}, own_decoder(loaded.folder, known), flags):
-        paced = "steps" in layer or "tokens_per_step" in layer
-        if paced or "max_new_tokens" in layer:  # the layer below said its steps for another length, or this one anew
-            settings.pop("steps", None)
-        if paced:
-            settings.pop("tokens_per_step", None)
-        settings.update(layer)
+    settings = merge_layers(base, preset or {}, folder_decoder(loaded.folder), decoder_flags(c))
+    settings["block_length"] = settings.get("block_length") or blocks
     if c.sample:
         settings["greedy"] = False
-    settings["block_length"] = settings.get("block_length") or blocks
     if "tokens_per_step" not in settings:
         steps, length = settings["max_new_tokens"], settings["block_length"]
-        if settings["schedule"] in decode.BLOCKWISE and length is not None:
+        if decode.find_schedule(settings["schedule"]).finishes_blocks and length is not None:
             steps = length * -(-steps // length)  # a last block that is not whole has as many steps as the others
         settings.setdefault("steps", steps)
-    rules = ("suppress_eos", "eos_last")
-    decode.Settings(**{k: v for k, v in settings.items() if k not in rules})
-    if blocks is not None:
-        loaded.m.config.block_length = settings["block_length"]
+    check_decoder(settings)
+    apply_block_length(loaded.m, settings["block_length"])
     return settings
 
 
-def own_decoder(folder, known):
+PACE = {"steps", "tokens_per_step", "threshold"}  # how fast to decode: who says one of them says it anew
+
+
+def merge_layers(*layers):
+    """Decoder settings, of which a later layer's stand in place of an earlier one's -> dict.
+
+    With a pace of its own a layer drops that of the earlier ones; with another length only their steps, which were
+    steps for theirs."""
+    merged = {}
+    for layer in layers:
+        dropped = set()
+        if "max_new_tokens" in layer:
+            dropped = {"steps"}
+        if PACE & layer.keys():
+            dropped = PACE
+        for name in dropped:
+            merged.pop(name, None)
+        merged.update(layer)
+    return merged
+
+
+def check_decoder(settings):
+    """Raises ValueError for decoder settings that do not fit together, or that may leave masks in a response."""
+    s = decode.Settings(**{name: value for name, value in settings.items() if name not in EOS_RULES})
+    if s.threshold is None or s.threshold_adds or s.steps_per_block >= min(s.length, s.max_new_tokens):
+        return
+    why = f"a step may decode only one of the {s.max_new_tokens} tokens, and the rest would stay masked"
+    raise ValueError(f"threshold {s.threshold} and steps {s.steps}: {why}; leave steps out")
+
+
+def apply_block_length(m, length):
+    """Give a model with block-causal attention the decoder's block length; any other sees everything and stays so."""
+    if getattr(m.config, "block_length", None) is not None:
+        m.config.block_length = length
+
+
+def with_eos_rules(settings, loaded):
+    """Arguments of decode.generate: the settings, with ids in place of suppress_eos and eos_last, and the ids that no
+    response may hold.
+
+    Where these are True they stand for every token that ends a response: EOS, the end of a turn, padding. Where they
+    are "eos", as in a benchmark's protocol, they stand for the EOS of the model's config alone."""
+    settings = dict(settings)
+    rules = {name: settings.pop(name, False) for name in EOS_RULES}
+    ids = {False: [], True: sorted(loaded.tok.stop_ids), "eos": [loaded.m.config.eos_id]}
+    settings["suppress"] = [*loaded.never_chosen, *ids[rules["suppress_eos"]]]
+    if rules["eos_last"]:
+        settings["decode_last"] = ids[rules["eos_last"]]
+    finishes_blocks = decode.find_schedule(settings.get("schedule", "dream")).finishes_blocks
+    if finishes_blocks and loaded.m.config.block_length is not None:
+        settings["stop"] = sorted(loaded.tok.stop_ids)  # what a finished block ends, later blocks cannot change
+    return settings
+
+
+DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecodeOptions) if f.name != "sample"}
+
+
+def decoder_flags(c):
+    """The decoder settings that flags give."""
+    given = {name: getattr(c, name) for name in DECODER_FIELDS}
+    # 0 is a value: --temperature 0, --block-length 0
+    return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def folder_decoder(folder):
     """The decoder settings of a model folder: what its generation_config.json has under "tabom"."""
     file = Path(folder) / "generation_config.json"
-    own = data.read_json(file).get("tabom", {}) if file.is_file() else {}
-    if type(own) is not dict:
-        raise ValueError(f'{file}: "tabom" must be an object of decoder settings, not {own}')
-    for name, value in own.items():
-        if name not in known:
-            raise ValueError(f'{file}: "tabom" has {name}; the decoder settings are {", ".join(known)}')
-        wanted = kind(known[name])
+    said = data.read_json(file).get("tabom", {}) if file.is_file() else {}
+    if type(said) is not dict:
+        raise ValueError(f'{file}: "tabom" must be an object of decoder settings, not {said}')
+    for name, value in said.items():
+        if name not in DECODER_FIELDS:
+            raise ValueError(f'{file}: "tabom" has {name}; the decoder settings are {", ".join(DECODER_FIELDS)}')
+        wanted = kind(DECODER_FIELDS[name])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f'{file}: "tabom" has {name} {value!r}, which must be {wanted.__name__}')
-    return own
+    return said

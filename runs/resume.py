@@ -120,6 +120,8 @@ def stop_signals():
     if threading.current_thread() is threading.main_thread():
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
         for number in {signal.SIGTERM, signal.SIGINT, hangup}:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup, and in the background of a script: it goes on
             before[number] = signal.signal(number, lambda n, _: seen.append(n))
     try:
         yield seen

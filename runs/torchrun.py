@@ -217,7 +217,8 @@ def last_words(line):
                 return
     except (KeyError, ValueError, RuntimeError):  # no such store: better said twice than not at all
         pass
-    print(line, file=sys.stderr, flush=True)
+    begin = "\n" if dist.is_initialized() else ""  # another process may be within the line of its progress bar
+    print(f"{begin}{line}", file=sys.stderr, flush=True)
 
 
 def per_second(count, begun):

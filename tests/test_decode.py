@@ -6,10 +6,12 @@ python -m pytest tests/test_decode.py
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import FOLDER
+from helpers import FOLDER, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -73,7 +75,7 @@ def plain_choice(raw, r, s, given):
     raw = raw.clone()
     raw[list(s.suppress or ())] = -torch.inf
     token = int(kept(raw, s.temperature, s.top_p, s.top_k).argmax()) if given is None else int(given)
-    raw[list(s.last or ())] = -torch.inf
+    raw[list(s.decode_last or ())] = -torch.inf
     p = raw.softmax(-1)
     largest = s.threshold is not None and (s.schedule == "dream" or s.strategy == "left")
     if largest:
@@ -84,7 +86,7 @@ def plain_choice(raw, r, s, given):
         most = p.sort(descending=True).values
         of = dict(entropy=(p * torch.log(p + 1e-10)).sum(), confidence=p[token], margin=most[0] - most[1], left=-r)
         score = float(of[s.strategy])
-    if token in (s.last or ()) and (largest or s.strategy != "left"):
+    if token in (s.decode_last or ()) and (largest or s.strategy != "left"):
         score = -math.inf if s.strategy == "entropy" and not largest else 0.0
     return token, score
 
@@ -173,7 +175,7 @@ def test_trajectories_of_the_release(golden, k):
     else:
         options |= dict(schedule="llada", block_length=case["block"])
         options |= dict(suppress=[case["eos"]]) if case.get("logits_eos_inf") else {}
-        options |= dict(last=[case["eos"]]) if case.get("confidence_eos_eot_inf") else {}
+        options |= dict(decode_last=[case["eos"]]) if case.get("confidence_eos_eot_inf") else {}
     t = decode.generate(golden.load(), prompt, mask, **options)
 
     assert torch.equal(t.response, response)
@@ -213,10 +215,10 @@ MORE = [
             dict(tokens_per_step=1, temperature=0.7, top_p=0.9, greedy=True),
             dict(steps=9, temperature=0.7, top_k=4, greedy=True),
             dict(temperature=1.5, greedy=True, suppress=[0, 3, 7, 12]),
-            dict(last=[1, 4, 5, 8]),
-            dict(last=[1, 4, 5, 8], temperature=0.5, top_p=0.8, greedy=True, tokens_per_step=2),
+            dict(decode_last=[1, 4, 5, 8]),
+            dict(decode_last=[1, 4, 5, 8], temperature=0.5, top_p=0.8, greedy=True, tokens_per_step=2),
             dict(threshold=0.3),
-            dict(threshold=0.3, steps=6, last=[1, 4], suppress=[12]),
+            dict(threshold=0.3, steps=6, decode_last=[1, 4], suppress=[12]),
             dict(stop=[1, 4, 5, 8]),
         ),
     )
@@ -282,7 +284,7 @@ ROWS = [
     dict(threshold=0.02, strategy="confidence", block_length=4, temperature=0.9),
     dict(temperature=0.7),
     dict(strategy="left", temperature=1.0, top_p=0.95),
-    dict(temperature=0.1, top_p=0.9, greedy=True, last=[5, 301]),
+    dict(temperature=0.1, top_p=0.9, greedy=True, decode_last=[5, 301]),
 ]
 
 
@@ -331,7 +333,7 @@ def per_step(t, steps):
 def test_tokens_per_step_of_dream(toy, tokens, steps, first, middle, last):
     count, expected = torch.tensor([tokens]), first + [middle] * (steps - len(first) - 1) + last
     for i, n in enumerate(expected):
-        assert decode.quota(decode.Settings(tokens, steps), torch.tensor([i]), steps, count).tolist() == [n], i
+        assert decode.Settings(tokens, steps).quota(torch.tensor([i]), count).tolist() == [n], i
         count = count - n
     assert count == 0
     if tokens <= 256:  # the whole loop, once
@@ -418,7 +420,7 @@ def test_positions_of_the_last_tokens_are_decoded_last(strategy, schedule):
     logits = torch.tensor([9.0, 0.0, 0.0, -50.0]).repeat(6, 1)
     logits[[1, 4]] = torch.tensor([0.0, 1.0, 0.5, -50.0])  # unsure, but of something else than token 0
     options = dict(max_new_tokens=6, mask_id=3, strategy=strategy, schedule=schedule, tokens_per_step=1)
-    t = decode.generate(fixed(logits), PROMPT[None, :1], last=[0], **options)
+    t = decode.generate(fixed(logits), PROMPT[None, :1], decode_last=[0], **options)
     assert t.response.tolist() == [[0, 1, 0, 0, 1, 0]]  # they are still what the positions are given
     assert t.step.tolist() == [[2, 0, 3, 4, 1, 5]]
     t = decode.generate(fixed(logits), PROMPT[None, :1], **options)
@@ -769,15 +771,68 @@ def test_settings_that_do_not_fit_together(toy, options, message):
     assert not m.calls
 
 
-@pytest.mark.parametrize("name", ["suppress", "last"])
+@pytest.mark.parametrize("name", ["suppress", "decode_last"])
 def test_ids_beyond_the_vocabulary(toy, name):
     with pytest.raises(ValueError, match="holds 13; the model has 13 tokens"):
         decode.generate(toy(), PROMPT[None], max_new_tokens=4, **{name: [2, 13]})
 
 
+@pytest.mark.parametrize(
+    "answer, got",
+    [
+        (lambda ids, positions: torch.zeros(*ids.shape, 13), r"Tensor \[2, 17, 13\]"),  # positions are ignored
+        (lambda ids, positions: torch.zeros(len(ids), 13), r"Tensor \[2, 13\]"),
+        (lambda ids, positions: dict(logits=None), r"dict \[\]"),
+    ],
+)
+def test_a_model_that_returns_something_else(answer, got):
+    with pytest.raises(ValueError, match=rf"^the model returned {got} for positions \[2, 12\], not \[2, 12, V\]$"):
+        decode.generate(
+            lambda ids, attention_mask=None, positions=None: answer(ids, positions),
+            torch.stack((PROMPT, PROMPT)), mask_id=12, max_new_tokens=12, tokens_per_step=2,
+        )  # fmt: skip
+
+
+def test_a_method_called_unembed_is_no_contract(toy):
+    class Stranger(toy):
+        def unembed(self, x):
+            raise AssertionError("nobody asked for it")
+
+    options = dict(max_new_tokens=6, steps=6)
+    equal(decode.generate(Stranger(), PROMPT[None], **options), decode.generate(toy(), PROMPT[None], **options))
+
+
+def test_last_is_the_old_name_of_decode_last(toy):
+    ids, options = [1, 4, 5, 8], dict(max_new_tokens=12, tokens_per_step=2)
+    new, old = (decode.generate(toy(), PROMPT[None], **{name: ids}, **options) for name in ("decode_last", "last"))
+    equal(new, old)
+    assert not torch.equal(new.step, decode.generate(toy(), PROMPT[None], **options).step)
+    with pytest.raises(TypeError, match="'last'"):
+        decode.generate(toy(), PROMPT[None], decode_last=ids, last=ids, **options)
+
+
+def test_a_schedule_is_a_class_of_settings(toy, monkeypatch):
+    class Halves(decode.LLaDA):
+        def share(self, i, count):
+            return (count + 1) // 2
+
+    monkeypatch.setitem(decode.SCHEDULES, "halves", Halves)
+    assert type(decode.Settings(12, schedule="halves")) is Halves
+    assert per_step(decode.generate(toy(), PROMPT[None], max_new_tokens=12, schedule="halves"), 1) == [6, 3, 2, 1]
+
+
+def test_a_schedule_of_another_folder_is_found_or_missed_by_name(monkeypatch):
+    monkeypatch.setitem(decode.ELSEWHERE, "other", "no_such_folder")
+    with pytest.raises(ValueError, match="^schedule 'other' needs the folder no_such_folder beside decode.py"):
+        decode.Settings(12, schedule="other")
+    code = "import sys, decode; assert 'blocks' not in sys.modules; print(decode.Settings(8, schedule='a2d').max_steps)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "8\n", done.stderr
+
+
 def test_settings_check_themselves_without_a_model():
     assert decode.Settings(max_new_tokens=12, suppress=torch.tensor([3, 1])).suppress == (3, 1)
-    assert decode.Settings(12, last=range(2)) == decode.Settings(12, last=[0, 1])
+    assert decode.Settings(12, decode_last=range(2)) == decode.Settings(12, decode_last=[0, 1])
     with pytest.raises(ValueError, match="top_k 0"):
         decode.Settings(max_new_tokens=12, top_k=0)
     for call in (decode.Settings, lambda **options: decode.generate(None, PROMPT[None], **options)):

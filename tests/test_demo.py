@@ -130,3 +130,6 @@ def test_the_bar_says_the_speed_and_the_whole_time(monkeypatch):
     monkeypatch.setattr(distill.time, "perf_counter", lambda: progress.begun + 360)
     progress.decoded(torch.tensor([63] * 20))  # half of 20 prompts: 100 in 6 minutes
     assert bar.postfix == "71 tokens/s, 12:00:00 in all, kept 50%"
+    progress.masks = 90 * 255  # responses that ended with their first token
+    progress.decoded(torch.tensor([63] * 20))
+    assert bar.postfix == "7 tokens/s, 12:00:00 in all, kept 50%"

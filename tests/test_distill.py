@@ -15,6 +15,7 @@ import distill as answering
 import model
 import tokenizer
 from experiments import tiny as tiny_model
+from runs import loading
 
 
 def distill(capsys, **options):
@@ -277,13 +278,14 @@ def test_the_authors_format_has_their_names_of_decoders(tiny, prose, tmp_path, c
     assert {row["method"] for row in rows} == {method}
 
 
-def test_what_was_never_decoded_has_no_order_and_is_trained_around(tiny, prose, tmp_path, capsys):
-    """A threshold that nothing reaches decodes one token a step, and two steps leave six masks."""
+def test_what_was_never_decoded_has_no_order_and_is_trained_around(tiny, prose, tmp_path, capsys, monkeypatch):
+    """A threshold that nothing reaches decodes a token a step, and two steps leave six masks; commands refuse it."""
+    monkeypatch.setattr(loading, "check_decoder", lambda settings: None)
     options = dict(model=tiny, data=prose, max_new_tokens=8, block_length=8, check="none")
     distill(capsys, threshold=1.0, steps=2, out=tmp_path / "T", **options)
     for record in data.read_trajectories(tmp_path / "T", mask_id=0):
         masked = [token == 0 for token in record["response_ids"]]
-        assert sum(masked) == 6
+        assert sum(masked) == 6 and not record["finished"]
         for hidden, order, h, p in zip(masked, record["order"], record["entropy"], record["confidence"]):
             assert hidden == (order == -1)
             assert not hidden or (h, p) == (0, 0)

@@ -41,7 +41,7 @@ def test_settings_are_those_of_table_8():
         humaneval, dream_paper=(768, None), dream_release=(768, None), dream_official=(768, None),
         llada_paper=(512, 512), llada_release=(512, 512), llada_official=(512, 512),
     )  # fmt: skip
-    assert humaneval.settings("llada")["suppress_eos"] and "suppress_eos" not in humaneval.settings("dream")
+    assert humaneval.settings("llada")["suppress_eos"] == "eos" and "suppress_eos" not in humaneval.settings("dream")
 
 
 def test_responses_end_at_the_first_stop():

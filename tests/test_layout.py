@@ -29,8 +29,8 @@ LEVELS = [
     ["runs.resume", "runs.records", "runs.logs"],
     ["runs.loading"],
     ["runs.disk"],
-    ["runs.torchrun"],
-    ["runs.shard", "runs.options", "blocks.data", "formats.columns", "release.files"],
+    ["runs.torchrun", "blocks.decoders"],
+    ["runs.shard", "runs.options", "runs.streams", "runs.queue", "blocks.data", "formats.columns", "release.files"],
     ["formats.talks", "formats.quoted"],
     LEAVES,
 ]

@@ -44,7 +44,8 @@ def test_settings_are_those_of_table_8():
         mbpp, dream_paper=(1024, None), dream_release=(512, None), dream_official=(1024, None),
         llada_paper=(256, 256), llada_release=(256, 256), llada_official=(256, 256),
     )  # fmt: skip
-    assert mbpp.settings("llada")["eos_last"] and "eos_last" not in mbpp.settings("dream")
+    assert mbpp.settings("llada")["eos_last"] == "eos" and "eos_last" not in mbpp.settings("dream")
+    assert mbpp.settings("llada", "official")["eos_last"] is True  # the end of a turn too
 
 
 def test_responses_end_at_the_first_stop():

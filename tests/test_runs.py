@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -220,8 +221,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, name, opener):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "new"
-    (tmp_path / "new.tmp").mkdir()  # of a process that was killed
-    (tmp_path / "new.tmp" / "torn").touch()
     with pytest.raises(ZeroDivisionError), disk.atomic_folder(folder) as beside:
         (beside / "half").touch()
         raise ZeroDivisionError
@@ -231,6 +230,53 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert not folder.exists()
     assert os.listdir(tmp_path) == ["new"]
     assert os.listdir(folder) == ["whole"]
+
+
+def test_what_others_have_beside_an_output_is_left_alone(tmp_path):
+    """NAME.tmp may be anybody's: a base model, notes."""
+    (tmp_path / "new.tmp").mkdir()
+    (tmp_path / "new.tmp" / "notes").touch()
+    (tmp_path / "a.txt.tmp").write_text("mine")
+    with disk.atomic_folder(tmp_path / "new") as beside, disk.atomic_file(tmp_path / "a.txt") as f:
+        (beside / "whole").touch()
+        f.write("1")
+    assert (tmp_path / "new.tmp" / "notes").exists() and (tmp_path / "a.txt.tmp").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "a.txt.tmp", "new", "new.tmp"]
+
+
+def test_of_two_that_write_one_folder_the_second_fails_and_the_first_stays_whole(tmp_path):
+    slow = disk.atomic_folder(tmp_path / "M")
+    beside = slow.__enter__()
+    (beside / "slow").touch()
+    with disk.atomic_folder(tmp_path / "M") as other:
+        (other / "fast").touch()
+    with pytest.raises(FileExistsError, match="M is there already"):
+        slow.__exit__(None, None, None)
+    assert os.listdir(tmp_path) == ["M"] and os.listdir(tmp_path / "M") == ["fast"]
+
+
+def test_a_link_is_followed_and_a_pipe_is_written_into(tmp_path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    with disk.atomic_file(link) as f:
+        f.write("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    with disk.atomic_file(pipe) as f:
+        f.write("through")
+    assert reader.communicate()[0] == "through"
+    assert pipe.is_fifo()
+
+
+def test_what_a_kill_has_left_in_a_run_folder_goes_when_the_run_continues(tmp_path):
+    out = opened(tmp_path / "R", lr=1.0)
+    (disk.beside(out / "epoch-1")).mkdir()
+    (disk.beside(out / "meta.json")).touch()
+    (out / "mine.tmp").touch()
+    assert opened(tmp_path / "R", lr=1.0) == out
+    assert sorted(os.listdir(out)) == ["lock", "meta.json", "mine.tmp"]
 
 
 def test_a_place_that_is_taken_is_refused(tmp_path):
@@ -497,6 +543,58 @@ def test_steps_follow_the_length_that_is_nearest_to_them(tmp_path):
     assert paced["tokens_per_step"] == 2
     assert "steps" not in paced
     assert "tokens_per_step" not in settings(tmp_path, own=dict(tokens_per_step=2), steps=64)
+
+
+def test_a_pace_is_said_anew_as_a_whole(tmp_path):
+    """steps, tokens_per_step and threshold: a layer that says one of them drops those of the layers below it."""
+    preset = dict(max_new_tokens=512, steps=128, block_length=64)
+    found = settings(tmp_path, preset=preset, threshold=0.9)
+    assert (found["threshold"], found["steps"]) == (0.9, 512)  # the steps that nobody asked for leave no masks
+    assert "steps" not in settings(tmp_path, own=dict(threshold=0.9), tokens_per_step=2)
+    found = settings(tmp_path, own=dict(threshold=0.9), steps=64)
+    assert "threshold" not in found and found["steps"] == 64
+    found = settings(tmp_path, own=dict(tokens_per_step=2), threshold=0.9)
+    assert "tokens_per_step" not in found and found["steps"] == 256
+
+
+@pytest.mark.parametrize("family, blocks", [("llada", None), ("dream", None), ("a2d", None), ("a2d", 8)])
+def test_a_threshold_with_steps_that_may_leave_masks_is_refused(tmp_path, family, blocks):
+    options = dict(family=family, config=SimpleNamespace(family=family, block_length=blocks), threshold=0.9)
+    options |= dict(max_new_tokens=32, block_length=8)
+    with pytest.raises(ValueError, match="^threshold 0.9 and steps 4: .* one of the 32 tokens.* leave steps out$"):
+        settings(tmp_path, steps=4, **options)
+    assert settings(tmp_path, steps=32, **options)["steps"] == 32
+    with pytest.raises(ValueError, match="threshold 0.9 and steps 4"):
+        settings(tmp_path, own=dict(max_new_tokens=32, steps=4, threshold=0.9), family=family, block_length=8)
+
+
+def test_a_threshold_of_sdar_adds_to_its_steps(tmp_path):
+    config = SimpleNamespace(family="sdar", block_length=4)
+    for strategy in ("confidence", "entropy"):  # every block is decoded whole, whatever the steps are
+        found = settings(tmp_path, config=config, max_new_tokens=32, steps=16, threshold=0.9, strategy=strategy)
+        assert (found["threshold"], found["steps"]) == (0.9, 16)
+
+
+def test_layers_are_merged_and_no_layer_is_changed():
+    below, above = dict(max_new_tokens=8, steps=4, top_k=2), dict(max_new_tokens=16)
+    assert loading.merge_layers(below, above) == dict(max_new_tokens=16, top_k=2)
+    assert loading.merge_layers(below, dict(steps=2)) == dict(max_new_tokens=8, steps=2, top_k=2)
+    assert below == dict(max_new_tokens=8, steps=4, top_k=2)
+
+
+def test_ends_are_all_tokens_that_end_a_response_and_eos_is_one(tmp_path):
+    """A flag means every end of a response, a benchmark's protocol exactly the EOS."""
+    tok = SimpleNamespace(stop_ids={7, 5, 6}, unused_ids=lambda rows: [8, 9])
+    config = SimpleNamespace(family="llada", block_length=None, eos_id=5, mask_id=4, vocab_size=10)
+    loaded = loading.Loaded(SimpleNamespace(config=config), tok, tmp_path)
+    assert loading.with_eos_rules(dict(steps=2), loaded) == dict(steps=2, suppress=[4, 8, 9])
+    found = loading.with_eos_rules(dict(suppress_eos=True, eos_last=True), loaded)
+    assert found == dict(suppress=[4, 8, 9, 5, 6, 7], decode_last=[5, 6, 7])
+    found = loading.with_eos_rules(dict(suppress_eos="eos", eos_last="eos"), loaded)
+    assert found == dict(suppress=[4, 8, 9, 5], decode_last=[5])
+    config.block_length = 4
+    assert loading.with_eos_rules(dict(schedule="a2d"), loaded)["stop"] == [5, 6, 7]
+    assert "stop" not in loading.with_eos_rules(dict(schedule="llada"), loaded)
 
 
 def test_block_length_0_is_one_block_and_sample_is_not_greedy(tmp_path):

@@ -92,7 +92,7 @@ def test_official_trajectories(qwen3, family, part, k, cached):
     decoded = official["step"] >= 0
     assert torch.equal(t.response, official["response"])
     assert torch.equal(t.step[decoded], official["step"][decoded])
-    assert (t.step[~decoded] == decode.Settings(**options).limit).all()
+    assert (t.step[~decoded] == decode.Settings(**options).max_steps).all()
     assert torch.equal(t.order[decoded], official["order"][decoded])
     torch.testing.assert_close(t.entropy[decoded], official["entropy"][decoded], rtol=0, atol=1e-4)
     torch.testing.assert_close(t.confidence[decoded], official["confidence"][decoded], rtol=0, atol=1e-4)
@@ -100,10 +100,10 @@ def test_official_trajectories(qwen3, family, part, k, cached):
 
 @pytest.mark.parametrize("case", EXPECTED["a2d"]["schedule"], ids=lambda c: f"{c['masks']}-{c['steps']}")
 def test_official_quotas_of_a2d(case):
-    s = decode.Settings(case["masks"], schedule="a2d", block_length=case["masks"])
+    s = decode.Settings(case["masks"], case["steps"], schedule="a2d", block_length=case["masks"])
     left, quotas = torch.tensor([case["masks"]]), []
     for i in range(case["steps"]):
-        quotas.append(int(decode.quota(s, torch.tensor([i]), case["steps"], left)))
+        quotas.append(int(s.quota(torch.tensor([i]), left)))
         left -= quotas[-1]
     assert [n for n in quotas if n] == case["quotas"]
 
@@ -144,7 +144,7 @@ def plain(m, prompt, **options):
     s = decode.Settings(**options)
     P, N, L = len(prompt), s.max_new_tokens, s.length
     tail, room = (P % L, L - 1) if s.schedule == "sdar" else (0, 0)
-    each = L if s.steps is None or s.bounded else math.ceil(s.steps / math.ceil(N / L))
+    each = L if s.steps is None or s.summed_entropy else math.ceil(s.steps / math.ceil(N / L))
     ids, step_of, step = torch.cat((prompt, torch.full((N + room,), m.config.mask_id))), {}, 0
     for begin in range(-tail, N, L):
         if set(ids[P:].tolist()) & set(s.stop or ()):
@@ -160,16 +160,16 @@ def plain(m, prompt, **options):
                 entropy = -sum(x * math.log(x) for x in p.tolist() if x > 0)
                 score = dict(confidence=float(p[token]), entropy=-entropy, left=-r)[s.strategy]
                 candidates.append((-score, r, token))
-            quota = int(decode.quota(s, torch.tensor([i]), each, torch.tensor([len(masked)])))
+            quota = int(s.quota(torch.tensor([i]), torch.tensor([len(masked)])))
             for place, (score, r, token) in enumerate(sorted(candidates)):
                 total += score
                 reached = s.threshold is not None and -score > s.threshold
-                if s.bounded:
+                if s.summed_entropy:
                     reached = total < s.threshold
                 if place < quota or reached:
                     ids[P + r], step_of[r] = token, step
             step += quota > 0
-    return ids[P : P + N].tolist(), [step_of.get(r, s.limit) for r in range(N)], step
+    return ids[P : P + N].tolist(), [step_of.get(r, s.max_steps) for r in range(N)], step
 
 
 PLAIN = [

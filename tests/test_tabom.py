@@ -149,6 +149,17 @@ def test_merge_gives_the_adapters_logits_in_the_bases_layout(family, tmp_path, c
     fails(capsys, "there already", "merge", model=base, adapter=base / "adapter", out=out)
 
 
+def test_an_adapter_on_another_base_is_said(tiny, trained, tmp_path, capsys):
+    """On the merged model it would act twice, and nothing else would tell."""
+    adapter, merged = trained / "epoch-2", tmp_path / "M"
+    run(capsys, "merge", model=tiny, adapter=adapter, out=merged)
+    short = dict(prompt=PROMPT, max_new_tokens=8, block_length=8)
+    _, err = run(capsys, "generate", model=merged, adapter=adapter, **short)
+    assert f"{adapter} was trained on another model than {merged}" in err
+    _, err = run(capsys, "generate", model=tiny, adapter=adapter, **short)
+    assert "another model" not in err
+
+
 def test_merge_keeps_the_dtype_and_the_tokenizer(tiny, trained, tmp_path, capsys):
     base = tmp_path / "bf16"
     model.save(model.load(tiny, dtype=torch.bfloat16), base)

@@ -100,8 +100,9 @@ def answer_turn(c, processes, loaded, settings, talk, turn):
     watch = Watch(loaded, talk, c.delay) if c.watch else None
     own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
     begun = time.perf_counter()
-    t = decode.generate(loaded.m, ids, **own, **distill.with_eos_rules(settings, loaded))
-    speed, tokens = torchrun.per_second(t.response.numel(), begun), t.response.numel()
+    t = decode.generate(loaded.m, ids, **own, **loading.with_eos_rules(settings, loaded))
+    tokens = int((t.response != loaded.m.config.mask_id).sum())  # what was decoded: masks behind the end are not
+    speed = torchrun.per_second(tokens, begun + (watch.waited if watch else 0.0))  # --delay is not speed
     text = loaded.tok.response_text(t.response[0].tolist())
     return dict(text=text, tokens=tokens, seconds=round(tokens / speed, 2), tokens_per_second=round(speed, 1))
 
@@ -127,7 +128,7 @@ class Watch:
 
     def __init__(self, loaded, talk, delay=0.0):
         self.tok, self.mask_id, self.delay = loaded.tok, loaded.m.config.mask_id, delay
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.waited = sys.stderr.isatty(), 0.0  # seconds between pictures
         self.above = "".join(f"{turn['role']}: {turn['content']}\n" for turn in talk)
 
     def __call__(self, step, response, entropy):
@@ -143,6 +144,7 @@ class Watch:
         else:
             print(f"step {step}: {''.join(cells)}", file=sys.stderr, flush=True)
         time.sleep(self.delay)
+        self.waited += self.delay
 
     def shown(self, text, *codes):
         """The text in a colour of the terminal; as it is in a file."""

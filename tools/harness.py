@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import distill
-from runs import loading, torchrun
+from runs import loading, streams, torchrun
 from runs.options import check_values, kind, opt, parse_value
 
 
@@ -194,4 +194,5 @@ def main():
 
 
 if __name__ == "__main__":
+    streams.guard()
     torchrun.leave(main())

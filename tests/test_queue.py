@@ -1,4 +1,4 @@
-"""Decoding from a queue: a row that is done is given the next prompt. python -m pytest tests/test_stream.py"""
+"""Decoding from a queue: a row that is done is given the next prompt. python -m pytest tests/test_queue.py"""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import decode
 import model
-from runs import loading
+from runs import loading, queue
 
 FAMILIES = ("llada", "dream", "sdar", "a2d")
 
@@ -38,9 +38,9 @@ def alone(m, prompts, **options):
 
 
 def streamed(m, prompts, batch_size, **options):
-    """decode.stream -> a Trajectory [1, N] for each prompt, and the numbers in the order in which they finished."""
+    """queue.stream -> a Trajectory [1, N] for each prompt, and the numbers in the order in which they finished."""
     found, order = {}, []
-    for numbers, t in decode.stream(m, prompts, batch_size, generator=seeded, **options):
+    for numbers, t in queue.stream(m, prompts, batch_size, generator=seeded, **options):
         order += numbers
         for row, number in enumerate(numbers):
             found[number] = decode.Trajectory(*(field[row : row + 1] for field in t))
@@ -150,15 +150,15 @@ def test_on_step_is_told_the_step_of_each_row(toy):
 
 
 def test_nothing_to_decode(toy):
-    assert list(decode.stream(toy(), [], 2, max_new_tokens=4)) == []
+    assert list(queue.stream(toy(), [], 2, max_new_tokens=4)) == []
     with pytest.raises(ValueError, match="max_new_tokens 0"):
-        list(decode.stream(toy(), [], 2, max_new_tokens=0))
+        list(queue.stream(toy(), [], 2, max_new_tokens=0))
 
 
 def test_what_is_done_is_given_out_before_the_next_step(toy):
     """A caller that stops in between has lost nothing: the model has not been asked since."""
     m, prompts = toy(), [p % 12 for p in prompts_of([5] * 4)]
-    stream = decode.stream(m, prompts, 2, max_new_tokens=6, threshold=0.6)
+    stream = queue.stream(m, prompts, 2, max_new_tokens=6, threshold=0.6)
     numbers, t = next(stream)
     assert len(m.calls) == int(t.step.max()) + 1
     assert len(numbers) < 4
@@ -177,7 +177,7 @@ def test_nothing_is_compiled_anew_while_rows_finish(family):
 
     loading.compile_blocks(m, backend=compiler)
     prompts = sorted(prompts_of(range(11, 43)), key=len, reverse=True)
-    schedule = family if family in decode.BLOCKWISE else "llada"
+    schedule = family if family in ("sdar", "a2d") else "llada"
     options = dict(max_new_tokens=16, schedule=schedule, strategy="confidence", threshold=0.2)
     streamed(m, prompts if family == "sdar" else prompts[:4], 4, **options)
     before = len(compiled)
