@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import tokenizer
 from benchmarks.answers import CHECKS, check
 from runs import disk, loading, queue, torchrun
 from runs.options import opt
@@ -56,7 +57,7 @@ def distill(c, processes=None, loaded=None):
     examples = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit, say)
     loaded = loaded or loading.load_model(c, processes, c.adapter)
     settings = loading.decoder_settings(c, loaded)
-    data.encode_examples(loaded.tok, examples, c.raw)
+    tokenizer.encode_examples(loaded.tok, examples, c.raw)
     check_context(examples, settings, loaded.m.config, say)
     meta = dict(
         command="distill",
@@ -67,7 +68,7 @@ def distill(c, processes=None, loaded=None):
         answer_field=c.answer_field,
         limit=c.limit,
         raw=c.raw,
-        data_sha256=disk.fingerprint(c.data),
+        data_sha256=disk.data_fingerprint(c.data),
         decoder=settings,
         check=c.check,
         vocab_size=loaded.m.config.vocab_size,
@@ -151,7 +152,7 @@ def record_of(e, tok, response, step, order, entropy, confidence):
     record.update(response_ids=response, order=order, step=step)
     record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
     record["text"] = tok.response_text(response)
-    end = data.first_end(response, tok.stop_ids)
+    end = tokenizer.first_end(response, tok.stop_ids)
     record["finished"] = end < len(response) and -1 not in order[:end]  # with a mask before its end it is not
     return record
 

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import data
 import distill
+import tokenizer
 from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
 from benchmarks.answers import check  # noqa: F401 - evaluate.check
+from formats import talks
 from runs import disk, loading, torchrun
 from runs.options import name_list, opt
 
@@ -156,7 +158,7 @@ def encode_questions(c, processes, loaded, task, questions, shots):
     for i, record in enumerate(questions[: c.limit]):
         text, start = TASKS[task].ask(record, family, c.protocol)
         try:
-            ids = data.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
+            ids = tokenizer.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
         except ValueError as e:
             raise ValueError(f"question {i} of {task}, counted from 0: {e}") from e
         examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))
@@ -228,7 +230,7 @@ def read_shots(path, task):
         turns = turns[task]
     if not isinstance(turns, list):
         raise ValueError(f"{path}: the earlier turns must be a list of messages, found {type(turns).__name__}")
-    return data.to_messages(turns, f"{path}: an earlier turn must have a role and a text content")
+    return talks.to_messages(turns, f"{path}: an earlier turn must have a role and a text content")
 
 
 def grader_versions():

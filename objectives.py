@@ -155,7 +155,7 @@ def listwise_loss(entropy, beta=1.0, real=None):
 
 
 def boltzmann_kl(entropy, base_entropy, beta=1.0, real=None):
-    """Eq. 6, exactly: KL(q* || p) over the sets U of tokens decoded next (Eq. 4), where
+    """Eq. 6, exactly: KL(q* || p) over the states U, what is visible so far (Eq. 3 and 5), where
     p(U) = exp(-beta * sum of h over U) / Z, and q* has the base model's own entropies -> [...].
 
     The energy is a sum over U's members: Z = prod (1 + exp(-beta h)), each token is in U on its own
@@ -454,7 +454,7 @@ def nelbo(
     """Eq. 1: mean over the masked positions of -log p(x0 | U), U uniform -> dict(loss, ce, masked):
     SFT-GT on a dataset's answers, SFT-SD on the model's own responses.
 
-    The paper draws t ~ U(0, 1) and masks every position with probability t. Given that at least one
+    The authors draw t ~ U(0, 1) and mask every position with probability t. Given that at least one
     is masked, their number is uniform in 1..N and their places are uniform: so they are drawn here,
     without t. mask [B, N]: the masked positions, instead of random ones. masked: their share.
 
@@ -629,7 +629,7 @@ def until_last_value(x):
 
 
 def variance_by_step(h, batch, eos_id, eos="so-far"):
-    """Eq. 10 at each step of a replay [B, S, N], over what counts: [B, S]; see `tds`."""
+    """Eq. 11 at each step of a replay [B, S, N], over what counts: [B, S]; see `tds`."""
     until = in_decode_order(counted_until(batch, eos_id, eos), batch)  # [B, N]
     step = torch.arange(h.shape[1], device=h.device)[:, None]  # [S, 1]
     counted = h.masked_fill(until[:, None] < step, torch.nan)

@@ -99,7 +99,7 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
         "ranking", "ranking loss: Eq. 8, Plackett-Luce, or the exact KL of Eq. 6", choices=("margin", "listwise", "kl")
     )
     alpha: float | None = of_some("alpha", "weight of the term on the tokens that the reference prefers", low=0)
-    beta: float | None = of_some("beta", "tabom: inverse temperature of Eq. 4; t3d: scale of the log-ratios", low=0)
+    beta: float | None = of_some("beta", "tabom: inverse temperature of Eq. 5; t3d: scale of the log-ratios", low=0)
     path_weight: float | None = of_some("path_weight", "weight of the path consistency term", low=0)
     random_tokens: float | None = of_some(
         "random_tokens", "share of masked positions that show a random token instead of the mask", low=0, high=1

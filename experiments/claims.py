@@ -37,6 +37,7 @@ from pathlib import Path
 
 import data
 import distill
+import tokenizer
 from experiments import mechanism, puzzles, report, sweep, tiny
 from release.recipes import RECIPES
 from runs import disk, torchrun
@@ -301,7 +302,7 @@ def make_base(c, alone, seed, base):
 def write_copies(base, kept, draws):
     """Write the trajectories, and their puzzles' answers in foreign style, each as often as a step draws
     it: every copy has a name, and so windows, of its own."""
-    task, tok = puzzles.TASKS[DOMAINS["in"]], data.load_tokenizer(base / "tiny")
+    task, tok = puzzles.TASKS[DOMAINS["in"]], tokenizer.load(base / "tiny")
     copies, truth = [], []
     for r, k in itertools.product(kept, range(draws)):
         name = f"{r['id']}-{k}"

@@ -31,6 +31,7 @@ import torch
 import data
 import distill
 import objectives
+import tokenizer
 from experiments import plots, stats
 from runs import disk, loading, torchrun
 from runs.options import field_names, flag, name_list, opt
@@ -127,7 +128,7 @@ def measure_model(c, processes, checkpoint):
     sources = {f"{c.data} (decoded)": [data.cut_at_eos(r, loaded.tok.stop_ids) for r in records]}
     if c.ground_truth is not None:
         answers = data.read_examples(c.ground_truth, c.prompt_field, c.answer_field, c.limit)
-        data.encode_examples(loaded.tok, answers, c.raw, answers=True)
+        tokenizer.encode_examples(loaded.tok, answers, c.raw, answers=True)
         sources[str(c.ground_truth)] = answers[processes.index :: processes.count]
     losses = []
     for source, rows in sources.items():
@@ -190,11 +191,12 @@ def records_of(c, processes, loaded):
     if stored and not c.fresh and given:
         raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")
     if stored:
-        records = data.read_trajectories(c.data, loaded.m.config.vocab_size, loaded.tok, c.methods)[: c.limit]
+        how = dict(tok=loaded.tok, methods=c.methods, raw=c.raw)
+        records = data.read_trajectories(c.data, loaded.m.config.vocab_size, **how)[: c.limit]
     else:
         records = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
         for e in records:
-            e["prompt_ids"] = data.encode_prompt(loaded.tok, e["messages"], c.raw)
+            e["prompt_ids"] = tokenizer.encode_prompt(loaded.tok, e["messages"], c.raw)
     if not records:
         raise ValueError(f"{c.data}: no trajectories")
     mine = records[processes.index :: processes.count]

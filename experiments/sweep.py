@@ -145,7 +145,7 @@ def identity(c):
     contents = {}
     for source in (c.data, c.ground_truth, c.validation, *c.test):
         if source is not None and source not in evaluate.TASKS:
-            contents[str(source)] = list(map(disk.fingerprint, data.trajectory_files(source)))
+            contents[str(source)] = list(map(disk.fingerprint, data.files_of(source)))
     base = disk.content_hashes(model.resolve(c.model), c.adapter)
     return dict(command="sweep", **settings, **base, contents=contents, versions=disk.versions())
 

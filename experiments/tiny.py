@@ -23,6 +23,7 @@ from pathlib import Path
 
 import data
 import model
+import tokenizer
 import train
 from experiments import puzzles
 from experiments.puzzles import BLANK, TASKS
@@ -138,7 +139,7 @@ def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=Fal
     disk.must_be_free(folder / "tiny")
     write_start(folder / "start", seed, kind)
     lines = puzzles.dataset("pretrain", kind.tasks, kind.count, False, seed, kind.foreign)
-    tok = data.load_tokenizer(folder / "start")
+    tok = tokenizer.load(folder / "start")
     write_answers(folder / "pretrain.jsonl", tok, map(json.loads, lines.splitlines()), kind.answer)
     options = dict(objective="nelbo", lora_rank=0, global_batch=64, batch_size=64, lr=3e-3, warmup=50)
     options.update(weight_decay=0.0, seed=seed, compile=compile, epochs=kind.epochs)
@@ -174,7 +175,7 @@ def write_random(folder, source, seed=0):
     every command on real prompts -> what it is. Raises ValueError for a tokenizer without a mask or an EOS token."""
     source, folder = Path(source), Path(folder)
     disk.must_be_free(folder)
-    tok = data.load_tokenizer(source)
+    tok = tokenizer.load(source)
     if tok.mask_id is None or tok.eos_id is None:
         raise ValueError(f"{source}: the tokenizer names no mask_token or no eos_token, which a masked model needs")
     raw = dict(model_type="Dream", architectures=["DreamModel"], hidden_act="silu", rope_theta=1e6, rms_norm_eps=1e-6)

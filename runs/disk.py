@@ -185,6 +185,12 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
+def data_fingerprint(path):
+    """SHA-256 of the file that a dataset is, or of each of its files."""
+    hashes = list(map(fingerprint, data.files_of(path)))
+    return hashes[0] if len(hashes) == 1 else hashes
+
+
 def content_hashes(folder, adapter=None):
     """What a run depends on besides its options: the bytes of the model and of the adapter."""
     adapter_sha256 = None if adapter is None else fingerprint(lora.adapter_folder(adapter))

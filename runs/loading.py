@@ -18,6 +18,7 @@ import data
 import decode
 import lora
 import model
+import tokenizer
 from blocks import decoders
 from runs import disk, torchrun
 from runs.options import kind, opt
@@ -75,7 +76,9 @@ class DecodeOptions:
 class DatasetOptions:
     """the dataset"""
 
-    data: str = opt(None, "dataset: .jsonl, .jsonl.gz, .json or .parquet", required=True)
+    data: str = opt(
+        None, "dataset: .jsonl, .jsonl.gz, .json, .parquet; several with commas, or a folder", required=True
+    )
     prompt_field: str | None = opt(None, "name of the prompt's field, where it is not one of the usual names")
     answer_field: str | None = opt(None, "name of the answer's field, where it is not one of the usual names")
     limit: int | None = opt(None, "use only the first LIMIT rows", low=1)
@@ -125,7 +128,7 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=Non
             raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")
         m.config.block_length = c.block_causal
     one_thread_if_small(m)
-    tok = data.load_tokenizer(folder, m.config.eos_id, m.config.mask_id)
+    tok = tokenizer.load(folder, m.config.eos_id, m.config.mask_id)
     for line in disagreements(tok, m.config):
         torchrun.warner(processes)(f"{folder}: {line}")
     if tok.size > m.config.vocab_size:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import data
+import tokenizer
 from blocks.data import whole_blocks
 from runs import torchrun
 
@@ -26,7 +27,7 @@ def training_records(c, loaded, parameters, processes, grid=None):
         kept = usable_trajectories(c, path, loaded, processes, say)
     elif c.objective == "nelbo":
         examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
-        data.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
+        tokenizer.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
         kept = examples
     else:
         raise ValueError(
@@ -62,9 +63,8 @@ def usable_trajectories(c, path, loaded, processes, say):
     methods = c.methods
     if methods is not None and "all" in methods:
         methods = None
-    records = data.read_trajectories(path, config.vocab_size, tok, methods, config.mask_id, c.max_prompt_tokens, say)[
-        : c.limit
-    ]
+    how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
+    records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
     meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
     if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
         raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")

@@ -14,8 +14,10 @@ from helpers import flags, last_json, shell, write_lines
 import data
 import objectives
 import tabom
+import tokenizer
 import train
 from experiments import claims, puzzles, report, sweep, tiny
+from release.files import to_release_format
 
 
 @pytest.mark.parametrize("name", claims.ROWS)
@@ -113,7 +115,7 @@ def test_rows_on_the_authors_trajectories(tiny, trajectories, puzzles, tmp_path,
     """A file in the authors' format, as it is: --methods chooses its rows, and all runs train on the same ones."""
     rows = []
     for i, record in enumerate(data.read_trajectories(trajectories)):
-        rows.append(data.to_release_format(record, 2, ("entropy", "credit", "topk_margin")[i % 3]))
+        rows.append(to_release_format(record, 2, ("entropy", "credit", "topk_margin")[i % 3]))
     write_lines(tmp_path / "theirs.jsonl", rows)
     words = flags(model=tiny, data=tmp_path / "theirs.jsonl", test=puzzles, recipe="llada-prm12k", seeds=1)
     words += flags(methods="entropy,credit", rows="SFT-SD;TABOM", out=tmp_path / "C")
@@ -181,7 +183,7 @@ def test_no_puzzle_is_in_two_datasets_and_sft_gt_trains_on_what_was_distilled(sm
         for r in data.read_examples(base / "data" / f"{name}.jsonl"):
             prompts.append(r["prompt"])
     assert len(prompts) == len(set(prompts)) == 24 + 6 * 6
-    tok, task = data.load_tokenizer(base / "tiny"), puzzles.TASKS["short-latin"]
+    tok, task = tokenizer.load(base / "tiny"), puzzles.TASKS["short-latin"]
     answers = {r["id"]: r["answer"] for r in data.read_trajectories(base / "T")}
     for draws in (2, 4):
         copies = data.read_trajectories(base / f"kept-{draws}.jsonl")

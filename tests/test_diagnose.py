@@ -14,6 +14,7 @@ import lora
 import model
 import objectives
 import tabom
+import tokenizer
 from experiments import diagnose, plots
 from runs import loading, torchrun
 
@@ -102,7 +103,7 @@ def test_pictures_are_drawn(found):
 
 
 def test_a_trajectory_is_drawn_token_by_token(tiny, trajectories):
-    tok = data.load_tokenizer(tiny)
+    tok = tokenizer.load(tiny)
     ids = tok.encode("123") + [tok.eos_id] + tok.encode("456")
     drawing = plots.draw_trajectory(tok, dict(response_ids=ids, order=[6, 1, 4, 0, 2, 3, 5]))
     axes = drawing.axes[0]
@@ -161,7 +162,7 @@ def test_own_order_has_the_window_and_margin_it_is_given(tiny, trajectories):
 
 
 def test_responses_of_eos_alone_have_no_order(tiny, trajectories, tmp_path):
-    eos_id = data.load_tokenizer(tiny).eos_id
+    eos_id = tokenizer.load(tiny).eos_id
     with open(tmp_path / "T.jsonl", "w") as f:
         for record in data.read_trajectories(trajectories)[:3]:
             record["response_ids"][0] = eos_id

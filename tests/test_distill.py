@@ -13,6 +13,7 @@ import data
 import decode
 import distill as answering
 import model
+import tokenizer
 from experiments import tiny as tiny_model
 from runs import loading
 
@@ -33,7 +34,7 @@ def test_it_logs_what_the_decoder_did(tiny, puzzles, trajectories):
     decoder = meta(trajectories)["decoder"]
     assert decoder["strategy"] == "entropy"  # the model's own generation_config.json
     assert decoder["max_new_tokens"] == tiny_model.WHOLE.answer
-    m, tok = model.load(tiny), data.load_tokenizer(tiny)
+    m, tok = model.load(tiny), tokenizer.load(tiny)
     for row in rows[:3]:
         record = found[row["id"]]
         assert record["prompt_ids"] == tok.encode(row["prompt"])
@@ -51,7 +52,7 @@ def test_it_logs_what_the_decoder_did(tiny, puzzles, trajectories):
 
 def test_the_same_from_python(tiny, puzzles, trajectories):
     """answering.answer takes texts or token ids, and gives the records that distill writes."""
-    m, tok, settings = model.load(tiny), data.load_tokenizer(tiny), meta(trajectories)["decoder"]
+    m, tok, settings = model.load(tiny), tokenizer.load(tiny), meta(trajectories)["decoder"]
     rows = [json.loads(line) for line in puzzles.read_text().splitlines()][:3]
     prompts = [row["prompt"] for row in rows]
     texts, records = answering.answer(m, tok, prompts, settings)
@@ -67,7 +68,7 @@ def test_the_same_from_python(tiny, puzzles, trajectories):
 
 
 def test_the_seed_decides_what_python_samples(tiny):
-    m, tok = model.load(tiny), data.load_tokenizer(tiny)
+    m, tok = model.load(tiny), tokenizer.load(tiny)
     settings = dict(max_new_tokens=12, steps=12, temperature=1.0)
     answers = [answering.answer(m, tok, ["L1", "L2"], settings, seed)[0] for seed in (0, 0, 1)]
     assert answers[0] == answers[1]
@@ -75,7 +76,7 @@ def test_the_seed_decides_what_python_samples(tiny):
 
 
 def test_predictions_that_are_not_finite_are_an_error(tiny):
-    m, tok = model.load(tiny), data.load_tokenizer(tiny)
+    m, tok = model.load(tiny), tokenizer.load(tiny)
     with torch.no_grad():
         next(m.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="predictions are not finite"):
@@ -111,6 +112,18 @@ def test_a_second_start_does_nothing_and_a_longer_limit_only_the_rest(tiny, puzz
         result = distill(capsys, **options, limit=limit)
         assert (result["new"], result["trajectories"]) == (new, limit)
         assert meta(tmp_path / "T")["prompts"] == limit
+
+
+def test_the_prompts_of_several_files_and_of_a_folder(tiny, tmp_path, capsys):
+    folder = tmp_path / "D"
+    folder.mkdir()
+    files = [write_lines(folder / f"{i}.jsonl", [dict(prompt=f"L{i}", answer="1")]) for i in (1, 2)]
+    options = dict(model=tiny, check="none", tokens_per_step=8)
+    distill(capsys, data=",".join(map(str, files)), out=tmp_path / "T", **options)
+    assert [r["prompt"] for r in data.read_trajectories(tmp_path / "T")] == ["L1", "L2"]
+    assert distill(capsys, data=folder, out=tmp_path / "T", **options)["new"] == 0  # the same by their content
+    write_lines(files[1], [dict(prompt="L3", answer="1")])
+    fails(capsys, "data_sha256", "distill", data=folder, out=tmp_path / "T", **options)
 
 
 @pytest.mark.parametrize("ids", [(1, 2, 1), ("a", "b", "a")])
@@ -204,7 +217,7 @@ def prose(tmp_path):
 
 def all_end(monkeypatch):
     """Every response counts as finished."""
-    monkeypatch.setattr(data, "first_end", lambda ids, stop_ids: 0)
+    monkeypatch.setattr(tokenizer, "first_end", lambda ids, stop_ids: 0)
 
 
 def test_answers_that_cannot_be_checked_are_counted_and_named(tiny, prose, tmp_path, capsys, monkeypatch):

@@ -20,6 +20,7 @@ import distill
 import evaluate
 import model
 import tabom
+import tokenizer
 from benchmarks import answers, gsm8k
 from runs import loading
 
@@ -326,12 +327,12 @@ def test_shots_come_before_the_question(bytes_model, tmp_path):
     words += ["--max-new-tokens", "8", "--shots", str(tmp_path / "shots.json")]
     assert tabom.main(words) == 0
     (record,) = data.read_trajectories(tmp_path / "E" / "gsm8k")
-    text = data.load_tokenizer(bytes_model).decode(record["prompt_ids"])
+    text = tokenizer.load(bytes_model).decode(record["prompt_ids"])
     assert text.startswith("user: one\nassistant: two\nuser: Q: What?")
 
 
 def test_what_was_never_decoded_has_the_order_minus_one(bytes_model):
-    m, tok = model.load(bytes_model), data.load_tokenizer(bytes_model)
+    m, tok = model.load(bytes_model), tokenizer.load(bytes_model)
     settings = dict(max_new_tokens=8, steps=2, threshold=1.0)
     texts, (record,) = distill.answer(m, tok, ["one"], settings)
     masks = [r for r, token in enumerate(record["response_ids"]) if token == m.config.mask_id]

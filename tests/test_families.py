@@ -16,6 +16,7 @@ from helpers import FOLDER, decoded, meta, run, weights, write_lines
 
 import data
 import evaluate
+import tokenizer
 from benchmarks import gsm8k, humaneval, math500, mbpp
 from release import published
 from runs import loading
@@ -84,7 +85,7 @@ def tokenizers(tmp_path_factory):
     """model_type -> tokenizer, of a folder alone."""
     found, folder = {}, tmp_path_factory.mktemp("tokenizers")
     for family in ("sdar", "a2d-qwen3"):
-        found[family] = data.load_tokenizer(write_qwen3(folder / family, family))
+        found[family] = tokenizer.load(write_qwen3(folder / family, family))
     return found
 
 
@@ -105,8 +106,8 @@ def test_special_ids(tokenizers):
 
 
 def test_only_the_prompts_of_a2d_end_with_an_empty_thought(tokenizers):
-    assert data.encode_prompt(tokenizers["sdar"], HI) == PROMPT
-    assert data.encode_prompt(tokenizers["a2d-qwen3"], HI) == PROMPT + THOUGHT
+    assert tokenizer.encode_prompt(tokenizers["sdar"], HI) == PROMPT
+    assert tokenizer.encode_prompt(tokenizers["a2d-qwen3"], HI) == PROMPT + THOUGHT
     code = "```python\n"
     for tok in tokenizers.values():
         assert tok.chat(HI, prefix=code) == tok.chat(HI) + code  # nor does it come before a given start
@@ -116,20 +117,20 @@ def test_an_answer_has_no_empty_thought(tokenizers):
     talk = [*HI, dict(role="assistant", content="Hello"), *HI]
     for tok in tokenizers.values():
         for messages in (HI, talk):
-            assert data.encode_answer(tok, messages, "Hello") == [9707, 151645]
+            assert tokenizer.encode_answer(tok, messages, "Hello") == [9707, 151645]
         assert tok.chat(talk).count("<think>") == tok.chat(HI).count("<think>")
-        quoting = data.encode_answer(tok, HI, "a<|im_end|>b")
+        quoting = tokenizer.encode_answer(tok, HI, "a<|im_end|>b")
         assert tok.decode(quoting) == "a<|im_end|>b<|im_end|>" and quoting.count(151645) == 1
     own = "<think>\nwell\n</think>\n\nHello"  # a thought that the dataset has stays
-    assert tokenizers["sdar"].decode(data.encode_answer(tokenizers["sdar"], HI, own)) == own + "<|im_end|>"
+    assert tokenizers["sdar"].decode(tokenizer.encode_answer(tokenizers["sdar"], HI, own)) == own + "<|im_end|>"
 
 
 def test_a_list_of_ends_in_generation_config(tmp_path):
     folder = write_qwen3(tmp_path / "M", "sdar")
     (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[151662, 151643, 999999])))
-    assert data.load_tokenizer(folder).stop_ids == {151643, 151645, 151662}  # the last one is no token
+    assert tokenizer.load(folder).stop_ids == {151643, 151645, 151662}  # the last one is no token
     (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=2)))  # one id is the config's affair
-    assert data.load_tokenizer(folder).stop_ids == {151643, 151645}
+    assert tokenizer.load(folder).stop_ids == {151643, 151645}
 
 
 def test_the_prompts_that_the_real_model_was_given(tokenizers):
@@ -139,7 +140,7 @@ def test_the_prompts_that_the_real_model_was_given(tokenizers):
     cases = json.loads(file.read_text())["cases"]
     assert len(cases) == 6
     for case in cases:
-        assert data.encode_prompt(tokenizers["a2d-qwen3"], case["messages"]) == case["prompt_ids"]
+        assert tokenizer.encode_prompt(tokenizers["a2d-qwen3"], case["messages"]) == case["prompt_ids"]
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmarks
@@ -252,7 +253,7 @@ def test_distill_train_evaluate_diagnose_merge(family, block, tmp_path, capsys):
     decoder = meta(out)["decoder"]
     assert (decoder["schedule"], decoder["block_length"]) == (family, block or {"a2d": 32, "sdar": 4}[family])
     ended = "</think>\n\n" if family == "a2d" else "assistant\n"
-    tok = data.load_tokenizer(own["model"])
+    tok = tokenizer.load(own["model"])
     for record in data.read_trajectories(out):
         assert tok.decode(record["prompt_ids"]).endswith(ended)
         assert max(record["response_ids"]) < 305  # neither the mask nor a row without a token
@@ -276,5 +277,5 @@ def test_distill_train_evaluate_diagnose_merge(family, block, tmp_path, capsys):
     run(capsys, "merge", model=own["model"], adapter=adapter, out=tmp_path / "M")
     merged = dict(own, model=tmp_path / "M")
     run(capsys, "evaluate", **merged, **asked, out=tmp_path / "E2")
-    assert data.load_tokenizer(tmp_path / "M").chat(HI) == tok.chat(HI)
+    assert tokenizer.load(tmp_path / "M").chat(HI) == tok.chat(HI)
     assert decoded(tmp_path / "E2" / "gsm8k").keys() == decoded(tmp_path / "E" / "gsm8k").keys()

@@ -25,6 +25,7 @@ import data
 import evaluate
 import lora
 import model
+import tokenizer
 from runs import disk, resume
 
 ERRORS = (ValueError, OSError, ImportError, SafetensorError, RuntimeError)  # what tabom.main() turns into one line
@@ -176,7 +177,7 @@ def test_a_damaged_trajectory_of_the_authors(fuzz, place, tiny):
 
 @functools.cache
 def tokenizer_of(folder):
-    return data.load_tokenizer(folder)
+    return tokenizer.load(folder)
 
 
 def test_a_damaged_config(fuzz):
@@ -246,8 +247,8 @@ def test_a_damaged_tokenizer(fuzz, place, tiny):
         file.write_bytes(json.dumps(changed(json.loads(good), seed)).encode() if seed % 4 < 2 else mutated(good, seed))
 
         def use():
-            tok = data.load_tokenizer(folder)
-            ids = data.encode_prompt(tok, [dict(role="user", content="L12.")])
+            tok = tokenizer.load(folder)
+            ids = tokenizer.encode_prompt(tok, [dict(role="user", content="L12.")])
             tok.response_text(ids)
             tok.unused_ids(32)
 
@@ -277,7 +278,7 @@ PIECES += [" raise_exception('x') ", " range(10**9) ", "|tojson", "|length", " %
 def test_a_foreign_chat_template(fuzz, tiny):
     @fuzz(1000, st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=14))
     def check(pieces):
-        tok = data.load_tokenizer(tiny)
+        tok = tokenizer.load(tiny)
         tok.template, tok.compiled = "".join(pieces), None
         survives(tok.chat, [dict(role="user", content="L12.")])
 

@@ -16,6 +16,7 @@ from helpers import ROOT, flags
 import data
 import distill
 import tabom
+import tokenizer
 from runs import loading
 from tools import harness
 
@@ -61,7 +62,7 @@ def test_a_text_is_cut_at_the_first_stop():
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_texts_are_those_of_answer(bytes_model, batch_size):
     lm = answers(bytes_model, batch_size=batch_size, block_length=8, temperature=1.0, seed=3)
-    prompts = [lm.apply_chat_template([data.message("user", q)]) for q in QUESTIONS]
+    prompts = [lm.apply_chat_template([tokenizer.message("user", q)]) for q in QUESTIONS]
     asked = requests(prompts, until=STOPS, max_gen_toks=16)
     settings = dict(loading.DECODERS["llada"], block_length=8, temperature=1.0, max_new_tokens=16, steps=16)
     texts, _ = distill.answer(lm.loaded.m, lm.loaded.tok, prompts, settings, seed=3)
@@ -121,7 +122,7 @@ def test_prompts_are_cut_on_the_left_with_one_warning(bytes_model, capsys, monke
 
 def test_the_chat_template_continues_the_assistants_turn(bytes_model):
     lm = answers(bytes_model)
-    talk = [data.message("user", "Add."), data.message("assistant", "```python\n")]
+    talk = [tokenizer.message("user", "Add."), tokenizer.message("assistant", "```python\n")]
     assert lm.apply_chat_template(talk[:1]) == "user: Add.\n"
     assert lm.apply_chat_template(talk, add_generation_prompt=False) == "user: Add.\nassistant: ```python\n"
     assert "m.role" in lm.chat_template(True)
@@ -256,7 +257,7 @@ def test_the_real_harness_gets_the_texts_of_evaluate(bytes_model, tasks, tmp_pat
     assert tabom.main(["evaluate", *ours]) == 0
     records = sorted(data.read_trajectories(tmp_path / "E" / "gsm8k"), key=lambda r: r["id"])
     assert texts == [r["response"] for r in records]
-    tok = data.load_tokenizer(bytes_model)
+    tok = tokenizer.load(bytes_model)
     assert list(map(tok.encode, prompts)) == [r["prompt_ids"] for r in records]
     assert set(texts) != set(samples(tmp_path / "H", "begun")[0])
     assert samples(tmp_path / "H", "begun")[1] == [prompt + "assistant: Well," for prompt in prompts]

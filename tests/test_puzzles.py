@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import data
 import model
+import tokenizer
 from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
 
@@ -167,7 +167,7 @@ def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
     *_, out = puzzle_tasks.write_datasets(tmp_path, 0, train=1, validation=1, test=2)
     kind = dataclasses.replace(tiny_model.WHOLE, tasks=("latin", "shear", "turned"))
     tiny_model.write_start(tmp_path / "start", 0, kind)
-    tok = data.load_tokenizer(tmp_path / "start")
+    tok = tokenizer.load(tmp_path / "start")
     for row in map(json.loads, out.read_text().splitlines()):
         first, second = row["answer"]
         assert row["prompt"][0] == "T" and set(first) == set("uvwxyz") and set(second) == set("123456")

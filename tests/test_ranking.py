@@ -133,7 +133,7 @@ def sets(W):
 
 
 def boltzmann(h, beta):
-    """Eq. 4 by its definition: the probability of every set U, exp(-beta * sum over U) over the sum of all of them."""
+    """Eq. 3 by its definition: the probability of every set U, exp(-beta * sum over U) over the sum of all of them."""
     weights = {}
     for U in sets(len(h)):
         energy = sum(x for x, inside in zip(h, U) if inside)

@@ -12,6 +12,7 @@ import data
 import evaluate
 import lora
 import tabom
+import tokenizer
 from benchmarks import answers
 from runs import disk, loading, records, resume, torchrun
 
@@ -199,13 +200,13 @@ def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, 
     with open(file, "w") as f:
         f.write(disk.json_line(dict(prompt="hi", system="Be terse.", history=[["a", "b"]])))
         f.write(disk.json_line(dict(prompt="ho")))
-    encode = data.encode_prompt
+    encode = tokenizer.encode_prompt
 
     def seeing(tok, talk, *more):
         seen.append(list(talk))
         return encode(tok, talk, *more)
 
-    monkeypatch.setattr(data, "encode_prompt", seeing)
+    monkeypatch.setattr(tokenizer, "encode_prompt", seeing)
     options = dict(model=bytes_model, prompts=file, max_new_tokens=2, block_length=0)
     assert tabom.main(["generate", *flags(**options)]) == 0
     assert [turn["content"] for turn in seen[0]] == ["Be terse.", "a", "b", "hi"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import data
 import model
 import tabom
+import tokenizer
 from experiments import tiny as tiny_model
 from runs import resume
 from runs.options import opt
@@ -165,7 +166,7 @@ def test_merge_keeps_the_dtype_and_the_tokenizer(tiny, trained, tmp_path, capsys
     resume.copy_extras(tiny, base)
     run(capsys, "merge", model=base, adapter=trained / "epoch-2", out=tmp_path / "M")
     assert {t.dtype for t in load_file(tmp_path / "M" / "model.safetensors").values()} == {torch.bfloat16}
-    assert data.load_tokenizer(tmp_path / "M").size == len(tiny_model.vocabulary())
+    assert tokenizer.load(tmp_path / "M").size == len(tiny_model.vocabulary())
 
 
 # ------------------------------------------------------------------------------------------------- the command line

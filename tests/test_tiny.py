@@ -11,13 +11,14 @@ from safetensors import safe_open
 import data
 import decode
 import model
+import tokenizer
 from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
 from runs import loading
 
 
 def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
-    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
+    m, tok = model.load(tiny_model.TINY), tokenizer.load(tiny_model.TINY)
     assert (tiny_model.TINY / "model.safetensors").stat().st_size < 4e6
     assert m.config.raw == tiny_model.config()
     assert tok.size == m.config.vocab_size == len(tiny_model.vocabulary())
@@ -26,7 +27,7 @@ def test_the_tiny_model_is_small_and_of_the_configuration_that_retrain_builds():
 
 def test_the_tiny_model_solves_what_it_was_trained_on():
     """Easy puzzles with few blanks: most are right, whatever the processor's rounding."""
-    m, tok = model.load(tiny_model.TINY), data.load_tokenizer(tiny_model.TINY)
+    m, tok = model.load(tiny_model.TINY), tokenizer.load(tiny_model.TINY)
     rng, right = random.Random(3), 0
     for _ in range(10):
         prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS["latin"], rng, False)
@@ -63,7 +64,7 @@ def test_the_model_may_be_an_earlier_checkpoint(tmp_path):
     assert weights.read_bytes() == (tmp_path / "run" / "epoch-2" / "model.safetensors").read_bytes()
     assert result["steps"] == 2 and not (tmp_path / "run" / "epoch-3").exists()
     rows = data.read_trajectories(tmp_path / "pretrain.jsonl")
-    tok = data.load_tokenizer(tmp_path / "start")
+    tok = tokenizer.load(tmp_path / "start")
     for row in rows:  # every answer is followed by EOS to the budget
         ids = row["response_ids"]
         assert len(ids) == 31 and set(ids[ids.index(tok.eos_id) :]) == {tok.eos_id}
@@ -117,9 +118,9 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
 def test_random_weights_under_a_real_tokenizer(tmp_path, capsys):
     words = ["--tokenizer", str(tiny_model.TINY), "--seed", "3"]
     assert tiny_model.main([str(tmp_path / "random"), *words]) == 0
-    m, tok = model.load(tmp_path / "random"), data.load_tokenizer(tmp_path / "random")
+    m, tok = model.load(tmp_path / "random"), tokenizer.load(tmp_path / "random")
     assert (m.config.family, m.config.mask_id) == ("dream", tok.mask_id)
     assert tok.size <= m.config.vocab_size
-    assert tok.template == data.load_tokenizer(tiny_model.TINY).template
+    assert tok.template == tokenizer.load(tiny_model.TINY).template
     assert tiny_model.main([str(tmp_path / "random"), *words]) == 1
     assert "is there already" in capsys.readouterr().err

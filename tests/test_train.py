@@ -37,9 +37,11 @@ import lora
 import model
 import objectives
 import tabom
+import tokenizer
 import train
 from experiments import tiny as tiny_model
 from release import recipes
+from release.files import to_release_format
 from runs import loading, records, resume, torchrun
 
 # --------------------------------------------------------------------------------------------------------- the loop
@@ -321,7 +323,7 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
     assert before.keys() == after.keys()
     for name, w in before.items():
         assert not torch.equal(w, after[name]), name
-    data.load_tokenizer(out / "epoch-2")  # the checkpoint is a model folder of its own
+    tokenizer.load(out / "epoch-2")  # the checkpoint is a model folder of its own
     shutil.rmtree(out / "epoch-2")
     run_train(capsys, **options)
     again = load_file(out / "epoch-2" / "model.safetensors")
@@ -487,7 +489,7 @@ def release(tiny, trajectories, tmp_path_factory):
     """A file in the authors' format: twelve trajectories, four of each of three methods, padded to 256 tokens."""
     rows = []
     for i, record in enumerate(data.read_trajectories(trajectories)):
-        rows.append(data.to_release_format(record, 2, ("entropy", "default", "topk_margin")[i % 3]))
+        rows.append(to_release_format(record, 2, ("entropy", "default", "topk_margin")[i % 3]))
     return write_lines(tmp_path_factory.mktemp("release") / "theirs.jsonl", rows)
 
 
@@ -610,7 +612,7 @@ def test_rows_of_the_authors_files_are_read_as_their_loader_reads_them(bytes_mod
     """What it reads of these rows is in tests/golden/release/loader.json: here the rows of "entropy"."""
     golden = json.loads((FOLDER / "release" / "loader.json").read_text())
     items = golden["cases"][0]["items"]
-    file, tok = write_lines(tmp_path / "theirs.jsonl", golden["rows"]), data.load_tokenizer(bytes_model)
+    file, tok = write_lines(tmp_path / "theirs.jsonl", golden["rows"]), tokenizer.load(bytes_model)
     found = prepared_records(tmp_path, model=str(bytes_model), data=str(file), methods=("entropy",))
     assert len(found) == len(items) == 4
     for record, (prompt, response, ids, _, order, _) in zip(found, items):
@@ -620,6 +622,15 @@ def test_rows_of_the_authors_files_are_read_as_their_loader_reads_them(bytes_mod
             assert record["order"] == list(range(len(record["response_ids"])))  # from left to right
         else:
             assert (record["response_ids"], record["order"]) == (ids, order)
+
+
+def test_raw_takes_the_prompts_of_the_authors_files_as_they_are(bytes_model, tmp_path):
+    file, tok = (
+        write_lines(tmp_path / "theirs.jsonl", [dict(question="2 + 2?", gen_text="4")]),
+        tokenizer.load(bytes_model),
+    )
+    (record,) = prepared_records(tmp_path, model=str(bytes_model), data=str(file), raw=True)
+    assert tok.decode(record["prompt_ids"]) == "2 + 2?" and tok.decode(record["response_ids"][:-1]) == "4"
 
 
 @pytest.mark.parametrize("tokens", [5, 20])

@@ -15,6 +15,7 @@ import torch
 import data
 import decode
 import distill
+import tokenizer
 from runs import loading, torchrun
 from runs.options import opt
 
@@ -45,7 +46,7 @@ def generate(c):
     chats = c.prompt is None and asked is None
     if asked is None:
         asked = chat_turns() if chats else [said(c.prompt)]
-    start = [data.message("system", c.system)] if c.system else []
+    start = [tokenizer.message("system", c.system)] if c.system else []
     talk, result, failed = list(start), {}, 0
     for turn, messages in enumerate(asked):
         own = messages[0]["role"] == "system"  # a row's own system turn stands in place of --system
@@ -72,7 +73,7 @@ def generate(c):
 
 def said(prompt):
     """A prompt as a conversation of one turn."""
-    return [data.message("user", prompt)]
+    return [tokenizer.message("user", prompt)]
 
 
 def read_prompts(path):
@@ -93,7 +94,7 @@ def say(line):
 
 def answer_turn(c, processes, loaded, settings, talk, turn):
     """The answer to a conversation -> dict(text, tokens, seconds, tokens_per_second)."""
-    ids = data.encode_prompt(loaded.tok, talk, c.raw)
+    ids = tokenizer.encode_prompt(loaded.tok, talk, c.raw)
     distill.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
     ids = torch.tensor([ids], device=processes.device)  # [1, P]
     watch = Watch(loaded, talk, c.delay) if c.watch else None
