@@ -336,6 +336,21 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
+    def arguments(self, batch, clean=True):
+        """What objectives.logits_at calls the model with beside ids: {} without blocks; else origin, and with clean the
+        clean copy of the rows and where the noisy one begins."""
+        c = self.config
+        if c.block_length is None:
+            return {}
+        origin = batch.get("origin", 0)
+        if "origin" not in batch and getattr(c, "grid", None) == "prompt":
+            origin = batch["prompt_mask"].sum(1)
+        if not clean:
+            return dict(origin=origin)
+        start = max(0, batch["prompt_ids"].shape[1] - c.block_length + 1)
+        both = torch.cat((batch["prompt_ids"], batch["response_ids"]), dim=1)
+        return dict(origin=origin, clean=both, start=start)
+
     def visible(self, index, attention_mask, origin=0, first=0, columns=None, clean=False):
         """Which keys the queries at these columns see, the first of a row: None for all, [B, 1, 1, L]
         the real ones, [1 or B, 1, n, L] where blocks count; with a clean copy see visible_copies()."""
