@@ -20,6 +20,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -30,38 +31,54 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import baselines  # noqa: F401  its objectives
 import data
 import evaluate
 import lora
 import model
 import objectives
 from runs import disk, loading, resume, shard, torchrun
-from runs.options import flag, name_list, opt
+from runs.options import field_names, flag, name_list, opt
 
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-def of_some(name, help, **more):
-    """The option for a parameter of some objectives: None = each objective's own default, which the help shows."""
-    own = []
-    for objective, function in objectives.OBJECTIVES.items():
-        parameters = inspect.signature(function).parameters
-        if name in parameters and parameters[name].default is not None:  # None: the help says what it means
-            own.append(f"{objective} {parameters[name].default}")
-    if own:
-        help = f"{help} (default: {', '.join(own)})"
-    return opt(None, help, own_default=True, **more)
+def objective_options():
+    """[(field, its type, the field itself)] of every option in objectives.OBJECTIVES, for make_dataclass. None = each
+    objective's default, which the help shows."""
+    users = {}  # option -> {objective: Option}
+    for name, objective in objectives.OBJECTIVES.items():
+        for option, declared in objective.options.items():
+            users.setdefault(option, {})[name] = declared
+    fields = []
+    for option, declared in users.items():
+        first = next(iter(declared.values()))
+        helps = dict.fromkeys(one.help for one in declared.values())
+        help = first.help if len(helps) == 1 else "; ".join(f"{name}: {one.help}" for name, one in declared.items())
+        defaults = {name: default_of(name, option) for name in declared}
+        shown = ", ".join(f"{name} {value}" for name, value in defaults.items() if value is not None)
+        if shown:  # None: the help says what it means
+            help = f"{help} (default: {shown})"
+        kind, more = str if first.choices else first.kind, {}
+        if not isinstance(kind, type):
+            kind, more["parse"] = int | str, kind
+        for limit in ("low", "high", "choices"):
+            if getattr(first, limit) is not None:
+                more[limit] = getattr(first, limit)
+        fields.append((option, kind | None, opt(None, help, own_default=True, **more)))
+    return fields
 
 
-def window_size(text):
-    """ "32" -> 32, "global" -> "global"; raises ValueError for anything else."""
-    try:
-        return text if text == "global" else int(text)
-    except ValueError as e:
-        raise ValueError("must be a whole number, or global") from e
+def default_of(objective, option):
+    """The default of an objective's option: it stands in the signature of its loss."""
+    return inspect.signature(objectives.OBJECTIVES[objective].loss).parameters[option].default
 
 
-SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.items())
+ObjectiveOptions = dataclasses.make_dataclass(
+    "ObjectiveOptions", objective_options(), namespace=dict(__doc__="the objective", __module__=__name__)
+)
+
+SOURCES = ", ".join(f"{name} ({objective.source})" for name, objective in objectives.OBJECTIVES.items())
 
 # The four recipes of the authors' release (tonyckc/TABOM). All else is the same in them, and the default here: W 32,
 # LoRA of rank and alpha 16, 5 epochs, weight decay 0.01, clipping at 1, 50 steps of warm-up.
@@ -101,7 +118,7 @@ def follows_recipe(cls):
 
 @follows_recipe
 @dataclass
-class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
+class TrainOptions(ObjectiveOptions, loading.ModelOptions, loading.DatasetOptions):
     """training"""
 
     data: str = opt(None, "trajectories from distill; for nelbo also a dataset with answers (SFT-GT)", required=True)
@@ -114,57 +131,6 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
         choices=tuple(RECIPES),
     )
     objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
-    window: int | str | None = of_some(
-        "window", "W, in decode steps; global: between two random steps", parse=window_size
-    )
-    margin: float | None = of_some("margin", "gamma of the ranking loss, nats", low=0)
-    weight: float | None = of_some("weight", "lambda: weight of the ranking loss; dparallel: of the certainty", low=0)
-    ce_weight: float | None = of_some("ce_weight", "weight of the cross-entropy; 0 = ranking alone", low=0)
-    entropy_context: str | None = of_some(
-        "entropy_context",
-        "where the ranked entropies are taken: all at the window's start, or each at its token's own step "
-        "(default: window; step with --ranking kl)",
-        choices=("window", "step"),
-    )
-    starts: str | None = of_some(
-        "starts",
-        "windows begin at any step, or at tokens not decoded from left to right",
-        choices=("uniform", "non-ltr"),
-    )
-    ranking: str | None = of_some(
-        "ranking", "ranking loss: Eq. 8, Plackett-Luce, or the exact KL of Eq. 6", choices=("margin", "listwise", "kl")
-    )
-    alpha: float | None = of_some("alpha", "weight of the term on the tokens that the reference prefers", low=0)
-    beta: float | None = of_some("beta", "tabom: inverse temperature of Eq. 4; t3d: scale of the log-ratios", low=0)
-    path_weight: float | None = of_some("path_weight", "weight of the path consistency term", low=0)
-    random_tokens: float | None = of_some(
-        "random_tokens", "share of masked positions that show a random token instead of the mask", low=0, high=1
-    )
-    path: str | None = of_some(
-        "path",
-        "weights of the path consistency term: linear in the decode order, or T3D's code's levels of 4 tokens",
-        choices=("linear", "levels"),
-    )
-    masked: str | None = of_some(
-        "masked",
-        "block-causal models: a state masks the tokens of a block that decoding chose later (T3D's paper), or earlier "
-        "(its code)",
-        choices=("later", "earlier"),
-    )
-    reference_steps: int = opt(10, "t3d: optimizer steps after which the student becomes the reference again", low=1)
-    block_length: int | None = of_some("block_length", "block length in tokens", low=1)
-    temperature: float | None = of_some("temperature", "temperature at which the certainty is taken", low=0.01)
-    weighting: str | None = of_some(
-        "weighting",
-        "of a row's masked tokens: their mean; or, as SDAR and A2D are trained, each divided by the row's mask ratio "
-        "(scheduler), or not (uniform)",
-        choices=("mean", "scheduler", "uniform"),
-    )
-    norm: str | None = of_some(
-        "norm",
-        "with --weighting scheduler or uniform: divide by the tokens of all rows, or of each row, or only by the rows",
-        choices=("token", "sequence", "batch"),
-    )
     grid: str | None = opt(
         None,
         "block-causal models: where blocks are counted from, the start of the row or the end of its prompt (as the "
@@ -222,33 +188,23 @@ def objective_parameters(c):
 
     Raises ValueError for a window without pairs, for options that exclude each other, and without an adapter where
     one is needed."""
-    parameters = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
-    used, unused = {}, []
-    for f in dataclasses.fields(TrainOptions):
-        given = getattr(c, f.name)
-        if "own_default" not in f.metadata:
-            continue
-        if f.name in parameters:
-            used[f.name] = parameters[f.name].default if given is None else given
+    objective, used, unused = objectives.OBJECTIVES[c.objective], {}, []
+    for name in field_names(ObjectiveOptions):
+        given = getattr(c, name)
+        if name in objective.options:
+            used[name] = default_of(c.objective, name) if given is None else given
         elif given is not None:
-            unused.append(f.name)
-    if c.objective != "t3d" and c.reference_steps != TrainOptions.reference_steps:
-        unused.append("reference_steps")
-    if used.get("weighting") == "mean" and c.norm is not None:
-        unused.append("norm")
-    window = used.get("window", "global")
-    if window != "global" and window < 2:
-        raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
-    if window == "global" and used.get("starts") == "non-ltr":
-        raise ValueError("--starts non-ltr: needs a --window of a number of steps, and not global")
-    if used.get("ranking") == "kl" and used.get("entropy_context") == "window":
-        raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
-    if c.shard and "step" in (used.get("entropy_context"), {"kl": "step"}.get(used.get("ranking"))):
+            unused.append(name)
+    try:
+        idle = objective.check(used) or ()
+    except ValueError as e:  # it speaks of parameters
+        named = re.compile(rf"\b({'|'.join(used)})\b(?= )")
+        raise ValueError(named.sub(lambda found: flag(found[0]), str(e))) from e
+    unused += [name for name in idle if getattr(c, name) is not None]
+    if c.shard and not objective.lockstep(used):
         raise ValueError(
             "--shard needs equally many forward passes on all processes: no --entropy-context step or --ranking kl"
         )
-    if used.get("weight") == 0 and used.get("ce_weight") == 0:
-        raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
     if c.lora_rank == 0 and c.adapter:
         raise ValueError("--lora-rank 0 trains no adapter, and --adapter needs one: give --lora-rank above 0")
     return used, unused
@@ -294,7 +250,7 @@ class TrainingRun:
     objective: Any  # a function of the model, a batch and generators
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
-    reference: Any  # T3D's, else None
+    reference: Any  # the objective's, else None
     spread: bool  # whether the model is spread over the processes, see --shard
     out: Path
     last: Path | None  # the latest checkpoint
@@ -324,8 +280,8 @@ def train(c, processes=None, loaded=None):
         for step in range(run.done, run.end):
             epoch, i = divmod(step, run.steps_per_epoch)
             metrics = train_step(run, step, epoch, global_batch_of(run, epoch, i))
-            if run.reference is not None and (step + 1) % c.reference_steps == 0:
-                run.reference.update()
+            if run.reference is not None:
+                run.reference.step_done(step + 1)
             whole = i == run.steps_per_epoch - 1
             if whole and run.held_out:
                 metrics.update(on_held_out(run))
@@ -376,10 +332,9 @@ def prepare(c, processes, loaded=None):
         line = f"--epochs {c.epochs}, and the run was started with {before}"
         torchrun.warner(processes)(f"{line}: the learning rate follows the longer cosine")
     weights = trainable(c, loaded.m, last)
-    objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
-    reference = None
-    if c.objective == "t3d":
-        reference = first_reference(stored, loaded.m, processes, prefer, place)
+    objective, reference = functools.partial(objectives.OBJECTIVES[c.objective].loss, **parameters), None
+    if objectives.OBJECTIVES[c.objective].reference is not None:
+        reference = first_reference(stored, loaded.m, parameters, processes, prefer, place)
         objective = functools.partial(objective, reference=reference)
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
     optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
@@ -387,7 +342,7 @@ def prepare(c, processes, loaded=None):
     out = disk.open_run(c.out, meta, processes, free)
     if processes.first:
         warn_of_options(c, total, unused)
-    loaded.m.train()  # for dropout, and T3D's random tokens
+    loaded.m.train()  # for dropout, and whatever else an objective does in training alone
     loaded.m.gradient_checkpointing = c.gradient_checkpointing
     done = 0 if last is None else resume.restore(last, weights, optimizer, reference)
     if processes.first:
@@ -429,38 +384,16 @@ def trainable(c, m, last):
     return {name: p for name, p in m.named_parameters() if p.requires_grad}
 
 
-def first_reference(c, m, processes, dtype, place):
-    """T3D's reference: the student as it starts, and then as of every reference_steps-th step."""
-    if c.lora_rank == 0:
-        return FrozenCopy(m, loading.load_model(c, processes, dtype=dtype, place=place).m)
-    reference = lora.Reference(m)
-    if c.adapter:
+def first_reference(c, m, parameters, processes, dtype, place):
+    """The reference of an objective that has one: the student as it starts."""
+
+    def load_again():
+        return loading.load_model(c, processes, dtype=dtype, place=place).m
+
+    reference = objectives.OBJECTIVES[c.objective].reference(m, load_again, parameters)
+    if c.adapter:  # else a new adapter, which changes nothing yet
         reference.update()
     return reference
-
-
-class FrozenCopy:
-    """T3D's reference where all weights are trained, with the interface of lora.Reference: `copy`, a second model that
-    is loaded from the same folder, computes what the student did at the last `update`. It costs a model's memory."""
-
-    def __init__(self, student, copy):
-        self.student, self.m = student, copy.eval().requires_grad_(False)
-        self.kept = {}  # parameter's name -> tensor, for a checkpoint; empty = as loaded
-
-    def update(self):
-        self.restore(dict(self.student.named_parameters()))
-
-    @torch.no_grad()
-    def restore(self, stored):
-        """Take over the weights in `stored`, name -> tensor."""
-        shard.settle(self.m)
-        self.kept = dict(self.m.named_parameters())
-        for name, p in self.kept.items():
-            p.copy_(stored[name])  # in place and one by one: no third model is in memory
-
-    @torch.no_grad()
-    def __call__(self, *inputs, **options):
-        return self.m(*inputs, **options)
 
 
 # What changes nothing in what a run computes, and may differ when it is continued.
@@ -656,7 +589,7 @@ def losses_of_parts(run, chosen, when):
     """Run the objective on this process's part of the chosen records, some at a time -> yields (records, their share of
     the chosen, losses). when: the epoch, or "held out"; with a record's id it decides what is drawn for it."""
     c, processes = run.c, run.processes
-    more = whole_batch(run, chosen, when)
+    more = normaliser(run, chosen, when)
     mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
     parts = [mine[i : i + c.batch_size] for i in range(0, len(mine), c.batch_size)]
     if run.spread:  # every process makes each pass with the others: one with fewer records on some that do not count
@@ -671,21 +604,16 @@ def losses_of_parts(run, chosen, when):
         yield records, len(records) / len(chosen), losses
 
 
-def whole_batch(run, chosen, when):
-    """The argument with which the loss of a part of a batch is its part of the whole batch's: the share of rows with a
-    pair for tabom's ranking loss (objectives.share_with_pairs), the tokens of a row for nelbo; empty for other
-    objectives. chosen: the records of the whole batch. when: the epoch, or "held out"."""
-    known, parameters = inspect.signature(run.objective).parameters, run.objective.keywords
-    if not {"pair_share", "targets"} & known.keys():
+def normaliser(run, chosen, when):
+    """The arguments with which the loss of a part of a batch is its share of the whole batch's (Objective.normaliser).
+    chosen: the records of the whole batch. when: the epoch, or "held out"."""
+    of_batch = objectives.OBJECTIVES[run.c.objective].normaliser
+    if of_batch is None:
         return {}
-    batch = data.collate(chosen, run.loaded.m.config.pad_id)
-    if "targets" in known:
-        return dict(targets=objectives.was_decoded(batch).sum(1).float().mean().item())
-    # The same keys as for the loss, so the same windows: of all rows, not only of this process's.
+    # The same keys as for the loss, so the same draws: of all rows, not only of this process's.
     generators = [data.generator(run.c.seed, when, r["id"]) for r in chosen]
-    window, starts = parameters["window"], parameters["starts"]
-    share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
-    return dict(pair_share=share)
+    batch = data.collate(chosen, run.loaded.m.config.pad_id)
+    return of_batch(batch, run.objective.keywords, generators)
 
 
 def length(record):
@@ -725,10 +653,15 @@ def training_records(c, loaded, parameters, processes, grid=None):
     if config.block_length is None and grid is not None:
         raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
     path, say = Path(c.data), torchrun.warner(processes)
-    # A dataset's answers have no decode order, and only Eq. 1 does without one.
+    # A dataset's answers have no decode order: only an objective like Eq. 1 does without one.
+    needs = objectives.OBJECTIVES[c.objective].needs(parameters)
     if data.holds_trajectories(path):
         kept = usable_trajectories(c, path, loaded, processes, say)
-    elif c.objective == "nelbo":
+        gaps = sum(map(has_gap, kept))
+        if gaps and "order" in needs:
+            what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
+            say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
+    elif "order" not in needs:
         examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
         data.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
         kept = examples
@@ -736,11 +669,7 @@ def training_records(c, loaded, parameters, processes, grid=None):
         raise ValueError(
             f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
         )
-    fields = ["id", "prompt_ids", "response_ids", "order"]
-    if parameters.get("starts") == "non-ltr":
-        fields.append("non_ltr")
-    if parameters.get("ranking") == "kl":
-        fields.append("entropy")
+    fields = dict.fromkeys(("id", "prompt_ids", "response_ids", "order", *needs))
     records = []
     for record in kept:
         records.append({name: record.get(name) for name in fields})
@@ -808,10 +737,6 @@ def usable_trajectories(c, path, loaded, processes, say):
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     if c.cut_eos:
         kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
-    gaps = sum(map(has_gap, kept))
-    if gaps and c.objective != "nelbo":
-        what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
-        say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
     return kept
 
 

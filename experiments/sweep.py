@@ -296,8 +296,6 @@ def used_settings(c, settings):
     """The settings of one run without those that its objective does not use."""
     _, unused = train.objective_parameters(training(c, settings))
     unused = set(unused)
-    if settings["objective"] != "t3d":
-        unused.add("reference_steps")
     if settings["objective"] == GROUND_TRUTH:
         unused.add("keep")
     return {k: v for k, v in settings.items() if k not in unused}

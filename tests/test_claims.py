@@ -67,7 +67,7 @@ def test_a_step_has_the_same_number_of_supervised_tokens_in_every_row(name):
         batch["entropy"] = torch.zeros(1, n)
         m = Counter()
         generator = [torch.Generator().manual_seed(i)]
-        objectives.OBJECTIVES[made.objective](m, batch, generator=generator, **parameters, **more)
+        objectives.OBJECTIVES[made.objective].loss(m, batch, generator=generator, **parameters, **more)
         # TABOM's first pass has the cross-entropy; those after it are each token's own step.
         counts += sum(m.asked) if made.objective == "dparallel" else m.asked[0]
     assert draws * counts / 400 == pytest.approx(claims.TARGETS, rel=0.1)

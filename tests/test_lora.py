@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import baselines
 import lora
 import model
 
@@ -175,7 +176,7 @@ def test_a_reference_is_the_model_as_it_was(golden):
     m = lora.load(golden.load(), golden.folder / "adapter").train()
     for layer in lora.layers(m).values():
         layer.dropout = 0.5  # does not act in the reference
-    reference = lora.Reference(m)
+    reference = baselines.Reference(m)
     assert torch.equal(reference(ids), base)
     reference.update()
     before = reference(ids)
@@ -192,13 +193,13 @@ def test_a_reference_is_the_model_as_it_was(golden):
 
 def test_a_reference_holds_one_adapter_and_no_base(golden):
     m = lora.load(golden.load(), golden.folder / "adapter")
-    reference = lora.Reference(m)
+    reference = baselines.Reference(m)
     for _ in range(3):
         reference.update()
     adapter = sum(p.numel() for p in lora.tensors(m).values())
     assert sum(p.numel() for p in reference.kept.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
     with pytest.raises(ValueError, match="needs an adapter"):
-        lora.Reference(golden.load())
+        baselines.Reference(golden.load())
 
 
 @torch.no_grad()
