@@ -157,6 +157,72 @@ def test_t3d_shows_random_tokens_in_training_only(toy):
     assert torch.equal(alone.calls[0][0][0, -9:], noisy[7, P:])  # a row's noise does not depend on its batch
 
 
+# ---------------------------------------------------------------------------------------------- T3D's reference
+
+
+def test_a_reference_is_the_model_as_it_was(golden):
+    ids = torch.arange(12).reshape(1, 12)
+    base = golden.load()(ids)
+    m = lora.load(golden.load(), golden.folder / "adapter").train()
+    for layer in lora.layers(m).values():
+        layer.dropout = 0.5  # does not act in the reference
+    reference = baselines.Reference(m)
+    assert torch.equal(reference(ids), base)
+    reference.update()
+    before = reference(ids)
+    torch.testing.assert_close(before, lora.load(golden.load(), golden.folder / "adapter")(ids))
+    with torch.no_grad():
+        for p in lora.tensors(m).values():
+            p.add_(1)
+    assert torch.equal(reference(ids), before) and not torch.equal(m.eval()(ids), before)
+    assert not reference(ids).requires_grad and m(ids).requires_grad
+    assert m.train().training and reference(ids) is not None and m.training
+    reference.update()
+    assert torch.equal(reference(ids), m.eval()(ids))
+
+
+def test_a_reference_holds_one_adapter_and_no_base(golden):
+    m = lora.load(golden.load(), golden.folder / "adapter")
+    reference = baselines.Reference(m)
+    for _ in range(3):
+        reference.update()
+    adapter = sum(p.numel() for p in lora.tensors(m).values())
+    assert sum(p.numel() for p in reference.kept.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
+    with pytest.raises(ValueError, match="needs an adapter on the model, or load="):
+        baselines.Reference(golden.load())
+
+
+def test_a_reference_of_a_student_without_an_adapter_is_a_second_model(golden):
+    ids = torch.arange(1, 9)[None]
+    student, base = golden.load().train().requires_grad_(True), golden.load()(ids)
+    reference = baselines.Reference(student, golden.load)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference(ids), base) and not reference.kept
+    reference.update()
+    now = student.eval()(ids)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference(ids), now) and not torch.equal(student(ids), now)
+    assert not reference(ids).requires_grad and student(ids).requires_grad
+    other = baselines.Reference(student, golden.load)
+    other.restore(reference.kept)
+    assert torch.equal(other(ids), now)
+
+
+def test_the_student_becomes_the_reference_every_few_steps(golden):
+    m = lora.load(golden.load(), golden.folder / "adapter")
+    reference = objectives.OBJECTIVES["t3d"].reference(m, None, dict(reference_steps=3))
+    kept = []
+    for step in range(1, 8):
+        reference.step_done(step)
+        kept.append(bool(reference.kept))
+        reference.kept = {}
+    assert kept == [False, False, True, False, False, True, False]
+
+
 # -------------------------------------------------------------------------------------------------- dParallel
 
 

@@ -29,6 +29,10 @@ LEVELS = [
     ["runs.loading", "runs.disk"],
     ["runs.torchrun"],
     ["runs.shard", "runs.options"],
+    ["baselines"],
+    ["baselines.preference"],
+    ["baselines.certainty", "baselines.timesteps", "baselines.weighted"],
+    ["baselines.common", "baselines.exact", "baselines.measures", "baselines.reference"],
     LEAVES,
 ]
 

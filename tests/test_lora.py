@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import baselines
 import lora
 import model
 
@@ -168,38 +167,6 @@ def test_an_unmerged_adapter_is_not_saved_as_a_model(golden, tmp_path):
     with pytest.raises(ValueError, match="lora_A.*merge"):
         model.save(m, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_reference_is_the_model_as_it_was(golden):
-    ids = torch.arange(12).reshape(1, 12)
-    base = golden.load()(ids)
-    m = lora.load(golden.load(), golden.folder / "adapter").train()
-    for layer in lora.layers(m).values():
-        layer.dropout = 0.5  # does not act in the reference
-    reference = baselines.Reference(m)
-    assert torch.equal(reference(ids), base)
-    reference.update()
-    before = reference(ids)
-    torch.testing.assert_close(before, lora.load(golden.load(), golden.folder / "adapter")(ids))
-    with torch.no_grad():
-        for p in lora.tensors(m).values():
-            p.add_(1)
-    assert torch.equal(reference(ids), before) and not torch.equal(m.eval()(ids), before)
-    assert not reference(ids).requires_grad and m(ids).requires_grad
-    assert m.train().training and reference(ids) is not None and m.training
-    reference.update()
-    assert torch.equal(reference(ids), m.eval()(ids))
-
-
-def test_a_reference_holds_one_adapter_and_no_base(golden):
-    m = lora.load(golden.load(), golden.folder / "adapter")
-    reference = baselines.Reference(m)
-    for _ in range(3):
-        reference.update()
-    adapter = sum(p.numel() for p in lora.tensors(m).values())
-    assert sum(p.numel() for p in reference.kept.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
-    with pytest.raises(ValueError, match="needs an adapter"):
-        baselines.Reference(golden.load())
 
 
 @torch.no_grad()
