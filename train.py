@@ -44,29 +44,33 @@ from runs.options import field_names, flag, name_list, opt
 
 
 def objective_options():
-    """[(field, its type, the field itself)] of every option in objectives.OBJECTIVES, for make_dataclass. None = each
-    objective's default, which the help shows."""
+    """Every option in objectives.OBJECTIVES as a field for make_dataclass: [(name, type, field)]."""
     users = {}  # option -> {objective: Option}
     for name, objective in objectives.OBJECTIVES.items():
         for option, declared in objective.options.items():
             users.setdefault(option, {})[name] = declared
-    fields = []
-    for option, declared in users.items():
-        first = next(iter(declared.values()))
-        helps = dict.fromkeys(one.help for one in declared.values())
-        help = first.help if len(helps) == 1 else "; ".join(f"{name}: {one.help}" for name, one in declared.items())
-        defaults = {name: default_of(name, option) for name in declared}
-        shown = ", ".join(f"{name} {value}" for name, value in defaults.items() if value is not None)
-        if shown:  # None: the help says what it means
-            help = f"{help} (default: {shown})"
-        kind, more = str if first.choices else first.kind, {}
-        if not isinstance(kind, type):
-            kind, more["parse"] = int | str, kind
-        for limit in ("low", "high", "choices"):
-            if getattr(first, limit) is not None:
-                more[limit] = getattr(first, limit)
-        fields.append((option, kind | None, opt(None, help, own_default=True, **more)))
-    return fields
+    return [objective_option(option, declared) for option, declared in users.items()]
+
+
+def objective_option(name, declared):
+    """An option that some objectives have, declared {objective: Option}, as (name, type, field). None = each objective's
+    default, which the help shows."""
+    first, *others = declared.values()
+    help = first.help
+    if any(one.help != help for one in others):
+        help = "; ".join(f"{objective}: {one.help}" for objective, one in declared.items())
+    defaults = {objective: default_of(objective, name) for objective in declared}
+    shown = ", ".join(f"{objective} {value}" for objective, value in defaults.items() if value is not None)
+    if shown:  # None: the help says what it means
+        help = f"{help} (default: {shown})"
+    more = {limit: getattr(first, limit) for limit in ("low", "high", "choices") if getattr(first, limit) is not None}
+    if first.choices:
+        kind = str
+    elif isinstance(first.kind, type):
+        kind = first.kind
+    else:
+        kind, more["parse"] = int | str, first.kind
+    return name, kind | None, opt(None, help, own_default=True, **more)
 
 
 def default_of(objective, option):
