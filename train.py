@@ -53,7 +53,7 @@ def objective_options():
 
 
 def objective_option(name, declared):
-    """An option that some objectives have, declared {objective: Option}, as (name, type, field). None = each objective's
+    """An option that some objectives have, declared {objective: Option}, as (name, type, field). None = each one's
     default, which the help shows."""
     first, *others = declared.values()
     help = first.help
