@@ -24,7 +24,7 @@ from benchmarks.answers import CHECKS, check
 from runs import disk, loading, queue, torchrun
 from runs.options import opt
 
-FORMATS = {"ours": None, "release": "release"}  # --format -> the room that writes another one
+FORMATS = {"ours": None, "release": "release.files"}  # --format -> the room that writes another one
 
 
 @dataclass

@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node 8 tabom.py evaluate --model M --adapter out/R/epoch-5 --tasks gsm8k,math500 --out out/E
 
-A benchmark is a file of benchmarks/ (docs/extending.md lists what it holds). Protocols: "paper" asks both families as
-lm-evaluation-harness does, zero-shot, with Table 8's lengths; "release" has the lengths of the authors' published code;
-"official" is each model's own evaluation, with the earlier turns that --shots takes from a file.
+A benchmark is a file of benchmarks/ (docs/extending.md lists what it holds). A protocol says how its questions are
+asked and graded: PROTOCOLS lists them, docs/choices.md compares them.
 """
 
 import ast
@@ -26,7 +25,12 @@ from runs import disk, loading, torchrun
 from runs.options import name_list, opt
 
 TASKS = {task.NAME: task for task in (gsm8k, math500, humaneval, mbpp, ifeval)}
-PROTOCOLS = {"paper": "release.published", "release": "release.published", "official": None}  # -> what knows more of it
+PROTOCOLS = {  # name -> (how questions are asked and graded, the module that knows more of it)
+    "paper": ("prompts of lm-evaluation-harness, zero-shot, with the lengths of Table 8", "release.published"),
+    "release": ("the same prompts, the lengths and graders of the authors' code", "release.published"),
+    "official": ("each model's own evaluation, with the turns of --shots", None),
+}
+ABOUT = "; ".join(f"{name}: {about}" for name, (about, _) in PROTOCOLS.items())
 WHOLE_PROMPTS = ("llada", "sdar")  # families whose official evaluation cuts no prompt
 
 
@@ -36,10 +40,7 @@ class EvaluateOptions(loading.ModelOptions, loading.DecodeOptions):
 
     tasks: tuple = opt(("gsm8k",), f"{', '.join(TASKS)}, comma-separated", parse=name_list)
     protocol: str = opt(
-        "paper",
-        "paper: prompts of lm-evaluation-harness, the paper's response lengths; release: the same prompts, lengths and "
-        "graders of the authors' code; official: each model's own evaluation",
-        choices=tuple(PROTOCOLS),
+        "paper", "; ".join(f"{name}: {about}" for name, (about, _) in PROTOCOLS.items()), choices=tuple(PROTOCOLS)
     )
     out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-HASH)")
     data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
@@ -70,7 +71,7 @@ def evaluate(c, processes=None, loaded=None):
     questions = {task: read_questions(task, c.data) for task in tasks}
     shots = {task: read_shots(c.shots, task) for task in tasks}
     loaded = loaded or loading.load_model(c, processes, c.adapter)
-    if PROTOCOLS[c.protocol]:
+    if room(c):
         room(c).check_model(c, loaded, torchrun.warner(processes))
     settings = {task: task_settings(c, task, loaded) for task in tasks}  # before anything is decoded
     same = loading.identity(c, processes, loaded)
@@ -93,8 +94,9 @@ def evaluate(c, processes=None, loaded=None):
 
 
 def room(c):
-    """The module with what else a protocol decides."""
-    return importlib.import_module(PROTOCOLS[c.protocol])
+    """The module with what else a protocol decides, or None."""
+    module = PROTOCOLS[c.protocol][1]
+    return module and importlib.import_module(module)
 
 
 def task_settings(c, task, loaded):
@@ -127,7 +129,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
     def judge(batch, records):
         texts, asked = [], []
         for example, record in zip(batch, records):
-            text = room(c).graded_text(c, loaded, record) if PROTOCOLS[c.protocol] else record["text"]
+            text = room(c).graded_text(c, loaded, record) if room(c) else record["text"]
             texts.append(TASKS[task].trim(text, family, c.protocol))
             asked.append(example["record"])
         found = verdicts(task, asked, texts, family, c.protocol)
@@ -143,7 +145,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
 def paper_scores(c, loaded, task, settings, n):
     """What to show beside a score on n questions: the paper's, where everything is as in the paper; else nothing."""
     of_protocol = task_settings(EvaluateOptions(protocol=c.protocol), task, loaded)
-    if not PROTOCOLS[c.protocol] or settings != of_protocol or c.shots is not None:
+    if not room(c) or settings != of_protocol or c.shots is not None:
         return {}
     return room(c).published(c, loaded.m.config, task, n)
 

@@ -5,7 +5,6 @@
     lora.load(m, "out/adapter")                         # ours or PEFT's, a folder or a Hub repo id
     lora.settings("out/adapter")                        # its rank, alpha, dropout, targets, ...
     with lora.disabled(m): ...                          # the base model
-    reference = lora.Reference(m); reference.update()   # the model as it was
     lora.merge(m); lora.unmerge(m)                      # fold into the weights, and take out again
 
     y = W x + b + scaling * B A dropout(x)         A [rank, in], B [out, rank], B = 0 at the start
@@ -194,38 +193,6 @@ def disabled(m):
     finally:
         for layer, enabled in before.items():
             layer.enabled = enabled
-
-
-class Reference:
-    """The model as it was: called like m, it computes what m computed at the last `update`, and
-    before the first one what the base model does. Without gradient and dropout. Holds one copy of
-    the adapter, never one of the base."""
-
-    def __init__(self, m):
-        if not layers(m):
-            raise ValueError("a reference needs an adapter on the model: the base weights are not copied")
-        self.m, self.kept = m, {}  # parameter's name -> tensor; empty = no adapter
-
-    def update(self):
-        self.restore(dict(self.m.named_parameters()))
-
-    def restore(self, stored):
-        """Take over the adapter in `stored`, name -> tensor, such as the `kept` of another one."""
-        for name, p in self.m.named_parameters():
-            if ".lora_A." in name or ".lora_B." in name:
-                self.kept[name] = stored[name].detach().to(p.device, copy=True)
-
-    @torch.no_grad()
-    def __call__(self, *inputs, **options):
-        training = self.m.training
-        self.m.eval()
-        try:
-            if self.kept:
-                return torch.func.functional_call(self.m, self.kept, inputs, options)
-            with disabled(self.m):
-                return self.m(*inputs, **options)
-        finally:
-            self.m.train(training)
 
 
 def merge(m):

@@ -1,10 +1,9 @@
 """Step 2: the training loop, on one process or many. It trains an adapter (or all weights) along trajectories.
 
     torchrun --nproc_per_node 8 tabom.py train --model GSAI-ML/LLaDA-8B-Instruct --data out/T --out out/R
-    torchrun --nproc_per_node 8 tabom.py train --recipe llada-prm12k --model M --data theirs.jsonl --out out/R
 
 Section 4 and the appendices of the paper: LoRA on q_proj and v_proj, AdamW, linear warm-up, cosine decay, a checkpoint
-per epoch. What is minimised is one of objectives.py.
+per epoch. What is minimised is an entry of objectives.OBJECTIVES. To read: train(), train_step(), prepare().
 
 One optimizer step sees the same examples, windows and gradient whatever the number of processes: each takes every
 count-th example of the global batch, sums its share of the mean loss, and the gradients are added up. (The noise of
@@ -15,8 +14,6 @@ same batches, bit for bit on a CPU.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import inspect
 import json
 import math
 import shutil
@@ -27,46 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import distill
-import lora
 import model
 import objectives
 from release import recipes
-from runs import disk, loading, logs, resume, shard, torchrun
+from runs import adapters, disk, loading, logs, objective_options, resume, shard, torchrun
 from runs.options import flag, name_list, opt
 from runs.records import check_context, training_records
 
-# ---------------------------------------------------------------------------------------------------------- options
-
-
-def of_some(name, help, **more):
-    """The option for a parameter of some objectives: None = each objective's own default, which the help shows."""
-    own = []
-    for objective, function in objectives.OBJECTIVES.items():
-        parameters = inspect.signature(function).parameters
-        if name in parameters and parameters[name].default is not None:  # None: the help says what it means
-            own.append(f"{objective} {parameters[name].default}")
-    if own:
-        help = f"{help} (default: {', '.join(own)})"
-    return opt(None, help, own_default=True, **more)
-
-
-def window_size(text):
-    """ "32" -> 32, "global" -> "global"; raises ValueError for anything else."""
-    try:
-        return text if text == "global" else int(text)
-    except ValueError as e:
-        raise ValueError("must be a whole number, or global") from e
-
-
-SOURCES = ", ".join(f"{name} ({source})" for name, source in objectives.SOURCES.items())
-
 
 @dataclass
-class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
+class TrainOptions(
+    objective_options.ObjectiveOptions, loading.ModelOptions, loading.GridOptions, loading.DatasetOptions
+):
     """training"""
 
     data: str = opt(None, "trajectories from distill; for nelbo also a dataset with answers (SFT-GT)", required=True)
@@ -77,64 +51,7 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
         f"settings of one of the authors' recipes; flags on the command line win: {recipes.help()}",
         choices=tuple(recipes.RECIPES),
     )
-    objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
-    window: int | str | None = of_some(
-        "window", "W, in decode steps; global: between two random steps", parse=window_size
-    )
-    margin: float | None = of_some("margin", "gamma of the ranking loss, nats", low=0)
-    weight: float | None = of_some("weight", "lambda: weight of the ranking loss; dparallel: of the certainty", low=0)
-    ce_weight: float | None = of_some("ce_weight", "weight of the cross-entropy; 0 = ranking alone", low=0)
-    entropy_context: str | None = of_some(
-        "entropy_context",
-        "where the ranked entropies are taken: all at the window's start, or each at its token's own step "
-        "(default: window; step with --ranking kl)",
-        choices=("window", "step"),
-    )
-    starts: str | None = of_some(
-        "starts",
-        "windows begin at any step, or at tokens not decoded from left to right",
-        choices=("uniform", "non-ltr"),
-    )
-    ranking: str | None = of_some(
-        "ranking", "ranking loss: Eq. 8, Plackett-Luce, or the exact KL of Eq. 6", choices=("margin", "listwise", "kl")
-    )
-    alpha: float | None = of_some("alpha", "weight of the term on the tokens that the reference prefers", low=0)
-    beta: float | None = of_some("beta", "tabom: inverse temperature of Eq. 5; t3d: scale of the log-ratios", low=0)
-    path_weight: float | None = of_some("path_weight", "weight of the path consistency term", low=0)
-    random_tokens: float | None = of_some(
-        "random_tokens", "share of masked positions that show a random token instead of the mask", low=0, high=1
-    )
-    path: str | None = of_some(
-        "path",
-        "weights of the path consistency term: linear in the decode order, or T3D's code's levels of 4 tokens",
-        choices=("linear", "levels"),
-    )
-    masked: str | None = of_some(
-        "masked",
-        "block-causal models: a state masks the tokens of a block that decoding chose later (T3D's paper), or earlier "
-        "(its code)",
-        choices=("later", "earlier"),
-    )
-    reference_steps: int = opt(10, "t3d: optimizer steps after which the student becomes the reference again", low=1)
-    block_length: int | None = of_some("block_length", "block length in tokens", low=1)
-    temperature: float | None = of_some("temperature", "temperature at which the certainty is taken", low=0.01)
-    weighting: str | None = of_some(
-        "weighting",
-        "of a row's masked tokens: their mean; or, as SDAR and A2D are trained, each divided by the row's mask ratio "
-        "(scheduler), or not (uniform)",
-        choices=("mean", "scheduler", "uniform"),
-    )
-    norm: str | None = of_some(
-        "norm",
-        "with --weighting scheduler or uniform: divide by the tokens of all rows, or of each row, or only by the rows",
-        choices=("token", "sequence", "batch"),
-    )
-    grid: str | None = opt(
-        None,
-        "block-causal models: where blocks are counted from, the start of the row or the end of its prompt (as the "
-        "model's decoder: SDAR start, A2D prompt)",
-        choices=loading.GRIDS,
-    )
+    objective: str = opt("tabom", f"what to train: {objective_options.SOURCES}", choices=tuple(objectives.OBJECTIVES))
     keep: str | None = opt(
         None,
         "trajectories to train on; correct: finished, and not judged wrong",
@@ -188,67 +105,6 @@ class TrainOptions(loading.ModelOptions, loading.DatasetOptions):
                 setattr(self, f.name, recipe.get(f.name, f.metadata.get("otherwise")))
 
 
-def objective_parameters(c):
-    """The parameters of the objective that c (TrainOptions) names: those given and its own defaults; and the names of
-    the options that are given and not used.
-
-    Raises ValueError for a window without pairs, for options that exclude each other, and without an adapter where
-    one is needed."""
-    parameters = inspect.signature(objectives.OBJECTIVES[c.objective]).parameters
-    used, unused = {}, []
-    for f in dataclasses.fields(TrainOptions):
-        given = getattr(c, f.name)
-        if "own_default" not in f.metadata:
-            continue
-        if f.name in parameters:
-            used[f.name] = parameters[f.name].default if given is None else given
-        elif given is not None:
-            unused.append(f.name)
-    if c.objective != "t3d" and c.reference_steps != TrainOptions.reference_steps:
-        unused.append("reference_steps")
-    if used.get("weighting") == "mean" and c.norm is not None:
-        unused.append("norm")
-    window = used.get("window", "global")
-    if window != "global" and window < 2:
-        raise ValueError(f"--window {window}: needs at least 2 tokens (one has no pair to rank), or global")
-    if window == "global" and used.get("starts") == "non-ltr":
-        raise ValueError("--starts non-ltr: needs a --window of a number of steps, and not global")
-    if used.get("ranking") == "kl" and used.get("entropy_context") == "window":
-        raise ValueError("--ranking kl compares with entropies at each token's own step: no --entropy-context window")
-    if c.shard and "step" in (used.get("entropy_context"), {"kl": "step"}.get(used.get("ranking"))):
-        raise ValueError(
-            "--shard needs equally many forward passes on all processes: no --entropy-context step or --ranking kl"
-        )
-    if used.get("weight") == 0 and used.get("ce_weight") == 0:
-        raise ValueError("--weight 0 and --ce-weight 0 train nothing: leave one of them above 0")
-    if c.lora_rank == 0 and c.adapter:
-        raise ValueError("--lora-rank 0 trains no adapter, and --adapter needs one: give --lora-rank above 0")
-    return used, unused
-
-
-def with_adapter(c):
-    """c with the rank, alpha and targets of its adapter: of --adapter where no flag says otherwise, else 16, 16 and
-    q_proj, v_proj. Raises ValueError for a flag that contradicts the adapter."""
-    known = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj"))
-    if c.adapter is not None and c.lora_rank != 0:
-        stored = lora.settings(c.adapter)
-        known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
-        for name, value in known.items():
-            given = getattr(c, name)
-            if given in (None, value) or (name == "lora_targets" and set(given) == set(value)):
-                continue
-            way_out = "leave the flag out"
-            if recipes.settings(c.recipe).get(name) == given:  # nobody gave the flag
-                as_flag = ",".join(value) if name == "lora_targets" else value
-                way_out = f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag}, or start from another adapter"
-            raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; {way_out}")
-    changes = {}
-    for name, value in known.items():
-        if getattr(c, name) is None:
-            changes[name] = value
-    return dataclasses.replace(c, **changes)
-
-
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -259,22 +115,34 @@ class TrainingRun:
     c: TrainOptions
     processes: torchrun.Processes
     loaded: loading.Loaded
-    grid: str | None  # of block-causal attention, see --grid
     records: list  # what to train on, sorted by id
     held_out: list  # never trained on; their loss is taken after each epoch
     sampling: dict  # decoder settings of the answer to the first of those
-    objective: Any  # a function of the model, a batch and generators
+    objective: Any  # (m, batch, generator=) -> dict(loss, ...)
+    normaliser: Any  # see objectives.Objective
+    reference: Any  # what the objective compares the model with, or None
     weights: dict  # name -> parameter that is trained
     optimizer: torch.optim.Optimizer
-    reference: Any  # T3D's, else None
-    spread: bool  # whether the model is spread over the processes, see --shard
     out: Path
     last: Path | None  # the latest checkpoint
     global_batch: int  # examples of an optimizer step
     steps_per_epoch: int
-    total: int  # optimizer steps of all epochs, over which the learning rate falls
-    end: int  # the step after which this call stops, see --stop-after
     done: int = 0  # steps made before this call, as the last checkpoint has them
+
+    @property
+    def total(self):
+        """Optimizer steps of all epochs, over which the learning rate falls."""
+        return self.c.epochs * self.steps_per_epoch
+
+    @property
+    def end(self):
+        """The step after which this call stops."""
+        return min(self.total, (self.c.stop_after or self.c.epochs) * self.steps_per_epoch)
+
+    @property
+    def spread(self):
+        """Whether the model is spread over the processes, see --shard."""
+        return shard.is_spread(self.weights.values())
 
 
 def train(c, processes=None, loaded=None):
@@ -296,8 +164,8 @@ def train(c, processes=None, loaded=None):
         for step in range(run.done, run.end):
             epoch, i = divmod(step, run.steps_per_epoch)
             metrics = train_step(run, step, epoch, global_batch_of(run, epoch, i))
-            if run.reference is not None and (step + 1) % c.reference_steps == 0:
-                run.reference.update()
+            if run.reference is not None:
+                run.reference.step_done(step + 1)
             whole = i == run.steps_per_epoch - 1
             if whole and run.held_out:
                 metrics.update(on_held_out(run))
@@ -313,214 +181,6 @@ def train(c, processes=None, loaded=None):
                 raise KeyboardInterrupt
     steps = max(run.done, run.end)
     return dict(out=str(run.out), checkpoint=str(run.last), steps=steps, examples=len(run.records), **metrics)
-
-
-def prepare(c, processes, loaded=None):
-    """The TrainingRun that c describes, new or as its last checkpoint left it. Writes nothing before all is checked."""
-    c = with_adapter(c)
-    logs.check(c.log)
-    parameters, unused = objective_parameters(c)
-    last = resume.last_checkpoint(Path(c.out), torchrun.warner(processes))
-    full, place = c.lora_rank == 0, spreading(c, processes)
-    prefer = "float32" if full else "auto"  # bfloat16 is too coarse for AdamW's small steps
-    stored = dataclasses.replace(c, dtype=prefer) if full and place else c  # with --shard, --dtype is what computes
-    if loaded is None or full or place:
-        loaded = loading.load_model(stored, processes, weights=last if full else None, dtype=prefer, place=place)
-    grid, blocks = c.grid or loading.decoding_grid(loaded.m.config), loaded.m.config.block_length
-    records = training_records(c, loaded, parameters, processes, grid)
-    check_context(records, loaded, processes)
-    held_out, records = split_off(records, c)
-    sampling = loading.decoder_settings(loading.DecodeOptions(block_length=blocks), loaded) if held_out else {}
-    global_batch = c.global_batch or 4 * processes.count
-    steps_per_epoch = math.ceil(len(records) / global_batch)
-    total = c.epochs * steps_per_epoch
-
-    meta = dict(identity(c, records), **parameters, **disk.content_hashes(loaded.folder, c.adapter))
-    meta.update(dtype=loading.resolve_dtype(stored, processes, prefer), global_batch=global_batch, grid=grid)
-    if stored is not c and loading.resolve_dtype(c, processes) != meta["dtype"]:
-        meta["compute"] = loading.resolve_dtype(c, processes)
-    free = ["model", "data", "adapter"]  # these may be elsewhere, if they are the same
-    before = epochs_before(c)
-    if before:
-        free += ["epochs", "changed_from_recipe"]  # the latter may list the epochs; what else it lists is compared
-    disk.same_run(c.out, meta, free)  # before a checkpoint is read that need not fit
-    if before:
-        line = f"--epochs {c.epochs}, and the run was started with {before}"
-        torchrun.warner(processes)(f"{line}: the learning rate follows the longer cosine")
-    weights = trainable(c, loaded.m, last)
-    objective = functools.partial(objectives.OBJECTIVES[c.objective], **parameters)
-    reference = None
-    if c.objective == "t3d":
-        reference = first_reference(stored, loaded.m, processes, prefer, place)
-        objective = functools.partial(objective, reference=reference)
-    fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
-    optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
-
-    out = disk.open_run(c.out, meta, processes, free)
-    if processes.first:
-        warn_of_options(c, total, unused)
-    loaded.m.train()  # for dropout, and T3D's random tokens
-    loaded.m.gradient_checkpointing = c.gradient_checkpointing
-    done = 0 if last is None else resume.restore(last, weights, optimizer, reference)
-    if processes.first:
-        disk.keep_lines(out / "metrics.jsonl", done)  # a kill may have left lines of steps that are made again
-        if 0 < done < total:
-            tqdm.write(f"continuing at step {done} of {total}", sys.stderr)
-    processes.barrier()
-    end = min(total, (c.stop_after or c.epochs) * steps_per_epoch)
-    return TrainingRun(
-        c, processes, loaded, grid, records, held_out, sampling, objective, weights, optimizer, reference,
-        place is not None, out, last, global_batch, steps_per_epoch, total, end, done,
-    )  # fmt: skip
-
-
-def spreading(c, processes):
-    """What spreads a model over the processes for --shard; None without it, or where there is one process alone."""
-    if c.shard and processes.count == 1:
-        line = "--shard spreads a model over the processes of torchrun, and the only one here holds it whole"
-        torchrun.warner(processes)(line)
-    if not c.shard or processes.count == 1:
-        return None
-    compute = None
-    if c.lora_rank == 0:  # the weights stay float32, for AdamW
-        compute = model.DTYPES[loading.resolve_dtype(c, processes)]
-    return functools.partial(shard.spread, device=processes.device, compute=compute)
-
-
-def trainable(c, m, last):
-    """The weights to train, by name: all of them, or those of an adapter, new or as in a checkpoint."""
-    if c.lora_rank == 0:
-        m.requires_grad_(True)
-    elif last or c.adapter:  # the checkpoint before the adapter: a continued run is past its start
-        lora.load(m, last or c.adapter)
-        for layer in lora.layers(m).values():
-            layer.dropout = c.lora_dropout
-    else:
-        start = data.generator(c.seed, "lora")
-        lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
-    return {name: p for name, p in m.named_parameters() if p.requires_grad}
-
-
-def first_reference(c, m, processes, dtype, place):
-    """T3D's reference: the student as it starts, and then as of every reference_steps-th step."""
-    if c.lora_rank == 0:
-        return FrozenCopy(m, loading.load_model(c, processes, dtype=dtype, place=place).m)
-    reference = lora.Reference(m)
-    if c.adapter:
-        reference.update()
-    return reference
-
-
-class FrozenCopy:
-    """T3D's reference where all weights are trained, with the interface of lora.Reference: `copy`, a second model that
-    is loaded from the same folder, computes what the student did at the last `update`. It costs a model's memory."""
-
-    def __init__(self, student, copy):
-        self.student, self.m = student, copy.eval().requires_grad_(False)
-        self.kept = {}  # parameter's name -> tensor, for a checkpoint; empty = as loaded
-
-    def update(self):
-        self.restore(dict(self.student.named_parameters()))
-
-    @torch.no_grad()
-    def restore(self, stored):
-        """Take over the weights in `stored`, name -> tensor."""
-        shard.settle(self.m)
-        self.kept = dict(self.m.named_parameters())
-        for name, p in self.kept.items():
-            p.copy_(stored[name])  # in place and one by one: no third model is in memory
-
-    @torch.no_grad()
-    def __call__(self, *inputs, **options):
-        return self.m(*inputs, **options)
-
-
-# What changes nothing in what a run computes, and may differ when it is continued.
-FREE = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last", "stop_after")
-FREE += ("log", "unfinished", "shard")
-
-
-def identity(c, records):
-    """What a training run is, for its meta.json: its options, but for FREE and those of its objective, and the data by
-    their content."""
-    settings = {}
-    for f in dataclasses.fields(c):
-        if f.name not in FREE and "own_default" not in f.metadata:
-            settings[f.name] = getattr(c, f.name)
-    for name, value in recipes.settings(c.recipe).items():
-        if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
-            settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
-    # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
-    sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=disk.versions())
-
-
-def epochs_before(c):
-    """The epochs that the run in c's folder was started with, if c asks for more; else 0."""
-    meta = Path(c.out) / "meta.json"
-    before = data.read_json(meta).get("epochs") if meta.is_file() else None
-    return before if type(before) is int and before < c.epochs else 0
-
-
-def split_off(records, c):
-    """(held out, to train on): --held-out records, the same for the same seed, and the rest.
-
-    Raises ValueError where nothing would be left to train on."""
-    if c.held_out >= len(records):
-        raise ValueError(f"--held-out {c.held_out}: there are {len(records)} records, and none would be trained on")
-    chosen = set(data.epoch_order(len(records), c.seed, "held out")[: c.held_out])
-    parts = [], []
-    for i, record in enumerate(records):
-        parts[i not in chosen].append(record)
-    return parts
-
-
-def warn_of_options(c, total, unused):
-    if c.warmup >= total:
-        tqdm.write(f"warning: {c.warmup} warm-up steps, but {total} in all: the peak --lr is never reached", sys.stderr)
-    if c.lr == c.final_lr == 0:
-        tqdm.write("warning: --lr 0 trains nothing: the weights stay as they are", sys.stderr)
-    if unused:
-        flags = ", ".join(map(flag, unused))
-        tqdm.write(f"warning: {flags}: not used by --objective {c.objective}", sys.stderr)
-
-
-def last_metrics(run):
-    """The last line of the log of a run that has nothing left to do; empty for another run, or without a log."""
-    last, file = {}, run.out / "metrics.jsonl"
-    if run.done >= run.end and file.is_file():
-        for _, row in data.read_rows(file):
-            last = row
-    return last
-
-
-def show(bar, metrics):
-    loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
-    if "held_out_loss" in metrics:
-        bar.write(f"epoch {metrics['epoch']}: held-out loss {metrics['held_out_loss']}", sys.stderr)
-        bar.write(f"  answers: {metrics['sample'][:200]!r}", sys.stderr)
-    bar.set_postfix_str(f"loss {loss}, {metrics['tokens_per_second']:.0f} tokens/s")
-    bar.update()
-
-
-def save_checkpoint(run, step, name):
-    """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
-    run.last = run.out / name
-    first, together = run.processes.first, shard.is_spread(run.weights.values())
-    if first:
-        shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
-    if first or together:
-        # A kill leaves the checkpoint before it whole.
-        with disk.atomic_folder(run.last, run.processes if together else None) as beside:
-            resume.write_checkpoint(
-                beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference, first
-            )  # fmt: skip
-    if first:
-        resume.prune(run.out, run.c.keep_last)
-    run.processes.barrier()
-
-
-# ------------------------------------------------------------------------------------------------------------- steps
 
 
 epoch_order = functools.lru_cache(maxsize=1)(data.epoch_order)
@@ -551,8 +211,8 @@ def train_step(run, step, epoch, chosen):
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
     *means, tokens = processes.sum([*(sums.get(name, 0.0) for name in names), tokens])
     weights = list(run.weights.values())
-    if not shard.is_spread(weights):  # backward has added up the others already
-        processes.sum_gradients(weights)  # a sum, not a mean: each process's part has its share in it already
+    if not run.spread:  # backward has added up the others already
+        sum_gradients(weights, processes)  # a sum, not a mean: each process's part has its share in it already
 
     # 3. the step
     lr = learning_rate(step, run.total, c)
@@ -567,6 +227,91 @@ def train_step(run, step, epoch, chosen):
         metrics = without_step(run, metrics, chosen)
     run.optimizer.zero_grad(set_to_none=True)  # a dropped step must not leave its gradient to the next one
     return metrics
+
+
+def losses_of_parts(run, chosen, when):
+    """Run the objective on this process's part of the chosen records, some at a time -> yields (records, their share of
+    the chosen, losses). when: the epoch, or "held out"; with a record's id it decides what is drawn for it."""
+    c, processes = run.c, run.processes
+    more = normaliser(run, chosen, when)
+    mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
+    parts = [mine[i : i + c.batch_size] for i in range(0, len(mine), c.batch_size)]
+    if run.spread:  # every process makes each pass with the others: one with fewer records on some that do not count
+        most = math.ceil(math.ceil(len(chosen) / processes.count) / c.batch_size)
+        parts += [[]] * (most - len(parts))
+    for records in parts:
+        shown = records or chosen[:1]
+        generators = [data.generator(c.seed, when, r["id"]) for r in shown]
+        batch = loading.batch_of(shown, run.loaded, processes)
+        # The loss of the global batch is the mean over its rows; theirs has this share in it.
+        losses = run.objective(run.loaded.m, batch, generator=generators, **more)
+        yield records, len(records) / len(chosen), losses
+
+
+def normaliser(run, chosen, when):
+    """The arguments with which the loss of a part of a batch is its share of the whole batch's (Objective.normaliser).
+    chosen: the records of the whole batch. when: the epoch, or "held out"."""
+    if run.normaliser is None:
+        return {}
+    # The same keys as for the loss, so the same draws: of all rows, not only of this process's.
+    generators = [data.generator(run.c.seed, when, r["id"]) for r in chosen]
+    batch = data.collate(chosen, run.loaded.m.config.pad_id)
+    return run.normaliser(batch, run.objective.keywords, generators)
+
+
+def length(record):
+    """Tokens of a record's prompt and response."""
+    return len(record["prompt_ids"]) + len(record["response_ids"])
+
+
+def sum_gradients(parameters, processes):
+    """Add up the gradients of all processes, in one message of float32 for each 64 MiB.
+
+    Not DistributedDataParallel, which takes the mean over processes and needs rows on each of them: a process's share
+    of the loss has its weight already, and the last batch may leave some without a row. It takes as long within a few
+    percent (docs/speed.md)."""
+    if processes.count == 1:
+        return
+    bucket, size = [], 0
+    for i, p in enumerate(parameters, 1):
+        if p.grad is None:  # a process without an example has no gradient
+            p.grad = torch.zeros_like(p)
+        bucket.append(p.grad)
+        size += p.numel()
+        if size >= 2**24 or i == len(parameters):
+            sum_together(bucket)
+            bucket, size = [], 0
+
+
+def sum_together(gradients):
+    """Add up some gradients over all processes, in place, in one message."""
+    flat = torch.cat([g.float().flatten() for g in gradients])
+    dist.all_reduce(flat)
+    start = 0
+    for g in gradients:
+        g.copy_(flat[start : start + g.numel()].view_as(g))
+        start += g.numel()
+
+
+def learning_rate(step, total, c):
+    """Linear warm-up from 0 to the peak, then a cosine to the final rate; step counts from 0."""
+    if step < c.warmup:  # the first step has the rate 0, as in the authors' code
+        return c.lr * step / c.warmup
+    done = (step - c.warmup) / max(total - c.warmup, 1)
+    return c.final_lr + (c.lr - c.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def without_step(run, metrics, chosen):
+    """The metrics of a step that is skipped because its loss or gradient is not finite; None for each such value.
+
+    Raises ValueError without --skip-nonfinite."""
+    what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}"
+    what = f"{what}, examples {[r['id'] for r in chosen]}"
+    if not run.c.skip_nonfinite:
+        raise ValueError(f"{what}; last good checkpoint: {run.last}; --skip-nonfinite leaves out such steps")
+    if run.processes.first:
+        tqdm.write(f"warning: {what}: the step is dropped", sys.stderr)
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
 
 
 @torch.no_grad()
@@ -589,63 +334,153 @@ def on_held_out(run):
     return found
 
 
-def losses_of_parts(run, chosen, when):
-    """Run the objective on this process's part of the chosen records, some at a time -> yields (records, their share of
-    the chosen, losses). when: the epoch, or "held out"; with a record's id it decides what is drawn for it."""
-    c, processes = run.c, run.processes
-    more = whole_batch(run, chosen, when)
-    mine = sorted(chosen[processes.index :: processes.count], key=length)  # little padding in a forward pass
-    parts = [mine[i : i + c.batch_size] for i in range(0, len(mine), c.batch_size)]
-    if run.spread:  # every process makes each pass with the others: one with fewer records on some that do not count
-        most = math.ceil(math.ceil(len(chosen) / processes.count) / c.batch_size)
-        parts += [[]] * (most - len(parts))
-    for records in parts:
-        shown = records or chosen[:1]
-        generators = [data.generator(c.seed, when, r["id"]) for r in shown]
-        batch = loading.batch_of(shown, run.loaded, processes, run.grid)
-        # The loss of the global batch is the mean over its rows; theirs has this share in it.
-        losses = run.objective(run.loaded.m, batch, generator=generators, **more)
-        yield records, len(records) / len(chosen), losses
+def show(bar, metrics):
+    loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
+    if "held_out_loss" in metrics:
+        bar.write(f"epoch {metrics['epoch']}: held-out loss {metrics['held_out_loss']}", sys.stderr)
+        bar.write(f"  answers: {metrics['sample'][:200]!r}", sys.stderr)
+    bar.set_postfix_str(f"loss {loss}, {metrics['tokens_per_second']:.0f} tokens/s")
+    bar.update()
 
 
-def whole_batch(run, chosen, when):
-    """The argument with which the loss of a part of a batch is its part of the whole batch's: the share of rows with a
-    pair for tabom's ranking loss (objectives.share_with_pairs), the tokens of a row for nelbo; empty for other
-    objectives. chosen: the records of the whole batch. when: the epoch, or "held out"."""
-    known, parameters = inspect.signature(run.objective).parameters, run.objective.keywords
-    if not {"pair_share", "targets"} & known.keys():
-        return {}
-    batch = data.collate(chosen, run.loaded.m.config.pad_id)
-    if "targets" in known:
-        return dict(targets=objectives.was_decoded(batch).sum(1).float().mean().item())
-    # The same keys as for the loss, so the same windows: of all rows, not only of this process's.
-    generators = [data.generator(run.c.seed, when, r["id"]) for r in chosen]
-    window, starts = parameters["window"], parameters["starts"]
-    share = objectives.share_with_pairs(batch, window, starts=starts, generator=generators)
-    return dict(pair_share=share)
+def save_checkpoint(run, step, name):
+    """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
+    run.last = run.out / name
+    first, together = run.processes.first, run.spread
+    if first:
+        shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
+    if first or together:
+        # A kill leaves the checkpoint before it whole.
+        with disk.atomic_folder(run.last, run.processes if together else None) as beside:
+            resume.write_checkpoint(
+                beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference, first
+            )  # fmt: skip
+    if first:
+        resume.prune(run.out, run.c.keep_last)
+    run.processes.barrier()
 
 
-def length(record):
-    """Tokens of a record's prompt and response."""
-    return len(record["prompt_ids"]) + len(record["response_ids"])
+def last_metrics(run):
+    """The last line of the log of a run that has nothing left to do; empty for another run, or without a log."""
+    last, file = {}, run.out / "metrics.jsonl"
+    if run.done >= run.end and file.is_file():
+        for _, row in data.read_rows(file):
+            last = row
+    return last
 
 
-def without_step(run, metrics, chosen):
-    """The metrics of a step that is skipped because its loss or gradient is not finite; None for each such value.
+# ------------------------------------------------------------------------------------------------------- preparation
 
-    Raises ValueError without --skip-nonfinite."""
-    what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}"
-    what = f"{what}, examples {[r['id'] for r in chosen]}"
-    if not run.c.skip_nonfinite:
-        raise ValueError(f"{what}; last good checkpoint: {run.last}; --skip-nonfinite leaves out such steps")
+
+def prepare(c, processes, loaded=None):
+    """The TrainingRun that c describes, new or as its last checkpoint left it. All that can be wrong with the input is
+    found before anything is written."""
+    # 1. the options
+    c, say = adapters.with_adapter(c), torchrun.warner(processes)
+    logs.check(c.log)
+    parameters, unused = objective_options.chosen(c)
+    entry = objectives.OBJECTIVES[c.objective]
+    check_options(c, entry, parameters)
+
+    # 2. the model. Where all weights are trained they are float32, for bfloat16 is too coarse for AdamW's small steps.
+    last, place = resume.last_checkpoint(Path(c.out), say), spreading(c, processes)
+    full, prefer = c.lora_rank == 0, "float32" if c.lora_rank == 0 else "auto"
+    stored = dataclasses.replace(c, dtype=prefer) if full and place else c  # with --shard, --dtype is what computes
+    load = functools.partial(loading.load_model, stored, processes, dtype=prefer, place=place)
+    if loaded is None or full or place:
+        loaded = load(weights=last if full else None)
+    loading.set_grid(c, loaded.m)
+
+    # 3. what to train on
+    records = training_records(c, loaded, parameters, processes)
+    check_context(records, loaded, processes)
+    held_out, records = split_held_out(records, c)
+    blocks = loaded.m.config.block_length
+    sampling = loading.decoder_settings(loading.DecodeOptions(block_length=blocks), loaded) if held_out else {}
+    global_batch = c.global_batch or 4 * processes.count
+    steps_per_epoch = math.ceil(len(records) / global_batch)
+
+    # 4. which run it is: the one in --out, if there is one
+    meta = dict(resume.identity(c, records), **parameters, **disk.content_hashes(loaded.folder, c.adapter))
+    meta.update(dtype=loading.resolve_dtype(stored, processes, prefer), global_batch=global_batch)
+    meta.update(grid=blocks and loaded.m.config.grid)
+    if stored is not c and loading.resolve_dtype(c, processes) != meta["dtype"]:
+        meta["compute"] = loading.resolve_dtype(c, processes)
+    may_change = [*resume.MAY_MOVE, *resume.longer_epochs(c, say)]
+    disk.same_run(c.out, meta, may_change)  # before a checkpoint is read that need not fit
+
+    # 5. what is trained, and what for
+    weights = adapters.trainable(c, loaded.m, last)
+    objective, reference = functools.partial(entry.loss, **parameters), None
+    if entry.reference is not None:
+        reference = entry.reference(loaded.m, lambda: load().m, parameters)
+        if c.adapter:  # else a new adapter, which changes nothing yet
+            reference.update()
+        objective = functools.partial(objective, reference=reference)
+    fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
+    optimizer = torch.optim.AdamW(weights.values(), lr=c.lr, weight_decay=c.weight_decay, fused=fused)
+
+    # 6. the folder: from here on something is written
+    out = disk.open_run(c.out, meta, processes, may_change)
+    run = TrainingRun(
+        c, processes, loaded, records, held_out, sampling, objective, entry.normaliser, reference, weights, optimizer,
+        out, last, global_batch, steps_per_epoch,
+    )  # fmt: skip
+    start(run, unused)
+    return run
+
+
+def start(run, unused):
+    """Bring a run to where its last checkpoint left it, or to its first step. unused: options without effect."""
+    c, m, say = run.c, run.loaded.m, torchrun.warner(run.processes)
+    if c.warmup >= run.total:
+        say(f"{c.warmup} warm-up steps, but {run.total} in all: the peak --lr is never reached")
+    if c.lr == c.final_lr == 0:
+        say("--lr 0 trains nothing: the weights stay as they are")
+    if unused:
+        say(f"{', '.join(map(flag, unused))}: not used by --objective {c.objective}")
+    m.train()  # for dropout, and whatever else an objective does in training alone
+    m.gradient_checkpointing = c.gradient_checkpointing
+    if run.last is not None:
+        run.done = resume.restore(run.last, run.weights, run.optimizer, run.reference)
     if run.processes.first:
-        tqdm.write(f"warning: {what}: the step is dropped", sys.stderr)
-    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        disk.keep_lines(run.out / "metrics.jsonl", run.done)  # a kill may leave lines of steps that are made again
+        if 0 < run.done < run.total:
+            tqdm.write(f"continuing at step {run.done} of {run.total}", sys.stderr)
+    run.processes.barrier()
 
 
-def learning_rate(step, total, c):
-    """Linear warm-up from 0 to the peak, then a cosine to the final rate; step counts from 0."""
-    if step < c.warmup:  # the first step has the rate 0, as in the release
-        return c.lr * step / c.warmup
-    done = (step - c.warmup) / max(total - c.warmup, 1)
-    return c.final_lr + (c.lr - c.final_lr) * (1 + math.cos(math.pi * done)) / 2
+def check_options(c, entry, parameters):
+    """Raises ValueError for options that exclude each other. entry: of objectives.OBJECTIVES."""
+    if c.shard and not entry.lockstep(parameters):
+        raise ValueError(
+            "--shard needs equally many forward passes on all processes: no --entropy-context step or --ranking kl"
+        )
+    if c.lora_rank == 0 and c.adapter:
+        raise ValueError("--lora-rank 0 trains no adapter, and --adapter needs one: give --lora-rank above 0")
+
+
+def spreading(c, processes):
+    """What spreads a model over the processes for --shard; None without it, or where there is one process alone."""
+    if c.shard and processes.count == 1:
+        line = "--shard spreads a model over the processes of torchrun, and the only one here holds it whole"
+        torchrun.warner(processes)(line)
+    if not c.shard or processes.count == 1:
+        return None
+    compute = None
+    if c.lora_rank == 0:  # the weights stay float32, for AdamW
+        compute = model.DTYPES[loading.resolve_dtype(c, processes)]
+    return functools.partial(shard.spread, device=processes.device, compute=compute)
+
+
+def split_held_out(records, c):
+    """(held out, to train on): --held-out records, the same for the same seed, and the rest.
+
+    Raises ValueError where nothing would be left to train on."""
+    if c.held_out >= len(records):
+        raise ValueError(f"--held-out {c.held_out}: there are {len(records)} records, and none would be trained on")
+    chosen = set(data.epoch_order(len(records), c.seed, "held out")[: c.held_out])
+    parts = [], []
+    for i, record in enumerate(records):
+        parts[i not in chosen].append(record)
+    return parts

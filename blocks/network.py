@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 import model
+from blocks.data import whole_blocks
 
 
 class Cache:
@@ -159,6 +160,11 @@ class BlockTransformer(model.Transformer):
             raise ValueError(f"no exact cache for {c.family} without blocks: set config.block_length")
         shape = (rows, c.kv_heads, length, c.head_width)
         return Cache([(zeros(shape), zeros(shape)) for _ in self.layers])
+
+    def complete(self, record):
+        """A record to train on, whose last block is whole: see whole_blocks()."""
+        c = self.config
+        return record if c.block_length is None else whole_blocks(record, c.block_length, c.grid, c.eos_id)
 
     def arguments(self, batch, clean=True):
         """What forward() needs of a batch of objectives.py beside ids, attention_mask and positions: a dict.

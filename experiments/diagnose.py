@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+import baselines
 import data
 import distill
 import objectives
@@ -229,8 +230,8 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     tds_final = numbers_or_none(objectives.tds(loaded.m, batch, eos_id, "final", h=h)["rows"])
     said = objectives.in_decode_order(before_eos, batch) >= 0  # [B, N]; what follows the answer is not ranked
     h = h.masked_fill(~said[:, None], torch.nan)
-    own_step = objectives.entropies_when_decoded(h, batch).cpu()  # [B, N], in decode order
-    windows = objectives.windows_of_replay(h, batch, window).cpu()  # [B, S, W], a window for each start
+    own_step = baselines.entropies_when_decoded(h, batch).cpu()  # [B, N], in decode order
+    windows = baselines.windows_of_replay(h, batch, window).cpu()  # [B, S, W], a window for each start
     rows = []
     for b, record in enumerate(records):
         row = dict(id=record["id"], tds=None, tds_final=tds_final[b], per_step=tds["curves"][b])
@@ -244,7 +245,7 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
             row["ranking_least"] = objectives.ranking_loss(whole.sort(-1).values, margin).item()
         row["inversions"] = {}
         for context, entropies in zip(plots.CONTEXTS, (own_step[b], windows[b])):
-            counts = objectives.inversions(entropies)
+            counts = baselines.inversions(entropies)
             pairs = zip(counts["inverted"].tolist(), counts["pairs"].tolist())
             row["inversions"][context] = list(pairs)
         rows.append(row)
@@ -257,7 +258,7 @@ def loss_rows(loaded, processes, records, seed):
     rows = []
     for ratio in RATIOS:
         generators = [data.generator(seed, "mask", ratio, r["id"]) for r in records]
-        for loss in objectives.masked_loss(loaded.m, batch, ratio, generators).tolist():
+        for loss in baselines.masked_loss(loaded.m, batch, ratio, generators).tolist():
             rows.append(dict(mask_ratio=ratio, loss=loss))
     return rows
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora
 import objectives
+import train
 from experiments import speed
 from runs import torchrun
 
@@ -45,7 +46,7 @@ def ways(processes):
 
     def ours():
         (loss(m) / processes.count).backward()
-        processes.sum_gradients(weights)
+        train.sum_gradients(weights, processes)
 
     def theirs():
         loss(wrapped).backward()

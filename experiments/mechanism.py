@@ -7,6 +7,7 @@ right answer ends; and the trained model replays trajectories of the base model,
 had logged.
 """
 
+import baselines
 import data
 import objectives
 from experiments import diagnose
@@ -61,9 +62,9 @@ def entropies(loaded, processes, records):
     kl = entropy = before = count = 0.0
     for i in range(0, len(records), diagnose.BATCH):
         batch = loading.batch_of(records[i : i + diagnose.BATCH], loaded, processes)
-        h = objectives.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)  # [B, N]
+        h = baselines.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)  # [B, N]
         base_h = objectives.in_decode_order(batch["entropy"], batch)  # [B, N]
-        kl += objectives.boltzmann_kl(h, base_h).sum().item()
+        kl += baselines.boltzmann_kl(h, base_h).sum().item()
         entropy += h.sum().item()
         before += base_h.sum().item()
         count += h.numel()

@@ -41,7 +41,7 @@ import objectives
 import train
 from benchmarks.answers import CHECKS
 from experiments import diagnose, stats
-from runs import disk, loading, torchrun
+from runs import disk, loading, objective_options, torchrun
 from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
 
 GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data
@@ -294,10 +294,8 @@ def why_not(name, known):
 
 def used_settings(c, settings):
     """The settings of one run without those that its objective does not use."""
-    _, unused = train.objective_parameters(training(c, settings))
+    _, unused = objective_options.chosen(training(c, settings))
     unused = set(unused)
-    if settings["objective"] != "t3d":
-        unused.add("reference_steps")
     if settings["objective"] == GROUND_TRUTH:
         unused.add("keep")
     return {k: v for k, v in settings.items() if k not in unused}

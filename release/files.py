@@ -10,6 +10,7 @@ Dimensions: N response; lists of int.
 """
 
 from data import are_numbers, has_text, non_ltr_positions
+from runs import disk
 from tokenizer import encode_answer, encode_prompt, first_end, message
 
 # Fields that only they have, their methods, {prompt: responses by preference}.
@@ -21,6 +22,7 @@ FIELDS = {
     "question": ("gen_text", "answer", "response", "output"),
 }
 LENGTH = 256  # tokens of a response
+OURS = {"confidence": "default", "margin": "topk_margin"}  # our strategy -> what their method is called
 
 
 def knows(row):
@@ -82,3 +84,11 @@ def to_release_format(record, pad_id, method="entropy"):
     row.update(response_token_ids=record["response_ids"] + [pad_id] * missing, decoding_order=steps + [-1] * missing)
     row.update(non_ltr_positions=non_ltr_positions(steps), method=method)
     return dict(row, data_source=record.get("data_source") or "")
+
+
+def write(out, records, settings, loaded):
+    """Write records to out/release.jsonl, as the authors' trainer reads them. settings: of the decoder."""
+    method = OURS.get(settings["strategy"], settings["strategy"])
+    with disk.atomic_file(out / "release.jsonl") as f:
+        for record in records:
+            f.write(disk.json_line(to_release_format(record, loaded.m.config.pad_id, method)))

@@ -44,6 +44,18 @@ class ModelOptions:
 
 
 @dataclass
+class GridOptions:
+    """models whose attention goes from block to block"""
+
+    grid: str | None = opt(
+        None,
+        "where blocks are counted from, the start of the row or the end of its prompt (as the model's decoder: SDAR "
+        "start, A2D prompt)",
+        choices=("start", "prompt"),
+    )
+
+
+@dataclass
 class DecodeOptions:
     """the decoder (defaults in brackets)"""
 
@@ -200,22 +212,19 @@ def identity(c, processes, loaded):
     )
 
 
-GRIDS = ("start", "prompt")  # where blocks are counted from: the start of a row, or the end of its prompt
+def set_grid(c, m):
+    """Let the blocks of a model's attention be counted from where c (GridOptions) says.
+
+    Raises ValueError for a model without blocks."""
+    if c.grid is not None and m.config.block_length is None:
+        raise ValueError(f"--grid {c.grid}: {c.model} sees everything, without blocks; leave it out")
+    if c.grid is not None:
+        m.config.grid = c.grid
 
 
-def decoding_grid(config):
-    """Where the decoder of a block-causal model counts blocks from; None without blocks."""
-    if config.block_length is None:
-        return None
-    return "prompt" if DECODERS[config.family]["schedule"] == "a2d" else "start"
-
-
-def batch_of(records, loaded, processes, grid=None):
-    """Records -> the batch of objectives.py, on this process's device. grid: of block-causal attention, one of GRIDS;
-    None = its decoder's."""
+def batch_of(records, loaded, processes):
+    """Records -> the batch of objectives.py, on this process's device."""
     batch = data.collate(records, loaded.m.config.pad_id)
-    if (grid or decoding_grid(loaded.m.config)) == "prompt":
-        batch["origin"] = batch["prompt_mask"].sum(1)
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 

@@ -27,8 +27,8 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DECLARED = re.compile(r"^\s+(\w+)(?:: [^=\n]+)? ?= ?(?:opt|of_some|Option)\(", re.MULTILINE)  # an option
-OURS = ("low", "high", "own_default", "otherwise")  # metadata that argparse does not know
+DECLARED = re.compile(r"^\s+(\w+)(?:: [^=\n]+)? ?= ?(?:opt|Option)\(", re.MULTILINE)  # an option
+OURS = ("low", "high", "otherwise")  # metadata that argparse does not know
 
 
 def opt(default, help, **more):
@@ -157,14 +157,14 @@ def check_spelling(parser, words, known):
 
 
 def declared_for(module):
-    """The options that a command may have: of the lines that declare some in its file and in those that it imports.
-    The text is read; nothing is imported."""
-    own = ROOT / f"{module.replace('.', '/')}.py"
-    files, found = [own], ["--help"]
-    for name in re.findall(r"^(?:from|import) (\w+)", own.read_text(encoding="utf-8"), re.MULTILINE):
-        files += [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")]
-    for file in files:
-        found += map(flag, DECLARED.findall(file.read_text(encoding="utf-8")))
+    """The options that a command may have: of the lines that declare some in its file and in those that it imports, and
+    these in turn. The text is read; nothing is imported."""
+    files, found = [ROOT / f"{module.replace('.', '/')}.py"], ["--help"]
+    for file in files:  # which grows
+        text = file.read_text(encoding="utf-8")
+        found += map(flag, DECLARED.findall(text))
+        for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
+            files += [new for new in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")) if new not in files]
     return found
 
 

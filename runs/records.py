@@ -9,40 +9,35 @@ import math
 from pathlib import Path
 
 import data
+import objectives
 import tokenizer
-from blocks.data import whole_blocks
 from runs import torchrun
 
 
-def training_records(c, loaded, parameters, processes, grid=None):
+def training_records(c, loaded, parameters, processes):
     """What to train on, sorted by id: the usable trajectories, or a dataset's prompts with their answers, as dicts of
-    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. grid: of
-    block-causal attention, see --grid; raises ValueError for one of a model without blocks."""
-    config = loaded.m.config
-    if config.block_length is None and grid is not None:
-        raise ValueError(f"--grid {grid}: {c.model} sees everything, without blocks; leave it out")
+    id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. A model
+    that has a method `complete` gets each record as it needs it."""
     path, say = Path(c.data), torchrun.warner(processes)
-    # A dataset's answers have no decode order, and only Eq. 1 does without one.
+    # A dataset's answers have no decode order: only an objective like Eq. 1 does without one.
+    needs = objectives.OBJECTIVES[c.objective].needs(parameters)
     if data.holds_trajectories(path):
         kept = usable_trajectories(c, path, loaded, processes, say)
-    elif c.objective == "nelbo":
-        examples = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
-        tokenizer.encode_examples(loaded.tok, examples, c.raw, c.max_prompt_tokens, answers=True)
-        kept = examples
+        gaps = sum(map(has_gap, kept))
+        if gaps and "order" in needs:
+            what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
+            say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
+    elif "order" not in needs:
+        kept = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
+        tokenizer.encode_examples(loaded.tok, kept, c.raw, c.max_prompt_tokens, answers=True)
     else:
         raise ValueError(
             f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
         )
-    fields = ["id", "prompt_ids", "response_ids", "order"]
-    if parameters.get("starts") == "non-ltr":
-        fields.append("non_ltr")
-    if parameters.get("ranking") == "kl":
-        fields.append("entropy")
-    records = []
+    fields = dict.fromkeys(("id", "prompt_ids", "response_ids", "order", *needs))
+    complete, records = getattr(loaded.m, "complete", dict), []
     for record in kept:
-        records.append({name: record.get(name) for name in fields})
-        if grid is not None:
-            records[-1] = whole_blocks(records[-1], config.block_length, grid, config.eos_id)
+        records.append(complete({name: record.get(name) for name in fields}))
     if "entropy" in fields and any(record["entropy"] is None for record in records):
         raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
     return records
@@ -84,10 +79,6 @@ def usable_trajectories(c, path, loaded, processes, say):
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     if c.cut_eos:
         kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
-    gaps = sum(map(has_gap, kept))
-    if gaps and c.objective != "nelbo":
-        what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
-        say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
     return kept
 
 

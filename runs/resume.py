@@ -1,4 +1,4 @@
-"""Checkpoints of training, and what a continued run needs beside the weights.
+"""Which run it is that continues, its checkpoints, and what it needs beside the weights.
 
     with disk.atomic_folder(out / "epoch-1") as beside:
         resume.write_checkpoint(beside, loaded, c.model, weights, optimizer, step)
@@ -8,6 +8,8 @@ A run may be killed at any time: what it has finished stays whole, and the same 
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import shutil
 import signal
@@ -20,11 +22,44 @@ from safetensors import safe_open
 import data
 import lora
 import model
-from runs import disk, shard, torchrun
+from release import recipes
+from runs import disk, objective_options, shard, torchrun
 
 MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
 TRAINER = ("optimizer.safetensors", "reference.safetensors", "trainer.json", MANIFEST)  # for a continued run alone
 SPREAD = "state"  # the folder in place of the first two where weights are spread over processes: a file of each
+
+# What changes nothing in what a run computes, and may differ when it is continued; and what may be elsewhere then, if
+# its content is the same.
+MAY_CHANGE_ON_RESUME = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last")
+MAY_CHANGE_ON_RESUME += ("stop_after", "log", "unfinished", "shard")
+MAY_MOVE = ("model", "data", "adapter")
+
+
+def identity(c, records):
+    """What a training run is, for its meta.json: its options, but for MAY_CHANGE_ON_RESUME and those of its objective,
+    and the data by their content."""
+    settings, of_objectives = {}, objective_options.ObjectiveOptions.__dataclass_fields__
+    for f in dataclasses.fields(c):
+        if f.name not in MAY_CHANGE_ON_RESUME and f.name not in of_objectives:
+            settings[f.name] = getattr(c, f.name)
+    for name, value in recipes.settings(c.recipe).items():
+        if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
+            settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
+    # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
+    sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+    return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=disk.versions())
+
+
+def longer_epochs(c, say):
+    """The keys of meta.json that may change where --epochs asks for more than the run in --out was started with: none
+    if it does not."""
+    meta = Path(c.out) / "meta.json"
+    before = data.read_json(meta).get("epochs") if meta.is_file() else None
+    if type(before) is not int or before >= c.epochs:
+        return ()
+    say(f"--epochs {c.epochs}, and the run was started with {before}: the learning rate follows the longer cosine")
+    return "epochs", "changed_from_recipe"  # the latter may list the epochs; what else it lists is compared
 
 
 def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=None, write=True):

@@ -98,24 +98,6 @@ class Processes:
             if self.first:
                 mark.unlink()
 
-    def sum_gradients(self, parameters):
-        """Add up the gradients of all processes, in one message of float32 for each 64 MiB.
-
-        Not DistributedDataParallel, which takes the mean over processes and needs rows on each of them: a process's
-        share of the loss has its weight already, and the last batch may leave some without a row. It takes as long
-        within a few percent (docs/speed.md)."""
-        if self.count == 1:
-            return
-        bucket, size = [], 0
-        for i, p in enumerate(parameters, 1):
-            if p.grad is None:  # a process without an example has no gradient
-                p.grad = torch.zeros_like(p)
-            bucket.append(p.grad)
-            size += p.numel()
-            if size >= 2**24 or i == len(parameters):
-                sum_together(bucket)
-                bucket, size = [], 0
-
     def lock(self, folder):
         """Keep other processes out of a folder for as long as this object lives -> whether it is locked.
 
@@ -236,16 +218,6 @@ def place_among_processes():
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise ValueError(f"the environment has RANK {rank!r} of WORLD_SIZE {size!r}: unset both, or use torchrun")
     return int(rank), int(size)
-
-
-def sum_together(gradients):
-    """Add up some gradients over all processes, in place, in one message."""
-    flat = torch.cat([g.float().flatten() for g in gradients])
-    dist.all_reduce(flat)
-    start = 0
-    for g in gradients:
-        g.copy_(flat[start : start + g.numel()].view_as(g))
-        start += g.numel()
 
 
 def warner(processes):

@@ -29,6 +29,7 @@ from test_objectives import (
     some_batches,
 )
 
+import baselines
 import lora
 import objectives
 
@@ -41,8 +42,8 @@ def test_traj_asks_for_all_that_is_masked_in_a_reachable_state(toy, spec):
     lengths, seed = spec
     batch, m = make_batch(lengths, seed), toy()
     seeds = range(seed, seed + len(lengths))
-    states = objectives.draw_state(batch["length"], generator=generators(*seeds)).tolist()
-    out = objectives.traj(m, batch, generator=generators(*seeds))
+    states = baselines.draw_state(batch["length"], generator=generators(*seeds)).tolist()
+    out = baselines.traj(m, batch, generator=generators(*seeds))
     ((ids, _, positions),) = m.calls
     P = batch["prompt_ids"].shape[1]
     for b, (n, t) in enumerate(zip(lengths, states)):
@@ -51,22 +52,22 @@ def test_traj_asks_for_all_that_is_masked_in_a_reachable_state(toy, spec):
         masked = [order.index(k) for k in range(t, n)]
         assert (positions[b, : n - t] - P).tolist() == masked
         assert sorted(masked) == [r for r in range(n) if ids[b, P + r] == m.config.mask_id]
-        alone = objectives.draw_state(torch.tensor([n]), generator=generators(seeds[b]))
+        alone = baselines.draw_state(torch.tensor([n]), generator=generators(seeds[b]))
         assert alone.tolist() == [t]  # without the others
     rows = [naive_tabom(m, single(batch, b), t, n - t, 0.2) for b, (n, t) in enumerate(zip(lengths, states))]
     close(out, combined(rows, 0.0))
 
 
 def test_states_are_uniform_and_traj_averages_over_them(toy):
-    drawn = objectives.draw_state(torch.full((6000,), 5), generator=generators(0)[0])
+    drawn = baselines.draw_state(torch.full((6000,), 5), generator=generators(0)[0])
     assert fits(Counter(drawn.tolist()), range(5), 6000)
     m, batch = toy(), make_batch([5] * 400, seed=1)
     batch = {k: v[:1].expand(400, -1) if v.dim() > 1 else v for k, v in batch.items()}  # one response, 400 times
     exact = sum(naive_tabom(m, single(batch, 0), t, 5 - t, 0.2)["ce"] for t in range(5)) / 5
-    average = sum(number(objectives.traj(m, batch, generator=generators(s)[0])["ce"]) for s in range(20)) / 20
+    average = sum(number(baselines.traj(m, batch, generator=generators(s)[0])["ce"]) for s in range(20)) / 20
     assert average == pytest.approx(exact, abs=0.05)
     start = torch.arange(400) % 5  # each state equally often: no chance left
-    close(objectives.traj(m, batch, start=start), dict(ce=exact))
+    close(baselines.traj(m, batch, start=start), dict(ce=exact))
 
 
 def test_transition_averages_over_all_pairs_of_timesteps(toy):
@@ -75,23 +76,23 @@ def test_transition_averages_over_all_pairs_of_timesteps(toy):
     pairs = list(itertools.combinations(range(6), 2))
     exact = sum(naive_tabom(m, single(one, 0), a, b - a, 0.2)["ce"] for a, b in pairs) / len(pairs)
     batch = {k: v.expand(len(pairs), *v.shape[1:]) for k, v in one.items()}
-    close(objectives.transition(m, batch, start=torch.tensor(pairs)), dict(ce=exact))
+    close(baselines.transition(m, batch, start=torch.tensor(pairs)), dict(ce=exact))
     batch = {k: v.expand(4000, *v.shape[1:]) for k, v in one.items()}
-    drawn = objectives.transition(m, batch, generator=generators(0)[0])
+    drawn = baselines.transition(m, batch, generator=generators(0)[0])
     assert number(drawn["ce"]) == pytest.approx(exact, rel=0.05)
 
 
 def test_traj_from_nothing_is_the_transition_over_the_whole_response(toy):
     batch = make_batch([8, 5])
-    traj = objectives.traj(toy(), batch, start=torch.tensor([0, 0]))
-    close(objectives.transition(toy(), batch, start=torch.tensor([[0, 8], [0, 5]])), traj, 1e-6)
+    traj = baselines.traj(toy(), batch, start=torch.tensor([0, 0]))
+    close(baselines.transition(toy(), batch, start=torch.tensor([[0, 8], [0, 5]])), traj, 1e-6)
 
 
 @pytest.mark.parametrize("start", [[-1, 0], [8, 0], [0, 5]])
 def test_states_refuse_an_impossible_start(toy, start):
-    for objective in (objectives.traj, objectives.t3d):
+    for objective in (objectives.OBJECTIVES["traj"], objectives.OBJECTIVES["t3d"]):
         with pytest.raises(ValueError, match="leave no target"):
-            objective(toy(), make_batch([8, 5]), start=torch.tensor(start), **needs(objective, toy()))
+            objective.loss(toy(), make_batch([8, 5]), start=torch.tensor(start), **needs(objective, toy()))
 
 
 def naive_t3d(m, reference, row, t, alpha, beta, path_weight):
@@ -114,9 +115,9 @@ def naive_t3d(m, reference, row, t, alpha, beta, path_weight):
 def test_t3d_is_the_mean_of_its_rows_in_plain_loops(toy, spec, alpha, beta, path_weight):
     lengths, seed = spec
     batch, m, reference = make_batch(lengths, seed), toy(), toy(seed=1)
-    states = objectives.draw_state(batch["length"], generator=generators(seed)[0]).tolist()
+    states = baselines.draw_state(batch["length"], generator=generators(seed)[0]).tolist()
     options = dict(alpha=alpha, beta=beta, path_weight=path_weight)
-    out = objectives.t3d(m, batch, reference=reference, generator=generators(seed)[0], **options)
+    out = baselines.t3d(m, batch, reference=reference, generator=generators(seed)[0], **options)
     rows = [naive_t3d(m, reference, single(batch, b), t, **options) for b, t in enumerate(states)]
     close(out, mean(rows))
 
@@ -124,9 +125,10 @@ def test_t3d_is_the_mean_of_its_rows_in_plain_loops(toy, spec, alpha, beta, path
 def test_t3d_with_beta_0_has_no_gradient_from_the_preference(golden):
     m = lora.load(golden.load(), golden.folder / "adapter")
     batch, start = make_batch([8, 5], vocab=300), torch.tensor([3, 0])
-    out = objectives.t3d(m, batch, beta=0.0, start=start, reference=base_of(m))
+    out = baselines.t3d(m, batch, beta=0.0, start=start, reference=base_of(m))
     assert number(out["ddo"]) == pytest.approx(1.5 * math.log(2))
-    out["ddo"].backward(retain_graph=True)
+    alone = baselines.t3d(m, batch, beta=0.0, path_weight=0.0, start=start, reference=base_of(m))
+    alone["loss"].backward()
     assert all(p.grad is None or not p.grad.any() for p in lora.tensors(m).values())
     out["loss"].backward()
     assert all(p.grad.any() for p in lora.tensors(m).values())
@@ -138,9 +140,9 @@ def test_t3d_shows_random_tokens_in_training_only(toy):
     P, mask_id = batch["prompt_ids"].shape[1], m.config.mask_id
     start = torch.full((300,), 4)
     seeds = range(300)
-    objectives.t3d(m, batch, start=start, reference=reference, generator=generators(*seeds))
+    baselines.t3d(m, batch, start=start, reference=reference, generator=generators(*seeds))
     m.training = True
-    objectives.t3d(m, batch, start=start, reference=reference, generator=generators(*seeds))
+    baselines.t3d(m, batch, start=start, reference=reference, generator=generators(*seeds))
     (clean, *_), (noisy, _, asked) = m.calls
     assert all(torch.equal(a[0], b[0]) for a, b in zip(m.calls, reference.calls))  # both see the same
     hidden = clean[:, P:] == mask_id
@@ -151,8 +153,74 @@ def test_t3d_shows_random_tokens_in_training_only(toy):
     assert set(noisy[:, P:][hidden].tolist()) == set(range(13))
     alone = toy()
     alone.config.vocab_size, alone.training = 13, True
-    objectives.t3d(alone, single(batch, 7), start=start[:1], reference=reference, generator=generators(7))
+    baselines.t3d(alone, single(batch, 7), start=start[:1], reference=reference, generator=generators(7))
     assert torch.equal(alone.calls[0][0][0, -9:], noisy[7, P:])  # a row's noise does not depend on its batch
+
+
+# ---------------------------------------------------------------------------------------------- T3D's reference
+
+
+def test_a_reference_is_the_model_as_it_was(golden):
+    ids = torch.arange(12).reshape(1, 12)
+    base = golden.load()(ids)
+    m = lora.load(golden.load(), golden.folder / "adapter").train()
+    for layer in lora.layers(m).values():
+        layer.dropout = 0.5  # does not act in the reference
+    reference = baselines.Reference(m)
+    assert torch.equal(reference(ids), base)
+    reference.update()
+    before = reference(ids)
+    torch.testing.assert_close(before, lora.load(golden.load(), golden.folder / "adapter")(ids))
+    with torch.no_grad():
+        for p in lora.tensors(m).values():
+            p.add_(1)
+    assert torch.equal(reference(ids), before) and not torch.equal(m.eval()(ids), before)
+    assert not reference(ids).requires_grad and m(ids).requires_grad
+    assert m.train().training and reference(ids) is not None and m.training
+    reference.update()
+    assert torch.equal(reference(ids), m.eval()(ids))
+
+
+def test_a_reference_holds_one_adapter_and_no_base(golden):
+    m = lora.load(golden.load(), golden.folder / "adapter")
+    reference = baselines.Reference(m)
+    for _ in range(3):
+        reference.update()
+    adapter = sum(p.numel() for p in lora.tensors(m).values())
+    assert sum(p.numel() for p in reference.kept.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
+    with pytest.raises(ValueError, match="needs an adapter on the model, or load="):
+        baselines.Reference(golden.load())
+
+
+def test_a_reference_of_a_student_without_an_adapter_is_a_second_model(golden):
+    ids = torch.arange(1, 9)[None]
+    student, base = golden.load().train().requires_grad_(True), golden.load()(ids)
+    reference = baselines.Reference(student, golden.load)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference(ids), base) and not reference.kept
+    reference.update()
+    now = student.eval()(ids)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference(ids), now) and not torch.equal(student(ids), now)
+    assert not reference(ids).requires_grad and student(ids).requires_grad
+    other = baselines.Reference(student, golden.load)
+    other.restore(reference.kept)
+    assert torch.equal(other(ids), now)
+
+
+def test_the_student_becomes_the_reference_every_few_steps(golden):
+    m = lora.load(golden.load(), golden.folder / "adapter")
+    reference = objectives.OBJECTIVES["t3d"].reference(m, None, dict(reference_steps=3))
+    kept = []
+    for step in range(1, 8):
+        reference.step_done(step)
+        kept.append(bool(reference.kept))
+        reference.kept = {}
+    assert kept == [False, False, True, False, False, True, False]
 
 
 # -------------------------------------------------------------------------------------------------- dParallel
@@ -188,7 +256,7 @@ def test_dparallel_is_the_mean_of_its_rows_in_plain_loops(toy, spec, block_lengt
     block = [int(torch.randint(0, (n - 1) // block_length + 1, (), generator=g)) for n in lengths]
     mask = torch.rand(batch["response_ids"].shape, generator=g) < 0.5
     options = dict(block_length=block_length, weight=weight, temperature=0.5)
-    out = objectives.dparallel(m, batch, block=block, mask=mask, **options)
+    out = baselines.dparallel(m, batch, block=block, mask=mask, **options)
     rows = [naive_dparallel(m, single(batch, b), block[b], mask[b].tolist(), **options) for b in range(len(lengths))]
     close(out, mean(rows))
 
@@ -199,7 +267,7 @@ def test_dparallel_draws_a_block_and_two_complementary_masks(toy, spec, block_le
     lengths, seed = spec
     batch, m = make_batch(lengths, seed), toy()
     seeds = range(seed, seed + len(lengths))
-    objectives.dparallel(m, batch, block_length=block_length, generator=generators(*seeds))
+    baselines.dparallel(m, batch, block_length=block_length, generator=generators(*seeds))
     P = batch["prompt_ids"].shape[1]
     first, second = (ids[:, P:] == m.config.mask_id for ids, _, _ in m.calls)
     for b, n in enumerate(lengths):
@@ -211,13 +279,13 @@ def test_dparallel_draws_a_block_and_two_complementary_masks(toy, spec, block_le
         assert end == min(begin + block_length, n)
         assert not (one & two)[:end].any() and (one | two)[begin:].all()  # a half each; all after it is masked
         alone = toy()
-        objectives.dparallel(alone, single(batch, b), block_length=block_length, generator=generators(seeds[b]))
+        baselines.dparallel(alone, single(batch, b), block_length=block_length, generator=generators(seeds[b]))
         assert torch.equal(alone.calls[0][0][0, -n:] == m.config.mask_id, one)
 
 
 def test_dparallel_blocks_and_masks_are_uniform(toy):
     m, batch = toy(), make_batch([6] * 2000)
-    objectives.dparallel(m, batch, block_length=2, generator=generators(0)[0])
+    baselines.dparallel(m, batch, block_length=2, generator=generators(0)[0])
     hidden = (m.calls[0][0][:, 4:] == m.config.mask_id).int()
     counts = Counter(map(tuple, hidden.tolist()))
     outcomes = [(0,) * b + inside + (1,) * (4 - b) for b in (0, 2, 4) for inside in itertools.product((0, 1), repeat=2)]
@@ -236,34 +304,34 @@ def test_dparallel_averages_over_all_blocks_and_masks(toy):
     exact = mean([naive_dparallel(m, single(one, 0), b, mask, **options) for b, mask in states])
     batch = {k: v.expand(len(states), *v.shape[1:]) for k, v in one.items()}
     blocks, masks = [b for b, _ in states], torch.tensor([mask for _, mask in states])
-    close(objectives.dparallel(m, batch, block=blocks, mask=masks, **options), exact)
+    close(baselines.dparallel(m, batch, block=blocks, mask=masks, **options), exact)
     batch = {k: v.expand(3000, *v.shape[1:]) for k, v in one.items()}
-    drawn = objectives.dparallel(m, batch, generator=generators(0)[0], **options)
+    drawn = baselines.dparallel(m, batch, generator=generators(0)[0], **options)
     assert number(drawn["loss"]) == pytest.approx(exact["loss"], rel=0.05)
 
 
 def test_dparallel_with_weight_0_is_its_cross_entropy(toy):
     batch = make_batch([8, 5])
-    out = objectives.dparallel(toy(), batch, weight=0.0, block_length=4, generator=generators(0)[0])
+    out = baselines.dparallel(toy(), batch, weight=0.0, block_length=4, generator=generators(0)[0])
     assert number(out["loss"]) == number(out["ce"])
     # a block as long as the response, everything hidden at once: the transition from nothing to all of it
     everything = dict(block=[0, 0], mask=torch.ones(2, 8, dtype=torch.bool), weight=0.0)
-    whole = objectives.transition(toy(), batch, start=torch.tensor([[0, 8], [0, 5]]))
-    close(objectives.dparallel(toy(), batch, **everything), dict(loss=whole["loss"]), 1e-5)
+    whole = baselines.transition(toy(), batch, start=torch.tensor([[0, 8], [0, 5]]))
+    close(baselines.dparallel(toy(), batch, **everything), dict(loss=whole["loss"]), 1e-5)
 
 
 def test_certainty_lowers_the_entropy_of_right_answers_only(toy):
     m, batch = toy(), make_batch([1])
     best = int(m(torch.cat((batch["prompt_ids"], torch.tensor([[m.config.mask_id]])), 1))[0, -1].argmax())
     batch["response_ids"][0, 0], batch["prompt_mask"][:] = best, 1
-    assert number(objectives.dparallel(m, batch, generator=generators(0)[0])["certainty"]) > 0
+    assert number(baselines.dparallel(m, batch, generator=generators(0)[0])["certainty"]) > 0
     batch["response_ids"][0, 0] = (best + 1) % 12
-    assert number(objectives.dparallel(m, batch, generator=generators(0)[0])["certainty"]) == 0
+    assert number(baselines.dparallel(m, batch, generator=generators(0)[0])["certainty"]) == 0
 
 
 def test_dparallel_refuses_a_block_behind_the_response(toy):
     with pytest.raises(ValueError, match=r"blocks \[4, 8\] of 4 begin beyond the end of responses of \[8, 5\]"):
-        objectives.dparallel(toy(), make_batch([8, 5]), block_length=4, block=[1, 2])
+        baselines.dparallel(toy(), make_batch([8, 5]), block_length=4, block=[1, 2])
 
 
 # -------------------------------------------------------------------------------------------------- Eq. 1, the NELBO

@@ -15,9 +15,9 @@ import data
 import objectives
 import tabom
 import tokenizer
-import train
 from experiments import claims, puzzles, report, sweep, tiny
 from release.files import to_release_format
+from runs import objective_options
 
 
 @pytest.mark.parametrize("name", claims.ROWS)
@@ -25,7 +25,7 @@ def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
     settings = claims.settings_of(name, 3, 0.01)
     draws = claims.draws_of(settings)
     made = sweep.training(claims.of_base(claims.ClaimsOptions(), tmp_path, draws), settings)
-    parameters, unused = train.objective_parameters(made)
+    parameters, unused = objective_options.chosen(made)
     assert not unused
     for k, v in settings.items():
         assert parameters.get(k, v) == v and (k == "objective" or getattr(made, k) == v)
@@ -56,7 +56,7 @@ def tiny_config():
 def test_a_step_has_the_same_number_of_supervised_tokens_in_every_row(name):
     settings = claims.settings_of(name, 0)
     made = sweep.training(claims.of_base(claims.ClaimsOptions(), Path("x")), settings)
-    parameters, _ = train.objective_parameters(made)
+    parameters, _ = objective_options.chosen(made)
     more = {}
     if made.objective == "t3d":
         more["reference"] = Counter()
@@ -69,7 +69,7 @@ def test_a_step_has_the_same_number_of_supervised_tokens_in_every_row(name):
         batch["entropy"] = torch.zeros(1, n)
         m = Counter()
         generator = [torch.Generator().manual_seed(i)]
-        objectives.OBJECTIVES[made.objective](m, batch, generator=generator, **parameters, **more)
+        objectives.OBJECTIVES[made.objective].loss(m, batch, generator=generator, **parameters, **more)
         # TABOM's first pass has the cross-entropy; those after it are each token's own step.
         counts += sum(m.asked) if made.objective == "dparallel" else m.asked[0]
     assert draws * counts / 400 == pytest.approx(claims.TARGETS, rel=0.1)
@@ -102,7 +102,7 @@ def test_a_recipe_sets_the_rows_on_given_trajectories(monkeypatch):
     assert (c.lr, c.margin, c.methods, c.keep, c.metric) == (1e-4, 0.1, ("all",), "all", "last")
     assert with_truth.methods == ("entropy",)
     assert len(grid) == 2 * 12 and set(longer) - set(grid) == {"SFT-GT/seed-3", "SFT-GT/seed-4"}
-    parameters = {name: train.objective_parameters(sweep.training(c, settings))[0] for name, settings in grid.items()}
+    parameters = {name: objective_options.chosen(sweep.training(c, settings))[0] for name, settings in grid.items()}
     tabom_row, no_ranking = parameters["TABOM/seed-3"], parameters["TABOM, no ranking/seed-4"]
     assert (tabom_row["window"], tabom_row["weight"], tabom_row["starts"]) == (32, 2.0, "non-ltr")
     assert no_ranking == dict(tabom_row, weight=0.0)

@@ -9,6 +9,7 @@ import struct
 import pytest
 from helpers import flags, shell
 
+import baselines
 import data
 import lora
 import model
@@ -66,8 +67,8 @@ def test_tds_and_inversions_are_those_of_evaluate(tiny, trajectories, found):
         assert by_step == pytest.approx(tds["per_step"], rel=1e-4, abs=1e-6)
 
         h = objectives.replay(m, batch, objectives.counted_until(batch, m.config.eos_id, "final"))
-        own = objectives.inversions(objectives.entropies_when_decoded(h, batch))
-        windows = objectives.inversions(objectives.windows_of_replay(h, batch, 5))
+        own = baselines.inversions(baselines.entropies_when_decoded(h, batch))
+        windows = baselines.inversions(baselines.windows_of_replay(h, batch, 5))
         for context, count in (("step", own), ("window", windows)):
             table = [r for r in rows(out, "inversions") if (r["model"], r["context"]) == (name, context)]
             assert [r["pairs"] for r in table] == [x for x in count["pairs"].tolist() if x]
@@ -86,7 +87,7 @@ def test_loss_over_the_mask_ratio(tiny, trajectories, puzzles, found):
     m = model.load(tiny)
     records = [data.cut_at_eos(r, {m.config.eos_id}) for r in data.read_trajectories(trajectories)[:LIMIT]]
     batch = data.collate(records, m.config.pad_id)
-    losses = objectives.masked_loss(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
+    losses = baselines.masked_loss(m, batch, 1.0, [data.generator(0, "mask", 1.0, r["id"]) for r in records])
     assert table[9]["responses"] == len(records) == LIMIT
     assert table[9]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert table[9]["loss_se"] == pytest.approx(losses.std().item() / LIMIT**0.5, rel=1e-3)

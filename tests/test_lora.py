@@ -169,38 +169,6 @@ def test_an_unmerged_adapter_is_not_saved_as_a_model(golden, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reference_is_the_model_as_it_was(golden):
-    ids = torch.arange(12).reshape(1, 12)
-    base = golden.load()(ids)
-    m = lora.load(golden.load(), golden.folder / "adapter").train()
-    for layer in lora.layers(m).values():
-        layer.dropout = 0.5  # does not act in the reference
-    reference = lora.Reference(m)
-    assert torch.equal(reference(ids), base)
-    reference.update()
-    before = reference(ids)
-    torch.testing.assert_close(before, lora.load(golden.load(), golden.folder / "adapter")(ids))
-    with torch.no_grad():
-        for p in lora.tensors(m).values():
-            p.add_(1)
-    assert torch.equal(reference(ids), before) and not torch.equal(m.eval()(ids), before)
-    assert not reference(ids).requires_grad and m(ids).requires_grad
-    assert m.train().training and reference(ids) is not None and m.training
-    reference.update()
-    assert torch.equal(reference(ids), m.eval()(ids))
-
-
-def test_a_reference_holds_one_adapter_and_no_base(golden):
-    m = lora.load(golden.load(), golden.folder / "adapter")
-    reference = lora.Reference(m)
-    for _ in range(3):
-        reference.update()
-    adapter = sum(p.numel() for p in lora.tensors(m).values())
-    assert sum(p.numel() for p in reference.kept.values()) == adapter < sum(p.numel() for p in m.parameters()) / 4
-    with pytest.raises(ValueError, match="needs an adapter"):
-        lora.Reference(golden.load())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("merged", [False, True])
 def test_disabled_nests_and_survives_exceptions(golden, merged):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import baselines
 import model
 import objectives
 
@@ -264,7 +265,7 @@ def test_replay_looks_no_longer_than_it_is_asked(toy):
 def test_entropies_when_decoded(m, name):
     batch = BATCHES[name]
     h = objectives.replay(m, batch)
-    own = objectives.entropies_when_decoded(h, batch)
+    own = baselines.entropies_when_decoded(h, batch)
     assert own.shape == (3, 7)
     for b in range(3):
         _, order = row_of(batch, b)
@@ -295,7 +296,7 @@ def test_windows_of_a_replay(length, window, spare):
     """One token a step: the W next entropies on the diagonal band."""
     N = length + spare
     h = torch.arange(length * N, dtype=torch.float32).reshape(1, length, N)
-    found = objectives.windows_of_replay(h, batch_of_order(list(range(length)), spare), window)[0]
+    found = baselines.windows_of_replay(h, batch_of_order(list(range(length)), spare), window)[0]
     W = min(window, length)
     assert found.shape == (length, W)
     for t in range(length):
@@ -312,7 +313,7 @@ def test_windows_of_a_replay_by_steps(order, window, spare):
     order[0] = max(order[0], 0)
     S, N = max(order) + 1, len(order) + spare
     h = torch.arange(S * N, dtype=torch.float32).reshape(1, S, N)
-    found = objectives.windows_of_replay(h, batch_of_order(order, spare), window)[0]
+    found = baselines.windows_of_replay(h, batch_of_order(order, spare), window)[0]
     in_order = decode_order(order)
     for t in range(S):
         expected = []
@@ -328,7 +329,7 @@ lists = st.lists(st.lists(st.one_of(st.integers(0, 3), st.just(math.nan)), min_s
 @settings(deadline=None)
 @given(lists)
 def test_inversions_equal_the_loop(rows):
-    found = objectives.inversions(torch.tensor(rows, dtype=torch.float32))
+    found = baselines.inversions(torch.tensor(rows, dtype=torch.float32))
     for d in range(1, 5):
         inverted, pairs = 0, 0
         for row in rows:
@@ -340,7 +341,7 @@ def test_inversions_equal_the_loop(rows):
 
 
 def test_inversions_of_one_token_are_none():
-    assert all(len(x) == 0 for x in objectives.inversions(torch.zeros(3, 1)).values())
+    assert all(len(x) == 0 for x in baselines.inversions(torch.zeros(3, 1)).values())
 
 
 # ---------------------------------------------------------------------------------------------- loss at a mask ratio
@@ -349,7 +350,7 @@ def test_inversions_of_one_token_are_none():
 def test_loss_at_a_mask_ratio(m):
     batch = make_batch()
     generators = [torch.Generator().manual_seed(b) for b in range(3)]
-    everything = objectives.masked_loss(m, batch, 1.0, generators)
+    everything = baselines.masked_loss(m, batch, 1.0, generators)
     for b, n in enumerate(batch["length"].tolist()):
         logp = naive_log_p(m, batch, b, set())
         expected = 0.0
@@ -361,7 +362,7 @@ def test_loss_at_a_mask_ratio(m):
 def test_a_small_mask_ratio_masks_one_token(m):
     batch, few, alone = make_batch(), [], []
     for seed in range(60):
-        few.append(objectives.masked_loss(m, batch, 0.01, [torch.Generator().manual_seed(seed)] * 3)[2])
+        few.append(baselines.masked_loss(m, batch, 0.01, [torch.Generator().manual_seed(seed)] * 3)[2])
     for r in range(5):
         logp = naive_log_p(m, batch, 2, set(range(5)) - {r})
         alone.append(-logp[r, batch["response_ids"][2, r]].float())

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+import baselines
 import objectives
 from experiments import mechanism, tiny
 from runs import loading, torchrun
@@ -33,7 +34,7 @@ def test_a_model_against_itself_and_against_another_order(tmp_path):
         rows.append(row)
     batch = loading.batch_of(rows, loaded, processes)
     with torch.no_grad():
-        h = objectives.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)
+        h = baselines.entropies_when_decoded(objectives.replay(loaded.m, batch), batch)
     for row, values in zip(rows, h.tolist()):
         row["entropy"] = [values[step] for step in row["order"]]  # each step decoded one token
     changed = []

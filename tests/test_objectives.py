@@ -4,8 +4,13 @@ holds for every objective. The others are in test_baselines.py, the rankings alo
 python -m pytest tests/test_objectives.py
 """
 
+import inspect
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -13,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import baselines
 import lora
 import objectives
 
@@ -138,9 +144,9 @@ def base_of(m):
 
 
 def needs(objective, m):
-    """What an objective cannot do without, besides a model and a batch."""
+    """What an objective of the table cannot do without, besides a model and a batch."""
     reference = base_of(m) if isinstance(m, torch.nn.Module) else m
-    return dict(reference=reference) if objective is objectives.t3d else {}
+    return {} if objective.reference is None else dict(reference=reference)
 
 
 # ------------------------------------------------------------------------------------------------ the official values
@@ -180,7 +186,7 @@ def test_official_t3d(golden, j):
     expected, (batch, start) = golden.objective_cases[j]["t3d"], golden_batch(golden, j)
     m = lora.load(golden.load(), golden.folder / "adapter")
     options = {k: expected[k] for k in ("alpha", "beta", "path_weight")}
-    out = objectives.t3d(m, batch, start=start, reference=base_of(m), **options)
+    out = baselines.t3d(m, batch, start=start, reference=base_of(m), **options)
     close(out, {k: expected[k] for k in ("loss", "ddo", "path")})
     out["loss"].backward()
     compared = 0
@@ -273,11 +279,11 @@ def test_a_short_response_is_a_window_as_a_whole(toy, N):
 
 def test_transition_is_tabom_with_the_global_window_and_no_ranking(toy):
     batch, start = make_batch([8, 5]), torch.tensor([[2, 7], [0, 5]])
-    out = objectives.transition(toy(), batch, start=start)
+    out = baselines.transition(toy(), batch, start=start)
     rows = [naive_tabom(toy(), single(batch, b), int(s), int(e - s), 0.2) for b, (s, e) in enumerate(start)]
     close(out, combined(rows, 0.0))
     assert number(out["loss"]) == number(out["ce"])
-    drawn = objectives.transition(toy(), batch, generator=generators(3)[0])
+    drawn = baselines.transition(toy(), batch, generator=generators(3)[0])
     close(drawn, dict(loss=objectives.tabom(toy(), batch, window="global", generator=generators(3)[0])["ce"]), 1e-6)
 
 
@@ -290,7 +296,7 @@ def test_the_terms_of_tabom_alone(toy):
     close(masking, dict(loss=both["ce"], ce=both["ce"], ranking=both["ranking"]), 1e-6)
     close(ranking, dict(loss=3 * both["ranking"], ce=both["ce"], ranking=both["ranking"]), 1e-6)
     ends = torch.stack((start, start + 4), dim=1)
-    close(masking, dict(loss=objectives.transition(toy(), batch, start=ends)["loss"]), 1e-6)
+    close(masking, dict(loss=baselines.transition(toy(), batch, start=ends)["loss"]), 1e-6)
 
 
 def test_starts_are_uniform():
@@ -356,7 +362,7 @@ def test_tokens_that_were_never_decoded_are_masked_and_no_target(toy, spec, wind
     P, m, reference = batch["prompt_ids"].shape[1], toy(), toy(seed=1)
     for name, objective in objectives.OBJECTIVES.items():
         options = dict(window=window) if name == "tabom" else needs(objective, reference)
-        objective(m, batch, generator=generators(seed)[0], **options)
+        objective.loss(m, batch, generator=generators(seed)[0], **options)
     for ids, attention_mask, _ in m.calls:
         assert (ids[:, P:][never] == m.config.mask_id).all()
         assert attention_mask[:, P:][never].all()
@@ -364,8 +370,8 @@ def test_tokens_that_were_never_decoded_are_masked_and_no_target(toy, spec, wind
     other = dict(batch, response_ids=torch.where(never, 5, batch["response_ids"]))
     for name, objective in objectives.OBJECTIVES.items():
         options = dict(window=window) if name == "tabom" else needs(objective, reference)
-        one = objective(toy(), batch, generator=generators(seed)[0], **options)
-        two = objective(toy(), other, generator=generators(seed)[0], **options)
+        one = objective.loss(toy(), batch, generator=generators(seed)[0], **options)
+        two = objective.loss(toy(), other, generator=generators(seed)[0], **options)
         close(one, two, 1e-6)
 
 
@@ -540,7 +546,7 @@ def test_the_listwise_ranking_of_tabom(toy, spec, window, context):
     for b in range(len(lengths)):
         if size[b] >= 2:
             h = window_entropies(m, single(batch, b), int(first[b]), int(size[b]), context)
-            losses.append(float(objectives.listwise_loss(torch.tensor(h), 0.7)))
+            losses.append(float(baselines.listwise_loss(torch.tensor(h), 0.7)))
     close(out, dict(ranking=sum(losses) / max(len(losses), 1)))
 
 
@@ -580,8 +586,8 @@ def test_the_exact_kl_has_no_gradient_at_the_base_model(golden):
     m = lora.inject(golden.load(), rank=4, alpha=8, generator=generators(0)[0])
     batch = make_batch([9, 6], vocab=300)
     h = objectives.replay(m, batch)
-    own = objectives.entropies_when_decoded(h, batch)  # by decode order
-    batch["entropy"] = own.gather(1, objectives.decode_index(batch).argsort(1)).nan_to_num()
+    own = baselines.entropies_when_decoded(h, batch)  # by decode order
+    batch["entropy"] = own.gather(1, objectives.decode_places(batch).argsort(1)).nan_to_num()
     options = dict(window=4, start=torch.tensor([3, 1]), ce_weight=0.0)
 
     def gradient(batch, **more):
@@ -603,7 +609,7 @@ def test_the_kl_needs_what_the_base_model_logged(toy):
     with pytest.raises(ValueError, match=r"'kl' needs batch\['entropy'\]"):
         objectives.tabom(toy(), batch, ranking="kl")
     batch["entropy"] = torch.zeros(2, 8)
-    with pytest.raises(ValueError, match="'kl' needs entropy_context 'step'"):
+    with pytest.raises(ValueError, match="entropy_context 'window': ranking 'kl' needs step"):
         objectives.tabom(toy(), batch, ranking="kl", entropy_context="window")
     both = dict(generator=generators(0)[0], ranking="kl", entropy_context="step")
     close(
@@ -621,11 +627,11 @@ def test_losses_are_float32_whatever_the_model(golden, name):
     for dtype in (torch.float32, torch.bfloat16):
         m = lora.load(golden.load(dtype=dtype), golden.folder / "adapter")
         objective = objectives.OBJECTIVES[name]
-        out = objective(m, batch, generator=generators(1)[0], **needs(objective, m))
+        out = objective.loss(m, batch, generator=generators(1)[0], **needs(objective, m))
         assert {v.dtype for v in out.values()} == {torch.float32}
         out["loss"].backward()
         assert all(p.grad.isfinite().all() for p in lora.tensors(m).values())
-        assert not any(out[k].requires_grad for k in ("masked", "in_order", "entropy") if k in out)  # for the log
+        assert [k for k in out if out[k].requires_grad] == ["loss"]  # the others are for the log
         losses.append(number(out["loss"]))
     tolerance = 0.05 if name == "t3d" else 0.02  # an argmax of the reference may be another one in bfloat16
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
@@ -634,7 +640,7 @@ def test_losses_are_float32_whatever_the_model(golden, name):
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_mask_id_can_be_given(toy, name):
     m, objective = toy(), objectives.OBJECTIVES[name]
-    objective(m, make_batch([6]), mask_id=3, generator=generators(0)[0], **needs(objective, m))
+    objective.loss(m, make_batch([6]), mask_id=3, generator=generators(0)[0], **needs(objective, m))
     assert (m.calls[0][0] == 3).any() and not (m.calls[0][0] == m.config.mask_id).any()
 
 
@@ -682,11 +688,170 @@ def test_nelbo_refuses(toy, options, message):
 
 def test_t3d_refuses_to_do_without_a_reference(toy):
     with pytest.raises(ValueError, match="t3d needs a reference"):
-        objectives.t3d(toy(), make_batch([8, 5]))
+        baselines.t3d(toy(), make_batch([8, 5]))
 
 
-def test_every_objective_has_a_source():
-    assert objectives.SOURCES.keys() == objectives.OBJECTIVES.keys()
-    for name, text in objectives.SOURCES.items():
-        assert 0 < len(text) < 40 and objectives.OBJECTIVES[name].__name__ == name
-        assert "dict(loss" in objectives.OBJECTIVES[name].__doc__
+# -------------------------------------------------------------------------------------------- the table of objectives
+
+
+def defaults(objective):
+    """Parameter -> default, for all options of an objective."""
+    signature = inspect.signature(objective.loss).parameters
+    return {name: signature[name].default for name in objective.options}
+
+
+def test_every_objective_says_where_it_comes_from_and_what_its_options_are():
+    for name, objective in objectives.OBJECTIVES.items():
+        assert 0 < len(objective.source) < 40 and objective.loss.__name__ == name
+        assert "dict(loss" in objective.loss.__doc__
+        for option, value in defaults(objective).items():
+            declared = objective.options[option]
+            assert declared.help and value is not inspect.Parameter.empty
+            assert declared.choices is None or value in (None, *declared.choices)
+
+
+def test_options_of_one_name_are_one_flag():
+    """Several objectives may have an option of one name: its kind, bounds and choices are the same in all."""
+    found = {}
+    for objective in objectives.OBJECTIVES.values():
+        for name, option in objective.options.items():
+            assert found.setdefault(name, option)[1:] == option[1:], name
+
+
+# Beside the defaults, what changes how a batch in parts adds up.
+IN_PARTS = [(name, {}) for name in objectives.OBJECTIVES]
+IN_PARTS += [("tabom", dict(window=4, starts="non-ltr")), ("tabom", dict(window="global", ranking="listwise"))]
+IN_PARTS += [("tabom", dict(window=3, ranking="kl")), ("t3d", dict(path="levels")), ("dparallel", dict(block_length=3))]
+for weighting, norm in itertools.product(("scheduler", "uniform"), ("token", "sequence", "batch")):
+    IN_PARTS.append(("nelbo", dict(weighting=weighting, norm=norm)))
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5, 6, 7), (3,), (1, 6), (4, 5)], ids=str)
+@pytest.mark.parametrize("name, options", IN_PARTS, ids=str)
+def test_every_term_of_every_objective_agrees_over_all_splits(toy, name, options, cuts):
+    """One global batch in parts of different sizes: with the normaliser of the whole, the mean of the parts is the
+    whole's, term by term. One row has one token, so no pair; and one decoded two tokens in its first step."""
+    lengths = [9, 1, 5, 12, 2, 7, 1, 3]
+    batch = make_batch(lengths, seed=3)
+    batch["order"][3] = (batch["order"][3] - 1).clamp(min=0)
+    batch["entropy"] = torch.rand(batch["order"].shape, generator=generators(5)[0])
+    objective = objectives.OBJECTIVES[name]
+    parameters = {**defaults(objective), **options}
+    reference = {} if objective.reference is None else dict(reference=toy(seed=1))
+
+    def loss(rows):
+        part, more = {key: value[rows] for key, value in batch.items()}, {}
+        if objective.normaliser:
+            more = objective.normaliser(batch, parameters, generators(*range(len(lengths))))
+        seeds = range(*rows.indices(len(lengths)))
+        found = objective.loss(toy(scale=0.5), part, generator=generators(*seeds), **parameters, **reference, **more)
+        return {key: number(value) for key, value in found.items()}, len(seeds) / len(lengths)
+
+    whole, _ = loss(slice(None))
+    total = dict.fromkeys(whole, 0.0)
+    for begin, end in zip((0, *cuts), (*cuts, None)):
+        found, share = loss(slice(begin, end))
+        for key, value in found.items():
+            total[key] += value * share
+    assert total == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+def test_the_terms_would_differ_without_the_normaliser(toy):
+    """So that the test above can fail: of two rows only the first has a pair."""
+    batch, start = make_batch([9, 1]), torch.tensor([[0, 9], [0, 1]])
+    whole, halves = baselines.transition(toy(), batch, start=start), 0.0
+    for b in range(2):
+        halves += number(baselines.transition(toy(), single(batch, b), start=start[b : b + 1])["in_order"]) / 2
+    assert 0 < 2 * halves == pytest.approx(number(whole["in_order"]))
+
+
+ALONE = """
+import torch, objectives
+batch = dict(prompt_ids=torch.ones(1, 1).long(), prompt_mask=torch.ones(1, 1).long(), length=torch.tensor([3]))
+batch.update(response_ids=torch.tensor([[0, 1, 2]]), order=torch.tensor([[2, 0, 1]]), entropy=torch.ones(1, 3))
+def m(ids, attention_mask=None, positions=None):
+    return torch.arange(4.0).expand(1, positions.shape[1], 4)
+print(float(objectives.tabom(m, batch, mask_id=3)["loss"]), list(objectives.OBJECTIVES), sep=chr(10))
+for options in (dict(ranking="kl"), dict(ranking="listwise"), dict(entropy_context="step")):
+    try:
+        objectives.tabom(m, batch, mask_id=3, **options)
+    except ValueError as e:
+        print(e)
+"""
+
+
+def test_without_the_baselines_tabom_says_what_to_import(tmp_path):
+    """objectives.py alone in a folder: Eq. 9 and Eq. 1 work, what is elsewhere has a one-line error."""
+    shutil.copyfile(objectives.__file__, tmp_path / "objectives.py")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loss, *lines = done.stdout.splitlines()
+    # Logits 0, 1, 2, 3 everywhere, at the tokens 0, 1, 2: all entropies are equal, so the ranking loss is the margin.
+    assert float(loss) == pytest.approx(math.log(sum(map(math.exp, range(4)))) - 1 + 0.2, abs=1e-5)
+    assert lines == [
+        "['tabom', 'nelbo']",
+        "ranking 'kl' is not known here: import baselines first",
+        "ranking 'listwise' is not known here: import baselines first",
+        "entropy_context 'step' is not known here: import baselines first",
+    ]
+
+
+def test_what_else_a_model_is_called_with_is_its_own_business(toy):
+    """logits_at hands on what m.arguments gives, and says whether the whole response may be told."""
+    asked, called = [], []
+
+    class Curious(toy):
+        def arguments(self, batch, clean=True):
+            asked.append((batch["length"].tolist(), clean))
+            return dict(extra=clean)
+
+        def __call__(self, ids, attention_mask=None, positions=None, extra=None):
+            called.append(extra)
+            return super().__call__(ids, attention_mask, positions)
+
+    batch = make_batch([3, 2])
+    objectives.tabom(Curious(), batch)
+    objectives.replay(Curious(), batch)
+    baselines.t3d(Curious(), batch, reference=Curious())
+    assert called == [True, False, False, False, True, True]
+    plain = baselines.t3d(Curious(), batch, reference=lambda *x, **more: Curious()(*x, **more), start=[1, 0])
+    close(plain, baselines.t3d(Curious(), batch, reference=Curious(), start=[1, 0]), 1e-6)
+    assert asked[0] == ([3, 2], True) and asked[1] == ([3, 2], False)
+
+
+def test_a_callable_without_config_can_be_the_model(toy):
+    """All that is read of m.config is the mask id, where none is given."""
+    batch, table = make_batch([6, 4]), toy()
+    batch["entropy"] = torch.ones(2, 6)
+
+    def m(ids, attention_mask=None, positions=None):
+        return table(ids, attention_mask, positions)
+
+    for name, options in IN_PARTS:
+        objective = objectives.OBJECTIVES[name]
+        out = objective.loss(m, batch, mask_id=0, generator=generators(0)[0], **options, **needs(objective, m))
+        assert math.isfinite(number(out["loss"]))
+    m.training = True
+    with pytest.raises(ValueError, match="random_tokens 0.1 needs m.config.vocab_size"):
+        baselines.t3d(m, batch, mask_id=0, reference=m)
+
+
+def test_masked_positions_show_one_id_or_one_each(toy):
+    batch, m = make_batch([4]), toy()
+    shown = torch.tensor([[1, 2, 3, 4]])
+    visible = torch.tensor([[True, False, False, True]])
+    objectives.logits_at(m, batch, visible, torch.tensor([[0]]), shown)
+    response = batch["response_ids"][0]
+    assert m.calls[0][0][0, 4:].tolist() == [response[0], 2, 3, response[3]]
+
+
+def test_the_example_of_an_order(toy):
+    """Tokens A B C D, order 0 2 1 -1: A first, then C, then B; D never."""
+    batch, m = make_batch([4]), toy()
+    batch["order"] = torch.tensor([[0, 2, 1, -1]])
+    assert objectives.decode_places(batch).tolist() == [[0, 2, 1, 3]]
+    objectives.tabom(m, batch, window=2, start=torch.tensor([1]))
+    ((ids, _, positions),) = m.calls
+    assert (positions[0] - 4).tolist() == [2, 1]  # C, B
+    assert (ids[0, 4:] == m.config.mask_id).tolist() == [False, True, True, True]  # A is visible

@@ -39,7 +39,7 @@ class CookOptions(Shared):
     spices: tuple | None = opt(None, "names, comma-separated", parse=options.name_list)
     dishes: tuple = opt(("soup", "rice"), "what", nargs="+", parse=str)
     sizes: tuple = opt((1, 2), "of portions", parse=options.number_list)
-    level: float | None = opt(None, "given by the dish", own_default=True)
+    level: float | None = opt(None, "given by the dish")
 
 
 @dataclass

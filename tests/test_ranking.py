@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import baselines
 import objectives
 
 quick = settings(max_examples=50, deadline=None)
@@ -164,7 +165,7 @@ def test_boltzmann_kl_is_the_sum_over_all_sets(h, beta, seed):
     base = (torch.rand(len(h), generator=torch.Generator().manual_seed(seed)) * 6).tolist()
     p, q = boltzmann(h, beta)[0], boltzmann(base, beta)[0]
     expected = sum(q[U] * math.log(q[U] / p[U]) for U in q)
-    found = objectives.boltzmann_kl(torch.tensor(h, dtype=torch.float64), torch.tensor(base).double(), beta)
+    found = baselines.boltzmann_kl(torch.tensor(h, dtype=torch.float64), torch.tensor(base).double(), beta)
     assert float(found) == pytest.approx(expected, abs=1e-7)
     assert float(found) >= 0
 
@@ -174,16 +175,16 @@ def test_boltzmann_kl_is_the_sum_over_all_sets(h, beta, seed):
 def test_boltzmann_kl_is_least_at_the_base_model(h, beta):
     base = torch.tensor(h, dtype=torch.float64)
     here = base.clone().requires_grad_()
-    loss = objectives.boltzmann_kl(here, base, beta)
+    loss = baselines.boltzmann_kl(here, base, beta)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
     assert here.grad.abs().max() < 1e-12
-    assert float(objectives.boltzmann_kl(base + 0.3, base, beta)) > 0
+    assert float(baselines.boltzmann_kl(base + 0.3, base, beta)) > 0
 
 
 def test_boltzmann_kl_of_large_entropies_is_finite():
     h = torch.tensor([0.0, 12.0, 200.0], requires_grad=True)
-    loss = objectives.boltzmann_kl(h, torch.tensor([200.0, 0.0, 12.0]))
+    loss = baselines.boltzmann_kl(h, torch.tensor([200.0, 0.0, 12.0]))
     loss.backward()
     assert loss.isfinite() and h.grad.isfinite().all()
 
@@ -200,7 +201,7 @@ def naive_listwise(h, beta):
 @quick
 @given(few, st.floats(0.1, 3))
 def test_listwise_loss_is_the_loop(h, beta):
-    found = objectives.listwise_loss(torch.tensor(h, dtype=torch.float64), beta)
+    found = baselines.listwise_loss(torch.tensor(h, dtype=torch.float64), beta)
     assert float(found) == pytest.approx(naive_listwise(h, beta), abs=1e-9)
 
 
@@ -209,10 +210,10 @@ def test_listwise_loss_is_the_loop(h, beta):
 def test_the_likelihoods_of_all_orders_sum_to_one(h, beta):
     orders = torch.tensor(list(itertools.permutations(h)), dtype=torch.float64)  # [W!, W]
     assert len(orders) == math.factorial(len(h))
-    likelihood = (-objectives.listwise_loss(orders, beta)).exp()
+    likelihood = (-baselines.listwise_loss(orders, beta)).exp()
     assert float(likelihood.sum()) == pytest.approx(1)
     rising = sorted(h)  # no order is likelier than from certain to uncertain
-    best = (-objectives.listwise_loss(torch.tensor(rising, dtype=torch.float64), beta)).exp()
+    best = (-baselines.listwise_loss(torch.tensor(rising, dtype=torch.float64), beta)).exp()
     assert float(likelihood.max()) == pytest.approx(float(best))
 
 
@@ -223,8 +224,8 @@ def test_what_is_not_real_takes_no_part(seed, beta):
     h, lengths = torch.rand(5, 7, generator=g) * 3, torch.randint(1, 8, (5,), generator=g)
     real = torch.arange(7) < lengths[:, None]
     filled = h.where(real, 1e6).requires_grad_()
-    ranked = objectives.listwise_loss(filled, beta, real)
-    anchored = objectives.boltzmann_kl(filled, h.where(real, math.nan), beta, real)
+    ranked = baselines.listwise_loss(filled, beta, real)
+    anchored = baselines.boltzmann_kl(filled, h.where(real, math.nan), beta, real)
     for b, n in enumerate(lengths.tolist()):
         assert float(ranked[b].detach()) == pytest.approx(naive_listwise(h[b, :n].tolist(), beta), abs=1e-4)
         assert float(anchored[b].detach()) == pytest.approx(0, abs=1e-6)

@@ -95,8 +95,7 @@ class Loss:
     def objective(self, rows, **more):
         batch = rows_of(self.batch, rows)
         if self.case["mask_schedule"] != "td":
-            out = objectives.nelbo(self.m, batch, mask=self.supervised[rows], mask_id=MASK_ID)
-            return out | dict(ce=out["loss"])
+            return objectives.nelbo(self.m, batch, mask=self.supervised[rows], mask_id=MASK_ID)
         start = torch.tensor([self.case["cut"][b] for b in rows])
         return objectives.tabom(self.m, batch, start=start, **(self.options | more))
 
@@ -104,13 +103,14 @@ class Loss:
         """Mean over the batch's tokens: our rows, weighted with their tokens."""
         total = 0.0
         for b in self.trained:
-            total = total + self.objective([b])["ce"] * self.case["supervised_tokens"][b]
+            total = total + self.objective([b], weight=0.0)["loss"] * self.case["supervised_tokens"][b]
         return total / sum(self.case["supervised_tokens"])
 
     def ranking(self):
         if not self.case["ranked_rows"]:
             return torch.zeros(())
-        return self.objective(self.trained, window=self.case["rank_window"])["ranking"]
+        alone = dict(window=self.case["rank_window"], ce_weight=0.0, weight=1.0)
+        return self.objective(self.trained, **alone)["loss"]
 
 
 def same_gradients(m, release, j):

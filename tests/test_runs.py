@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import model
+import train
 from experiments import tiny as tiny_model
 from runs import disk, loading, resume, torchrun
 
@@ -38,7 +39,7 @@ def test_one_process_shares_nothing():
     assert ALONE.sum([1, 2.5]) == [1, 2.5]
     assert ALONE.gather([3, 4]) == [3, 4]
     p = torch.zeros(2, requires_grad=True)
-    ALONE.sum_gradients([p])
+    train.sum_gradients([p], ALONE)
     assert p.grad is None
 
 
@@ -74,7 +75,7 @@ def test_gradients_of_all_processes_are_added_up(three):
     processes, messages = three
     a, b, c = (torch.zeros(n, requires_grad=True) for n in (4, 2, 3))
     a.grad, c.grad = torch.arange(4.0), torch.ones(3)
-    processes.sum_gradients([a, b, c])
+    train.sum_gradients([a, b, c], processes)
     assert a.grad.tolist() == [0, 3, 6, 9]
     assert b.grad.tolist() == [0, 0]  # this process had no example for it
     assert c.grad.tolist() == [3, 3, 3]
@@ -89,7 +90,7 @@ def test_a_message_holds_at_most_the_parameter_that_fills_it(three):
         p = torch.zeros(n, requires_grad=True)
         p.grad = torch.zeros(1).expand(n).clone() if n > 10 else torch.ones(n)
         parameters.append(p)
-    processes.sum_gradients(parameters)
+    train.sum_gradients(parameters, processes)
     assert messages == [5 + 2**24, 7]
     assert parameters[2].grad.tolist() == [3] * 7
 

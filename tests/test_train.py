@@ -42,7 +42,7 @@ import train
 from experiments import tiny as tiny_model
 from release import recipes
 from release.files import to_release_format
-from runs import loading, records, resume, torchrun
+from runs import loading, objective_options, records, resume, torchrun
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
@@ -111,7 +111,7 @@ def test_an_objective_of_ones_own_reports_terms_of_its_own(tiny, trajectories, t
         found = objectives.nelbo(m, batch, generator=generator, mask_id=mask_id)
         return dict(found, shortest=batch["length"].min().float())
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "traj", shortest)
+    monkeypatch.setitem(objectives.OBJECTIVES, "traj", objectives.Objective(shortest, "ours"))
     run_train(capsys, model=tiny, data=trajectories, out=tmp_path / "R", objective="traj", epochs=1)
     for line in metrics(tmp_path / "R"):
         assert line["shortest"] == tiny_model.WHOLE.answer
@@ -139,10 +139,19 @@ class OneOf(torchrun.Processes):
     def must_share(self, folder):
         pass
 
-    def sum_gradients(self, parameters):
-        self.gradients = []
-        for p in parameters:
-            self.gradients.append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+
+@pytest.fixture(autouse=True)
+def gradients_are_kept(monkeypatch):
+    """OneOf's, instead of a sum over processes that are not there."""
+    summed = train.sum_gradients
+
+    def keep(parameters, processes):
+        if not isinstance(processes, OneOf):
+            return summed(parameters, processes)
+        processes.gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        return None
+
+    monkeypatch.setattr(train, "sum_gradients", keep)
 
 
 @pytest.fixture(scope="module")
@@ -293,26 +302,6 @@ def test_t3d_of_all_weights_continues_with_the_reference_that_it_had(tiny, traje
     assert (once / "epoch-1" / "reference.safetensors").exists() == (steps == 1)
     never = run_train(capsys, out=tmp_path / "never", **{**setting, "reference_steps": 100})
     assert never["loss"] != result["loss"] and not (tmp_path / "never/epoch-2/reference.safetensors").exists()
-
-
-def test_a_frozen_copy_is_the_student_as_it_was(golden):
-    ids = torch.arange(1, 9)[None]
-    student, base = golden.load().train().requires_grad_(True), golden.load()(ids)
-    reference = train.FrozenCopy(student, golden.load())
-    with torch.no_grad():
-        for p in student.parameters():
-            p.mul_(1.1)
-    assert torch.equal(reference(ids), base) and not reference.kept
-    reference.update()
-    now = student.eval()(ids)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.mul_(1.1)
-    assert torch.equal(reference(ids), now) and not torch.equal(student(ids), now)
-    assert not reference(ids).requires_grad and student(ids).requires_grad
-    other = train.FrozenCopy(student, golden.load())
-    other.restore(reference.kept)
-    assert torch.equal(other(ids), now)
 
 
 def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
@@ -549,9 +538,9 @@ def test_only_what_was_changed_of_a_recipe_is_written_down():
     followed = train.TrainOptions(recipe="dream-prm12k", margin=0.1, batch_size=1)
     changed = train.TrainOptions(recipe="dream-prm12k", margin=0.3, batch_size=1)
     without = train.TrainOptions(margin=0.3)
-    assert "changed_from_recipe" not in train.identity(followed, [])
-    assert train.identity(changed, [])["changed_from_recipe"] == dict(margin=0.3)
-    assert "changed_from_recipe" not in train.identity(without, [])
+    assert "changed_from_recipe" not in resume.identity(followed, [])
+    assert resume.identity(changed, [])["changed_from_recipe"] == dict(margin=0.3)
+    assert "changed_from_recipe" not in resume.identity(without, [])
 
 
 # -------------------------------------------------------------------------------------------------- what is trained on
@@ -561,7 +550,7 @@ def prepared_records(tmp_path, **options):
     """The records that a run of these options trains on."""
     c = train.TrainOptions(keep="all", out=str(tmp_path / "R"), **options)
     loaded = loading.load_model(c, torchrun.Processes("cpu"))
-    parameters, _ = train.objective_parameters(c)
+    parameters, _ = objective_options.chosen(c)
     return records.training_records(c, loaded, parameters, torchrun.Processes("cpu"))
 
 
@@ -820,11 +809,11 @@ def test_the_held_out_loss_is_one_mean_over_rows(tiny, uneven, tmp_path, monkeyp
 
 def test_held_out_and_trained_on_are_all_records():
     records = [dict(id=i) for i in range(10)]
-    held_out, rest = train.split_off(records, train.TrainOptions(held_out=3, seed=1))
+    held_out, rest = train.split_held_out(records, train.TrainOptions(held_out=3, seed=1))
     assert len(held_out) == 3
     assert sorted(r["id"] for r in held_out + rest) == list(range(10))
-    assert train.split_off(records, train.TrainOptions(held_out=3, seed=1)) == (held_out, rest)
-    assert train.split_off(records, train.TrainOptions(held_out=3, seed=2))[0] != held_out
+    assert train.split_held_out(records, train.TrainOptions(held_out=3, seed=1)) == (held_out, rest)
+    assert train.split_held_out(records, train.TrainOptions(held_out=3, seed=2))[0] != held_out
 
 
 def test_a_finished_run_goes_on_with_more_epochs(tiny, trajectories, trained, tmp_path, capsys):

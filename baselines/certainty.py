@@ -1,0 +1,94 @@
+"""dParallel: certainty forcing.
+
+    baselines.dparallel(m, batch)["loss"].backward()
+
+Source: the dParallel paper (arXiv 2509.26488). Dimensions: B batch, N response, K positions asked for, V vocabulary.
+"""
+
+import torch
+
+from baselines.common import bernoulli, nll
+from objectives import (
+    Objective,
+    Option,
+    entropy,
+    log_probs,
+    masked_mean,
+    per_row,
+    place_of,
+    select,
+    uniform_int,
+    was_decoded,
+)
+
+
+def dparallel(
+    m, batch, block_length=32, weight=2.0, temperature=0.5, block=None, mask=None, generator=None, mask_id=None
+):  # fmt: skip
+    """In a random block of the response each position is masked with probability 1/2, in a second pass the others; all
+    before the block is visible, all after it masked -> dict(loss, ce, certainty, right); the loss of a pass is
+    ce + weight * certainty, of a row the mean of its passes.
+
+        ce        = mean over the block's masked positions of -log p(x0)
+        certainty = mean entropy, nats at this temperature, over those whose argmax is right
+
+    block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block.
+    right: share of the masked positions whose argmax is right.
+
+    Our reading of the paper: a pass that masks nothing (a short last block) does not count. Raises ValueError for a
+    block beyond the response."""
+    # 1. a block of each row, and what its first pass masks
+    place, real, generators = place_of(batch["order"]), was_decoded(batch), per_row(generator, len(batch["length"]))
+    begin = begin_of_blocks(batch["length"], block_length, block, generators)[:, None]  # [B, 1]
+    inside = (place >= begin) & (place < begin + block_length) & real  # [B, N]
+    if mask is None:
+        mask = draw_halves(batch, generators)  # [B, N]
+
+    passes, counts = [], []
+    for masked in (inside & mask, inside & ~mask):
+        # 2. the model on the block's visible half and all before it
+        positions, asked = select(masked, place)  # [B, K]
+        visible = real & ((place < begin) | (inside & ~masked))
+        logp = log_probs(m, batch, visible, positions, mask_id)  # [B, K, V]
+
+        # 3. its cross-entropy on the other half, and its entropy where it is right
+        right = (logp.argmax(-1) == batch["response_ids"].gather(1, positions)) & asked
+        ce = masked_mean(nll(logp, batch, positions), asked)  # [B]
+        certainty = masked_mean(entropy(logp / temperature), right)
+        passes.append(torch.stack((ce, certainty, masked_mean(right.float(), asked))))
+        counts.append(asked.any(1))
+
+    # 4. the mean over the passes that mask something: [3, B, 2] and [B, 2] -> [3, B], and over the rows
+    ce, certainty, right = masked_mean(torch.stack(passes, dim=-1), torch.stack(counts, dim=-1)).mean(1)
+    loss = ce + weight * certainty
+    return dict(loss=loss, ce=ce.detach(), certainty=certainty.detach(), right=right.detach())
+
+
+def begin_of_blocks(length, block_length, block, generators):
+    """Where a block of each response begins, the given or a random one: int64 [B]."""
+    if block is None:
+        block = [uniform_int(0, (n - 1) // block_length, g) for n, g in zip(length.tolist(), generators)]
+    begin = torch.as_tensor(block).to(length.device) * block_length
+    if (begin >= length).any():
+        blocks = f"blocks {begin.tolist()} of {block_length}"
+        raise ValueError(f"{blocks} begin beyond the end of responses of {length.tolist()} tokens")
+    return begin
+
+
+def draw_halves(batch, generators):
+    """True with probability 1/2 at each token of each response: bool [B, N]."""
+    mask = torch.zeros_like(batch["order"], dtype=torch.bool)
+    for row, n, g in zip(mask, batch["length"].tolist(), generators):
+        row[:n] = bernoulli(n, 0.5, g).to(row.device)
+    return mask
+
+
+DPARALLEL = Objective(
+    loss=dparallel,
+    source="dParallel",
+    options=dict(
+        block_length=Option("block length in tokens", kind=int, low=1),
+        weight=Option("weight of the certainty", low=0),
+        temperature=Option("temperature at which the certainty is taken", low=0.01),
+    ),
+)

@@ -1,0 +1,55 @@
+"""The weights that a training run trains: an adapter, new or of a folder, or all of them.
+
+c = adapters.with_adapter(c)                # TrainOptions, with the rank, alpha and layers of --adapter
+weights = adapters.trainable(c, m, last)    # {name: parameter}
+"""
+
+import dataclasses
+
+import data
+import lora
+from release import recipes
+from runs.options import flag
+
+
+def with_adapter(c):
+    """c with the rank, alpha and targets of its adapter: of --adapter where no flag says otherwise, else 16, 16 and
+    q_proj, v_proj. Raises ValueError for a flag that contradicts the adapter."""
+    known = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj"))
+    if c.adapter is not None and c.lora_rank != 0:
+        stored = lora.settings(c.adapter)
+        known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
+        for name, value in known.items():
+            given = getattr(c, name)
+            if given in (None, value) or (name == "lora_targets" and isinstance(value, str)):
+                continue  # of a pattern trainable() compares the layers
+            if name == "lora_targets" and set(given) == set(value):
+                continue
+            way_out = "leave the flag out"
+            if recipes.settings(c.recipe).get(name) == given:  # nobody gave the flag
+                as_flag = ",".join(value) if name == "lora_targets" else value
+                way_out = f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag}, or start from another adapter"
+            raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; {way_out}")
+    changes = {}
+    for name, value in known.items():
+        if getattr(c, name) is None:
+            changes[name] = value
+    return dataclasses.replace(c, **changes)
+
+
+def trainable(c, m, last):
+    """The weights to train, by name: all of them, or those of an adapter, new or as in a checkpoint."""
+    if c.lora_rank == 0:
+        m.requires_grad_(True)
+    elif last or c.adapter:  # the checkpoint before the adapter: a continued run is past its start
+        lora.load(m, last or c.adapter)
+        if lora.find(m, c.lora_targets).keys() != lora.layers(m).keys():
+            raise ValueError(
+                f"--lora-targets {c.lora_targets}: {last or c.adapter} has other layers; leave the flag out"
+            )
+        for layer in lora.layers(m).values():
+            layer.dropout = c.lora_dropout
+    else:
+        start = data.generator(c.seed, "lora")
+        lora.inject(m, c.lora_rank, c.lora_alpha, c.lora_targets, c.lora_dropout, start)
+    return {name: p for name, p in m.named_parameters() if p.requires_grad}
