@@ -44,12 +44,15 @@ from runs.options import field_names, flag, name_list, opt
 
 
 def objective_options():
-    """Every option in objectives.OBJECTIVES as a field for make_dataclass: [(name, type, field)]."""
+    """--objective and every option in objectives.OBJECTIVES as fields for make_dataclass: [(name, type, field)]."""
+    sources = ", ".join(f"{name} ({objective.source})" for name, objective in objectives.OBJECTIVES.items())
+    objective = opt("tabom", f"what to train: {sources}", choices=tuple(objectives.OBJECTIVES))
     users = {}  # option -> {objective: Option}
-    for name, objective in objectives.OBJECTIVES.items():
-        for option, declared in objective.options.items():
+    for name, entry in objectives.OBJECTIVES.items():
+        for option, declared in entry.options.items():
             users.setdefault(option, {})[name] = declared
-    return [objective_option(option, declared) for option, declared in users.items()]
+    more = [objective_option(option, declared) for option, declared in users.items()]
+    return [("objective", str, objective), *more]
 
 
 def objective_option(name, declared):
@@ -81,8 +84,6 @@ def default_of(objective, option):
 ObjectiveOptions = dataclasses.make_dataclass(
     "ObjectiveOptions", objective_options(), namespace=dict(__doc__="the objective", __module__=__name__)
 )
-
-SOURCES = ", ".join(f"{name} ({objective.source})" for name, objective in objectives.OBJECTIVES.items())
 
 # The four recipes of the authors' release (tonyckc/TABOM). All else is the same in them, and the default here: W 32,
 # LoRA of rank and alpha 16, 5 epochs, weight decay 0.01, clipping at 1, 50 steps of warm-up.
@@ -134,7 +135,6 @@ class TrainOptions(ObjectiveOptions, loading.ModelOptions, loading.DatasetOption
         + "; ".join(f"{name}: {recipe_help(recipe)}" for name, recipe in RECIPES.items()),
         choices=tuple(RECIPES),
     )
-    objective: str = opt("tabom", f"what to train: {SOURCES}", choices=tuple(objectives.OBJECTIVES))
     grid: str | None = opt(
         None,
         "block-causal models: where blocks are counted from, the start of the row or the end of its prompt (as the "
@@ -195,6 +195,8 @@ def objective_parameters(c):
     objective, used, unused = objectives.OBJECTIVES[c.objective], {}, []
     for name in field_names(ObjectiveOptions):
         given = getattr(c, name)
+        if name == "objective":
+            continue
         if name in objective.options:
             used[name] = default_of(c.objective, name) if given is None else given
         elif given is not None:
@@ -202,8 +204,8 @@ def objective_parameters(c):
     try:
         idle = objective.check(used) or ()
     except ValueError as e:  # it speaks of parameters
-        named = re.compile(rf"\b({'|'.join(used)})\b(?= )")
-        raise ValueError(named.sub(lambda found: flag(found[0]), str(e))) from e
+        named = re.compile(rf"\b({'|'.join(used)}) (?:'([^']*)')?")  # window 1, starts 'non-ltr'
+        raise ValueError(named.sub(lambda found: f"{flag(found[1])} {found[2] or ''}", str(e))) from e
     unused += [name for name in idle if getattr(c, name) is not None]
     if c.shard and not objective.lockstep(used):
         raise ValueError(
