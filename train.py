@@ -51,7 +51,6 @@ class TrainOptions(
         f"settings of one of the authors' recipes; flags on the command line win: {recipes.help()}",
         choices=tuple(recipes.RECIPES),
     )
-    objective: str = opt("tabom", f"what to train: {objective_options.SOURCES}", choices=tuple(objectives.OBJECTIVES))
     keep: str | None = opt(
         None,
         "trajectories to train on; correct: finished, and not judged wrong",

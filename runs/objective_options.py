@@ -16,12 +16,14 @@ from runs.options import field_names, flag, opt
 
 
 def fields_of_all():
-    """Every option in objectives.OBJECTIVES as a field for make_dataclass: [(name, type, field)]."""
+    """--objective and every option in objectives.OBJECTIVES as fields for make_dataclass: [(name, type, field)]."""
+    sources = ", ".join(f"{name} ({objective.source})" for name, objective in objectives.OBJECTIVES.items())
+    objective = opt("tabom", f"what to train: {sources}", choices=tuple(objectives.OBJECTIVES))
     users = {}  # option -> {objective: Option}
-    for name, objective in objectives.OBJECTIVES.items():
-        for option, declared in objective.options.items():
+    for name, entry in objectives.OBJECTIVES.items():
+        for option, declared in entry.options.items():
             users.setdefault(option, {})[name] = declared
-    return [field_of(option, declared) for option, declared in users.items()]
+    return [("objective", str, objective), *(field_of(option, declared) for option, declared in users.items())]
 
 
 def field_of(name, declared):
@@ -53,14 +55,13 @@ def default_of(objective, option):
 ObjectiveOptions = dataclasses.make_dataclass(
     "ObjectiveOptions", fields_of_all(), namespace=dict(__doc__="the objective", __module__=__name__)
 )
-SOURCES = ", ".join(f"{name} ({objective.source})" for name, objective in objectives.OBJECTIVES.items())
 
 
 def chosen(c):
     """(the parameters of the objective that c names: those given and its defaults; the names of the options that are
     given and not used). Raises ValueError for options that exclude each other."""
     objective, used, unused = objectives.OBJECTIVES[c.objective], {}, []
-    for name in field_names(ObjectiveOptions):
+    for name in field_names(ObjectiveOptions)[1:]:  # all but the objective itself
         given = getattr(c, name)
         if name in objective.options:
             used[name] = default_of(c.objective, name) if given is None else given
@@ -69,6 +70,6 @@ def chosen(c):
     try:
         idle = objective.check(used) or ()
     except ValueError as e:  # it speaks of parameters
-        named = re.compile(rf"\b({'|'.join(used)})\b(?= )")
-        raise ValueError(named.sub(lambda found: flag(found[0]), str(e))) from e
+        named = re.compile(rf"\b({'|'.join(used)}) (?:'([^']*)')?")  # window 1, starts 'non-ltr'
+        raise ValueError(named.sub(lambda found: f"{flag(found[1])} {found[2] or ''}", str(e))) from e
     return used, unused + [name for name in idle if getattr(c, name) is not None]

@@ -8,7 +8,6 @@ A run may be killed at any time: what it has finished stays whole, and the same 
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -24,6 +23,7 @@ import lora
 import model
 from release import recipes
 from runs import disk, objective_options, shard, torchrun
+from runs.options import field_names
 
 MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
 TRAINER = ("optimizer.safetensors", "reference.safetensors", "trainer.json", MANIFEST)  # for a continued run alone
@@ -39,10 +39,11 @@ MAY_MOVE = ("model", "data", "adapter")
 def identity(c, records):
     """What a training run is, for its meta.json: its options, but for MAY_CHANGE_ON_RESUME and those of its objective,
     and the data by their content."""
-    settings, of_objectives = {}, objective_options.ObjectiveOptions.__dataclass_fields__
-    for f in dataclasses.fields(c):
-        if f.name not in MAY_CHANGE_ON_RESUME and f.name not in of_objectives:
-            settings[f.name] = getattr(c, f.name)
+    settings = dict(objective=c.objective)
+    left_out = {*MAY_CHANGE_ON_RESUME, *field_names(objective_options.ObjectiveOptions)}
+    for name in field_names(type(c)):
+        if name not in left_out:
+            settings[name] = getattr(c, name)
     for name, value in recipes.settings(c.recipe).items():
         if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
