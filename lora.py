@@ -330,7 +330,7 @@ def read_json(file):
     try:
         return {} | json.loads(file.read_text(encoding="utf-8-sig"))  # an error where it is no object
     except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file}: not a JSON object ({e})") from e
+        raise ValueError(f"{file}: not valid JSON, or no object ({e})") from e
 
 
 def settings(path):

@@ -113,7 +113,7 @@ def rotate(x, cos, sin):
 
 def pick(x, at):
     """x [1 or B, L, D] at the places at [B, P] -> [B, P, D]."""
-    return x.take_along_dim(at[..., None], dim=1)
+    return x.expand(len(at), -1, -1).gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def attend(q, k, v, mask):
@@ -401,7 +401,7 @@ def resolve(path):
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is an adapter, not a model: load the model that it was made for, then it")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
-        raise FileNotFoundError(f"no model in {path}: give a folder with config.json, or a Hub repo id (owner/name)")
+        raise FileNotFoundError(f"no model folder {path}: no config.json in {folder}, and no Hub repo id (owner/name)")
     # Imported for a Hub id only: everything else works without the package.
     from huggingface_hub import snapshot_download
 
@@ -483,7 +483,9 @@ def find_tensors(folder):
         raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
     files, found = sorted(set(listed.values())) or ["model.safetensors"], {}
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{folder}: no {', '.join(missing)} (one file, or all that {index.name} names)")
+        raise FileNotFoundError(
+            f"{folder}: missing {', '.join(missing)}: no model.safetensors, or not all that its index names"
+        )
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as f:
@@ -512,7 +514,7 @@ def read_json(file):
     try:
         return {} | json.loads(file.read_text(encoding="utf-8-sig"))  # of two objects only
     except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file}: not a JSON object ({e})") from e
+        raise ValueError(f"{file}: not valid JSON, or no object ({e})") from e
 
 
 def save(m, path, whole=torch.detach, write=True):

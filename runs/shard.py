@@ -59,13 +59,12 @@ def whole(tensor):
 def fill(target, file, name):
     """Copy a tensor of an open safetensors file into target -> the part of target that this process holds: of one that
     is spread over processes only its rows, which alone are read."""
-    part, values = target, None
-    if isinstance(target, DTensor):
-        part, each = target.to_local(), -(-len(target) // target.device_mesh.size())  # FSDP2 cuts as torch.chunk does
-        start = min(each * target.device_mesh.get_local_rank(), len(target))
-        values = file.get_slice(name)[start : start + len(part)]
-    part.detach().copy_(file.get_tensor(name) if values is None else values)
-    return part
+    target = target.detach()
+    if not isinstance(target, DTensor):
+        return target.copy_(file.get_tensor(name))
+    part, each = target.to_local(), -(-len(target) // target.device_mesh.size())  # FSDP2 cuts rows as torch.chunk does
+    start = min(each * target.device_mesh.get_local_rank(), len(target))
+    return part.copy_(file.get_slice(name)[start : start + len(part)])
 
 
 def save(state, folder):

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from test_model import GOLDEN, close, config_of, naive, tensors_by_file
 
+import decode
 import model
+from runs import loading
 
 QWEN3 = ("sdar", "a2d")
 
@@ -172,6 +174,21 @@ def test_no_cache_where_keys_change(qwen3):
     m.config.block_length = None
     with pytest.raises(ValueError, match="block_length"):
         m.new_cache(1, 4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_a_cache_of_any_length(qwen3):
+    """One graph for the last block and one for the others, each for a first call and for all sizes: not one a step."""
+    m, plain = model.load(qwen3[0]), model.load(qwen3[0])
+    m.config.block_length = plain.config.block_length = 4
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loading.compile_blocks(m, backend="eager", fullgraph=True)
+    ids, mask = padded_rows(m, qwen3[1]["logits.ids"], [9, 6])
+    options = dict(max_new_tokens=16, steps=16, schedule="sdar", strategy="confidence")
+    found, expected = (decode.generate(x, ids, mask, **options) for x in (m, plain))
+    assert torch.equal(found.response, expected.response)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
 # ------------------------------------------------------------------------------------------------------ in training

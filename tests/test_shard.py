@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import HUNG, fails, flags, interpreter, meta, metrics, run, run_train, shell, start, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model
 from experiments import cost
@@ -255,3 +255,31 @@ def test_state_is_stored_and_read_without_other_processes(tmp_path):
         assert torch.equal(found[name], tensor)
     with pytest.raises(OSError, match="nowhere"):
         shard.load(found, tmp_path / "nowhere")
+
+
+TIED = """
+import functools, sys
+import torch
+import model
+from runs import shard, torchrun
+processes = torchrun.Processes("cpu")
+m = model.load(sys.argv[1], place=functools.partial(shard.spread, device="cpu"), fill=shard.fill)
+assert torch.equal(shard.whole(m.embed.weight), model.load(sys.argv[1]).embed.weight)
+print("loaded")
+torchrun.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_stored_copy_of_a_tied_head_is_compared_part_by_part(tmp_path):
+    raw = dict(cost.LLADA, d_model=32, n_layers=1, n_heads=2, mlp_hidden_size=32, vocab_size=33, weight_tying=True)
+    m = model.create(raw | dict(mask_token_id=1, eos_token_id=2))
+    model.save(m, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[m.checkpoint_name("head.weight")] = m.embed.weight.detach().clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "program.py").write_text(TIED)
+    command, env = interpreter(tmp_path / "program.py", 2)
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=env, timeout=HUNG)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loaded") == 2
