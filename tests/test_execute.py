@@ -330,17 +330,15 @@ def test_ip_sockets_need_a_network_of_their_own(kind):
 FILES = """
 import os, time
 for n in range({}):
-    with open(str(n), 'wb') as f: os.posix_fallocate(f.fileno(), 0, {})
+    with open(str(n), 'wb') as f: os.posix_fallocate(f.fileno(), 0, 2**24)
 """
+ENTRIES = "import os, time\nfor n in range({}): os.symlink('nowhere', str(n))\n"
 
 
-@pytest.mark.parametrize("files, each", [(3, 2**24), (5, 2**24), (4200, 1)])
-def test_a_folder_on_the_disk_has_a_bound(files, each):
-    program = FILES.format(files, each)
-    if files == 3:
-        assert passes(program + RIGHT, without=("namespaces",))
-        return
-    result = execute.run(program + "time.sleep(1000)", CHECK, timeout=60, without=("namespaces",))
+@pytest.mark.parametrize("program, few, many", [(FILES, 3, 5), (ENTRIES, 3000, 4200)], ids=["bytes", "entries"])
+def test_a_folder_on_the_disk_has_a_bound(program, few, many):
+    assert passes(program.format(few) + RIGHT, without=("namespaces",))
+    result = execute.run(program.format(many) + "time.sleep(1000)", CHECK, timeout=60, without=("namespaces",))
     assert result["reason"] == "out of disk space"
     assert not left_behind()
 
