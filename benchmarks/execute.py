@@ -712,7 +712,7 @@ def receive(stream):
         line = stream.readline(MAX_MESSAGE)
     if line.endswith(b"\n"):
         return json.loads(line)
-    raise ProgramEnded("its answer is too long" if len(line) == MAX_MESSAGE else "before its checks did")
+    raise ProgramEnded("its answer is too long" if len(line) >= MAX_MESSAGE else "before its checks did")
 
 
 # --------------------------------------------------------------------------------------- the judge
