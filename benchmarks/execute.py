@@ -336,10 +336,10 @@ def descendants():
 
 
 def cpu_time(alive, seen):
-    """Seconds of CPU time that all descendants used, ever. alive: as descendants() gives them.
-    seen: those of earlier looks too, kept here.
+    """Seconds of CPU time that all descendants have used, the living and those that have ended.
+    alive: as descendants() gives them. seen: the same of all looks, kept here.
 
-    For those that have ended it is what was waited for or what was last seen, whichever is more: a
+    Of those that have ended it is what was waited for or what was last seen, whichever is more: a
     program need not wait for its children."""
     seen.update(alive)
     living = sum(own for own, _ in alive.values())
@@ -579,7 +579,9 @@ def seccomp(ip):
     name, column = MACHINES[os.uname().machine]
     number, no = (LOAD, 0, 0, 0), (RETURN, 0, 0, ERROR + errno.EPERM)
 
-    def refuse(numbers, *conditions):  # each: which argument, comparison, value, whether that is to hold; all must
+    def refuse(numbers, *conditions):
+        """Adds the steps for one system call: refused where every condition (which argument,
+        comparison, value, whether it is to hold) is met; `number` is loaded before and after."""
         steps.append((EQUAL, 0, 2 * len(conditions) + 2, numbers[column]))
         for left, (argument, comparison, value, holds) in zip(range(len(conditions))[::-1], conditions):
             steps.append((LOAD, 0, 0, 16 + 8 * argument))
@@ -629,7 +631,7 @@ PURE = "math cmath re string random copy collections itertools functools operato
 EXACT = {int: int.__int__, float: float.__float__, str: str.__str__, bytes: bytes, bytearray: bytearray}
 EXACT |= {ChainMap: dict, UserDict: dict, MappingProxyType: dict, UserList: list, UserString: str}
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-PARTS = {  # kind: the parts of a value, the value of the parts
+PARTS = {  # kind: (the parts that a value is sent as, the value that they make)
     bytes: (lambda x: [x.hex()], bytes.fromhex),
     bytearray: (lambda x: [x.hex()], bytearray.fromhex),
     complex: (lambda x: [x.real, x.imag], complex),
