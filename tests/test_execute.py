@@ -3,6 +3,7 @@
 python -m pytest tests/test_execute.py
 """
 
+import importlib
 import json
 import math
 import os
@@ -308,8 +309,9 @@ def test_memory_that_is_counted_for_nobody_is_refused(name):
     assert result["reason"].startswith("PermissionError"), result
 
 
-def test_a_device_that_gives_shared_memory_is_out_of_reach():
-    result = execute.run("open('/dev/zero', 'r+b')" + RIGHT, CHECK)
+@pytest.mark.parametrize("without", [(), ("landlock",)])
+def test_a_device_that_gives_shared_memory_is_out_of_reach(without):
+    result = execute.run("open('/dev/zero', 'rb')" + RIGHT, CHECK, without=without)
     if not {"root", "landlock"} & set(result["walls"]):
         pytest.skip(f"no wall before files; in force: {result['walls']}")
     assert re.search("PermissionError|FileNotFoundError", result["reason"]), result
@@ -399,6 +401,17 @@ def test_the_cpu_time_of_all_processes_adds_up(processes):
     if processes == CHILDREN:  # its end is not before theirs
         assert not passes(BURN + processes + RIGHT, timeout=1)
         assert passes(BURN + processes + RIGHT, timeout=30)
+
+
+def test_cpu_time_that_no_look_has_seen_counts_at_the_end(tmp_path, monkeypatch):
+    text = Path(execute.__file__).read_text()
+    for name, value in dict(LOOK=10000, CLOCK=1000).items():  # no look, and all the time of a busy machine
+        text, found = re.subn(rf"^{name} = [0-9.]+ ", f"{name} = {value} ", text, flags=re.M)
+        assert found == 1
+    (tmp_path / "blind.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    blind = importlib.import_module("blind")
+    assert blind.run(BURN + CHILDREN + RIGHT, CHECK, timeout=1)["reason"] == "out of CPU time"
 
 
 def test_cpu_time_is_that_of_the_living_and_of_those_that_ended():
