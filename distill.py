@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import data
 import evaluate
+from benchmarks import answers
 from runs import disk, loading, torchrun
 from runs.options import opt
 
@@ -32,8 +33,13 @@ class DistillOptions(loading.ModelOptions, loading.DecodeOptions, loading.Datase
     check: str = opt(
         "auto",
         "how a response is compared with the answer: by final number, math-verify, exact text or not at all; "
-        "auto: number or math as the answer is, no verdict on prose",
-        choices=evaluate.CHECKS,
+        "auto: number, letter or math as the answer is, no verdict on other text that is not the same",
+        choices=answers.CHECKS,
+    )
+    keep: str = opt(
+        "correct",
+        "which trajectories count as kept and go into release.jsonl, as train's --keep; out has all of them",
+        choices=("correct", "finished", "all"),
     )
 
 
@@ -56,17 +62,18 @@ def distill(c, processes=None, loaded=None):
     out = disk.open_run(c.out, meta, processes, free=("limit", "prompts", *by_content))
 
     def judge(batch, records):
-        return [dict(correct=evaluate.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
+        return [dict(correct=answers.check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
 
     new = evaluate.answer_all(c, processes, loaded, examples, settings, out, judge)
     records = evaluate.read_verdicts(out)
-    unchecked = sum(r["correct"] is None and data.usable(r) for r in records)
+    kept = [r for r in records if data.usable(r, c.keep)]
+    unchecked = sum(r["correct"] is None for r in kept)
     if unchecked and c.check != "none":
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
     if c.format == "release" and processes.first:
         with disk.atomic_file(out / "release.jsonl") as f:
             method = RELEASE_METHODS.get(settings["strategy"], settings["strategy"])
-            for record in filter(data.usable, records):
+            for record in kept:
                 f.write(disk.json_line(data.to_release_format(record, loaded.m.config.pad_id, method)))
     return dict(
         out=str(out),
@@ -75,8 +82,8 @@ def distill(c, processes=None, loaded=None):
         finished=sum(r["finished"] for r in records),
         checked=sum(r["correct"] is not None for r in records),
         correct=sum(r["correct"] is True for r in records),
-        kept=sum(map(data.usable, records)),
-        unchecked=unchecked,
+        kept=len(kept),
+        unchecked=sum(r["correct"] is None for r in records),
     )
 
 
