@@ -80,6 +80,22 @@ def test_the_number_of_steps_is_that_of_the_last_who_speaks_of_it(tmp_path, own,
     assert (found["max_new_tokens"], found.get("steps"), found.get("tokens_per_step")) == wanted
 
 
+def test_a_score_is_over_all_questions():
+    found = [dict(correct=True), dict(correct=None, reason="not graded (x)"), dict(correct=False), dict(correct=True)]
+    score = evaluate.score("math500", found)
+    assert (score["n"], score["correct"], score["score"], score["not_graded"]) == (4, 2, 50.0, 1)
+    score = evaluate.score("math500", found, ["a", "b", "c", "c"])  # c was answered twice
+    assert (score["n"], score["correct"], score["score"]) == (3, 1.5, 50.0)
+    assert evaluate.score("gsm8k", [dict(correct=True)] * 3, [0] * 3)["correct"] == 1
+
+
+def test_the_table_says_how_many_answers_could_not_be_graded():
+    score = evaluate.score("math500", [dict(correct=True), dict(correct=None, reason="not graded (x)")])
+    decoder = dict(max_new_tokens=8, steps=8, block_length=None)
+    table = evaluate.score_table([dict(score, decoder=decoder, finished=100.0, protocol="paper", shots=0, seed=0)])
+    assert "math500: 1 of 2 answers could not be graded and count as wrong" in table
+
+
 def test_wilson_interval():
     low, high = evaluate.wilson(50, 100)
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))

@@ -99,7 +99,7 @@ def judge(c, responses, chosen):
     whole, rest = {}, {}  # number of a response -> what is graded of it
     for i, r in enumerate(responses):
         text = r.text
-        if hasattr(benchmark, "program"):
+        if hasattr(benchmark, "defines"):
             text = ended(text)
             program = None
             with contextlib.suppress(*evaluate.FAULTS):  # of a record, of which verdicts() tells
@@ -113,7 +113,7 @@ def judge(c, responses, chosen):
         judged = evaluate.verdicts(c.task, records, list(texts.values()), c.family, c.protocol, **how)
         for i, verdict in zip(texts, judged):
             found[i] = verdict
-    if not hasattr(benchmark, "program"):
+    if not hasattr(benchmark, "defines"):
         return found, {}
     for i, text in rest.items():
         lost += text != ended(responses[i].text) and without_function(text, found[i])
@@ -205,9 +205,11 @@ def whole_program(benchmark, record, text):
     """The program of a response that holds the asked function itself: all of it, its first fenced block with the
     function, or the lines of it that are Python. None for one that continues the prompt, and where the function is
     missing."""
+    if benchmark.defines(record, text):
+        return text
     if benchmark.continues(text):
         return None
-    for code in (text, *fenced_blocks(text)):
+    for code in fenced_blocks(text):
         if benchmark.defines(record, code):
             return code
     if "def " not in text:
