@@ -60,7 +60,10 @@ def check_auto(response, asked):
         return True
     letter = sole_letter(asked)
     if letter is not None:  # 2. a letter: "B", "(B)", "B."
-        return final_choice(response) == letter
+        chosen = final_choice(response)
+        if chosen is None and asked != letter:  # "(B)" names an option, which the response may spell out: "Paris"
+            return None
+        return chosen == letter
     gold, found = sole_number(asked), final_number(response)
     if gold is not None and (found is not None or not EXPRESSION.search(response)):  # 3. a number: "72", "US$1,000"
         return found == gold

@@ -263,6 +263,7 @@ def test_a_letter_is_one_however_it_is_written(answer):
     assert answers.check("auto", "The answer is (B).", answer) is True
     assert answers.check("auto", "It is B, since C is too small: B", answer) is True
     assert answers.check("auto", "The answer is C.", answer) is False
+    assert answers.check("auto", "Paris", answer) is (False if answers.reference(answer) == "B" else None)
 
 
 @pytest.mark.parametrize(
