@@ -90,7 +90,7 @@ def check_math(response, asked):
 
 # ------------------------------------------------------------------------------------- the answer of a response
 
-BOX = re.compile(r"\\?\bf?box(?:ed)?\s*\{")  # some write boxed{27}
+BOX = re.compile(r"(?:\\f?box|\\?\bboxed)\s*\{")  # some write boxed{27}
 HASHES = re.compile(r"####+[ \t]*\n?([^\n]*)")
 NUMBER_FIRST = re.compile(r"[-\s$]*\d[\d,]*(?:\.\d+)?(?![\d.)])")  # "18 km", and not "Step 3" or "3. Add"
 
