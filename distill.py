@@ -42,8 +42,13 @@ class DistillOptions(loading.ModelOptions, loading.DecodeOptions, loading.Datase
     check: str = opt(
         "auto",
         "how a response is compared with the answer: by final number, math-verify, exact text or not at all; "
-        "auto: number or math as the answer is, no verdict on prose",
+        "auto: number, letter or math as the answer is, no verdict on other text that is not the same",
         choices=CHECKS,
+    )
+    keep: str = opt(
+        "correct",
+        "which trajectories count as kept, as train's --keep, and go into the file of another --format; out has all",
+        choices=("correct", "finished", "all"),
     )
 
 
@@ -83,11 +88,12 @@ def distill(c, processes=None, loaded=None):
 
     new = answer_all(c, processes, loaded, examples, settings, out, judge)
     records = read_verdicts(out)
-    unchecked = sum(r["correct"] is None and data.usable(r) for r in records)
+    kept = [r for r in records if data.usable(r, c.keep)]
+    unchecked = sum(r["correct"] is None for r in kept)
     if unchecked and c.check != "none":
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
     if FORMATS[c.format] and processes.first:
-        importlib.import_module(FORMATS[c.format]).write(out, filter(data.usable, records), settings, loaded)
+        importlib.import_module(FORMATS[c.format]).write(out, kept, settings, loaded)
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -95,8 +101,8 @@ def distill(c, processes=None, loaded=None):
         finished=sum(r["finished"] for r in records),
         checked=sum(r["correct"] is not None for r in records),
         correct=sum(r["correct"] is True for r in records),
-        kept=sum(map(data.usable, records)),
-        unchecked=unchecked,
+        kept=len(kept),
+        unchecked=sum(r["correct"] is None for r in records),
     )
 
 

@@ -7,12 +7,14 @@ asked and graded: PROTOCOLS lists them, docs/choices.md compares them.
 """
 
 import ast
+import collections
 import contextlib
 import hashlib
 import importlib
 import importlib.metadata
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import data
@@ -255,12 +257,12 @@ def digest(rows):
 FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
-def verdicts(task, records, responses, family="dream", protocol="paper", math_gold=None):
+def verdicts(task, records, responses, family="dream", protocol="paper", **more):
     """A dict with correct and reason (IFEval: strict and loose, a boolean for each instruction) for every response.
 
-    A record that cannot be graded counts as wrong, with the fault as its reason; the others are graded all the same."""
+    A record that cannot be graded counts as wrong, with the fault as its reason; the others are graded all the same.
+    more: further arguments of the benchmark's grade or program: gold of math500, strict of gsm8k, whole of programs."""
     benchmark = TASKS[task]
-    more = dict(gold=math_gold) if task == "math500" else {}
     runs_programs = hasattr(benchmark, "program")
     work = benchmark.program if runs_programs else benchmark.grade
     found, jobs = [], []
@@ -288,26 +290,41 @@ def not_graded(record, fault):
     return verdict
 
 
-def score(task, found):
-    """Accuracy and its 95 % Wilson interval, in percent; for IFEval (prompt level, strict) also its other three."""
-    n, right, not_judged = len(found), 0, 0
-    for verdict in found:
-        right += verdict["correct"] is True
+def score(task, found, questions=None):
+    """Accuracy over all questions and its 95 % Wilson interval, in percent; for IFEval (prompt level, strict) also its
+    other three.
+
+    found: the verdicts. A response without one is no right one, and not_graded says how many there are. questions: of
+    each verdict, which question it is of, where some are answered more than once: such a question counts once, with
+    the mean of its responses."""
+    if questions is None:
+        questions = range(len(found))
+    times, right, not_judged = collections.Counter(questions), 0, 0
+    strict, loose, instructions, prompts_loose = 0, 0, 0, 0
+    for question, verdict in zip(questions, found):
+        share = Fraction(1, times[question])
+        right += share * (verdict["correct"] is True)
         not_judged += str(verdict.get("reason", "")).startswith("not graded")
-    interval = [round(100 * share, 2) for share in wilson(right, n)]
-    result = dict(task=task, n=n, correct=right, score=round(100 * right / n, 2), interval=interval)
+        if task == "ifeval":
+            strict += share * sum(verdict["strict"])
+            loose += share * sum(verdict["loose"])
+            instructions += share * len(verdict["strict"])
+            prompts_loose += share * all(verdict["loose"])
+    n = len(times)
+    interval = [round(100 * share, 2) for share in wilson(float(right), n)]
+    correct = int(right) if right == int(right) else round(float(right), 2)
+    result = dict(task=task, n=n, correct=correct, score=percent(right, n), interval=interval)
     if not_judged:
         result["not_graded"] = not_judged
     if task == "ifeval":
-        strict, loose, prompts_loose = [], [], 0
-        for verdict in found:
-            strict += verdict["strict"]
-            loose += verdict["loose"]
-            prompts_loose += all(verdict["loose"])
-        result["prompt_loose"] = round(100 * prompts_loose / n, 2)
-        result["instruction_strict"] = round(100 * sum(strict) / len(strict), 2)
-        result["instruction_loose"] = round(100 * sum(loose) / len(loose), 2)
+        result["prompt_loose"] = percent(prompts_loose, n)
+        result["instruction_strict"] = percent(strict, instructions)
+        result["instruction_loose"] = percent(loose, instructions)
     return result
+
+
+def percent(part, whole):
+    return round(float(100 * part / whole), 2)
 
 
 def wilson(right, n, z=1.96):
@@ -333,6 +350,9 @@ def score_table(scores):
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", paper, r["finished"], decoding]
         cells += [r["protocol"], r["shots"], r["seed"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    for r in scores:
+        if r.get("not_graded"):
+            lines.append(f"{r['task']}: {r['not_graded']} of {r['n']} answers could not be graded and count as wrong")
     for line in dict.fromkeys(r["paper_about"] for r in scores if "paper" in r):
         lines.append(line)
     return "\n".join(lines)

@@ -83,14 +83,18 @@ def trim(response, family="dream", protocol="paper"):
 MAX_LINES = 100  # of a program that sanitize() looks at, as in the official code
 
 
-def program(record, response, family="dream", protocol="paper"):
+def program(record, response, family="dream", protocol="paper", whole=False):
     """(program, tests, names): a program, the checks that it must pass, and the names that these
     take from it.
 
-    The checks start with what the prompt defines besides the asked function: three records' checks
-    call such a helper, which a program could otherwise define anew as it likes."""
+    whole: the response is a program with the asked function, not a text that continues the prompt;
+    it is run as it is, behind what the prompt defines besides. The checks start with what the prompt
+    defines besides the asked function: three records' checks call such a helper, which a program
+    could otherwise define anew as it likes."""
     prompt, entry = record["prompt"], record["entry_point"]
     tests = f"{helpers(prompt, entry, record['test'])}{record['test']}\ncheck({entry})\n"
+    if whole:
+        return with_prompt(prompt, entry, response), tests, [entry]
     if family == "llada" and protocol == "official":
         return prompt_and_block(prompt, response), tests, [entry]
     if family == "sdar" and protocol == "official":
@@ -98,17 +102,48 @@ def program(record, response, family="dream", protocol="paper"):
     return sanitize(prompt + "\n" + python_block(response), entry), tests, [entry]
 
 
+def continues(response):
+    """Whether a response goes on with the body of the function: its first line is indented."""
+    line = response.lstrip("\r\n").split("\n", 1)[0]
+    return line[:1] in (" ", "\t") and not line.lstrip().startswith(("```", "~~~"))
+
+
+def defines(record, code):
+    """Whether code is Python with the asked function at its top."""
+    tree = parsed(code) or ast.Module([])
+    names = {getattr(node, "name", None) for node in tree.body}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):  # add = lambda a, b: a + b
+            names.update(getattr(target, "id", None) for target in node.targets)
+    return record["entry_point"] in names
+
+
+def with_prompt(prompt, entry, code):
+    """A whole program behind what the prompt defines besides the asked function: its imports too."""
+    before = [text for _, text in besides(prompt, entry)]
+    if "from __future__" in code:  # which must come first
+        return "\n".join([code, *before])
+    return "\n".join([*before, code])
+
+
 def helpers(prompt, entry, test):
     """The source of a prompt without the function that is asked for, where the test calls another
     of it; else ""."""
+    found, called = besides(prompt, entry), False
+    for name, _ in found:
+        called = called or name is not None and f"{name}(" in test
+    return "\n".join([*(text for _, text in found), ""]) if called else ""
+
+
+def besides(prompt, entry):
+    """What a prompt defines besides the asked function: a list of (name or None, source)."""
     code = prompt if parsed(prompt) else prompt + "\n    pass\n"
-    tree, kept, called = parsed(code) or ast.Module([]), [], False
-    for node in tree.body:
+    found = []
+    for node in (parsed(code) or ast.Module([])).body:
         name = getattr(node, "name", None)
         if name != entry:
-            kept.append(source(code, node))
-            called = called or name is not None and f"{name}(" in test
-    return "\n".join([*kept, ""]) if called else ""
+            found.append((name, source(code, node)))
+    return found
 
 
 def prompt_and_block(prompt, response):

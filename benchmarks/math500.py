@@ -79,8 +79,9 @@ def grade(record, response, family="dream", protocol="paper", gold=None, timeout
 
     gold: "latex" hands math-verify the gold answer between "$", "raw" as it is; None takes the
     protocol's way. math-verify's own limits, 5 s for each parse and comparison, count as no answer;
-    so does `timeout` in seconds, which nothing escapes. Raises ImportError without math-verify,
-    ValueError for another gold."""
+    so does `timeout` in seconds, which nothing escapes. correct is None where math-verify cannot read
+    the reference answer; a raw one counts as wrong, as in the published code. Raises ImportError
+    without math-verify, ValueError for another gold."""
     gold = gold or ("raw" if protocol == "release" else "latex")
     if gold not in ("latex", "raw"):
         raise ValueError(f"gold {gold!r} is neither 'latex' nor 'raw'")
@@ -93,6 +94,10 @@ def grade(record, response, family="dream", protocol="paper", gold=None, timeout
         correct, extracted = math_judge(os.getpid())(answer, texts, timeout)
     except (TimeoutError, ChildProcessError, BrokenPipeError) as e:
         return dict(correct=False, reason=str(e), extracted=printable(boxed or ""))
+    if correct is None and gold == "latex":
+        reason = f"not graded (math-verify cannot read the reference {record['answer']:.100})"
+        return dict(correct=None, reason=reason, extracted=extracted and printable(extracted))
+    correct = bool(correct)
     if extracted is None:
         return dict(correct=False, reason="no answer in the response", extracted=None)
     extracted, relation = printable(extracted), "=" if correct else "is not"
@@ -146,9 +151,11 @@ out, sys.stdout = sys.stdout, sys.stderr
 print("ready", file=out, flush=True)
 for line in sys.stdin:
     gold, *texts = json.loads(line)
-    answer = next(filter(None, map(parse, texts)), [])
+    gold, answer = parse(gold), next(filter(None, map(parse, texts)), [])
     shown = str(answer[0]) if answer else None
-    print(json.dumps([bool(verify(parse(gold), answer)), shown]), file=out, flush=True)
+    right = verify(gold, answer)
+    read = not all(isinstance(one, str) for one in gold)  # what it cannot read it hands back as text
+    print(json.dumps([bool(right) if right or read else None, shown]), file=out, flush=True)
 """
 
 
@@ -160,7 +167,8 @@ class MathJudge:
         self.process, self.lock = None, threading.Lock()
 
     def __call__(self, gold, texts, timeout):
-        """Whether the first of the texts that holds an answer holds gold -> (verdict, the answer).
+        """Whether the first of the texts that holds an answer holds gold -> (verdict, the answer). The verdict is None
+        where math-verify cannot read gold.
 
         Raises TimeoutError after `timeout` seconds, ChildProcessError where math-verify ended (out
         of memory)."""

@@ -96,9 +96,9 @@ def trim(response, family="dream", protocol="paper"):
 # ------------------------------------------------------------------------------------- the program
 
 
-def program(record, response, family="dream", protocol="paper"):
+def program(record, response, family="dream", protocol="paper", whole=False):
     """(program, tests, names): a program, the checks that it must pass, and the names that these
-    take from it."""
+    take from it. whole: the response is a program, and nothing is cut off it."""
     tests = record["test_list"]
     if protocol == "release":
         tests = tests[:3]
@@ -109,8 +109,33 @@ def program(record, response, family="dream", protocol="paper"):
         code = marked_code(response)
     if family == "sdar" and protocol == "official":  # the last ```python block
         code = f"```python\n{function_head(record)}{response}".rsplit("```python\n", 1)[-1].split("```")[0]
+    if whole:
+        code = response
     names = sorted(defined_names(record.get("code") or ""))
     return code, "\n".join(tests).replace("\r\n", "\n"), names
+
+
+CODE = re.compile(r"(?:\s|#.*\n)*(?:def |class |import |from [\w.]+ import |@\w|\w+ *= )")
+
+
+def continues(response):
+    """Whether a response goes on behind "```python", with which the prompt ends: it begins with code, and a function
+    comes before any fence."""
+    before = response.split("```", 1)[0]
+    return bool(CODE.match(before)) and bool(re.search(r"\b(?:def|lambda)\b", before))
+
+
+def defines(record, code):
+    """Whether code is Python with a function at its top that the asserts call, of those of the reference solution if
+    there is one."""
+    names = defined_names(code)
+    for node in (parsed(code) or ast.Module([])).body:
+        if isinstance(node, ast.Assign):  # add = lambda a, b: a + b
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    if record.get("code"):
+        names &= defined_names(record["code"])
+    tests = "\n".join(record["test_list"])
+    return any(re.search(rf"\b{name}\s*\(", tests) for name in names)
 
 
 def python_block(text):

@@ -38,6 +38,7 @@ from pathlib import Path
 import data
 import distill
 import tokenizer
+from benchmarks import answers
 from experiments import mechanism, puzzles, report, sweep, tiny
 from release.recipes import RECIPES
 from runs import disk, torchrun
@@ -104,6 +105,10 @@ class ClaimsOptions:
     ground_truth: str | None = opt(None, "with --data: dataset whose answers SFT-GT trains on; without it no SFT-GT")
     recipe: str | None = opt(None, "with --data: settings of all rows, as in train", choices=tuple(RECIPES))
     methods: tuple | None = opt(None, "with --data: as in train", parse=name_list)
+    check: str | None = opt(None, "with --data: as in sweep (auto); the puzzles' is exact", choices=answers.CHECKS)
+    keep: str | None = opt(
+        None, "with --data: as in train (correct), as for the puzzles", choices=("correct", "finished", "all")
+    )
 
 
 def claims(c):
@@ -115,6 +120,9 @@ def claims(c):
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
     if c.data or c.model or c.test:
         return on_trajectories(c)
+    for name in ("check", "keep"):
+        if getattr(c, name) is not None:
+            raise ValueError(f"--{name} is for --data: puzzles are compared exactly, and the right ones are kept")
     for name in names:
         check_targets(name)
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
@@ -149,8 +157,9 @@ def on_trajectories(c):
         grid[f"{name}/seed-{seed}"] = settings
     given = dict(model=c.model, data=c.data, ground_truth=c.ground_truth, test=c.test, benchmarks=c.benchmarks)
     given.update(out=c.out or "out/claims", seed=c.seed, compile=c.compile, recipe=c.recipe, metric="last")
-    if c.methods:
-        given.update(methods=c.methods)  # else the recipe's
+    for name in ("methods", "check", "keep"):
+        if getattr(c, name):
+            given[name] = getattr(c, name)  # else the recipe's, or the sweep's
     return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **given), grid)
 
 
@@ -283,7 +292,7 @@ def make_base(c, alone, seed, base):
             where, source = base / "V" / f"{name}-{epoch}", base / "data" / f"validation_{name}.jsonl"
             options = sweep.decoding(s, None, source, where, s.seed, VALIDATED)
             score = distill.distill(dataclasses.replace(options, model=str(checkpoint)), alone)
-            solved.append([epoch, name, score["correct"] / score["checked"]])
+            solved.append([epoch, name, score["correct"] / score["trajectories"]])
             if solved[-1][-1] < ENOUGH:
                 return False
         return True

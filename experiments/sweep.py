@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ import lora
 import model
 import objectives
 import train
-from benchmarks.answers import CHECKS
+from benchmarks import answers
 from experiments import diagnose, stats
 from runs import disk, loading, objective_options, torchrun
 from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
@@ -72,7 +73,7 @@ class SweepOptions(train.TrainOptions):
         choices=("accuracy", "tds", "last"),
     )
     rounds: int = opt(1, "rounds of distilling with the chosen checkpoint and training on (ReDi)", low=1)
-    check: str = opt("auto", "how a response is compared with the answer", choices=CHECKS)
+    check: str = opt("auto", "how a response is compared with the answer", choices=answers.CHECKS)
     decode_batch: int = opt(16, "prompts decoded together", low=1)
     test_limit: int | None = opt(None, "use only the first TEST_LIMIT questions of each validation and test set", low=1)
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
@@ -454,19 +455,23 @@ def answer_tests(bench, checkpoint, folder, seed):
 
 
 def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
-    """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions)."""
+    """Answer the questions of a dataset or a benchmark -> dict(accuracy, questions, unchecked): the share of all
+    questions that are answered right, and how many answers nobody could judge."""
     c, loaded = bench.c, bench.at(checkpoint)
     if source in evaluate.TASKS:
         at = dict(tasks=(source,), data=c.benchmarks, out=str(folder), limit=c.test_limit)
         at.update(batch_size=c.decode_batch, tokens_per_step=at_once, seed=seed)
         c_task = evaluate.EvaluateOptions(**model_of(c, checkpoint), **machine_of(c), **at)
         (score,) = evaluate.evaluate(c_task, bench.processes, loaded)["scores"]
-        return dict(accuracy=score["correct"] / score["n"], questions=score["n"])
-    c_set = decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once)
-    score = distill.distill(c_set, bench.processes, loaded)
-    if not score["checked"]:
-        raise ValueError(f"{source}: no answer that --check {c.check} could compare with")
-    return dict(accuracy=score["correct"] / score["checked"], questions=score["checked"])
+        n, unchecked = score["n"], score.get("not_graded", 0)
+    else:
+        score = distill.distill(
+            decoding(c, checkpoint, source, folder, seed, c.test_limit, at_once), bench.processes, loaded
+        )
+        n, unchecked = score["trajectories"], score["unchecked"]
+        if unchecked == n:
+            raise ValueError(f"{source}: no answer that --check {c.check} could compare with")
+    return dict(accuracy=score["correct"] / n, questions=n, unchecked=unchecked)
 
 
 def order_of_answers(bench, checkpoint, source, folder):
@@ -518,23 +523,31 @@ def over_seeds(found):
         scores = []
         for column in zip(*map(score_list, group)):  # one score of all runs
             values = [score.pop("value") for score in column]
-            scores.append(dict(**column[0], **stats.mean_and_spread(values)))
+            unchecked = [score.pop("unchecked") for score in column]
+            scores.append(dict(**column[0], **stats.mean_and_spread(values), unchecked=statistics.fmean(unchecked)))
         rows.append(dict(**settings, runs=len(group), scores=scores))
     return rows
 
 
 def score_list(result):
-    """What the table shows of one run, in order: dicts of measure, value and, of a test, source and
-    tokens_per_step. Accuracies are in percent, TDS in nats squared."""
+    """What the table shows of one run, in order: dicts of measure, value, unchecked and, of a test, source and
+    tokens_per_step. Accuracies are in percent of all questions, and so are the unchecked answers; TDS is in nats
+    squared."""
     found = []
     if "accuracy" in result["chosen"]:
-        found.append(dict(measure="validation %", value=100 * result["chosen"]["accuracy"]))
+        found.append(dict(measure="validation %", **in_percent(result["chosen"])))
     for one in result["tests"]:
         at = dict(source=one["source"], tokens_per_step=one["tokens_per_step"])
-        found.append(dict(measure="test %", **at, value=100 * one["scores"]["accuracy"]))
+        found.append(dict(measure="test %", **at, **in_percent(one["scores"])))
     if result["tests"]:
-        found.append(dict(measure="TDS", value=result["tests"][0]["scores"]["tds"]))
+        found.append(dict(measure="TDS", value=result["tests"][0]["scores"]["tds"], unchecked=0))
     return found
+
+
+def in_percent(scores):
+    """The accuracy of an answer_set, and the share of answers that nobody could judge (older results have none)."""
+    unchecked = scores.get("unchecked", 0)
+    return dict(value=100 * scores["accuracy"], unchecked=unchecked and 100 * unchecked / scores["questions"])
 
 
 def sweep_table(rows):
@@ -560,7 +573,10 @@ def score_title(score):
 
 
 def score_cell(score):
-    """mean ± standard deviation; what there is not is left out."""
+    """mean ± standard deviation, and the share of unchecked answers; what there is not is left out."""
     digits = 3 if score["measure"] == "TDS" else 1
     shown = [f"{x:.{digits}f}" for x in stats.present([score["mean"], score["sd"]])]
-    return " ± ".join(shown) or "-"
+    cell = " ± ".join(shown) or "-"
+    if score["unchecked"]:
+        cell += f" ({score['unchecked']:.1f} % unchecked)"
+    return cell

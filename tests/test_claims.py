@@ -100,7 +100,9 @@ def test_a_recipe_sets_the_rows_on_given_trajectories(monkeypatch):
     claims.claims(claims.ClaimsOptions(**given, ground_truth="D", methods=("entropy",)))
     (c, grid), (with_truth, longer) = asked
     assert (c.lr, c.margin, c.methods, c.keep, c.metric) == (1e-4, 0.1, ("all",), "all", "last")
-    assert with_truth.methods == ("entropy",)
+    assert with_truth.methods == ("entropy",) and with_truth.check == "auto"
+    claims.claims(claims.ClaimsOptions(**given, check="math", keep="finished"))
+    assert (asked[-1][0].check, asked[-1][0].keep) == ("math", "finished")
     assert len(grid) == 2 * 12 and set(longer) - set(grid) == {"SFT-GT/seed-3", "SFT-GT/seed-4"}
     parameters = {name: objective_options.chosen(sweep.training(c, settings))[0] for name, settings in grid.items()}
     tabom_row, no_ranking = parameters["TABOM/seed-3"], parameters["TABOM, no ranking/seed-4"]
@@ -134,6 +136,13 @@ def test_trajectories_need_a_model_and_something_to_answer(tmp_path):
         claims.claims(claims.ClaimsOptions(data="T", model="M", out=str(tmp_path / "C")))
     with pytest.raises(ValueError, match="--quick is for the puzzles"):
         claims.claims(claims.ClaimsOptions(data="T", model="M", test=("gsm8k",), quick=True))
+
+
+@pytest.mark.parametrize("given", [dict(check="math"), dict(keep="all")])
+def test_puzzles_have_their_own_check_and_say_so(given, tmp_path):
+    with pytest.raises(ValueError, match="is for --data: puzzles are compared exactly"):
+        claims.claims(claims.ClaimsOptions(out=str(tmp_path / "C"), **given))
+    assert not (tmp_path / "C").exists()
 
 
 def test_the_best_rate_is_that_of_the_highest_validation_accuracy_and_the_lowest_of_equal_ones(tmp_path):

@@ -229,6 +229,17 @@ def test_answers_that_cannot_be_checked_are_counted_and_named(tiny, prose, tmp_p
     assert "2 of 4 answers could not be checked and are kept: see --check and --keep" in err
 
 
+def test_keep_says_what_counts_as_kept(tiny, prose, tmp_path, capsys, monkeypatch):
+    all_end(monkeypatch)
+    options = dict(model=tiny, data=prose, max_new_tokens=4, block_length=4, out=tmp_path / "T", format="release")
+    result, _ = run(capsys, "distill", **options, keep="finished")
+    assert (result["kept"], result["unchecked"], result["correct"]) == (4, 2, 0)
+    assert len((tmp_path / "T" / "release.jsonl").read_text().splitlines()) == 4
+    result, err = run(capsys, "distill", **options)  # nothing is decoded anew
+    assert (result["kept"], result["unchecked"], result["new"]) == (2, 2, 0)
+    assert len((tmp_path / "T" / "release.jsonl").read_text().splitlines()) == 2
+
+
 def test_nobody_is_warned_where_no_check_was_asked_for(tiny, prose, tmp_path, capsys, monkeypatch):
     all_end(monkeypatch)
     options = dict(model=tiny, data=prose, max_new_tokens=4, block_length=4, check="none")

@@ -126,6 +126,14 @@ def grade(n):
     return math500.grade({"answer": str(n)}, f"\\boxed{{{n + n % 2}}}")["correct"]
 
 
+def test_a_reference_that_math_verify_cannot_read_has_no_verdict():
+    pytest.importorskip("math_verify")
+    verdict = math500.grade(dict(answer="\u043d\u0435\u0442"), "\\boxed{5}")
+    assert verdict["correct"] is None and verdict["reason"].startswith("not graded (math-verify cannot read")
+    assert math500.grade(dict(answer="\u043d\u0435\u0442"), "\\boxed{5}", protocol="release")["correct"] is False
+    assert math500.grade(dict(answer="5"), "\u043d\u0435\u0442")["correct"] is False
+
+
 def test_math500_says_what_to_install(monkeypatch):
     monkeypatch.setattr(math500.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install math-verify"):

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, flags, last_json, shell
+from helpers import ROOT, flags, last_json, shell, write_lines
 
 import distill
+import evaluate
 import lora
 import model
 import objectives
@@ -132,6 +133,40 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
     ]
     (_, _, second, _) = rows[1]["scores"]
     assert second["source"] == "a/x.jsonl" and second["tokens_per_step"] == 2 and second["values"] == [15.0, 20.0]
+
+
+def test_unchecked_answers_stand_beside_the_score():
+    def result(accuracy, unchecked, seed):
+        scores = dict(accuracy=accuracy, questions=20, unchecked=unchecked, tds=0.25)
+        tests = [dict(source="x.jsonl", tokens_per_step=1, scores=scores)]
+        chosen = dict(accuracy=accuracy, questions=20, unchecked=0)
+        return dict(settings=dict(objective="tabom", seed=seed), chosen=chosen, tests=tests)
+
+    rows = sweep.over_seeds([result(0.5, 4, 0), result(0.6, 5, 1)])
+    *_, row = sweep.sweep_table(rows).splitlines()
+    assert row == "| tabom | 2 | 55.0 ± 7.1 | 55.0 ± 7.1 (22.5 % unchecked) | 0.250 ± 0.000 |"
+
+
+def test_an_accuracy_is_over_all_questions(monkeypatch, tiny, tmp_path):
+    """Lists of answers with prose in them gave no verdict where none was right, and so 100 %."""
+    rows = []
+    for i, answer in enumerate((["12", "a dozen"], ["7", "seven"], "a long walk", "8")):
+        rows.append(dict(id=i, prompt=f"L{i + 1}", answer=answer))
+    source = write_lines(tmp_path / "lists.jsonl", rows)
+    texts = {"L1": "12", "L2": "9", "L3": "no", "L4": "9"}
+    record_of = distill.record_of
+
+    def says(e, *more):
+        return dict(record_of(e, *more), text=texts[e["prompt"]], finished=True)
+
+    monkeypatch.setattr(evaluate, "record_of", says)
+    c = sweep_options(model=str(tiny), test=(str(source),), device="cpu")
+    bench = sweep.Workbench(c, torchrun.Processes("cpu", alone=True))
+    found = sweep.answer_set(bench, None, source, tmp_path / "out", 0)
+    assert found == dict(accuracy=0.25, questions=4, unchecked=1)
+    benchmark = dict(correct=3, n=12, not_graded=2)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: dict(scores=[benchmark]))
+    assert sweep.answer_set(bench, None, "gsm8k", tmp_path / "b", 0) == dict(accuracy=0.25, questions=12, unchecked=2)
 
 
 def test_a_result_of_an_old_version_is_read():
