@@ -10,6 +10,7 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 ROOT = Path(__file__).parent.parent
 FOLDERS = "blocks baselines release formats runs tools benchmarks experiments".split()
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -53,6 +54,18 @@ def count(file):
     lines = text.splitlines()
     wide = sum(len(line) > 100 for line in lines)
     return Counts(len(lines), len(comments), found, nested, conditionals, longest, wide)
+
+
+def code_lines(file):
+    """Lines of a file that are no blank, comment or docstring."""
+    text, docstrings = file.read_text(encoding="utf-8"), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node
+        ):
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    numbered = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(bool(line) and not line.startswith("#") and number not in docstrings for number, line in numbered)
 
 
 def together(counts):

@@ -3,17 +3,18 @@
 python -m pytest tests/test_layout.py           # python tests/style.py prints the counts"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from style import FOLDERS, ROOT, Counts, count, imports_at_top, module_name, sources, together
+from style import FOLDERS, ROOT, Counts, code_lines, count, imports_at_top, module_name, sources, together
 
 LEAVES = ["model", "lora", "decode", "objectives", "tokenizer", "data"]
-LEAVES += [f"benchmarks.{name}" for name in ("gsm8k", "math500", "humaneval", "mbpp", "ifeval", "execute", "answers")]
-# A file imports only from the levels below its own. Inside experiments/ the order is that of the last levels.
+LEAVES += [f"benchmarks.{name}" for name in "gsm8k math500 humaneval mbpp ifeval execute answers".split()]
+# A file imports at its top only from the levels below its own.
 LEVELS = [
     ["tabom"],
     ["tools.generate", "tools.merge", "tools.grade", "tools.harness"],
@@ -57,7 +58,7 @@ def test_an_import_only_goes_down():
 
 def test_the_top_is_small():
     names = sorted(file.stem for file in ROOT.glob("*.py"))
-    assert names == sorted(["tabom", "distill", "train", "evaluate", *LEAVES[:6]])
+    assert names == sorted(SIZES)
 
 
 ALONE = """
@@ -78,7 +79,7 @@ def test_leaves_import_no_sibling():
 def test_a_leaf_copied_alone_imports(tmp_path):
     """Each from a folder of its own, all in one process that sees no other file of ours."""
     folders = []
-    for leaf in [*LEAVES, "benchmarks.answers"]:
+    for leaf in LEAVES:
         source = ROOT / f"{leaf.replace('.', '/')}.py"
         folders.append(tmp_path / source.stem)
         folders[-1].mkdir()
@@ -87,6 +88,44 @@ def test_a_leaf_copied_alone_imports(tmp_path):
     command = [sys.executable, "-c", ALONE, *map(Path.as_posix, folders)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the size of the core
+
+# The most lines of code (no blanks, comments, docstrings) of each file at the top.
+SIZES = dict(
+    tabom=80, model=350, decode=400, objectives=300, train=350, lora=320, distill=200, tokenizer=300, data=300,
+    evaluate=300,
+)  # fmt: skip
+READING_PATH = ("tabom", "model", "decode", "objectives", "train")
+# What belongs to a room. The core looks it up by name, each in one line, and knows no more of it.
+ROOMS = re.compile(r"\b(sdar|a2d|block[ _-]?causal|t3d|d_?parallel|releases?|credit)\b", re.IGNORECASE)
+LOOKED_UP = dict(model=1, decode=1, data=1, tokenizer=1, distill=1, evaluate=3, train=1, objectives=0, lora=0, tabom=0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_core_file_keeps_to_its_size(name):
+    assert code_lines(ROOT / f"{name}.py") <= SIZES[name]
+
+
+def test_the_core_is_read_in_an_evening():
+    sizes = {name: code_lines(ROOT / f"{name}.py") for name in SIZES}
+    assert sum(sizes[name] for name in READING_PATH) <= 1450
+    assert sum(sizes[name] for name in (*READING_PATH, "lora", "distill")) <= 1950
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_core_knows_no_room(name):
+    lines = [line for line in (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines() if ROOMS.search(line)]
+    assert len(lines) <= LOOKED_UP[name], lines
+
+
+def test_what_a_line_of_code_is(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text(
+        '"""A docstring\n\nof three lines."""\n# one\n\nx = 1  # two\n\n\ndef f():\n    "doc"\n    return x\n'
+    )
+    assert code_lines(file) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- density

@@ -202,9 +202,17 @@ def test_a_named_function_exists(module, name):
     assert hasattr(importlib.import_module(module), name)
 
 
+def test_the_algorithm_names_functions():
+    """The lines of the README's pseudocode, and where each is."""
+    named = re.findall(r"(\w+)\.py:(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) >= 12
+    for module, name in named:
+        assert callable(getattr(importlib.import_module(module), name)), f"{module}.{name}"
+
+
 def test_a_benchmark_holds_the_names_that_are_listed():
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    table = page.split("## An objective")[0]
+    table = page.split("## A benchmark")[1].split("## An objective")[0]
     names = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert {"NAME", "FIELDS", "ask", "settings", "grade", "program"} <= set(names)
     example = {}
