@@ -484,7 +484,7 @@ def find_tensors(folder):
     files, found = sorted(set(listed.values())) or ["model.safetensors"], {}
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise FileNotFoundError(
-            f"{folder}: missing {', '.join(missing)}: no model.safetensors, or not all that its index names"
+            f"{folder}: missing {', '.join(missing)}: no model.safetensors, or not all that {index.name} names"
         )
     for file in files:
         try:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,12 +93,29 @@ def test_padded_logits_are_the_official_ones(golden):
 
 
 @torch.no_grad()
-def test_bfloat16_is_closer_to_the_official_bfloat16_than_that_to_float32(golden):
+def test_bfloat16_is_as_near_to_float32_as_the_official_bfloat16(golden):
+    """Sums in bfloat16 come out differently on every kind of processor: ours may be off by the same amount, and as far
+    from the official ones as two such errors are from each other."""
     e = golden.expected
     ours = golden.load(dtype=torch.bfloat16)(e["logits.ids"])
     assert ours.dtype == torch.bfloat16
     rounding = (e["bf16.aligned"] - e["logits.aligned"]).abs().mean()
-    assert (ours.float() - e["bf16.aligned"]).abs().mean() <= rounding / 4
+    assert (ours.float() - e["logits.aligned"]).abs().mean() <= 1.5 * rounding
+    assert (ours.float() - e["bf16.aligned"]).abs().mean() <= 2 * rounding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight_first", [False, True])
+def test_rmsnorm_casts_and_scales_in_the_familys_order(weight_first):
+    """The wrong order costs as much as bfloat16 itself, so that whole logits do not show it."""
+    norm = model.RMSNorm(64, SimpleNamespace(norm_eps=1e-6, weight_first=weight_first))
+    norm.weight.copy_(torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    norm = norm.to(torch.bfloat16)
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    scaled, cast = (norm.weight * y).to(torch.bfloat16), norm.weight * y.to(torch.bfloat16)
+    assert not torch.equal(scaled, cast)
+    assert torch.equal(norm(x), scaled if weight_first else cast)
 
 
 @torch.no_grad()

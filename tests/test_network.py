@@ -47,8 +47,11 @@ def test_qwen3_logits_are_the_official_ones(qwen3):
             real = e[f"{side}.mask"].bool()
             assert not real.all()
             close(m(e[f"{side}.ids"], e[f"{side}.mask"])[real], e[f"{side}.aligned"][real])
-    half = model.load(folder, dtype=torch.bfloat16)
-    assert torch.equal(half(e["logits.ids"]).float(), e["bf16.aligned"].float())  # every bit: the order in RMSNorm
+    assert m.config.weight_first == (m.config.family == "sdar")  # in bfloat16 alone it shows: test_rmsnorm_casts...
+    half = model.load(folder, dtype=torch.bfloat16)(e["logits.ids"]).float()
+    rounding = (e["bf16.aligned"].float() - e["logits.aligned"]).abs().mean()  # sums differ between processors
+    assert (half - e["logits.aligned"]).abs().mean() <= 1.5 * rounding
+    assert (half - e["bf16.aligned"].float()).abs().mean() <= 2 * rounding
 
 
 @torch.no_grad()

@@ -208,10 +208,17 @@ def test_micro_batches_and_processes_give_one_gradient(tiny, uneven, tmp_path, l
             torch.testing.assert_close(sum(found), expected, rtol=1e-3, atol=1e-6)
 
 
+def same_adapter(folder, other):
+    """Whether two runs trained one adapter but for rounding: AdamW divides a gradient by its size, so that a number
+    whose gradient is all rounding may go anywhere, and only the tensors as a whole compare."""
+    for name, w in weights(folder).items():
+        difference, size = (w - weights(other)[name]).norm(), weights(other)[name].norm()
+        assert difference <= 1e-3 * size, f"{name}: {difference} of {size}"
+
+
 def test_batch_size_only_splits_the_global_batch(tiny, trajectories, trained, tmp_path, capsys):
     run_train(capsys, model=tiny, data=trajectories, out=tmp_path / "R", batch_size=5)
-    for name, w in weights(tmp_path / "R" / "epoch-2").items():
-        torch.testing.assert_close(w, weights(trained / "epoch-2")[name], rtol=1e-3, atol=1e-5)
+    same_adapter(tmp_path / "R" / "epoch-2", trained / "epoch-2")
 
 
 def test_two_real_processes_train_the_same_adapter(tiny, trajectories, trained, tmp_path):
@@ -220,8 +227,7 @@ def test_two_real_processes_train_the_same_adapter(tiny, trajectories, trained, 
     assert done.returncode == 0, done.stderr
     for a, b in zip(metrics(out), metrics(trained), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-    for name, w in weights(out / "epoch-2").items():
-        torch.testing.assert_close(w, weights(trained / "epoch-2")[name], rtol=1e-3, atol=1e-5)
+    same_adapter(out / "epoch-2", trained / "epoch-2")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
