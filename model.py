@@ -403,7 +403,7 @@ def resolve(path):
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is an adapter, not a model: load the model that it was made for, then it")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
-        raise FileNotFoundError(f"no model folder {path}: no config.json in {folder}, and no Hub repo id (owner/name)")
+        raise FileNotFoundError(f"no model folder {path}: no config.json in {folder}, nor a Hub id (owner/name)")
     # Imported for a Hub id only: everything else works without the package.
     from huggingface_hub import snapshot_download
 
@@ -486,9 +486,7 @@ def find_tensors(folder):
         raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
     files, found = sorted(set(listed.values())) or ["model.safetensors"], {}
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(
-            f"{folder}: missing {', '.join(missing)}: no model.safetensors, or not all that its index names"
-        )
+        raise FileNotFoundError(f"{folder}: missing {', '.join(missing)} (the weights, or shards in {index.name})")
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as f:
