@@ -242,7 +242,7 @@ class Transformer(nn.Module):
             # The last block computes only the columns where the head runs.
             last = at if i == len(self.layers) - 1 else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, last, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, last, caches and caches[i], use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, last, caches and caches[i])
         return self.norm(x)
