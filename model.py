@@ -242,7 +242,7 @@ class Transformer(nn.Module):
             # The last block computes only the columns where the head runs.
             last = at if i == len(self.layers) - 1 else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, last, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, last, caches and caches[i], use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, last, caches and caches[i])
         return self.norm(x)
@@ -401,7 +401,7 @@ def resolve(path):
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is an adapter, not a model: load the model that it was made for, then it")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
-        raise FileNotFoundError(f"no model folder {path}: no config.json in {folder}, and no Hub repo id (owner/name)")
+        raise FileNotFoundError(f"no model folder {path}: no config.json in {folder}, nor a Hub id (owner/name)")
     # Imported for a Hub id only: everything else works without the package.
     from huggingface_hub import snapshot_download
 
@@ -483,9 +483,7 @@ def find_tensors(folder):
         raise ValueError(f"{index}: weight_map must map tensor names to file names in this folder")
     files, found = sorted(set(listed.values())) or ["model.safetensors"], {}
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(
-            f"{folder}: missing {', '.join(missing)}: no model.safetensors, or not all that {index.name} names"
-        )
+        raise FileNotFoundError(f"{folder}: missing {', '.join(missing)} (the weights, or shards in {index.name})")
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as f:

@@ -765,7 +765,7 @@ BROKEN = {
     "setting": (lambda f: edit_json(f / "config.json", alibi=True), "alibi is True, supported is False"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), "truncated or not a safetensors file"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "missing model.safetensors"),
     "no shard": (index_of_a_missing_shard, "missing model-00001-of-00002.safetensors"),
     "shape": (misshape, r"model\.transformer\.wte\.weight is \[3, 4\], the config wants \[18, 96\]"),
     "vocabulary": (
