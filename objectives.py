@@ -385,18 +385,20 @@ def replay(m, batch, until=None, mask_id=None):
     token, S = N and the diagonal holds each token's own step.
 
     until [B, N]: the last step at which each position is wanted (see `counted_until`), instead of
-    the step that decodes it. One forward pass a step, with the output head on those masked positions only."""
+    the step that decodes it. One forward pass for each step that decodes something, with the output head on those
+    masked positions only: before a step that decodes nothing the state is the same."""
     order, rank = batch["order"], decode_places(batch).argsort(1)  # [B, N]
     until = masked_until(batch) if until is None else torch.minimum(until, masked_until(batch))
-    S = int(decode_steps(batch).max())
-    h = torch.full((len(order), S, order.shape[1]), torch.nan, device=order.device)
-    for t in range(S):
+    states = [0, *(order[was_decoded(batch)].unique() + 1).tolist()]  # the first step of each, rising; the last is S
+    h = torch.full((len(order), states[-1], order.shape[1]), torch.nan, device=order.device)
+    for t, end in zip(states, states[1:]):
         positions, kept = select(until >= t, place_of(order))  # [B, K]
         if positions.shape[1] == 0:
             break
         visible = decoded_before(batch, t)
         _, found = nll_and_entropy(m, batch, visible, positions, mask_id, clean=False)  # [B, K]
         h[:, t].scatter_(1, rank.gather(1, positions), found.masked_fill(~kept, torch.nan))
+        h[:, t + 1 : end] = h[:, t : t + 1]
     return h
 
 

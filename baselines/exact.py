@@ -52,10 +52,8 @@ def entropies_by_step(h, m, batch, first, size, positions, real, mask_id=None):
     step keep h [B, K], from the window's start; one forward pass for each other step. The rest is as in `tabom`: first,
     size [B], positions, real [B, K]."""
     step = batch["order"].gather(1, positions) - first[:, None]  # [B, K], from the window's start
-    for s in range(1, int(size.max())):
+    for s in step[real & (step > 0)].unique():  # a step in which no row decoded anything costs nothing
         column, kept = select(real & (step == s), step)  # [B, k]: where the window has this step
-        if column.shape[1] == 0:
-            continue  # no row decoded anything in this step
         visible = decoded_before(batch, first + s)  # U_t and the first s steps of the window
         _, found = nll_and_entropy(m, batch, visible, positions.gather(1, column), mask_id)
         h = h.scatter(1, column, torch.where(kept, found, h.gather(1, column)))

@@ -242,13 +242,32 @@ def test_replay_equals_the_loop(m, name):
         assert h[b, :, len(order) :].isnan().all()  # padding
 
 
-def test_replay_runs_once_a_step_and_the_head_on_masked_positions_only(toy):
+def test_replay_runs_once_a_state_and_the_head_on_masked_positions_only(toy):
     batch, m = stepped_batch(4), toy(vocab=302)
     objectives.replay(m, batch)
-    assert len(m.calls) == int(torch.where(objectives.was_decoded(batch), batch["order"], -1).max()) + 1
-    for t, (_, _, positions) in enumerate(m.calls):
+    states = [0, *sorted({step + 1 for step in batch["order"][objectives.was_decoded(batch)].tolist()})][:-1]
+    assert len(m.calls) == len(states) > 3
+    for t, (_, _, positions) in zip(states, m.calls):
         most = max(len(masked_at(row_of(batch, b)[1], t)) for b in range(3))
         assert positions.shape == (3, most)
+
+
+def test_empty_steps_cost_nothing(toy):
+    """A record of four tokens, one of them at step 300,000: four states, and each step has the one that it saw."""
+    m, late = toy(), 300_000
+    batch = dict(prompt_ids=torch.ones(1, 2, dtype=torch.long), prompt_mask=torch.ones(1, 2, dtype=torch.long))
+    batch.update(response_ids=torch.tensor([[3, 4, 5, 6]]), order=torch.tensor([[0, 2, late, 5]]))
+    batch["length"] = torch.tensor([4])
+    h = objectives.replay(m, batch)
+    assert len(m.calls) == 4 and h.shape == (1, late + 1, 4)
+    near = {**batch, "order": torch.tensor([[0, 1, 3, 2]])}
+    state_of = [0, 1, 1, 2, 2, 2] + [3] * (late - 5)  # of each step
+    torch.testing.assert_close(h, objectives.replay(toy(), near)[:, state_of], equal_nan=True)
+    m.calls.clear()
+    assert objectives.tds(m, batch, eos_id=12)["tds"] >= 0 and len(m.calls) == 4
+    m.calls.clear()
+    objectives.tabom(m, batch, window="global", entropy_context="step", start=torch.tensor([[0, late + 1]]))
+    assert len(m.calls) == 4
 
 
 def test_replay_looks_no_longer_than_it_is_asked(toy):
