@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import tabom
 from experiments import puzzles as puzzle_tasks
 from experiments import tiny as tiny_model
 
-torch.set_num_threads(1)  # small models are fastest on one thread, and others use the machine too
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # small models are fastest on one thread, and others use the machine too
 
 
 def pytest_collection_modifyitems(config, items):
