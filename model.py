@@ -313,9 +313,11 @@ def parse_config(raw, where="config.json"):
     if kind not in known:
         kind = f"{raw.get('model_type')!r}; this code knows {', '.join(known)}"
         raise ValueError(f"{where}: model_type is {kind}, and with a folder beside model.py {ELSEWHERE}")
+    if strange := [key for key in NOT_HERE if raw.get(key)]:
+        raise ValueError(f"{where}: {', '.join(strange)}: no mixture of experts and no quantized weights are supported")
     family = FAMILIES[known[kind]]
     values, wrong = read_values(raw, family)
-    for key, wanted in (dict.fromkeys(NOT_HERE) | family.required).items():
+    for key, wanted in family.required.items():
         given = raw.get(key)
         if given is not None and given != wanted and (given or wanted):  # false, 0, "" and [] ask for nothing
             wrong.append(f"{key} is {given!r}, supported is {wanted!r}")

@@ -39,7 +39,7 @@ from runs.records import check_context, training_records
 
 @dataclass
 class TrainOptions(
-    objective_options.ObjectiveOptions, loading.ModelOptions, loading.GridOptions, loading.DatasetOptions
+    loading.GridOptions, objective_options.ObjectiveOptions, loading.ModelOptions, loading.DatasetOptions
 ):
     """training"""
 

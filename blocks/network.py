@@ -169,20 +169,17 @@ class BlockTransformer(model.Transformer):
     def arguments(self, batch, clean=True):
         """What forward() needs of a batch of objectives.py beside ids, attention_mask and positions: a dict.
 
-        With blocks: origin, batch["origin"] if it is there, and otherwise where config.grid counts them from: the
-        start of a row, or the number of real tokens of its prompt, [B]. With `clean`, whatever ids show: the rows
-        without masks, [B, P + N], and the first column where a block of the response may begin. It is left out
-        for a state as decoding had it, with the masks of earlier blocks."""
+        With blocks: origin, batch["origin"] or 0, the start of a row. With `clean`, whatever ids show: the rows without
+        masks, [B, P + N], and the first column where a block of the response may begin. It is left out for a state as
+        decoding had it, with the masks of earlier blocks."""
         if self.config.block_length is None:
             return {}
-        origin = batch.get("origin", 0)
-        if "origin" not in batch and self.config.grid == "prompt":
-            origin = batch["prompt_mask"].long().sum(1)  # [B]
+        origin = dict(origin=batch.get("origin", 0))
         if not clean:
-            return dict(origin=origin)
+            return origin
         whole = torch.cat((batch["prompt_ids"], batch["response_ids"]), dim=1)  # [B, P + N]
         start = max(0, batch["prompt_ids"].shape[1] - self.config.block_length + 1)
-        return dict(origin=origin, clean=whole, start=start)
+        return dict(origin, clean=whole, start=start)
 
 
 # SDAR's and A2D's config.json and tensors are Qwen2's, as Dream's are, with norms of q and k.

@@ -223,8 +223,11 @@ def set_grid(c, m):
 
 
 def batch_of(records, loaded, processes):
-    """Records -> the batch of objectives.py, on this process's device."""
+    """Records -> the batch of objectives.py, on this process's device; with the origin of blocks that are counted from
+    the end of the prompt."""
     batch = data.collate(records, loaded.m.config.pad_id)
+    if getattr(loaded.m.config, "grid", None) == "prompt":
+        batch["origin"] = batch["prompt_mask"].sum(1)
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 

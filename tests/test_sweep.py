@@ -159,7 +159,7 @@ def test_an_accuracy_is_over_all_questions(monkeypatch, tiny, tmp_path):
     def says(e, *more):
         return dict(record_of(e, *more), text=texts[e["prompt"]], finished=True)
 
-    monkeypatch.setattr(evaluate, "record_of", says)
+    monkeypatch.setattr(distill, "record_of", says)
     c = sweep_options(model=str(tiny), test=(str(source),), device="cpu")
     bench = sweep.Workbench(c, torchrun.Processes("cpu", alone=True))
     found = sweep.answer_set(bench, None, source, tmp_path / "out", 0)
