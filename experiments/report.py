@@ -435,9 +435,13 @@ def remake(folder):
     values, names = measured(results.found), names_of(results.found)
     plots.save(plots.draw_tds(tds_curves(results.found, names), names), folder / "tds.png")
     plots.save(plots.draw_differences(forest(summarise(values)), "SFT-SD"), folder / "accuracy.png")
-    moved = "rank correlation of the decode order with the base model's"
-    gain = "in-domain gain over the base model (points)"
-    plots.save(plots.draw_scatter(scatter(values), moved, gain, names), folder / "order.png")
+    moved = "rank correlation of the decode order\nwith the base model's"
+    gain = "in-domain gain over\nthe base model (points)"
+    along = relation(values, CHANGED[-1])
+    title = None
+    if along is not None:
+        title = f"r = {shown(along, 2, '+')} over the rows that all base models have"
+    plots.save(plots.draw_scatter(scatter(values), moved, gain, names, title), folder / "order.png")
     print(tables)
 
 
