@@ -56,10 +56,10 @@ class DemoOptions:
 
 DOMAINS = {"in": "short-latin", "near": "short-shear", "far": "short-far"}  # the kinds of puzzles of puzzles.py
 METHODS = {"TABOM": dict(objective="tabom", window=8, margin=0.2, weight=1.0), "SFT-SD": dict(objective="nelbo")}
-TRAINING = dict(epochs=16, lr=3e-3, warmup=20, global_batch=32, batch_size=32)
+TRAINING = dict(epochs=32, lr=6e-3, warmup=20, global_batch=32, batch_size=32)
 WHOLE = dict(train=1200, test_in=500, test_near=200, test_far=200)  # puzzles
 QUICK = dict(train=64, test_in=32, test_near=16, test_far=16)
-QUICK_TRAINING = dict(warmup=2)  # of 16 steps
+QUICK_TRAINING = dict(warmup=2)  # of 32 steps
 BATCH = 100  # puzzles decoded together
 MEASURED = 128  # in-domain answers whose TDS is taken
 DELAY = 0.1  # seconds between two pictures of --watch

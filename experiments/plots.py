@@ -38,7 +38,7 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SMOOTH_FROM = 60  # a training curve of so many steps is smoothed
 MOST = 7  # lines of a panel
-APART = 0.6  # without a row that lies apart, the others need less than this share of the axis
+APART = 0.5  # without a row that lies apart, the others need less than this share of the axis
 COLUMN = 3.3  # inches, the width of a column of a paper
 STYLE = {
     "font.size": 7,
@@ -97,7 +97,7 @@ def save(drawing, file):
     file = Path(file)
     with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42}):
         warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
-        drawing.savefig(file, dpi=250)
+        drawing.savefig(file, dpi=200)
         drawing.savefig(file.with_suffix(".pdf"), metadata=dict(CreationDate=None))
 
 
@@ -181,8 +181,8 @@ def labels(names):
 
 def curves(axes, rows, keys, x, y, error=None, models=None):
     """One line for each value of the rows' keys: the first key has the colour, a second one the
-    dash. A single value is a point. error: the key of a standard error, drawn as a band. models: the names that have colours,
-    in their order; None = those of the rows."""
+    dash. A single value is a point. error: the key of a standard error, drawn as a band. models: the names that have
+    colours, in their order; None = those of the rows."""
     lines, counts = {}, {}  # (model, or model and dataset) -> its rows, and the base models that they are means of
     for row in rows:
         names = tuple(map(row.get, keys))
@@ -278,7 +278,7 @@ def draw_tds(rows, models=None):
     spans = {}
     for name in names:
         known = [row["tds"] for row in of_models(rows, [name]) if row["tds"] is not None]
-        spans[name] = (0.0, max(known, default=0.0))
+        spans[name] = 2 * (max(known, default=0.0),)
     beyond = without_outliers(spans)[1] if len(names) > MOST else []
     panels = panels_of([name for name in names if name not in beyond])
     if beyond:
@@ -392,7 +392,9 @@ def draw_scatter(points, xlabel, ylabel, models=None, title=None):
         for name in panel:
             mine, look = [point for point in points if point["row"] == name], look_of[name]
             ys = column(mine, "y")
-            style = dict(color=look["color"], marker=look["marker"], linestyle="", alpha=0.85)
+            style = dict(
+                color=look["color"], marker=look["marker"], linestyle="", alpha=0.85, zorder=look.get("zorder")
+            )
             if name in beyond:
                 edge, mean = low if max(ys) < low else high, sum(ys) / len(ys)
                 ys = [edge] * len(ys)
@@ -494,16 +496,16 @@ def draw_trajectory(tok, record, columns=60):
     from matplotlib.ticker import MaxNLocator
 
     shown = data.cut_at_eos(record, tok.stop_ids)
-    count = len(shown["response_ids"])
+    title = f"A response of {len(shown['response_ids'])} tokens"
+    if side_of(record):
+        shown = record  # the ends are cells, too
+        title = "An answer: the rank of each cell in the decode order;\nwhat the puzzle gives is framed"
     scale = ScalarMappable(Normalize(0, max(*shown["order"], 1)), COLOURS)
     cells, side = cells_of(tok, record, shown, columns)
     drawing, axes = cells_figure(cells, side)
     for cell in cells:
         small = f"{cell['rank']:.0f}" if side else ""
         draw_cell(axes, cell, scale.to_rgba(cell["rank"]), cell["text"], small, cell["given"])
-    title = f"A response of {count} tokens"
-    if side:
-        title = "An answer: the rank of each cell in the decode order;\nwhat the puzzle gives is framed"
     axes.set_title(title)
     bar = drawing.colorbar(
         scale, ax=axes, orientation="horizontal", label="rank in the decode order", aspect=40, pad=0.02
@@ -515,12 +517,17 @@ def draw_trajectory(tok, record, columns=60):
 COLOURS = "cividis"  # from dark blue to yellow, for all eyes
 
 
+def side_of(record):
+    """The side of the puzzle that a record answers; None for any other prompt, and where none is known."""
+    prompt = record.get("prompt")
+    side = puzzles.side(prompt) if isinstance(prompt, str) else None
+    return side if side and len(record["response_ids"]) >= side * side else None
+
+
 def cells_of(tok, record, shown, columns):
     """The cells of a response and the side of its puzzle, None for other text. record: with the prompt, where it is
     known; shown: the part of it that is drawn. A cell is a dict of x, y, width, text, rank, places and given."""
-    prompt = record.get("prompt")
-    side = puzzles.side(prompt) if isinstance(prompt, str) else None
-    cells = []
+    prompt, side, cells = record.get("prompt"), side_of(record), []
     for x, y, width, text, rank, places in token_cells(tok, shown, columns):
         cell = dict(x=x, y=y, width=width, text=text, rank=rank, places=places, given=False)
         place = places[0]
