@@ -38,6 +38,8 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SMOOTH_FROM = 60  # a training curve of so many steps is smoothed
 MOST = 7  # lines of a panel
+SHORT, LONG = 24, 48  # letters of a name that fits into half a column, and into a whole one
+LINE = 0.14  # inches of a legend's line
 APART = 0.5  # without a row that lies apart, the others need less than this share of the axis
 COLUMN = 3.3  # inches, the width of a column of a paper
 STYLE = {
@@ -210,7 +212,6 @@ def curves(axes, rows, keys, x, y, error=None, models=None):
         if error is not None:
             band(axes, column(line, x), column(line, y), column(line, error), style["color"])
     axes.margins(x=0.01)
-    legend(axes, len(lines))
 
 
 def column(rows, key):
@@ -226,17 +227,20 @@ def band(axes, xs, ys, errors, colour):
     axes.fill_between(xs, ys - errors, ys + errors, color=colour, alpha=0.15, linewidth=0)
 
 
-def legend(axes, count):
-    """The names of the curves: below the axes, where they hide nothing."""
-    if count:
+def legend(axes):
+    """The names of the curves: below the axes, where they hide nothing, in two columns if they are short."""
+    handles, names = axes.get_legend_handles_labels()
+    if names:
+        columns = 2 if max(map(len, names)) <= SHORT and len(names) > 1 else 1
         below = -0.27 - 0.08 * axes.get_xlabel().count("\n")
         place = dict(loc="upper center", bbox_to_anchor=(0.45, below), borderaxespad=0.0)
-        axes.legend(**place, ncols=min(count, 2), handlelength=2.2, columnspacing=1.0, labelspacing=0.3)
+        names = [shortened(name) for name in names]
+        axes.legend(handles, names, **place, ncols=columns, handlelength=2.2, columnspacing=1.0, labelspacing=0.3)
 
 
-def legend_rows(count):
-    """Inches that a legend of so many names takes below its panel."""
-    return 0.14 * math.ceil(count / 2)
+def shortened(name):
+    """A name that fits into a column; of a long path the end tells more than the beginning."""
+    return name if len(name) <= LONG else f"…{name[1 - LONG :]}"
 
 
 def caption(rows, what):
@@ -251,11 +255,17 @@ def caption(rows, what):
     return what
 
 
-def stacked(panels, draw, most=MOST):
+def stacked(panels, draw):
     """A figure with a panel below the other for each of some lists of rows: draw(axes, rows) fills one."""
-    drawing, axes_of = figure(max(len(panels), 1), height=1.9 + legend_rows(most))
+    drawing, axes_of = figure(max(len(panels), 1))
+    lines = 0  # of a legend
     for axes, rows in zip(axes_of, panels):
         draw(axes, rows)
+        legend(axes)
+        if axes.get_legend():
+            names = axes.get_legend().get_texts()
+            lines = max(lines, math.ceil(len(names) / axes.get_legend()._ncols))
+    drawing.set_figheight(len(axes_of) * (1.9 + LINE * lines))
     return drawing, axes_of
 
 
@@ -288,7 +298,7 @@ def draw_tds(rows, models=None):
         axes.set(xlabel="decoding step", ylabel="TDS (variance of entropies, nats²)")
         curves(axes, of_models(rows, panel), ["model"], "step", "tds", "tds_se", models or names)
 
-    drawing, axes_of = stacked(panels, draw, max(map(len, panels)))
+    drawing, axes_of = stacked(panels, draw)
     axes_of[0].set_title(caption(rows, "Trajectory Discrimination Score over decoding"))
     inside = axes_of[: len(panels) - bool(beyond)]
     if len(inside) > 1:
@@ -312,10 +322,7 @@ def draw_loss(rows):
         curves(axes, panel, ["model", "data"], "mask_ratio", "loss", "loss_se", names)
         axes.set(xlabel="mask ratio", ylabel="cross-entropy (nats per token)")
 
-    drawing, axes_of = stacked(panels, draw, 2 * max(len(names) * len(sources) // len(panels), 1))
-    for axes in axes_of:
-        if axes.get_legend():
-            axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.22), borderaxespad=0.0, labelspacing=0.3)
+    drawing, axes_of = stacked(panels, draw)
     axes_of[0].set_title(caption(rows, "Cross-entropy of the masked tokens"))
     return drawing
 
@@ -334,7 +341,7 @@ def draw_inversions(rows):
         axes.set_title("Entropies at each token's own step" if context == "step" else "Entropies at the window's start")
         axes.set(xlabel="distance in decode order (tokens)", ylabel="hard before easy\n(share of pairs)")
 
-    return stacked(panels, draw, min(len(names), MOST))[0]
+    return stacked(panels, draw)[0]
 
 
 @styled
@@ -404,10 +411,9 @@ def draw_scatter(points, xlabel, ylabel, models=None, title=None):
             axes.plot(column(mine, "x"), ys, label=f"{name} ({len(mine)})", **style)
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        legend(axes, len(panel))
 
     panels = panels_of(names)
-    drawing, axes_of = stacked(panels, draw, max(map(len, panels)))
+    drawing, axes_of = stacked(panels, draw)
     xs = column(points, "x")
     for axes in axes_of:
         if xs:
@@ -434,7 +440,7 @@ def draw_training(metrics):
     groups = list(itertools.product(panels_of(metrics), shown))
     columns = max(min(2, len(groups)), 1)
     lines = max(math.ceil(len(groups) / columns), 1)
-    drawing, panels = figure(lines, columns, height=1.35 + legend_rows(2 * min(len(metrics), MOST)) / lines)
+    drawing, panels = figure(lines, columns, height=1.35 + LINE * min(len(metrics), MOST) / lines)
     for axes, (runs, name) in zip(panels, groups):
         for run in runs:
             xs_ys = points(metrics[run], name)
@@ -446,6 +452,7 @@ def draw_training(metrics):
         if name == shown[0]:  # the other panels have the same colours
             handles, names = axes.get_legend_handles_labels()
             if len(groups) == len(shown):
+                names = [shortened(label) for label in names]
                 drawing.legend(handles, names, loc="outside lower center", labelspacing=0.3)
             else:
                 axes.legend(fontsize=5)
