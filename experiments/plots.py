@@ -38,7 +38,7 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SMOOTH_FROM = 60  # a training curve of so many steps is smoothed
 MOST = 7  # lines of a panel
-SHORT, LONG = 24, 48  # letters of a name that fits into half a column, and into a whole one
+SHORT, LONG = 26, 48  # letters of a name that fits into half a column, and into a whole one
 LINE = 0.14  # inches of a legend's line
 APART = 0.5  # without a row that lies apart, the others need less than this share of the axis
 COLUMN = 3.3  # inches, the width of a column of a paper
@@ -119,8 +119,8 @@ def looks(names):
     for i, name in enumerate(others):
         dash, marker = DASHES[i // len(MUTED) % len(DASHES)], MARKERS[i % len(MARKERS)]
         found[name] = dict(color=MUTED[i % len(MUTED)], linestyle=dash, marker=marker)
-    if len(others) == 1 and len(names) == 2 and "base" in names:
-        found[others[0]]["color"] = STRONG  # nothing else is compared with the base model
+    if len(others) == 1 and not any(map(is_ours, names)):
+        found[others[0]]["color"] = STRONG  # there is nothing else
     for i, name in enumerate(filter(is_ours, names)):
         found[name] = dict(color=STRONG, linestyle=DASHES[i % len(DASHES)], marker="o", zorder=3)
     return {name: found[name] for name in names}
