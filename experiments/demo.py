@@ -234,9 +234,10 @@ def show(base, adapter, processes, record, row):
 def draw(out, curves, methods, answers):
     """The pictures in out/pictures -> a line that says where they are, or what they need."""
     folder, rows = out / "pictures", []
-    for model, curve in curves.items():
+    for row, curve in curves.items():
+        model = "base" if row == "before" else row
         for step, value in enumerate(curve):
-            rows.append(dict(model=model, step=step, trajectories=MEASURED, tds=value, tds_se=None))
+            rows.append(dict(model=model, step=step, tds=value, tds_se=None))
     metrics = {method: diagnose.read_metrics(out / method) for method in methods}
     tok, last = data.load_tokenizer(TINY5), answers[methods[0]]
     folder.mkdir(exist_ok=True)

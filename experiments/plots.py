@@ -538,11 +538,10 @@ def cells_of(tok, record, shown, columns):
     for x, y, width, text, rank, places in token_cells(tok, shown, columns):
         cell = dict(x=x, y=y, width=width, text=text, rank=rank, places=places, given=False)
         place = places[0]
+        if side:  # what is behind the grid goes on below it
+            cell.update(x=place % side, y=place // side, width=1)
         if side and place < side * side:
-            blank = prompt[len(prompt) - side * side + place] == puzzles.BLANK
-            cell.update(x=place % side, y=place // side, width=1, given=not blank)
-        elif side:  # behind the grid
-            cell.update(x=place - side * side, y=side, width=1)
+            cell["given"] = prompt[len(prompt) - side * side + place] != puzzles.BLANK
         if side and shown["response_ids"][place] in tok.stop_ids:
             cell.update(text="end", given=False)
         cells.append(cell)
