@@ -258,7 +258,8 @@ class Stages:
     """Says on stderr which stage begins and how long is left of all.
 
     seconds: {stage: what it takes on a reference machine}, times `share`. How fast this machine is follows from the
-    stages that are over; one that an earlier run had finished does not count. What is said never goes up."""
+    stages that are over; one that an earlier run had finished does not count. So the first, a short one, says nothing
+    yet, and what is said later never goes up."""
 
     def __init__(self, seconds, share=1.0, shows=True, clock=time.perf_counter):
         self.names, self.shows, self.clock = list(seconds), shows, clock
@@ -269,10 +270,12 @@ class Stages:
     def begin(self, name):
         self.end()
         self.current, self.begun = self.names.index(name), self.clock()
-        self.said = min(self.said, self.left())
+        line = f"stage {self.current + 1} of {len(self.names)}: {name}"
+        if self.current > 0:
+            self.said = min(self.said, self.left())
+            line += f", about {duration(self.said)} left"
         if self.shows:
-            stage = f"stage {self.current + 1} of {len(self.names)}: {name}"
-            tqdm.write(f"{stage}, about {duration(self.said)} left", sys.stderr)
+            tqdm.write(line, sys.stderr)
 
     def end(self):
         if self.current is not None:

@@ -72,7 +72,7 @@ def test_stages_say_which_one_begins_and_how_long_is_left(capsys):
     stages.begin("third")
     stages.end()
     assert capsys.readouterr().err.splitlines() == [
-        "stage 1 of 3: first, about 1 min 30 s left",
+        "stage 1 of 3: first",
         "stage 2 of 3: second, about 40 s left",
         "stage 3 of 3: third, about 30 s left",
         "stage 3 of 3: third, about 30 s left",
