@@ -11,9 +11,9 @@ column leave one symbol, and hard where other cells have to be filled in first.
 
 The prompt is a tag and all cells row by row; a character is a token. There are two families:
 
-    6x6, of the demo and the model in tiny/: the answer is all 36 cells. latin (in-domain) has digits,
+    6x6, of the model in tiny/: the answer is all 36 cells. latin (in-domain) has digits,
         shear (out-of-domain) letters, and an answer in foreign style the alphabet of the other task.
-    5x5, of claims.py: the last rows have no blanks, and the answer ends with the last row that has
+    5x5, of the demo and claims.py: the last rows have no blanks, and the answer ends with the last row that has
         one, after 5 to 25 cells. short-latin (in-domain) and short-shear (near) have digits,
         short-far letters. An answer in foreign style has a third alphabet, which no prompt has.
 
@@ -92,7 +92,7 @@ TASKS = {
     "short-shear": Task("S", "12345", "vwxyz", sheared(short_latin), short=True),
     "short-far": Task("T", "abcde", "vwxyz", sheared(short_latin), short=True),
 }
-IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"  # of the demo
+IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"  # of the model in tiny/
 
 
 def make(task, rng, hard, foreign=0.0):
@@ -111,6 +111,15 @@ def text(cells, symbols):
     """Cells as characters: the symbol of each, or BLANK."""
     characters = dict(zip(bits(full(len(symbols))), symbols))  # a cell is one of these bits, or 0
     return "".join(characters.get(c, BLANK) for c in cells)
+
+
+def side(prompt):
+    """The n of a prompt that is a puzzle of n x n cells, or None for any other text."""
+    for task in TASKS.values():
+        n, cells = len(task.symbols), prompt[len(task.tag) :]
+        if prompt.startswith(task.tag) and len(cells) == n * n and set(cells) <= {BLANK, *task.symbols}:
+            return n
+    return None
 
 
 def shear(cells):

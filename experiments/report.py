@@ -177,6 +177,10 @@ FIRST_LOOK = 6  # in results/, results were read with so many base models; those
 SMALL = 2.0  # points: an interval within this of zero shows that there is nothing to see
 SMALL_NATS = 0.005
 FEWEST = 3  # base models: two differences may agree by chance
+NOT_HERE = "not on these puzzles"  # the interval is on the other side of zero, of a claim about language models
+LIMIT = """\
+The puzzles do not test the paper: its claims are about language models, and a model of 0.2 million parameters whose
+answers have at most 25 characters is none. A verdict says what happened here."""
 
 
 def verdict(difference, label, sign):
@@ -189,7 +193,7 @@ def verdict(difference, label, sign):
     if low > 0:
         return "confirmed"
     if high < 0:
-        return "contradicted"
+        return NOT_HERE
     small = SMALL_NATS if label in IN_NATS else SMALL
     return "not seen" if max(-low, high) <= small else "not resolved"
 
@@ -254,7 +258,7 @@ def markdown(found, tried):
     rows, bases = summarise(values), bases_of(values)
     sections = [
         ("The base models", setup_table(found, values)),
-        ("The paper's claims", claims_table(values)),
+        ("The paper's claims", f"{LIMIT}\n\n{claims_table(values)}"),
         (f"The primary measure on base-1 to base-{FIRST_LOOK}, and on later base models", primary_table(values)),
         *comparisons("Accuracy", rows, SOLVED, bases),
         *comparisons("Two tokens a step", rows, TWO, bases),
@@ -435,9 +439,13 @@ def remake(folder):
     values, names = measured(results.found), names_of(results.found)
     plots.save(plots.draw_tds(tds_curves(results.found, names), names), folder / "tds.png")
     plots.save(plots.draw_differences(forest(summarise(values)), "SFT-SD"), folder / "accuracy.png")
-    moved = "rank correlation of the decode order with the base model's"
-    gain = "in-domain gain over the base model (points)"
-    plots.save(plots.draw_scatter(scatter(values), moved, gain, names), folder / "order.png")
+    moved = "rank correlation of the decode order\nwith the base model's"
+    gain = "in-domain gain over\nthe base model (points)"
+    along = relation(values, CHANGED[-1])
+    title = None
+    if along is not None:
+        title = f"r = {shown(along, 2, '+')} over the rows that train on\ntrajectories and that all base models have"
+    plots.save(plots.draw_scatter(scatter(values), moved, gain, names, title), folder / "order.png")
     print(tables)
 
 

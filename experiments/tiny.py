@@ -1,15 +1,17 @@
 """The tiny models of the experiments: LLaDA's layout, a token per character, two kinds.
 
-    WHOLE      372,960 parameters, 6x6 puzzles: the model in tiny/, of the demo
-    SHORT      167,232 parameters, 5x5 puzzles: the base models of claims.py
+    WHOLE      372,960 parameters, 6x6 puzzles: the model in tiny/, of the examples and tests
+    SHORT      167,232 parameters, 5x5 puzzles: the base models of claims.py, and the model in tiny5/, of the demo
 
     python -m experiments.tiny out/tiny [--seed 0]    # to out/tiny/tiny: 21 minutes on one core
+    python -m experiments.tiny out/tiny5 --demo       # to out/tiny5/tiny: 80 seconds
     python -m experiments.tiny out/random --tokenizer FOLDER    # random weights under a real vocabulary: to try
                                                       # commands on real prompts without a large model
     tiny.write_start(folder, seed)                    # the model before training, and its tokenizer
     tiny.retrain(folder, seed)                        # trained on easy puzzles by train.py
 
-The folder tiny/ beside the code was made by the first command.
+The folders tiny/ and tiny5/ beside the code were made by the first two commands. The base model of the demo is stopped
+half-way, after DEMO_EPOCHS of its 14 epochs: finished it solves nearly all, and no method has anything to gain.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from experiments import puzzles
 from experiments.puzzles import BLANK, TASKS
 from runs import disk, resume
 
-TINY = Path(__file__).parent.parent / "tiny"  # the trained model that comes with the code
+TINY = Path(__file__).parent.parent / "tiny"  # the trained models that come with the code
+TINY5 = Path(__file__).parent.parent / "tiny5"
 
 MASK, EOS, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
 
@@ -49,6 +52,7 @@ class Kind:
 
 WHOLE = Kind(("latin", "shear"), 37, 64_000, 3, 0.0, 96, 192)
 SHORT = Kind(("short-latin", "short-shear", "short-far"), 31, 6_400, 14, 0.1, 64, 128)
+DEMO_EPOCHS = 7  # of SHORT, after which the model in tiny5/ was stopped
 
 
 def vocabulary(kind=WHOLE):
@@ -156,6 +160,11 @@ def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=Fal
     return {**result, "tiny": str(folder / "tiny")}
 
 
+def retrain_for_demo(folder, seed=0):
+    """Train a base model of the demo into folder/tiny -> the last metrics."""
+    return retrain(folder, seed, SHORT, lambda _, epoch: epoch == DEMO_EPOCHS)
+
+
 def write_answers(file, tok, rows, budget):
     """Write answers to train on, each followed by EOS to the budget, as real models' data are; for that
     they are trajectories, as if written from left to right.
@@ -195,10 +204,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.tiny", description=__doc__.split("\n")[0])
     parser.add_argument("out", help="folder; the trained model is in its subfolder tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="train nothing: random weights under the tokenizer of this model folder")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--demo", action="store_true", help="the base model of the demo: 5x5 puzzles, stopped half-way")
+    what.add_argument("--tokenizer", help="train nothing: random weights under the tokenizer of this model folder")
     c = parser.parse_args(argv)
     try:
-        result = write_random(c.out, c.tokenizer, c.seed) if c.tokenizer else retrain(c.out, c.seed)
+        if c.tokenizer:
+            result = write_random(c.out, c.tokenizer, c.seed)
+        elif c.demo:
+            result = retrain_for_demo(c.out, c.seed)
+        else:
+            result = retrain(c.out, c.seed)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -9,45 +9,81 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, flags, last_json, shell
+from helpers import ROOT, flags, last_json, shell, write_lines
 from tqdm import tqdm
 
 import data
 import distill
 import tabom
+import tokenizer
 from experiments import demo
 from runs import loading
 
 
 def test_the_table_of_before_and_after():
-    rows = dict(
-        before=dict(in_domain=0.5, out_of_domain=0.0, tds=None), after=dict(in_domain=0.75, out_of_domain=1, tds=0.25)
-    )
-    *_, before, after = demo.before_and_after(rows, 100).splitlines()
-    assert before == "| before | 50.0 ± 5.0 | 0.0 ± 0.0 | - |"
-    assert after == "| after | 75.0 ± 4.3 | 100.0 ± 0.0 | 0.250 |"  # 100 sqrt(0.75 * 0.25 / 100) = 4.33
+    before = dict(in_domain=0.5, two_a_step=0.25, near=0.0, far=1, tds=None)
+    after = dict(before, in_domain=0.75, tds=0.25, gain=0.25, gain_se=0.0512)
+    sizes = dict(test_in=100, test_near=50, test_far=25)
+    head, _, before, after = demo.table(dict(before=before, TABOM=after), sizes).splitlines()
+    assert head == "| 100 puzzles | in-domain % | - before | two a step % | near % | far % | TDS |"
+    assert before == "| before | 50.0 ± 5.0 |  | 25.0 ± 4.3 | 0.0 ± 0.0 | 100.0 ± 0.0 | - |"
+    assert after.startswith("| TABOM | 75.0 ± 4.3 | +25.0 ± 5.1 |")  # 100 sqrt(0.75 * 0.25 / 100) = 4.33
+    assert after.endswith("| 0.250 |")
+    assert "chosen after looking" in demo.ON_THIS_BASE
+
+
+def test_a_gain_is_paired_over_the_same_puzzles(tmp_path, monkeypatch):
+    before, after = [True, True, False, False, True], [True, False, True, True, True]
+    for row, right in (("before", before), ("TABOM", after)):
+        (tmp_path / f"{row}-in").mkdir()
+        records = [dict(id=i, prompt_ids=[1], response_ids=[2], order=[0], correct=c) for i, c in enumerate(right)]
+        write_lines(tmp_path / f"{row}-in" / "trajectories-00000.jsonl", reversed(records))
+    monkeypatch.setattr(demo, "decode_and_check", lambda *_, **__: dict(correct=1, trajectories=2))
+    found = demo.test({}, tmp_path, "TABOM", "adapter")
+    differences = torch.tensor([0.0, -1, 1, 1, 0])
+    assert found["gain"] == pytest.approx(differences.mean().item())
+    assert found["gain_se"] == pytest.approx(differences.std().item() / 5**0.5)
+    assert "gain" not in demo.test({}, tmp_path, "before")
+
+
+def test_one_puzzle_is_shown_before_and_after_with_its_steps():
+    tok = tokenizer.load(demo.TINY5)
+    ids, eos = tok.encode("1234551234"), [tok.eos_id] * 21
+    right = dict(prompt="L1.3455.234" + "." * 15, answer=["1234551234", "x"], response_ids=ids + eos, correct=True)
+    right["step"] = [*range(21, 31), *range(21)]
+    wrong = dict(right, response_ids=tok.encode("1134551234") + eos, correct=False)
+    told, _, titles, first, *rows = demo.before_and_after(dict(before=wrong, TABOM=right)).splitlines()
+    assert told.startswith("the first test puzzle that only the trained model solves")
+    assert titles.split() == ["the", "puzzle", "before", "at", "step", "TABOM", "at", "step"]
+    assert first.split() == [*"1.345", *"1", "!1", *"345", *map(str, range(21, 26)), *"12345", *map(str, range(21, 26))]
+    assert rows[-1].split()[5:10] == ["-"] * 5  # the answer has ended
+    assert len({len(row) for row in rows}) == 1 and "!" not in "".join(rows)
+    assert demo.before_and_after(dict(before=right, TABOM=right)).startswith("a test puzzle")
 
 
 def test_stages_say_which_one_begins_and_how_long_is_left(capsys):
     now = SimpleNamespace(time=0.0)
     stages = demo.Stages({"first": 10, "second": 20, "third": 60}, clock=lambda: now.time)
     stages.begin("first")
-    now.time += 20  # twice as slow as the reference
+    now.time += 5  # twice as fast as the reference
     stages.begin("second")
     now.time += 0.1  # an earlier run had finished it: this says nothing about the pace
     stages.begin("third")
+    now.time += 600  # what is said never goes up
+    stages.begin("third")
     stages.end()
     assert capsys.readouterr().err.splitlines() == [
-        "stage 1 of 3: first, about 2 min left",
-        "stage 2 of 3: second, about 3 min left",
-        "stage 3 of 3: third, about 2 min left",
+        "stage 1 of 3: first",
+        "stage 2 of 3: second, about 40 s left",
+        "stage 3 of 3: third, about 30 s left",
+        "stage 3 of 3: third, about 30 s left",
     ]
     assert demo.Stages({"a": 10, "b": 30}, share=0.1).expected == [1.0, 3.0]
     demo.Stages({"a": 10}, shows=False).begin("a")
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("seconds, text", [(0.2, "1 s"), (40, "40 s"), (89, "89 s"), (100, "2 min"), (3600, "60 min")])
+@pytest.mark.parametrize("seconds, text", [(0.2, "1 s"), (40, "40 s"), (59.6, "1 min 00 s"), (100, "1 min 40 s")])
 def test_durations(seconds, text):
     assert demo.duration(seconds) == text
 
@@ -67,9 +103,12 @@ def test_a_small_model_uses_one_thread_unless_told_otherwise(monkeypatch):
 
 
 def test_only_the_datasets(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo.puzzles, "write_datasets", lambda out, seed: (out, seed))
+    monkeypatch.setattr(demo, "WHOLE", dict(train=3, test_in=2, test_near=2, test_far=2))
     assert tabom.main(["demo", *flags(data_only=tmp_path / "P", seed=5)]) == 0
-    assert last_json(capsys.readouterr().out) == dict(datasets=[str(tmp_path / "P"), "5"])
+    files = [tmp_path / "P" / f"{name}.jsonl" for name in ("train", "test_in", "test_near", "test_far")]
+    assert last_json(capsys.readouterr().out) == dict(datasets=list(map(str, files)))
+    tags = [{json.loads(line)["prompt"][0] for line in file.read_text().splitlines()} for file in files]
+    assert tags == [{"L"}, {"L"}, {"S"}, {"T"}]
 
 
 def test_the_folder_of_a_stranger_is_refused(tmp_path, capsys):
@@ -83,19 +122,25 @@ def test_the_folder_of_a_stranger_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_quick_demo_prints_a_table_and_json(tmp_path):
-    words = [sys.executable, str(ROOT / "tabom.py"), "demo", "--quick", "--out", str(tmp_path / "demo")]
+def test_the_quick_demo_prints_a_puzzle_a_table_and_json(tmp_path):
+    words = [sys.executable, str(ROOT / "tabom.py"), "demo", "--quick", "--watch", "--out", str(tmp_path / "demo")]
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as a user runs it
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    *_, header, _, before, after, last = done.stdout.strip().splitlines()
-    result = json.loads(last)
-    assert "in-domain" in header and before.startswith("| before") and after.startswith("| after")
-    for line, row in ((before, result["before"]), (after, result["after"])):
-        assert f"{100 * row['in_domain']:.1f}" in line and f"{row['tds']:.3f}" in line
+    lines = done.stdout.strip().splitlines()
+    result = json.loads(lines[-1])
+    for row in ("before", "TABOM", "SFT-SD"):
+        (line,) = [line for line in lines if line.startswith(f"| {row} |")]
+        assert f"{100 * result[row]['in_domain']:.1f}" in line and f"{result[row]['tds']:.3f}" in line
+    assert any(line.startswith("the puzzle   before") for line in lines)
+    (pictures,) = [line for line in lines if line.startswith("pictures: ")]
+    folder = tmp_path / "demo" / "quick-0" / "pictures"
+    assert str(folder) in pictures
+    assert {"decoding.gif", "puzzle.png", "tds.png", "training.png"} <= {file.name for file in folder.iterdir()}
     said = [line for line in done.stderr.splitlines() if line.startswith("stage ")]
-    assert len(said) == 6 and said[2].startswith("stage 3 of 6: train, about ")
-    records = data.read_trajectories(tmp_path / "demo" / "quick-0" / "before-test_in")
+    assert len(said) == 8 and said[3].startswith("stage 4 of 8: train TABOM, about ")
+    assert done.stderr.count("31 steps, 1.0 tokens a step") == 2  # --watch: before and after
+    records = data.read_trajectories(tmp_path / "demo" / "quick-0" / "before-in")
     assert result["before"]["in_domain"] == sum(r["correct"] for r in records) / len(records)
     again = subprocess.run(words, capture_output=True, text=True, env=env)  # everything is there already
     assert json.loads(again.stdout.strip().splitlines()[-1]) == result

@@ -2,9 +2,13 @@
 
 import builtins
 
+import matplotlib
 import pytest
+from PIL import Image
 
+import tokenizer
 from experiments import plots
+from experiments import tiny as tiny_model
 
 
 def tds_rows(models, steps=3):
@@ -53,10 +57,44 @@ def test_a_model_has_one_colour_in_all_pictures():
     colours = {}
     for drawing in (plots.draw_tds(tds_rows(models), models), plots.draw_scatter(gains, "x", "y", models)):
         for line in drawing.axes[0].get_lines():
-            colours.setdefault(line.get_label(), set()).add(line.get_color())
-    assert len(colours["TABOM"]) == len(colours["SFT-SD"]) == 1
-    assert colours["TABOM"] != colours["SFT-SD"]
-    assert len(set(plots.colours(map(str, range(15))).values())) == 15
+            colours.setdefault(line.get_label().split(" ")[0], set()).add(line.get_color())
+    assert colours["TABOM"] == {plots.STRONG}
+    assert len(colours["SFT-SD"]) == 1 and not colours["SFT-SD"] & {plots.STRONG, plots.GREY}
+    found = plots.looks(map(str, range(15)))
+    assert len({(look["color"], look["linestyle"]) for look in found.values()}) == 15
+
+
+def test_tabom_has_the_strong_colour_and_nothing_else_has():
+    names = ["base", "TABOM", "TABOM, no ranking", "SFT-SD", "S/objective=tabom+seed=0", "S/objective=nelbo+seed=0"]
+    strong = [name for name, look in plots.looks(names).items() if look["color"] == plots.STRONG]
+    assert strong == ["TABOM", "S/objective=tabom+seed=0"]
+    assert plots.looks(names)["base"]["color"] == plots.GREY
+    assert plots.looks(["base", "out/R/epoch-2"])["out/R/epoch-2"]["color"] == plots.STRONG  # the only one there is
+
+
+def test_a_panel_has_at_most_seven_lines():
+    names = ["base", "TABOM", *map(str, range(12))]
+    panels = plots.panels_of(names)
+    assert all(len(panel) <= 7 and panel[:2] == ["base", "TABOM"] for panel in panels)
+    assert sorted(set(sum(panels, []))) == sorted(names)
+    assert plots.panels_of(names[:7]) == [names[:7]]
+    axes = plots.draw_tds(tds_rows(names)).axes
+    assert all(len(one.get_lines()) <= 7 for one in axes)
+    metrics = {name: [dict(step=1, loss=1.0), dict(step=2, loss=0.5)] for name in names}
+    assert all(len(one.get_lines()) <= 7 for one in plots.draw_training(metrics).axes)
+
+
+def test_a_step_that_few_base_models_have_is_left_out():
+    rows = [dict(model="TABOM", step=i, base_models=n, tds=0.1, tds_se=None) for i, n in enumerate((12, 6, 5))]
+    (line,) = plots.draw_tds(rows).axes[0].get_lines()
+    assert list(line.get_xdata()) == [0, 1] and line.get_label() == "TABOM (12)"
+
+
+def test_what_lies_apart_is_found():
+    spans = dict(a=(-3, 1), b=(-2, 4), c=(0, 5), far=(-90, -70))
+    assert plots.without_outliers(spans) == ((-3, 5), ["far"])
+    assert plots.without_outliers(dict(a=(0, 1), b=(2, 3), c=(4, 5)))[1] == []
+    assert plots.without_outliers(dict(a=(0, 1), b=(90, 91)))[1] == []  # which of two is it
 
 
 def test_a_band_is_one_standard_error_and_a_missing_value_no_point():
@@ -72,12 +110,64 @@ def test_a_band_is_one_standard_error_and_a_missing_value_no_point():
 def test_differences_are_intervals_in_a_panel_for_each_measure():
     rows = []
     for measure, row, mean in (("in %", "base", -2.0), ("in %", "TABOM", 1.0), ("far %", "TABOM", 0.0)):
-        rows.append(dict(measure=measure, row=row, mean=mean, low=mean - 1, high=mean + 2))
+        rows.append(dict(measure=measure, row=row, mean=mean, low=mean - 1, high=mean + 2, bases=dict(a=1, b=2)))
     inside, far = plots.draw_differences(rows, "SFT-SD").axes
     found = [(list(line.get_xdata()), line.get_ydata()[0]) for line in inside.get_lines()[1::2]]
     assert found == [([-3.0, 0.0], 0), ([0.0, 3.0], 1)]  # a row has the same line in both panels
     assert [list(line.get_ydata()) for line in far.get_lines()[1:]] == [[1, 1], [1]]
     assert inside.get_xlabel() == "in %, less SFT-SD's"
+    assert [label.get_text() for label in inside.get_yticklabels()] == ["base (2)", "TABOM (2)"]
+
+
+def test_a_difference_far_off_is_marked_at_the_edge_with_its_value():
+    rows = []
+    for row, mean in (("a", -2.0), ("b", 1.0), ("c", 3.0), ("far", -80.0)):
+        rows.append(dict(measure="in %", row=row, mean=mean, low=mean - 1, high=mean + 1))
+    (axes,) = plots.draw_differences(rows, "SFT-SD").axes
+    assert axes.get_xlim()[0] > -4
+    assert [text.get_text() for text in axes.texts] == ["-80.0 [-81.0, -79.0]"]
+
+
+def test_pictures_have_the_width_of_a_column_and_leave_the_settings_alone():
+    before = dict(matplotlib.rcParams)
+    for drawing in (plots.draw_tds(tds_rows(["base"])), plots.draw_training({"R": [dict(step=1, loss=1.0)]})):
+        assert drawing.get_size_inches()[0] == plots.COLUMN
+        for axes in drawing.axes:
+            assert min(text.get_fontsize() for text in (axes.title, axes.xaxis.label, *axes.get_xticklabels())) >= 6
+    assert dict(matplotlib.rcParams) == before
+
+
+PUZZLE = "L12..5" + "." * 20  # 5x5
+
+
+def puzzle_record(tok):
+    ids = tok.encode("1234512345") + [tok.eos_id] * 21
+    steps = [*range(21, 31), *range(21)]
+    entropy = [0.01 * (i + 1) for i in range(31)]
+    return dict(prompt=PUZZLE, response_ids=ids, order=steps, step=steps, entropy=entropy)
+
+
+def test_a_puzzle_is_drawn_as_its_grid():
+    tok = tokenizer.load(tiny_model.TINY5)
+    axes = plots.draw_trajectory(tok, puzzle_record(tok)).axes[0]
+    assert [patch.get_xy() for patch in axes.patches][1] == (1.04, 0.04)  # given: framed, a little smaller
+    assert [patch.get_xy() for patch in axes.patches][5:7] == [(0, 1), (1, 1)]
+    shown = [text.get_text() for text in axes.texts]
+    assert shown[:4] == ["1", "21", "2", "22"] and shown[-2:] == ["end", "20"]
+
+
+def test_an_animation_has_a_picture_for_each_step_and_holds_the_last(tmp_path):
+    tok = tokenizer.load(tiny_model.TINY5)
+    record = puzzle_record(tok)
+    plots.save_frames(tok, record, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as drawn:
+        assert drawn.n_frames == 1 + 31 or drawn.n_frames == 2 + 31  # nothing yet, each step; equal ones may be one
+        drawn.seek(drawn.n_frames - 1)
+        assert drawn.info["duration"] >= plots.HELD
+    assert (tmp_path / "a.gif").stat().st_size < 300_000
+    text = dict(record, prompt="a question", order=[*range(30), -1], step=[*range(30), 31])  # one was never decoded
+    plots.save_frames(tok, text, tmp_path / "b.gif")
+    assert (tmp_path / "b.gif").stat().st_size > 1000
 
 
 def test_no_rows_make_an_empty_picture():

@@ -175,3 +175,11 @@ def test_a_task_of_ones_own_is_an_entry(monkeypatch, tmp_path):
             assert len({first[i] for i in group}) == 6
         assert tok.decode(tok.encode(row["prompt"] + first)) == row["prompt"] + first
     assert tok.size == model.load(tmp_path / "start").config.vocab_size == 18 + 7
+
+
+def test_a_prompt_that_is_a_puzzle_is_known():
+    for name, task in puzzle_tasks.TASKS.items():
+        prompt, _ = puzzle_tasks.make(task, random.Random(1), True)
+        assert puzzle_tasks.side(prompt) == len(task.symbols), name
+    for text in ("", "L", "L12", "2 + 2 =", "L" + "." * 24, "X" + "." * 25, "L" + "z" * 25):
+        assert puzzle_tasks.side(text) is None, text

@@ -72,7 +72,7 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero_or_close_around_it():
         return report.verdict(dict(low=low, high=high, bases=dict.fromkeys(range(bases))), label, sign)
 
     assert of(0.1, 9.0) == "confirmed" == of(-9.0, -0.1, sign=-1)
-    assert of(-9.0, -0.1) == "contradicted" == of(0.1, 9.0, sign=-1)
+    assert of(-9.0, -0.1) == "not on these puzzles" == of(0.1, 9.0, sign=-1)
     assert of(-1.9, 1.5) == "not seen" == of(-0.004, 0.005, "TDS")
     assert of(-2.1, 1.5) == "not resolved" == of(-0.004, 0.006, "TDS") == of(-1.0, 2.1, sign=-1)
     assert of(0.4, 0.5, bases=2) == "not resolved"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import tokenizer
 from experiments import tiny as tiny_model
 from runs import resume
 from runs.options import opt
+from tools import watch
 
 PROMPT = "L" + "123456" * 6  # a tag and 36 cells
 
@@ -31,10 +33,10 @@ def test_generate_prints_the_answer_and_watches(tiny, trained, capsys):
     result = last_json(out)
     assert out.splitlines()[0] == result["text"]
     assert (result["prompt"], result["tokens"]) == (PROMPT, tiny_model.WHOLE.answer)
-    steps = err.splitlines()  # no terminal: a plain line for each step
+    steps = err.splitlines()[: tiny_model.WHOLE.answer]  # no terminal: a plain line for each step
     assert [line.split(":")[0] for line in steps] == [f"step {i}" for i in range(tiny_model.WHOLE.answer)]
     assert [line.count("·") for line in steps] == list(range(tiny_model.WHOLE.answer - 1, -1, -1))
-    assert "\x1b" not in err
+    assert "\x1b" not in err and err.splitlines()[-1].startswith("37 steps, 1.0 tokens a step; ")
     again, err = run(capsys, "generate", **options)
     assert again["text"] == result["text"]
     assert err == ""
@@ -54,7 +56,56 @@ def test_watch_redraws_a_terminal_in_colour_below_the_turns(tiny, capsys, monkey
     for i, frame in enumerate(frames):
         assert frame.startswith(f"system: S1\nuser: L2\nstep {i}\n")
         assert frame.count("\x1b[2m·\x1b[0m") == tiny_model.WHOLE.answer - 1 - i
+        assert " nats" in frame.splitlines()[4]
     assert "\x1b[38;5;" in frames[-1]
+    assert frames[-1].splitlines()[-1].startswith("37 steps, 1.0 tokens a step; entropy by step ")
+
+
+def test_the_colours_of_watch_span_the_entropies_that_occur():
+    scale = watch.Scale([0.001, 0.002, 0.01, math.nan])
+    assert (scale.low, scale.high) == (0.001, 0.01)
+    assert [scale.of(h, watch.COLOURS) for h in (0.001, 0.01)] == [watch.COLOURS[0], watch.COLOURS[-1]]
+    assert scale(0.001 * 10**0.5) == pytest.approx(0.5)
+    assert watch.Scale([])(1.0) == watch.Scale([0.5])(0.5) == 0.0
+    assert watch.Scale([0.0, 1.0]).low == watch.LEAST  # a logarithm needs more than 0
+    assert watch.thinned([1.0, 3.0, 5.0], 2) == [2.0, 5.0] and watch.thinned([], 2) == []
+
+
+def test_watch_shows_a_puzzle_as_its_grid_with_the_steps(tiny, capsys, monkeypatch):
+    prompt = "L" + "." * 30 + "123456"
+    _, err = run(capsys, "generate", model=tiny, prompt=prompt, watch=True)
+    head, *rows, summary = err.splitlines()[tiny_model.WHOLE.answer :]
+    assert head.split("   ")[0] == "the puzzle" and len(rows) == 6 and rows[-1].startswith("1 2 3 4 5 6")
+    steps = " ".join(row[-17:] for row in rows).split()
+    assert len(set(steps)) == 36 and set(steps) <= set(map(str, range(37)))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert (
+        tabom.main(["generate", *flags(model=tiny, prompt=prompt, watch=True, max_new_tokens=8, block_length=8)]) == 0
+    )
+    assert "the puzzle" not in terminal.getvalue()  # the response is shorter than the grid
+
+
+def test_watch_keeps_the_line_breaks_of_a_text(monkeypatch):
+    tok = SimpleNamespace(stop_ids={9}, pieces=lambda ids, mask_id: [("a\n", [0]), ("b", [1]), (None, [2])])
+    for terminal, shown in ((Terminal(), "a\n"), (io.StringIO(), "a↵b·")):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        watch.Watch(tok, 0, "a question")(3, torch.tensor([[1, 2, 0]]), torch.tensor([[0.1, 0.2, math.nan]]))
+        assert shown in terminal.getvalue()
+
+
+def test_the_delay_and_the_pictures_are_not_in_the_speed(tiny, capsys):
+    result, _ = run(capsys, "generate", model=tiny, prompt="L2", watch=True, delay=0.05)
+    assert result["seconds"] < 37 * 0.05
+
+
+def test_an_answer_is_saved_as_an_animation(tiny, tmp_path, capsys):
+    file = tmp_path / "new" / "x.gif"
+    run(capsys, "generate", model=tiny, prompt=PROMPT, save_frames=file)
+    assert file.read_bytes().startswith(b"GIF89a")
+    fails(capsys, "x.gif is there already", "generate", model=tiny, prompt=PROMPT, save_frames=file)
+    fails(capsys, "must end in .gif", "generate", model=tiny, prompt=PROMPT, save_frames=tmp_path / "x.mp4")
+    fails(capsys, "give --prompt", "generate", model=tiny, save_frames=tmp_path / "y.gif")
 
 
 def test_every_prompt_of_a_file_is_answered_by_itself(tiny, tmp_path, capsys):

@@ -38,6 +38,31 @@ def test_the_tiny_model_solves_what_it_was_trained_on():
     assert right >= 8
 
 
+def test_the_model_of_the_demo_is_half_trained_and_of_the_configuration_that_retrain_builds():
+    m, tok = model.load(tiny_model.TINY5), tokenizer.load(tiny_model.TINY5)
+    assert (tiny_model.TINY5 / "model.safetensors").stat().st_size < 1e6
+    assert m.config.raw == tiny_model.config(tiny_model.SHORT)
+    assert sum(p.numel() for p in m.parameters()) == 167_232
+    assert tok.size == m.config.vocab_size == len(tiny_model.vocabulary(tiny_model.SHORT))
+    rng, right = random.Random(3), 0
+    for _ in range(30):
+        prompt, answer = puzzle_tasks.make(puzzle_tasks.TASKS["short-latin"], rng, True)
+        settings = loading.decoder_settings(loading.DecodeOptions(), loading.Loaded(m, tok, tiny_model.TINY5))
+        t = decode.generate(m, torch.tensor([tok.encode(prompt)]), **settings)
+        right += tok.response_text(t.response[0].tolist()) == answer
+    assert 6 <= right <= 24  # there is something to gain
+
+
+def test_the_demo_has_a_command_for_its_base_model(tmp_path, capsys, monkeypatch):
+    kind = dataclasses.replace(tiny_model.SHORT, count=64, epochs=3)
+    monkeypatch.setattr(tiny_model, "SHORT", kind)
+    monkeypatch.setattr(tiny_model, "DEMO_EPOCHS", 2)
+    assert tiny_model.main([str(tmp_path), "--demo"]) == 0
+    assert '"epoch": 2' in capsys.readouterr().out
+    assert {f.name for f in (tmp_path / "tiny").iterdir()} == {f.name for f in tiny_model.TINY5.iterdir()}
+    assert not (tmp_path / "run" / "epoch-3").exists()
+
+
 def test_retrain_builds_a_model_folder(tmp_path):
     result = tiny_model.retrain(tmp_path, kind=dataclasses.replace(tiny_model.WHOLE, count=128, epochs=1))
     folder = Path(result["tiny"])

@@ -18,6 +18,7 @@ import distill
 import tokenizer
 from runs import loading, torchrun
 from runs.options import opt
+from tools.watch import Watch
 
 
 @dataclass
@@ -29,8 +30,11 @@ class GenerateOptions(loading.ModelOptions, loading.DecodeOptions):
     system: str | None = opt(None, "a system turn before it")
     prompts: str | None = opt(None, "answer every prompt of a file: a dataset, or .txt with one a line")
     raw: bool = opt(False, "the prompt as it is, without the chat template")
-    watch: bool = opt(False, "redraw the response on stderr while it unmasks, coloured by entropy")
+    watch: bool = opt(
+        False, "redraw the response on stderr while it unmasks, coloured by entropy; a puzzle as its grid"
+    )
     delay: float = opt(0.0, "seconds between two pictures of --watch", low=0)
+    save_frames: str | None = opt(None, "with --prompt: write an animation of the response, such as x.gif")
 
 
 def generate(c):
@@ -39,6 +43,7 @@ def generate(c):
         raise ValueError("--raw takes one --prompt as it is, or --prompts: no --system and no chat")
     if c.prompt is not None and c.prompts is not None:
         raise ValueError("--prompt and --prompts: give one of them")
+    check_frames(c)
     asked = None if c.prompts is None else read_prompts(c.prompts)
     processes = torchrun.Processes(c.device, alone=True)
     loaded = loading.load_model(c, processes, c.adapter)
@@ -71,6 +76,22 @@ def generate(c):
     return dict(**result, decoder=settings)
 
 
+def check_frames(c):
+    """Raises ValueError, FileExistsError or ImportError for a --save-frames that could not be written at the end."""
+    if c.save_frames is None:
+        return
+    if c.prompt is None:
+        raise ValueError("--save-frames is the animation of one answer: give --prompt")
+    if Path(c.save_frames).suffix.lower() != ".gif":
+        raise ValueError(f"--save-frames {c.save_frames}: must end in .gif")
+    if Path(c.save_frames).exists():
+        raise FileExistsError(f"--save-frames {c.save_frames} is there already: choose another file")
+    try:
+        import matplotlib.animation  # noqa: F401, comes with pillow, which writes the file
+    except ImportError as e:
+        raise ImportError("--save-frames needs matplotlib: pip install matplotlib") from e
+
+
 def said(prompt):
     """A prompt as a conversation of one turn."""
     return [tokenizer.message("user", prompt)]
@@ -97,14 +118,31 @@ def answer_turn(c, processes, loaded, settings, talk, turn):
     ids = tokenizer.encode_prompt(loaded.tok, talk, c.raw)
     distill.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
     ids = torch.tensor([ids], device=processes.device)  # [1, P]
-    watch = Watch(loaded, talk, c.delay) if c.watch else None
+    watch = None
+    if c.watch:
+        above = "".join(f"{turn['role']}: {turn['content']}\n" for turn in talk)
+        watch = Watch(loaded.tok, loaded.m.config.mask_id, talk[-1]["content"], above, c.delay)
     own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
     begun = time.perf_counter()
     t = decode.generate(loaded.m, ids, **own, **loading.with_eos_rules(settings, loaded))
     tokens = int((t.response != loaded.m.config.mask_id).sum())  # what was decoded: masks behind the end are not
-    speed = torchrun.per_second(tokens, begun + (watch.waited if watch else 0.0))  # --delay is not speed
+    speed = torchrun.per_second(tokens, begun + (watch.waited if watch else 0.0))  # pictures are not speed
+    if watch:
+        watch.end()
+    if c.save_frames:
+        save_frames(c.save_frames, loaded, talk[-1]["content"], t)
     text = loaded.tok.response_text(t.response[0].tolist())
     return dict(text=text, tokens=tokens, seconds=round(tokens / speed, 2), tokens_per_second=round(speed, 1))
+
+
+def save_frames(file, loaded, prompt, t):
+    """Write the animation of a response. t: the decode.Trajectory of one row."""
+    from experiments import plots
+
+    names = dict(response_ids=t.response, step=t.step, order=t.order, entropy=t.entropy)
+    record = {name: x[0].tolist() for name, x in names.items()}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    plots.save_frames(loaded.tok, dict(record, prompt=prompt), file)
 
 
 def chat_turns():
@@ -118,34 +156,3 @@ def chat_turns():
             return
         if line.strip():
             yield said(line.strip())
-
-
-class Watch:
-    """Redraws a response on stderr while it unmasks, under the turns before it: masks are dots, tokens green where
-    certain, red from 3 nats. Where stderr is no terminal it writes a plain line for each step."""
-
-    COLOURS = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of the 256-colour terminal palette
-
-    def __init__(self, loaded, talk, delay=0.0):
-        self.tok, self.mask_id, self.delay = loaded.tok, loaded.m.config.mask_id, delay
-        self.terminal, self.waited = sys.stderr.isatty(), 0.0  # seconds between pictures
-        self.above = "".join(f"{turn['role']}: {turn['content']}\n" for turn in talk)
-
-    def __call__(self, step, response, entropy):
-        cells, ids = [], response[0].tolist()
-        for text, places in self.tok.pieces(ids, self.mask_id):
-            if text is None:
-                cells.append(self.shown("\u00b7", 2))
-            elif ids[places[0]] not in self.tok.stop_ids:
-                nats = float(entropy[0, places[0]])
-                cells.append(self.shown(text, 38, 5, self.COLOURS[min(int(nats / 3 * 10), 10)]))
-        if self.terminal:
-            print(f"\x1b[H\x1b[2J{self.above}step {step}\n{''.join(cells)}", file=sys.stderr, flush=True)
-        else:
-            print(f"step {step}: {''.join(cells)}", file=sys.stderr, flush=True)
-        time.sleep(self.delay)
-        self.waited += self.delay
-
-    def shown(self, text, *codes):
-        """The text in a colour of the terminal; as it is in a file."""
-        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.terminal else text
