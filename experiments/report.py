@@ -352,7 +352,8 @@ def shown(value, digits=1, sign=""):
         text += f" [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}]"
     if value.get("p") is not None:
         each = " ".join(f"{x:{sign}.{digits}f}" for x in value["bases"].values())
-        text += f", p {value['p']:.3f} ({each})"
+        p = "p < 0.001" if value["p"] < 0.001 else f"p {value['p']:.3f}"
+        text += f", {p} ({each})"
     return text
 
 

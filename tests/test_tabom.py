@@ -118,7 +118,9 @@ def test_every_prompt_of_a_file_is_answered_by_itself(tiny, tmp_path, capsys):
         *answers, result = capsys.readouterr().out.splitlines()
         assert [json.loads(line)["text"] for line in answers] == alone
         assert [json.loads(line)["prompt"] for line in answers] == ["L12", "L34"]
-        assert last_json(result)["prompt"] == "L34"
+        result = last_json(result)  # each answer has a line of its own, and stands there once
+        assert result["prompts"] == 2 and "text" not in result
+        assert result["tokens"] == sum(json.loads(line)["tokens"] for line in answers)
     write_lines(dataset, [dict(prompt="L12"), dict(prompt="zzz"), dict(prompt="L34\u2028")])
     text.write_text("L12\nL3\u20284\nL34\n", encoding="utf-8")  # one line, which no token of tiny spells
     for file, message in ((dataset, "2 of 3 prompts"), (text, "1 of 3 prompts")):

@@ -38,7 +38,7 @@ class GenerateOptions(loading.ModelOptions, loading.DecodeOptions):
 
 
 def generate(c):
-    """Answer one prompt, those of a file, or chat -> the last answer and its speed."""
+    """Answer one prompt, those of a file, or chat -> the last answer and its speed; of a file, how many there are."""
     if c.raw and (c.system or (c.prompt is None and c.prompts is None)):
         raise ValueError("--raw takes one --prompt as it is, or --prompts: no --system and no chat")
     if c.prompt is not None and c.prompts is not None:
@@ -52,7 +52,7 @@ def generate(c):
     if asked is None:
         asked = chat_turns() if chats else [said(c.prompt)]
     start = [tokenizer.message("system", c.system)] if c.system else []
-    talk, result, failed = list(start), {}, 0
+    talk, result, failed, tokens, seconds = list(start), {}, 0, 0, 0.0
     for turn, messages in enumerate(asked):
         own = messages[0]["role"] == "system"  # a row's own system turn stands in place of --system
         if not chats:
@@ -69,10 +69,13 @@ def generate(c):
             continue
         talk.append({"role": "assistant", "content": result["text"]})
         result = dict(prompt=messages[-1]["content"], **result)
+        tokens, seconds = tokens + result["tokens"], seconds + result["seconds"]
         # Of many answers each is a line of JSON: a text may have several lines.
         print(result["text"] if c.prompts is None else json.dumps(result, ensure_ascii=False), flush=True)
     if failed and not chats:
         raise ValueError(f"{failed} of {len(asked)} prompts of {c.prompts} were not answered: see above")
+    if c.prompts is not None:  # each answer has its line already
+        result = dict(prompts=len(asked), tokens=tokens, seconds=round(seconds, 2))
     return dict(**result, decoder=settings)
 
 
