@@ -140,8 +140,8 @@ class TrainingRun:
 
     @property
     def spread(self):
-        """Whether the model is spread over the processes, see --shard."""
-        return shard.is_spread(self.weights.values())
+        """Whether the model is spread over the processes, see --shard: an adapter on it may be whole on each."""
+        return shard.is_spread(self.loaded.m.parameters())
 
 
 def train(c, processes=None, loaded=None):
@@ -210,7 +210,7 @@ def train_step(run, step, epoch, chosen):
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
     *means, tokens = processes.sum([*(sums.get(name, 0.0) for name in names), tokens])
     weights = list(run.weights.values())
-    if not run.spread:  # backward has added up the others already
+    if not shard.is_spread(weights):  # backward has added up the others already
         sum_gradients(weights, processes)  # a sum, not a mean: each process's part has its share in it already
 
     # 3. the step
@@ -345,7 +345,7 @@ def show(bar, metrics):
 def save_checkpoint(run, step, name):
     """Write a checkpoint of the run after `step` steps, and forget old ones between epochs."""
     run.last = run.out / name
-    first, together = run.processes.first, run.spread
+    first, together = run.processes.first, shard.is_spread(run.weights.values())
     if first:
         shutil.rmtree(run.last, ignore_errors=True)  # it can only be a damaged one
     if first or together:

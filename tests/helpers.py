@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,7 @@ def start(*words, program=ROOT / "tabom.py", processes=1, largest_file=None):
     """tabom.py in a process that a test may kill. largest_file: bytes at which the disk of that process is full."""
 
     def fill():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell inherit that it is ignored
         if largest_file is not None:
             import resource  # not on Windows
 

@@ -14,6 +14,7 @@ of the command is full.
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -73,6 +74,7 @@ def child(request, log):
 
 def main():
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a shell ignores it
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
             errors, log = (os.open(Path(folder, name), os.O_RDWR | os.O_CREAT) for name in ("errors", "log"))

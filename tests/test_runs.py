@@ -454,12 +454,16 @@ def test_signals_are_collected_inside_and_as_before_outside():
     stops = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP"):
         stops.append(signal.SIGHUP)  # a closed terminal
-    before = list(map(signal.getsignal, stops))
-    with resume.stop_signals() as seen:
-        for number in stops:
-            signal.raise_signal(number)
-        assert seen == stops
-    assert list(map(signal.getsignal, stops)) == before
+    inherited = {number: signal.signal(number, signal.default_int_handler) for number in stops}  # none is ignored
+    try:
+        with resume.stop_signals() as seen:
+            for number in stops:
+                signal.raise_signal(number)
+            assert seen == stops
+        assert set(map(signal.getsignal, stops)) == {signal.default_int_handler}
+    finally:
+        for number, handler in inherited.items():
+            signal.signal(number, handler)
 
 
 def test_another_thread_leaves_signals_alone():
