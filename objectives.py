@@ -262,8 +262,7 @@ def draw_mask(batch, generator, ratio=None):
 def masked_nll(m, batch, mask, mask_id=None):
     """Mean of -log p(x0) over the masked positions [B, N] of each row, given the others: [B]."""
     positions, asked = select(mask, place_of(mask))  # [B, K]
-    surprise, _ = nll_and_entropy(m, batch, was_decoded(batch) & ~mask, positions, mask_id)  # [B, K]
-    return masked_mean(surprise, asked)
+    return masked_mean(nll_and_entropy(m, batch, was_decoded(batch) & ~mask, positions, mask_id)[0], asked)
 
 
 # ------------------------------------------------------------------------- the table of objectives
@@ -367,8 +366,7 @@ def variance_by_step(h, batch, eos_id, eos="so-far"):
     """Eq. 11 at each step of a replay [B, S, N], over what counts: [B, S]; see `tds`."""
     until = in_decode_order(counted_until(batch, eos_id, eos), batch)  # [B, N]
     step = torch.arange(h.shape[1], device=h.device)  # [S]
-    counted = h.masked_fill(until[:, None] < step[:, None], torch.nan)
-    return entropy_variance(counted, least={"so-far": 2, "final": 1}[eos])
+    return entropy_variance(h.masked_fill(until[:, None] < step[:, None], torch.nan), {"so-far": 2, "final": 1}[eos])
 
 
 def entropy_variance(h, least=2):
@@ -497,14 +495,17 @@ def logits_at(m, batch, visible, positions, mask_id=None, clean=True):
     visible [B, N]: U, the response tokens that the model sees; every other one is masked.
     positions [B, K]: where to predict, counted from the start of the response. mask_id: what masked positions show, one
     id or one for each of them [B, N]; None = m.config.mask_id. clean: whether the model may be told the whole response,
-    as training can; a method m.arguments(batch, clean=) -> dict says what else the model is called with."""
+    as training can; a method m.arguments(batch, clean=) -> dict says what else the model is called with.
+    Raises ValueError for a model that returns another shape, as one does that ignores positions."""
     mask_id = m.config.mask_id if mask_id is None else mask_id
     more = m.arguments(batch, clean=clean) if hasattr(m, "arguments") else {}
-    response = torch.where(visible, batch["response_ids"], mask_id)
-    ids = torch.cat((batch["prompt_ids"], response), dim=1)  # [B, P + N]
+    ids = torch.cat((batch["prompt_ids"], torch.where(visible, batch["response_ids"], mask_id)), dim=1)  # [B, P + N]
     attention_mask = torch.cat((batch["prompt_mask"].bool(), valid(batch)), dim=1)  # [B, P + N]
     positions = batch["prompt_ids"].shape[1] + positions
-    return m(ids, attention_mask=attention_mask, positions=positions, **more).float()
+    logits = m(ids, attention_mask=attention_mask, positions=positions, **more)
+    if (shape := getattr(logits, "shape", ()))[:-1] != positions.shape:
+        raise ValueError(f"the model returned {type(logits).__name__} {[*shape]} for positions {[*positions.shape]}")
+    return logits.float()
 
 
 class NllAndEntropy(torch.autograd.Function):

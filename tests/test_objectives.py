@@ -855,3 +855,40 @@ def test_the_example_of_an_order(toy):
     ((ids, _, positions),) = m.calls
     assert (positions[0] - 4).tolist() == [2, 1]  # C, B
     assert (ids[0, 4:] == m.config.mask_id).tolist() == [False, True, True, True]  # A is visible
+
+
+@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+def test_a_model_that_ignores_positions_is_refused(toy, name):
+    """Its logits at other places would be trained in silence."""
+    m, batch = toy(seed=1), make_batch([5, 6])
+    batch.update(entropy=torch.rand(batch["order"].shape))
+
+    def ignores(ids, attention_mask=None, positions=None):
+        return torch.randn(*ids.shape, 12)  # [B, P + N, V]
+
+    options = dict(mask_id=0, generator=generators(1)[0])
+    if name == "t3d":
+        options.update(reference=m, random_tokens=0)
+    with pytest.raises(ValueError, match=r"the model returned Tensor \[2, 10, 12\] for positions \[2, \d+\]"):
+        objectives.OBJECTIVES[name].loss(ignores, batch, **options)
+
+
+def test_a_model_that_returns_no_tensor_is_refused(toy):
+    batch = make_batch([5, 6])
+    with pytest.raises(ValueError, match=r"the model returned dict \[\] for positions \[2, \d+\]"):
+        objectives.tabom(lambda ids, **options: dict(logits=0), batch, mask_id=0)
+
+
+@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+def test_a_plain_callable_needs_no_config_and_logs_carry_no_graph(name):
+    weight = torch.randn(12, 12, requires_grad=True)
+
+    def m(ids, attention_mask=None, positions=None):
+        return weight[ids.gather(1, positions)]  # [B, K, V]
+
+    batch = make_batch([5, 6])
+    options = dict(mask_id=0, generator=generators(1)[0])
+    if name == "t3d":
+        options["reference"] = m
+    out = objectives.OBJECTIVES[name].loss(m, batch, **options)
+    assert out["loss"].requires_grad and not any(value.requires_grad for key, value in out.items() if key != "loss")
