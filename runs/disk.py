@@ -30,7 +30,7 @@ SHOWN = 5  # so many differences does the error for another run's folder name
 
 def open_run(out, meta, processes, may_change=()):
     """Make the folder of a run, or continue the same run. meta, in its meta.json, identifies the run; only its keys
-    `may_change` may differ at the next start. Raises FileExistsError, on every process, for a folder that holds anything
+    `may_change` may differ later. Raises FileExistsError, on every process, for a folder that holds anything
     else, or that is not the same folder for all processes; ValueError where they have different files or options."""
     out = Path(out)
     same_everywhere(meta, processes)
