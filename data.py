@@ -422,8 +422,9 @@ def collate(records, pad_id):
     """Records -> the batch of objectives.py on the CPU, prompts padded on the left and responses on
     the right: prompt_ids, prompt_mask [B, P], response_ids, order [B, N], length [B], all int64.
     Padding has the order -1; a record without an order (a reference answer) counts as decoded from
-    left to right. Where a record has non_ltr, non_ltr is a bool tensor [B, N] (a record without has
-    its own computed); where all have entropies, entropy is float32 [B, N] with 0 for padding."""
+    left to right. Where a record has non_ltr, non_ltr is a bool tensor [B, N] (for a record
+    without one it is computed from its order); where all have entropies, entropy is float32 [B, N] with
+    0 for padding."""
     prompt_ids, prompt_mask = pad_left([r["prompt_ids"] for r in records], pad_id)
     length = torch.tensor([len(r["response_ids"]) for r in records])  # [B]
     response = torch.full((len(records), int(length.max())), pad_id)  # [B, N]
@@ -439,8 +440,9 @@ def collate(records, pad_id):
         response[b, :n] = torch.tensor(record["response_ids"])
         order[b, :n] = torch.tensor(steps)
         if "non_ltr" in batch:
-            places = record.get("non_ltr")
-            batch["non_ltr"][b, non_ltr_positions(steps) if places is None else places] = True
+            marked = record.get("non_ltr")
+            marked = non_ltr_positions(steps) if marked is None else marked
+            batch["non_ltr"][b, marked] = True
         if "entropy" in batch:
             batch["entropy"][b, :n] = torch.tensor(record["entropy"])
     return batch

@@ -8,7 +8,7 @@
 
 The response starts as N mask tokens. Each step runs the model once, gives every masked position a
 token and a score, and keeps the tokens of the best scores (Eq. 2 of the TABOM paper, with the
-entropy as the score). To read: generate(), Run.advance() and Run.step(), in this order.
+entropy as the score). To read: generate(), Run.advance(), Run.step() and Run.unmask(), in this order.
 
 Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
 tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`); Fast-dLLM (arXiv
@@ -120,7 +120,7 @@ class Settings:
     stop: tuple | None = None  # ids that end a row after the block that holds one
 
     # What a schedule decides beside share()
-    scores_untempered = False  # scores are of the model's own distribution, not the one that is drawn from
+    scores_untempered = False  # scores are of the model's raw distribution, not the one that is drawn from
     by_score = ()  # strategies whose score a threshold is compared with; the largest probability for others
     threshold_adds = False  # a threshold adds to share(), and does not take its place
     summed_entropy = False  # the threshold is one of summed entropy, in nats
@@ -401,7 +401,7 @@ class Run:
         self.entropy[at], self.confidence[at] = describe(logits, r, number[r, n], token[r, n])
 
     def noise(self, rows):
-        """Noise in [0, 1) for the response of each row, from the row's own generator: [R, W]."""
+        """Noise in [0, 1) for the response of each row, from the generator of that row: [R, W]."""
         noise = torch.empty(len(rows), self.W, device=rows.device)
         for row, b in zip(noise, rows.tolist()):
             g = self.generators[b]  # it may be on another device
@@ -481,7 +481,7 @@ def choose_slab(logits, noise, s):
     if s.score in ("random", "left"):
         return token, noise  # the distribution does not matter
 
-    # "dream" scores the distribution that tokens are drawn from, "llada" the model's own.
+    # "dream" scores the distribution that tokens are drawn from, "llada" the model's raw one.
     if s.scores_untempered or s.score == "largest":
         p, ids = without(logits, s.decode_last).softmax(-1), None  # in the model's dtype, as officially
     elif s.decode_last is not None or not s.draws:

@@ -1,4 +1,4 @@
-"""Step 1: prompts to trajectories. The model answers each prompt with its own decoder, and the order is logged.
+"""Step 1: prompts to trajectories. The model answers each prompt, and the decode order is logged.
 
     torchrun --nproc_per_node 8 tabom.py distill --model GSAI-ML/LLaDA-8B-Instruct --data prompts.jsonl --out out/T
 
@@ -53,7 +53,7 @@ class DistillOptions(loading.ModelOptions, loading.DecodeOptions, loading.Datase
 
 
 def distill(c, processes=None, loaded=None):
-    """Decode every prompt of a dataset with the model's own decoder and log the order -> counts of what is in --out.
+    """Decode every prompt of a dataset as the model's family does and log the order -> counts of what is in --out.
 
     c: DistillOptions. loaded: a loading.Loaded that decodes, instead of loading c.model and c.adapter; it must be what
     they name. Raises ValueError or FileNotFoundError before anything is decoded."""
@@ -81,7 +81,7 @@ def distill(c, processes=None, loaded=None):
         **loading.identity(c, processes, loaded),
     )
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
-    out = disk.open_run(c.out, meta, processes, free=("limit", "prompts", *by_content))
+    out = disk.open_run(c.out, meta, processes, may_change=("limit", "prompts", *by_content))
 
     def judge(batch, records):
         return [dict(correct=check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
@@ -141,8 +141,8 @@ def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=N
     def generator(i):
         return data.generator(seed, "decode", examples[i]["id"], device=device)
 
-    own = dict(generator=generator, on_step=on_step, **loading.with_eos_rules(settings, loaded))
-    for numbers, t in queue.stream(m, prompts, batch_size, **own):
+    how = dict(generator=generator, on_step=on_step, **loading.with_eos_rules(settings, loaded))
+    for numbers, t in queue.stream(m, prompts, batch_size, **how):
         decoded = t.response != m.config.mask_id  # [R, N]; behind a token that ends it, a response may be masked
         if not t.entropy[decoded].isfinite().all():
             raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
@@ -223,7 +223,7 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
 
 def check_answered(out, examples, known):
     """Raises ValueError where the answers of a folder, id -> tokens of its prompt, are not to these prompts: with
-    another --limit, rows may have ids of their own or be numbered."""
+    another --limit, rows may have the ids of the file or be numbered."""
     asked = {json.dumps(e["id"]): e["prompt_ids"] for e in examples}
     prompts, others = set(map(tuple, asked.values())), []
     for key, prompt in known.items():

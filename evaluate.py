@@ -126,7 +126,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         questions_sha256=digest(questions),
         shots_sha256=digest(shots),
     )
-    out = disk.open_run(out, meta, processes, free=("limit",))
+    out = disk.open_run(out, meta, processes, may_change=("limit",))
 
     def judge(batch, records):
         texts, asked = [], []
@@ -154,7 +154,7 @@ def paper_scores(c, loaded, task, settings, n):
 
 def encode_questions(c, processes, loaded, task, questions, shots):
     """The questions as examples of distill.answer_all: dicts of id, prompt, answer, prompt_ids and record. Prompts that
-    are longer than --prompt-tokens, or the benchmark's own length, are cut on the left, with a warning."""
+    are longer than --prompt-tokens, or without it PROMPT_TOKENS of the task, are cut on the left, with a warning."""
     family, examples = loaded.m.config.family, []
     most = c.prompt_tokens or TASKS[task].PROMPT_TOKENS
     if c.prompt_tokens is None and c.protocol == "official" and family in WHOLE_PROMPTS:
@@ -188,7 +188,7 @@ def read_questions(task, folder=None):
         repo, file = benchmark.HUB
         try:
             path = Path(hf_hub_download(repo, file, repo_type="dataset"))
-        except Exception as e:  # the hub library raises its own, requests' and httpx's errors
+        except Exception as e:  # the hub library raises errors of its classes, requests' and httpx's
             raise FileNotFoundError(
                 f"{task}: {repo} cannot be downloaded from the Hub ({type(e).__name__}); give its file with --data"
             ) from e

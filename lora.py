@@ -11,7 +11,7 @@
     scaling = alpha / rank, or alpha / sqrt(rank) with rslora (Kalajdzievski 2023, arXiv 2312.03732)
 
 A and B are float32 whatever the dtype of W, and the sum is formed in float32, as PEFT does. Each layer
-has its own rank and alpha, as PEFT's rank_pattern and alpha_pattern give them. Works on any nn.Module; a
+may have another rank and alpha, as PEFT's rank_pattern and alpha_pattern give them. Works on any nn.Module; a
 module with a method `checkpoint_name` is saved under the names that it gives (those of the official
 model class).
 """
@@ -309,7 +309,7 @@ def adapter_folder(path):
     wanted = ["adapter_config.json", "adapter_model.safetensors"]  # no pickles
     try:
         found = Path(snapshot_download(str(path), allow_patterns=wanted))
-    except Exception as e:  # the hub library raises its own, requests' and httpx's errors
+    except Exception as e:  # the hub library raises errors of its classes, requests' and httpx's
         reason = str(e).strip().split("\n")[0]
         raise FileNotFoundError(f"no folder {path}, and no download from the Hub: {type(e).__name__}: {reason}") from e
     if not (found / "adapter_config.json").is_file():

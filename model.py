@@ -18,7 +18,7 @@ Sources: ML-GSAI/LLaDA (modeling_llada.py: an OLMo / Llama block without a causa
     padding           is counted     positions skip it
     output at i       token i        token i + 1
 
-A further family is an entry of `FAMILIES`, in a file of its own where its network differs (`ELSEWHERE`).
+A further family is an entry of `FAMILIES`, in another file where its network differs (`ELSEWHERE`).
 
 Dimensions: B batch, L length, P positions asked for, V vocabulary, D width, H query heads,
 K key-value heads, E width of a head.
@@ -90,7 +90,7 @@ class Config:
 
 class RMSNorm(nn.Module):
     """Normalised in float32, then scaled by the weight and cast, in the family's order: the wrong
-    one costs as much as bfloat16's own error."""
+    one costs as much as bfloat16's rounding."""
 
     def __init__(self, width, c):
         super().__init__()
@@ -311,8 +311,8 @@ def parse_config(raw, where="config.json"):
         importlib.import_module(ELSEWHERE[kind])
     known = {family.model_type: name for name, family in FAMILIES.items()}
     if kind not in known:
-        kind = f"{raw.get('model_type')!r}; this code knows {', '.join(known)}"
-        raise ValueError(f"{where}: model_type is {kind}, and with a folder beside model.py {ELSEWHERE}")
+        more = "".join(f", and {other} with the folder {folder} beside model.py" for other, folder in ELSEWHERE.items())
+        raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; this code knows {', '.join(known)}{more}")
     if strange := [key for key in NOT_HERE if raw.get(key)]:
         raise ValueError(f"{where}: {', '.join(strange)}: no mixture of experts and no quantized weights are supported")
     family = FAMILIES[known[kind]]
@@ -371,8 +371,8 @@ def read_rope(raw):
 
 
 def create(raw, generator=None, dtype=torch.float32, device="cpu"):
-    """A model with random weights from the content of a config.json: normal, with the config's own
-    standard deviation (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers)
+    """A model with random weights from the content of a config.json: normal, with the
+    standard deviation of the config (init_std or initializer_range, else 0.02), and smaller by sqrt(2 layers)
     where a block adds to its input."""
     m = empty(parse_config(raw)).to_empty(device=device).to(dtype)
     std = raw.get("init_std") or raw.get("initializer_range") or 0.02
@@ -411,7 +411,7 @@ def resolve(path):
     # with transformers.
     try:
         return Path(snapshot_download(str(path), allow_patterns="*.json *.safetensors *.txt *.jinja *.py".split()))
-    except Exception as e:  # the hub library raises its own, requests' and httpx's errors
+    except Exception as e:  # the hub library raises errors of its classes, requests' and httpx's
         reason = str(e).strip().split("\n")[0]
         raise FileNotFoundError(f"no folder {path}, and no download from the Hub: {type(e).__name__}: {reason}") from e
 
@@ -424,8 +424,8 @@ def load(path, dtype=torch.float32, device="cpu", place=None, fill=None):
     file, name) then copies a tensor of an open safetensors file into a parameter -> the part of it that
     this process holds.
 
-    Memory peaks at the model's own size plus one tensor: modules are made on the meta device, and
-    each tensor is read through a mapping of its own that is given back at once. Nothing refers to
+    Memory peaks at the size of the model plus one tensor: modules are made on the meta device, and
+    each tensor is read through a mapping that is given back at once. Nothing refers to
     the files afterwards. Raises FileNotFoundError or ValueError; one error lists every missing,
     unexpected or misshapen tensor. Values that are not finite, and files that a manifest.json
     knows with another hash, are errors too.
@@ -447,8 +447,8 @@ def load(path, dtype=torch.float32, device="cpu", place=None, fill=None):
             wrong.append(f"{official} is {shape}, the config wants {list(m.get_parameter(names[official]).shape)}")
     wrong = wrong or fill_all(m, folder, names, dtype, device, fill if place else None)
     if wrong:
-        wrong[20:] = [f"and {len(wrong) - 20} more"] * (len(wrong) > 20)
-        raise ValueError(f"{folder}: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(f"{folder}: {'; '.join(wrong[:20])}{more}")
     return m.eval()
 
 

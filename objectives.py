@@ -64,7 +64,7 @@ def tabom(
     surprise, h = nll_and_entropy(m, batch, visible, positions, mask_id)  # [B, K]
     ce = masked_mean(surprise, real)  # [B]
 
-    # 3. its entropies: those of the same pass, or of passes of their own
+    # 3. its entropies: those of the same pass, or of further passes
     h = entropies_in_context(h, m, batch, first, size, positions, real, mask_id)  # [B, K]
 
     # 4. rank them
@@ -101,9 +101,9 @@ def ranking_rows(entropy, margin, real):
 
 def mean_with_pairs(x, real, pair_share=None):
     """Mean of x [...] over the rows with at least two real tokens [..., W], which have a pair; 0
-    without such a row. pair_share: the share of such rows to count with, instead of their own."""
+    without such a row. pair_share: the share of such rows in a larger batch, to count with instead."""
     has_pair = real.sum(-1) >= 2
-    rows = has_pair.sum().clamp(min=1) if pair_share is None else pair_share * has_pair.numel() or 1
+    rows = has_pair.sum().clamp(min=1) if pair_share is None else (pair_share * has_pair.numel() or 1)
     return torch.where(has_pair, x, 0.0).sum() / rows
 
 
@@ -380,7 +380,7 @@ def replay(m, batch, until=None, mask_id=None):
     """The entropies that a model has at every step of a trajectory: h [B, S, N] in nats. h[b, t, k]
     belongs to the k-th token in decode order (equal steps by position, never decoded ones last),
     given all tokens of the steps before t; NaN once it is decoded. Where each step decoded one
-    token, S = N and the diagonal holds each token's own step.
+    token, S = N and the diagonal holds each token's entropy at the step that decoded it.
 
     until [B, N]: the last step at which each position is wanted (see `counted_until`), instead of
     the step that decodes it. One forward pass for each step that decodes something, with the output head on those
@@ -437,7 +437,7 @@ def context_and_targets(batch, first, size):
 
 
 def masked_until(batch):
-    """The last step at which each position is masked: its own; the row's last if it is never
+    """The last step at which each position is masked: the one that decodes it; the row's last if it is never
     decoded; -1: padding."""
     until = torch.where(batch["order"] >= 0, batch["order"], decode_steps(batch)[:, None] - 1)
     return torch.where(valid(batch), until, -1)

@@ -17,7 +17,7 @@ from runs.options import check_values, parse
 
 COMMANDS = {  # name -> (module, what it does)
     "demo": ("experiments.demo", "distill, train and evaluate a tiny model on puzzles: the whole method on a CPU"),
-    "distill": ("distill", "decode every prompt with the model's own decoder and log the order: trajectories"),
+    "distill": ("distill", "decode every prompt as the model's family does and log the order: trajectories"),
     "train": ("train", "train an adapter (or all weights) along trajectories; the same command continues"),
     "evaluate": ("evaluate", "answer the questions of benchmarks and grade the answers"),
     "grade": ("tools.grade", "grade responses that were made elsewhere"),

@@ -121,7 +121,7 @@ class Tokenizer:
         return sorted(set(range(vocab_size)) - set(self.ids.values()))
 
     def chat(self, messages, add_generation_prompt=True, prefix=""):
-        """Text of a conversation [{role, content}, ...] by the checkpoint's own chat template.
+        """Text of a conversation [{role, content}, ...] by the chat template in its folder.
 
         prefix: the start of the answer, which the model continues, as the template shows it: Dream's keeps a last
         newline, LLaDA's trims it. Raises ValueError where the checkpoint has no template or the template refuses the

@@ -86,7 +86,7 @@ def sweep(c, grid=None):
     grid = expand(c) if grid is None else grid
     prompts = check_sweep(c, grid)
     processes = torchrun.Processes(c.device)
-    out = disk.open_run(c.out, identity(c), processes, free=("model", "adapter"))  # these by their content
+    out = disk.open_run(c.out, identity(c), processes, may_change=("model", "adapter"))  # these by their content
     trajectories = Path(c.data)
     if prompts:
         trajectories = out / "T"
@@ -136,13 +136,13 @@ def check_sweep(c, grid):
 
 
 # What changes nothing in the scores of a run, and the grid, which may grow.
-FREE = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile", "over")
+MAY_CHANGE = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile", "over")
 
 
 def identity(c):
-    """What a sweep is, for its meta.json: its options but for FREE, and what it reads by its
+    """What a sweep is, for its meta.json: its options but for MAY_CHANGE, and what it reads by its
     content."""
-    settings = {name: getattr(c, name) for name in field_names(SweepOptions) if name not in FREE}
+    settings = {name: getattr(c, name) for name in field_names(SweepOptions) if name not in MAY_CHANGE}
     contents = {}
     for source in (c.data, c.ground_truth, c.validation, *c.test):
         if source is not None and source not in evaluate.TASKS:

@@ -28,13 +28,13 @@ from runs import torchrun
 SHOWN = 5  # so many differences does the error for another run's folder name
 
 
-def open_run(out, meta, processes, free=()):
-    """Make the folder of a run, or continue the same run. meta, in its meta.json, identifies the run; only its `free`
-    keys may change between two starts. Raises FileExistsError, on every process, for a folder that holds anything
+def open_run(out, meta, processes, may_change=()):
+    """Make the folder of a run, or continue the same run. meta, in its meta.json, identifies the run; only its keys
+    `may_change` may differ later. Raises FileExistsError, on every process, for a folder that holds anything
     else, or that is not the same folder for all processes; ValueError where they have different files or options."""
     out = Path(out)
     same_everywhere(meta, processes)
-    processes.agree(torchrun.problem_of(same_run, out, meta, free))  # all have looked before one writes
+    processes.agree(torchrun.problem_of(same_run, out, meta, may_change))  # all have looked before one writes
 
     def begin():
         out.mkdir(parents=True, exist_ok=True)
@@ -62,16 +62,16 @@ def same_everywhere(meta, processes):
                 )
 
 
-def same_run(out, meta, free=()):
+def same_run(out, meta, may_change=()):
     """Raises FileExistsError for a folder that holds anything but this run, begun earlier; writes nothing."""
     out, meta = Path(out), json.loads(json.dumps(meta))
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, not a folder")
     if (out / "meta.json").is_file():
         before = data.read_json(out / "meta.json")
-        if "command" not in free and before.get("command") != meta.get("command"):  # the rest differs anyway
+        if "command" not in may_change and before.get("command") != meta.get("command"):  # the rest differs anyway
             raise FileExistsError(f"{out} holds a run of {before.get('command')}: choose another --out")
-        differ = [k for k in {**before, **meta} if k not in {*free, "versions"} and before.get(k) != meta.get(k)]
+        differ = [k for k in {**before, **meta} if k not in {*may_change, "versions"} and before.get(k) != meta.get(k)]
         if differ:
             changes = ", ".join(f"{k} was {before.get(k)!r} and is now {meta.get(k)!r}" for k in differ[:SHOWN])
             if len(differ) > SHOWN:

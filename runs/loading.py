@@ -3,7 +3,7 @@
     loaded = loading.load_model(c, processes, c.adapter)    # c: ModelOptions; -> m, tok, folder
     settings = loading.decoder_settings(c, loaded)          # c: DecodeOptions; -> arguments of decode.generate
 
-Each family has a decoder of its own, which flags and a model's own settings change.
+Each family has a decoder (DECODERS), whose settings a model's folder and flags change.
 """
 
 import dataclasses
@@ -272,7 +272,7 @@ PACE = {"steps", "tokens_per_step", "threshold"}  # how fast to decode: who says
 def merge_layers(*layers):
     """Decoder settings, of which a later layer's stand in place of an earlier one's -> dict.
 
-    With a pace of its own a layer drops that of the earlier ones; with another length only their steps, which were
+    A layer that sets the pace drops that of the earlier ones; with another length only their steps, which were
     steps for theirs."""
     merged = {}
     for layer in layers:

@@ -14,12 +14,12 @@ import decode
 def stream(m, prompts, batch_size=None, *, mask_id=None, generator=None, on_step=None, **settings):
     """Decode prompts, batch_size rows at a time -> yields (their numbers, decode.Trajectory) as rows finish.
 
-    The batch stays full while prompts wait. Each row is what it is in a batch of its own, but for the rounding of the
+    The batch stays full while prompts wait. Each row is what it is when decoded alone, but for the rounding of the
     model.
 
     prompts: token ids [P] each, of any lengths; the longest first need the least padding.
     batch_size: None = all prompts together.
-    generator: a function of a prompt's number that makes its torch.Generator; None = torch's own.
+    generator: a function of a prompt's number that makes its torch.Generator; None = torch's global one.
     on_step: called after each step as on_step(now, response [B, N], entropy [B, N]), where now [R] is the number of the
         step, in each row that took one, on the host.
     The rest is as in decode.generate.

@@ -3,7 +3,7 @@
     spread = functools.partial(shard.spread, compute=torch.bfloat16)
     m = model.load(folder, place=spread, fill=shard.fill)                   # on every process, which reads its part
     model.save(m, "out/model", whole=shard.whole, write=processes.first)                     # likewise
-    shard.save(state, "out/state")                                          # name -> tensor, each process its own part
+    shard.save(state, "out/state")                                          # name -> tensor, each process its part
     shard.load(state, "out/state")                              # in place, on any number of processes
 
 An 8B model with AdamW in float32 takes 128 GB, which no process has to hold. All processes run the model and gather
@@ -68,7 +68,7 @@ def fill(target, file, name):
 
 
 def save(state, folder):
-    """Write tensors, name -> tensor: each process its own parts, into a safetensors file of its own.
+    """Write tensors, name -> tensor: each process its parts, into one safetensors file a process.
 
     Raises OSError on every process where one cannot write."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)

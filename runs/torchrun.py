@@ -127,7 +127,7 @@ class Processes:
         """Whether another process holds the lock of a folder. It need not be one that this process may write to."""
         file = Path(folder).resolve() / LOCK
         if file.parent in self.locks or not file.is_file():
-            return False  # our own lock is left alone: closing the file once more would give it back
+            return False  # this process's lock is left alone: closing the file once more would give it back
         try:
             import fcntl  # not on Windows
 
@@ -190,7 +190,7 @@ def last_words(line):
     key = f"tabom's last words {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         if place_among_processes()[1] > 1:
-            # A client of torchrun's own store, which outlives its processes. No collective: others may be gone.
+            # A client of torchrun's store, which outlives its processes. No collective: others may be gone.
             store = dist.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False,
                 timeout=datetime.timedelta(seconds=10),

@@ -567,7 +567,7 @@ for folder in sys.argv[1:]:
     folders = [str(GOLDEN / f"{family}-tiny") for family in ("llada", "dream", "sdar", "a2d")]
     done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = "this code knows llada, dream, and with a folder beside model.py {'sdar': 'blocks', 'a2d-qwen3': 'blocks'}"
+    told = "this code knows llada, dream, and sdar with the folder blocks beside model.py, and a2d-qwen3 with"
     assert done.stdout.splitlines() == ["llada", "dream", told, told]
 
 

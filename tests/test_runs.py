@@ -1,4 +1,4 @@
-"""runs.py: processes and locks, run folders, files that appear whole, checkpoints, models with their decoders.
+"""runs/: processes and locks, run folders, files that appear whole, checkpoints, models with their decoders.
 
 python -m pytest tests/test_runs.py"""
 
@@ -143,10 +143,10 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ run folders
 
 
-def opened(out, free=(), **meta):
+def opened(out, may_change=(), **meta):
     processes = torchrun.Processes("cpu")
     try:
-        return disk.open_run(out, meta, processes, free)
+        return disk.open_run(out, meta, processes, may_change)
     finally:
         processes.unlock()
 
@@ -171,12 +171,12 @@ def test_the_folder_of_another_command_or_of_many_differences_is_named_shortly(t
         opened(tmp_path / "R", command="distill", lr=1.0)
     with pytest.raises(FileExistsError, match="e was 1 and is now 2, and 3 more; use its options"):
         opened(tmp_path / "R", command="train", **dict.fromkeys("abcdefgh", 2))
-    opened(tmp_path / "R", free=("command",), command="claims", **dict.fromkeys("abcdefgh", 1))
+    opened(tmp_path / "R", may_change=("command",), command="claims", **dict.fromkeys("abcdefgh", 1))
 
 
 def test_free_keys_and_versions_may_change(tmp_path):
     opened(tmp_path / "R", lr=1.0, limit=5, versions=dict(torch="2"))
-    opened(tmp_path / "R", free=("limit",), lr=1.0, limit=9, versions=dict(torch="3"))
+    opened(tmp_path / "R", may_change=("limit",), lr=1.0, limit=9, versions=dict(torch="3"))
     assert json.loads((tmp_path / "R" / "meta.json").read_text())["limit"] == 9
 
 

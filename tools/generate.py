@@ -54,9 +54,9 @@ def generate(c):
     start = [tokenizer.message("system", c.system)] if c.system else []
     talk, result, failed, tokens, seconds = list(start), {}, 0, 0, 0.0
     for turn, messages in enumerate(asked):
-        own = messages[0]["role"] == "system"  # a row's own system turn stands in place of --system
+        has_system = messages[0]["role"] == "system"  # the row's system turn stands in place of --system
         if not chats:
-            talk = [] if own else start
+            talk = [] if has_system else start
         talk = talk + messages
         try:
             result = answer_turn(c, processes, loaded, settings, talk, turn)
@@ -125,9 +125,9 @@ def answer_turn(c, processes, loaded, settings, talk, turn):
     if c.watch:
         above = "".join(f"{turn['role']}: {turn['content']}\n" for turn in talk)
         watch = Watch(loaded.tok, loaded.m.config.mask_id, talk[-1]["content"], above, c.delay)
-    own = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
+    how = dict(generator=data.generator(c.seed, "generate", turn, device=ids.device), on_step=watch)
     begun = time.perf_counter()
-    t = decode.generate(loaded.m, ids, **own, **loading.with_eos_rules(settings, loaded))
+    t = decode.generate(loaded.m, ids, **how, **loading.with_eos_rules(settings, loaded))
     tokens = int((t.response != loaded.m.config.mask_id).sum())  # what was decoded: masks behind the end are not
     speed = torchrun.per_second(tokens, begun + (watch.waited if watch else 0.0))  # pictures are not speed
     if watch:

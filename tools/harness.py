@@ -105,8 +105,8 @@ class Answers:
             distill.cut_prompts(examples, self.c.prompt_tokens, self.warn, "the harness")
             distill.check_context(examples, settings, self.loaded.m.config, self.warn)
             examples.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding
-            own = (self.c.seed, self._device, self.c.batch_size)
-            for numbers, records in distill.answers(self.loaded, examples, settings, *own):
+            how = (self.c.seed, self._device, self.c.batch_size)
+            for numbers, records in distill.answers(self.loaded, examples, settings, *how):
                 for i, record in zip(numbers, records):
                     place = examples[i]["place"]
                     text = texts[place] = cut(record["text"], stops)
