@@ -55,6 +55,7 @@ class EvaluateOptions(loading.ModelOptions, loading.DecodeOptions):
         "longer prompts are cut on the left to this many tokens (1024; LLaDA with --protocol official: all)",
         low=1,
     )
+    raw: bool = opt(False, "questions as they are, without the chat template: for base models, without --shots")
     limit: int | None = opt(None, "use only the first LIMIT questions of each task", low=1)
     batch_size: int = opt(16, "questions decoded together on each process", low=1)
 
@@ -68,6 +69,8 @@ def evaluate(c, processes=None, loaded=None):
     unknown = [task for task in c.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"--tasks {','.join(unknown)}: unknown; choose among {', '.join(TASKS)}")
+    if c.raw and c.shots:
+        raise ValueError("--raw asks each question alone: no --shots, which are turns of a chat")
     processes = processes or torchrun.Processes(c.device)
     tasks = list(dict.fromkeys(c.tasks))  # one that is named twice is answered once
     questions = {task: read_questions(task, c.data) for task in tasks}
@@ -122,6 +125,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
         **about,
         limit=c.limit,
         prompt_tokens=c.prompt_tokens,
+        raw=c.raw,
         shots=examples_of(shots),
         questions_sha256=digest(questions),
         shots_sha256=digest(shots),
@@ -162,7 +166,7 @@ def encode_questions(c, processes, loaded, task, questions, shots):
     for i, record in enumerate(questions[: c.limit]):
         text, start = TASKS[task].ask(record, family, c.protocol)
         try:
-            ids = tokenizer.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], prefix=start)
+            ids = tokenizer.encode_prompt(loaded.tok, [*shots, {"role": "user", "content": text}], c.raw, start)
         except ValueError as e:
             raise ValueError(f"question {i} of {task}, counted from 0: {e}") from e
         examples.append(dict(id=i, prompt=text, answer=record.get("answer"), prompt_ids=ids, record=record))

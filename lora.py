@@ -247,10 +247,15 @@ def save(m, folder, base=None):
     weights = {name: p.detach().contiguous() for name, p in tensors(m).items()}
     # Both are whole, under names that nobody has, before either takes its place: a folder never holds half a file.
     new = f".{uuid.uuid4().hex[:8]}.tmp"
-    (folder / f"adapter_model.safetensors{new}").write_bytes(as_bytes(weights, metadata={"format": "pt"}))
-    (folder / f"adapter_config.json{new}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / f"{file}{new}").replace(folder / file)
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    try:
+        (folder / f"{files[0]}{new}").write_bytes(as_bytes(weights, metadata={"format": "pt"}))
+        (folder / f"{files[1]}{new}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in files:
+            (folder / f"{file}{new}").replace((folder / file).resolve())  # of a link the target is written
+    finally:
+        for file in files:
+            (folder / f"{file}{new}").unlink(missing_ok=True)
 
 
 def common(numbers):

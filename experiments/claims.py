@@ -105,6 +105,7 @@ class ClaimsOptions:
     ground_truth: str | None = opt(None, "with --data: dataset whose answers SFT-GT trains on; without it no SFT-GT")
     recipe: str | None = opt(None, "with --data: settings of all rows, as in train", choices=tuple(RECIPES))
     methods: tuple | None = opt(None, "with --data: as in train", parse=name_list)
+    raw: bool = opt(False, "with --data: prompts as they are, without the chat template")
     check: str | None = opt(None, "with --data: as in sweep (auto); the puzzles' is exact", choices=answers.CHECKS)
     keep: str | None = opt(
         None, "with --data: as in train (correct), as for the puzzles", choices=("correct", "finished", "all")
@@ -120,8 +121,8 @@ def claims(c):
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
     if c.data or c.model or c.test:
         return on_trajectories(c)
-    for name in ("check", "keep"):
-        if getattr(c, name) is not None:
+    for name in ("check", "keep", "raw"):
+        if getattr(c, name):
             raise ValueError(f"--{name} is for --data: puzzles are compared exactly, and the right ones are kept")
     for name in names:
         check_targets(name)
@@ -157,7 +158,7 @@ def on_trajectories(c):
         grid[f"{name}/seed-{seed}"] = settings
     given = dict(model=c.model, data=c.data, ground_truth=c.ground_truth, test=c.test, benchmarks=c.benchmarks)
     given.update(out=c.out or "out/claims", seed=c.seed, compile=c.compile, recipe=c.recipe, metric="last")
-    for name in ("methods", "check", "keep"):
+    for name in ("methods", "check", "keep", "raw"):
         if getattr(c, name):
             given[name] = getattr(c, name)  # else the recipe's, or the sweep's
     return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **given), grid)

@@ -222,6 +222,7 @@ def replay_rows(loaded, processes, records, window, margin, tds_eos="so-far"):
     ranking, ranking_least  mean ranking loss of its windows, as decoded, and sorted; None without one
     inversions              {context: [(inverted, pairs) at distance 1, 2, ...]}
     """
+    # The TDS as the authors' code has it knows exactly one id: EOS, not the end of a turn.
     batch, eos_id = loading.batch_of(records, loaded, processes), loaded.m.config.eos_id
     before_eos = objectives.counted_until(batch, eos_id, "final")  # [B, N], -1 behind the response's first EOS
     looked_at = torch.maximum(before_eos, objectives.counted_until(batch, eos_id, "so-far"))

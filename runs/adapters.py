@@ -44,8 +44,9 @@ def trainable(c, m, last):
     elif last or c.adapter:  # the checkpoint before the adapter: a continued run is past its start
         lora.load(m, last or c.adapter)
         if lora.find(m, c.lora_targets).keys() != lora.layers(m).keys():
+            asked = f"--recipe {c.recipe}" if recipes.settings(c.recipe).get("lora_targets") else "the flag"
             raise ValueError(
-                f"--lora-targets {c.lora_targets}: {last or c.adapter} has other layers; leave the flag out"
+                f"--lora-targets {','.join(c.lora_targets)}: {last or c.adapter} has other layers; leave {asked} out"
             )
         for layer in lora.layers(m).values():
             layer.dropout = c.lora_dropout

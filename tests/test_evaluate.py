@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import last_json, run
+from helpers import fails, last_json, run
 
 import data
 import distill
@@ -152,6 +152,20 @@ def test_a_prompt_that_is_cut_is_said_and_shots_are_counted_as_examples(bytes_mo
     result, err = run(capsys, "evaluate", **options, prompt_tokens=4096, out=tmp_path / "whole")
     assert "prompts have up to" not in err
     assert min(len(r["prompt_ids"]) for r in data.read_trajectories(tmp_path / "whole" / "gsm8k")) > 1800
+
+
+def test_raw_asks_without_the_template(bytes_model, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "gsm8k_test.jsonl.gz", [dict(question="What is 1?", answer="#### 1")])
+    options = dict(model=bytes_model, data=folder, max_new_tokens=8, block_length=8, raw=True)
+    run(capsys, "evaluate", **options, out=tmp_path / "E")
+    (record,) = data.read_trajectories(tmp_path / "E" / "gsm8k")
+    tok = tokenizer.load(bytes_model)
+    assert tok.decode(record["prompt_ids"]) == record["prompt"]  # no "user: " before it
+    fails(
+        capsys, "--raw asks each question alone: no --shots", "evaluate", **options, shots="s.json", out=tmp_path / "F"
+    )
 
 
 def test_the_settings_of_another_checkpoint_are_named(bytes_model, tmp_path, capsys):

@@ -528,6 +528,25 @@ def test_a_recipe_and_an_adapter_of_another_shape(tiny, release, tmp_path, capsy
     assert meta(tmp_path / "R")["changed_from_recipe"]["lora_rank"] == 3
 
 
+@pytest.mark.parametrize("pattern, fits", [(r".*\.(q|v)_proj", True), (r".*\.q_proj", False)])
+def test_a_recipe_continues_from_an_adapter_whose_layers_are_a_pattern(
+    tiny, release, tmp_path, capsys, pattern, fits
+):  # fmt: skip
+    """As PEFT may write it. What counts are the layers, not how they are named."""
+    m = lora.inject(model.load(tiny), 16, 16, pattern, generator=torch.Generator().manual_seed(0))
+    lora.save(m, tmp_path / "A")
+    edit_json(tmp_path / "A" / "adapter_config.json", target_modules=pattern)
+    options = dict(model=tiny, data=release, recipe="llada-ling-coder", adapter=tmp_path / "A", methods="all")
+    options.update(lr=0.0, epochs=1, keep="all", out=tmp_path / "R")
+    if fits:
+        run(capsys, "train", **options)
+        assert weights(tmp_path / "R" / "epoch-1").keys() == weights(tmp_path / "A").keys()
+    else:
+        message = "--lora-targets q_proj,v_proj: .*A has other layers; leave --recipe llada-ling-coder out"
+        fails(capsys, message, "train", **options)
+        assert not (tmp_path / "R").exists()
+
+
 def test_flags_win_over_the_recipe_and_stand_in_meta(tiny, release, tmp_path, capsys):
     """The methods of the recipe choose the rows: the eight of entropy and default."""
     short = dict(window=8, epochs=1, warmup=0, global_batch=8)
