@@ -29,7 +29,7 @@ import importlib
 import json
 import mmap
 import re
-import uuid
+import tempfile
 from collections import namedtuple
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -538,24 +538,25 @@ def save(m, path, whole=torch.detach, write=True):
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         texts = {index: {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}, **texts}
 
-    # All is written beside its place, under a name that nobody has, before anything old goes. Killed in between,
-    # the folder is without a config.json: it cannot be loaded, and never are old and new weights mixed.
-    new = f".{uuid.uuid4().hex[:8]}.tmp"
-    for file in files:
-        tensors = {}
-        for official in [name for name in where if where[name] == file]:
-            tensor = whole(parameters[official])
+    # All is written beside its place, in a folder that nobody has and that is gone whatever happens, before anything
+    # old goes. Killed in between, the folder is without a config.json: it cannot be loaded, and never are old and new
+    # weights mixed. A link goes, and not what it points to: that may be a cache of the Hub, which others read.
+    with tempfile.TemporaryDirectory(dir=path if write else None) as new:
+        for file in files:
+            tensors = {}
+            for official in [name for name in where if where[name] == file]:
+                tensor = whole(parameters[official])
+                if write:
+                    tensors[official] = tensor.contiguous()
             if write:
-                tensors[official] = tensor.contiguous()
-        if write:
-            save_file(tensors, path / f"{file}{new}", metadata={"format": "pt"})
-    if not write:
-        return
-    for file, content in texts.items():
-        (path / f"{file}{new}").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    mode = (path / f"config.json{new}").stat().st_mode  # the library makes its files private, whatever the umask
-    for old in (path / "config.json", path / index, *path.glob("model*.safetensors")):
-        old.unlink(missing_ok=True)
-    for file in (*files, *texts):
-        (path / f"{file}{new}").chmod(mode)
-        (path / f"{file}{new}").replace(path / file)
+                save_file(tensors, Path(new, file), metadata={"format": "pt"})
+        if not write:
+            return
+        for file, content in texts.items():
+            Path(new, file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        mode = Path(new, "config.json").stat().st_mode  # the library makes its files private, whatever the umask
+        for old in (path / "config.json", path / index, *path.glob("model*.safetensors")):
+            old.unlink(missing_ok=True)
+        for file in (*files, *texts):
+            Path(new, file).chmod(mode)
+            Path(new, file).replace(path / file)

@@ -567,7 +567,8 @@ for folder in sys.argv[1:]:
     folders = [str(GOLDEN / f"{family}-tiny") for family in ("llada", "dream", "sdar", "a2d")]
     done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = "this code knows llada, dream, and sdar with the folder blocks beside model.py, and a2d-qwen3 with"
+    beside = "with the folder blocks beside model.py"
+    told = f"this code knows llada, dream, and sdar {beside}, and a2d-qwen3 {beside}"
     assert done.stdout.splitlines() == ["llada", "dream", told, told]
 
 
@@ -625,6 +626,26 @@ def test_missing_files_are_named(golden, copy):
         file.unlink()
     message = error(copy, FileNotFoundError)
     assert all(file.name in message for file in files)
+
+
+def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(golden, tmp_path):
+    """Also what others have there: a .tmp may be anybody's, and a link may lead into a cache that others read."""
+    m, cache, folder = golden.load(), tmp_path / "cache", tmp_path / "m"
+    cache.write_bytes(b"of others")
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(cache)
+    (folder / "model.safetensors.tmp").write_text("mine")
+
+    def broken(parameter):
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        model.save(m, folder, whole=broken)
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "model.safetensors.tmp"]
+    model.save(m, folder)
+    assert cache.read_bytes() == b"of others" and (folder / "model.safetensors.tmp").read_text() == "mine"
+    assert torch.equal(model.load(folder).embed.weight, m.embed.weight)
+    assert not [p for p in folder.iterdir() if p.is_dir()]
 
 
 @pytest.mark.parametrize("path", ["../m/x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", 3, None])
