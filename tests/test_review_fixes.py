@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import subprocess
 import sys
 
@@ -165,7 +166,8 @@ def test_prompts_from_a_dataset_keep_their_earlier_turns(bytes_model, tmp_path, 
     assert tabom.main(["generate", *flags(**options)]) == 0
     assert [turn["content"] for turn in seen[0]] == ["Be terse.", "a", "b", "hi"]
     assert [turn["content"] for turn in seen[1]] == ["ho"]
-    assert last_json(capsys.readouterr().out)["prompt"] == "ho"
+    *answers, result = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"] for line in answers] == ["hi", "ho"] and last_json(result)["prompts"] == 2
 
 
 def test_a_file_without_prompts_is_an_error(bytes_model, tmp_path, capsys):
