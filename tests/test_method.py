@@ -25,7 +25,6 @@ import lora
 import model
 import objectives
 from baselines import boltzmann_kl, inversions
-from benchmarks.answers import check
 
 
 def says(page, *texts):
@@ -558,7 +557,7 @@ def test_the_papers_scores_are_those_of_the_tables(paper):
 
 
 def test_the_mathematics_dataset_is_read_as_it_is(tmp_path):
-    """A row of MixChain-Z-PRM12K with its columns. distill can compare with the solution as well as with the answer."""
+    """A row of MixChain-Z-PRM12K with its columns: the solution, or the column that is named, is the answer."""
     solution = "One and one: $1 + 1 = \\boxed{\\frac{4}{2}}$."
     row = dict(question="What is 1 + 1?", answer=solution, target="\\frac{4}{2}", solution_0=solution, solution_1="2")
     row |= dict(correct_1=True, solution_1_token=1, __index_level_0__=0)
@@ -571,8 +570,6 @@ def test_the_mathematics_dataset_is_read_as_it_is(tmp_path):
         unused = [line for line in lines if "the column 'solution_0' looks like input, and is not used" in line]
         assert len(unused) == (field == "target")
         assert (example["prompt"], example["answer"]) == (row["question"], expected)
-        assert check("math", "The sum is \\boxed{2}.", example["answer"]) is True
-        assert check("math", "The sum is \\boxed{3}.", example["answer"]) is False
 
 
 def test_the_citation_names_the_authors_of_the_paper():
