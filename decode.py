@@ -8,7 +8,7 @@
 
 The response starts as N mask tokens. Each step runs the model once, gives every masked position a
 token and a score, and keeps the tokens of the best scores (Eq. 2 of the TABOM paper, with the
-entropy as the score). To read: generate(), Run.advance(), Run.step() and Run.unmask(), in this order.
+entropy as the score). To read: generate(), Run.advance() and Run.step(), in this order.
 
 Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
 tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`); Fast-dLLM (arXiv
@@ -26,6 +26,7 @@ row that has most of them, Q tokens decoded.
 """
 
 import dataclasses
+import functools
 import importlib
 from typing import NamedTuple
 
@@ -36,9 +37,8 @@ STRATEGIES = ("entropy", "confidence", "margin", "random", "left")
 SPARE = 32  # columns of padding that no prompt needs, before they are cut off
 COLDEST = 1e-6  # temperature: logits divided by less leave float32
 # Numbers of logits, which bound the memory that a step needs.
-HELD = 2**25  # that the output head makes at once, but those of one row at least
-SLAB = 2**23  # of those, that are copied at once
-CACHED = 2**20  # the same on a CPU, whose caches hold so many
+HELD = 2**26  # that the output head makes at once, but those of one row at least
+CACHED = 2**20  # of those, that a CPU looks at together: its caches hold so many
 GROUP = 64  # neighbours in the vocabulary, of which best_of() first looks at the best
 
 
@@ -157,6 +157,7 @@ class Settings:
         self.draws = self.temperature > 0 and not self.greedy  # tokens are drawn by chance
         # What positions are compared by: "largest" is the largest probability
         self.score = self.strategy if self.threshold is None or self.strategy in self.by_score else "largest"
+        self.narrows = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
         self.plan()
 
     def plan(self):
@@ -345,44 +346,30 @@ class Run:
     def step(self, masked, count, best):
         """Run the model once, and decode the best [B] so many of the masked positions [B, W].
 
-        count [B]: how many positions are masked."""
-        host = best.nonzero()[:, 0]  # [R]; rows that are done cost nothing, nor do rows that wait
-        K, rows = int(count[host].max()), host.to(masked.device)
-        masked, best = masked[rows], best.to(masked.device)[rows]
+        count [B]: how many positions are masked. count and best are on the host; what it sends to a GPU goes in one
+        copy, for it waits after each."""
+        s, host = self.settings, best.nonzero()[:, 0]  # [R]; rows that are done cost nothing, nor do rows that wait
+        K, Q = int(count[host].max()), int(best.sum())
+        rows, best, now = torch.stack((host, best[host], self.now[host])).to(masked.device)  # [R] each
+        masked = masked[rows]
         place, number = numbered(masked, K)  # [R, K], [R, W]
         ids, more = self.inputs(rows, host)
-        size, head = len(rows), None
-        if getattr(self.m, "splits_head", False):
-            size, head = max(1, HELD // (K * self.m.config.vocab_size)), self.m.unembed
+        head = self.m.unembed if getattr(self.m, "splits_head", False) else None
+        if head:
             more["head"] = False
         x = self.m(ids, positions=self.P + place, **more)  # [R, K, D], or logits [R, K, V]
         check_output(x, len(rows), K)
-        for first in range(0, len(rows), size):
-            part = slice(first, first + size)
-            logits = head(x[part]) if head else x[part]
-            self.unmask(logits, rows[part], masked[part], best[part], place[part], number[part])
-
-    def inputs(self, rows, host):
-        """The ids of rows [R], and the arguments of the model beside them. host: the same rows, on the host."""
-        more = dict(attention_mask=None)
-        if self.padded:
-            more["attention_mask"] = self.attention_mask[rows]
-        return self.ids[rows], more
-
-    def unmask(self, logits, rows, masked, best, place, number):
-        """Decode the best [R] so many of the masked positions [R, W] of these rows [R], of whose masked
-        positions, place [R, K], these are the logits [R, K, V]. number [R, W]: see numbered()."""
-        s = self.settings
+        V = self.m.config.vocab_size if head else x.shape[-1]
+        if head and len(rows) * K * V <= HELD:  # few enough to be held until the end
+            x, head = head(x), None
 
         # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
         #    everything is [R, W], and means nothing where it is not masked.
-        noise = torch.zeros_like(place, dtype=torch.float32)
-        if s.draws:
-            noise = self.noise(rows).gather(1, place)
-        token, score = choose(logits, noise, s)  # [R, K]
-        token, score = token.gather(1, number), score.gather(1, number)  # [R, W]
+        noise = self.noise(host).gather(1, place) if s.draws else torch.zeros(place.shape, device=place.device)
+        token, score = choose(x, head, V, noise, s)  # [R, K]
+        score = score.gather(1, number)  # [R, W]
         if s.score == "random":
-            score = self.noise(rows)
+            score = self.noise(host)
         elif s.score == "left":
             score = -torch.arange(float(self.W), device=score.device).expand(len(rows), -1)
 
@@ -391,22 +378,28 @@ class Run:
         nth = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = the best
         picked = nth < best[:, None]
         if s.threshold is not None:
-            picked |= s.reached(score, nth)
-        r, n = (picked & masked).nonzero(as_tuple=True)  # [Q]
+            picked = (picked | s.reached(score, nth)) & masked
+            Q = int(picked.sum())
+        first = picked.flatten().int().argsort(descending=True, stable=True)[:Q]  # nonzero(), but for its wait
+        r, n = first // self.W, first % self.W  # [Q]
 
         # 3. Write them down, with what the model's whole untempered distribution said.
-        at = (rows[r], n)
-        self.response[at] = token[r, n]
-        self.decoded_at[at] = self.now.to(rows.device)[rows[r]]
-        self.entropy[at], self.confidence[at] = describe(logits, r, number[r, n], token[r, n])
+        k, at = number[r, n], (rows[r], n)
+        self.response[at], self.decoded_at[at] = token[r, k], now[r]
+        self.entropy[at], self.confidence[at] = describe(x[r, k], head, V, token[r, k])
 
-    def noise(self, rows):
-        """Noise in [0, 1) for the response of each row, from the generator of that row: [R, W]."""
-        noise = torch.empty(len(rows), self.W, device=rows.device)
-        for row, b in zip(noise, rows.tolist()):
-            g = self.generators[b]  # it may be on another device
-            row.copy_(torch.rand(self.W, generator=g, device=row.device if g is None else g.device))
-        return noise
+    def inputs(self, rows, host):
+        """The ids of rows [R], and the arguments of the model beside them. host: the same rows, on the host."""
+        more = dict(attention_mask=None)
+        if self.padded:
+            more["attention_mask"] = self.attention_mask[rows]
+        return self.ids[rows], more
+
+    def noise(self, host):
+        """Noise in [0, 1) for the response of each row of `host` [R], from the generator of that row: [R, W]."""
+        generators, device = [self.generators[b] for b in host.tolist()], self.ids.device
+        theirs = next((g.device for g in generators if g is not None), device)  # it may be another
+        return torch.stack([torch.rand(self.W, generator=g, device=theirs) for g in generators]).to(device)
 
     def so_far(self):
         """The responses, and the entropies of what is decoded, [B, N] each."""
@@ -437,61 +430,67 @@ def check_output(x, R, K):
         raise ValueError(f"the model returned {type(x).__name__} {shape} for positions [{R}, {K}], not [{R}, {K}, V]")
 
 
-def describe(logits, row, number, token):
-    """Entropy in nats, and probability of the token, of Q positions of logits [R, K, V]: two [Q].
+def pieces(x, head, V, column):
+    """Logits [n, V] and a column [R, K] of the same places, [n], as many at a time as memory allows.
 
-    row, number, token [Q]: where in R and K, and what was decoded there."""
-    entropy, confidence = [], []
-    size = slab(logits)
-    for r, k, chosen in zip(row.split(size), number.split(size), token.split(size)):
-        logp = logits[r, k].float().log_softmax(-1)  # [q, V]
+    x [R, K, D], of which head makes logits; or logits [R, K, V], with head None."""
+    rows = max(1, HELD // (x.shape[1] * V))
+    for part, values in zip(x.split(rows), column.split(rows)):
+        logits = part if head is None else head(part)  # [r, K, V]
+        n = max(1, CACHED // V) if x.device.type == "cpu" else values.numel()
+        yield from zip(logits.flatten(0, 1).split(n), values.flatten().split(n))
+
+
+def describe(x, head, V, token):
+    """Entropy in nats, and probability of the token [Q], of Q places x [Q, D or V]: two [Q]. head: see pieces()."""
+    found = []
+    for logits, chosen in pieces(x[:, None], head, V, token[:, None]):
+        logp = logits.float().log_softmax(-1)  # [q, V]
         logp.clamp_(min=torch.finfo(logp.dtype).min)  # -inf times p = 0 is no number
-        entropy.append(-(logp.exp() * logp).sum(-1))
-        confidence.append(logp.gather(-1, chosen[:, None])[:, 0].exp())
-    return torch.cat(entropy), torch.cat(confidence)
+        found.append((-(logp.exp() * logp).sum(-1), logp.gather(-1, chosen[:, None])[:, 0].exp()))
+    return map(torch.cat, zip(*found))
 
 
 # ---------------------------------------------------------------------------------------- choosing
 
 
-def choose(logits, noise, s):
-    """A token and a score for each position of logits [R, K, V] by noise [R, K]: two [R, K].
+def choose(x, head, V, noise, s, n=64):
+    """A token and a score for each place of x [R, K, D or V], by noise [R, K]: two [R, K]. head: see pieces().
 
-    Slab by slab: the memory for copies of the logits is bounded, however many are masked."""
-    R, K, _ = logits.shape
-    size = slab(logits)
-    slabs = zip(logits.flatten(0, 1).split(size), noise.flatten().split(size))
-    token, score = zip(*(choose_slab(x, u, s) for x, u in slabs))
-    return torch.cat(token).view(R, K), torch.cat(score).view(R, K)
+    Where the best n tokens are not all that top_p leaves, those places are looked at again, all together: whether
+    there are any is what the host waits for, once."""
+    found = [choose_among(logits, u, s, n) for logits, u in pieces(x, head, V, noise)]
+    token, score, short = (torch.cat(each).view(noise.shape) for each in zip(*found))
+    if s.narrows:
+        r, k = short.nonzero(as_tuple=True)
+        if len(r):
+            again = choose(x[r, k][:, None], head, V, noise[r, k][:, None], s, 32 * n)
+            token[r, k], score[r, k] = (each[:, 0] for each in again)
+    return token, score
 
 
-def slab(logits):
-    """How many positions of logits [..., V] to copy at once."""
-    return max(1, (CACHED if logits.device.type == "cpu" else SLAB) // logits.shape[-1])
-
-
-def choose_slab(logits, noise, s):
-    """choose() for logits [K, V] and noise [K]: two [K]."""
-    logits = without(logits, s.suppress)
+def choose_among(logits, noise, s, n):
+    """choose() for logits [K, V] and noise [K], and where n tokens were too few: three [K]."""
+    logits, short = without(logits, s.suppress), torch.zeros_like(noise, dtype=torch.bool)
     if s.draws:
-        p, ids = filtered(logits, s)  # [K, n]
+        p, ids = filtered(logits, s, n, short)  # [K, n]
         token = draw(p, ids, noise)
     else:
         token = argmax(logits)
     if s.score in ("random", "left"):
-        return token, noise  # the distribution does not matter
+        return token, noise, short  # the distribution does not matter
 
     # "dream" scores the distribution that tokens are drawn from, "llada" the model's raw one.
     if s.scores_untempered or s.score == "largest":
         p, ids = without(logits, s.decode_last).softmax(-1), None  # in the model's dtype, as officially
     elif s.decode_last is not None or not s.draws:
-        p, ids = filtered(without(logits, s.decode_last), s)
+        p, ids = filtered(without(logits, s.decode_last), s, n, short)
     score = rate(s.score, p, ids, token)
     if s.decode_last is not None:
         # Of the entropy, 0 would be the best.
         worst = torch.finfo(score.dtype).min if s.score == "entropy" else 0.0
         score = score.masked_fill(member(token, s.decode_last), worst)
-    return token, score
+    return token, score, short
 
 
 def rate(score, p, ids, token):
@@ -510,44 +509,41 @@ def rate(score, p, ids, token):
     return best[:, 0] - best[:, 1:].sum(-1)  # top_k = 1 leaves a single one
 
 
-def filtered(logits, s):
-    """What temperature, top_p and top_k leave of logits [K, V]: p and ids [K, n]; ids None = all."""
+def filtered(logits, s, n=None, short=None):
+    """What temperature, top_p and top_k leave of logits [K, V]: p and ids [K, n]; ids None = all. See nucleus()."""
     temperature = s.temperature or 1.0  # 0 is for the token only
-    if s.top_k is not None or (s.top_p is not None and s.top_p < 1):
-        return nucleus(logits, temperature, s)
+    if s.narrows:
+        return nucleus(logits, temperature, s, n, short)
     if s.scores_untempered:
         logits = logits.float()  # Dream draws in the model's dtype, LLaDA in a wider one
     return (logits / temperature).softmax(-1), None
 
 
-def nucleus(logits, temperature, s):
+def nucleus(logits, temperature, s, n=None, short=None):
     """The tokens that top_p and top_k leave of softmax(logits / temperature), best first.
 
     -> probabilities (0 where removed) and ids, [K, n] each. top_p removes what lies beyond the best
-    tokens whose sum exceeds it; the token that crosses it stays. The vocabulary is not sorted: the
-    best 64 are enough as a rule, and more are taken until every position has crossed."""
+    tokens whose sum exceeds it; the token that crosses it stays. The vocabulary is not sorted: only the
+    best n (None = all) are looked at, and short [K] is set where they do not cross it."""
     logits = logits.float()
     limit = min(s.top_k or logits.shape[-1], logits.shape[-1])
     whole = logits
     if s.top_p_after_top_k and limit < logits.shape[-1]:
         whole = logits.topk(limit, dim=-1).values
-    n, total = min(64, limit), None
-    while True:
-        best, ids = best_of(logits, n)  # [K, n]
-        p = ((best - best[:, :1]) / temperature).exp()
-        if total is None:
-            total = p.sum(-1, keepdim=True)
-            # Where so many as the last of these would not change a float32, nor do the others.
-            if (p[:, -1:] * whole.shape[-1] > total * 2**-24).any():
-                # Less than exp(-80) adds nothing, and numbers that underflow are slow on CPUs.
-                total = (whole - best[:, :1]).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
-        p /= total
-        keep = p.cumsum(-1) - p <= (s.top_p or 1)  # the sum before the token
-        keep[:, 0] = True
-        if n == limit or not keep[:, -1].any():
-            p = p.masked_fill(~keep, 0.0)
-            return p / p.sum(-1, keepdim=True), ids
-        n = min(32 * n, limit)
+    best, ids = best_of(logits, min(n or limit, limit))  # [K, n]
+    p = ((best - best[:, :1]) / temperature).exp()
+    total = p.sum(-1, keepdim=True)
+    # Where so many as the last of these would not change a float32, nor do the others. A GPU would have to be asked.
+    if logits.device.type != "cpu" or (p[:, -1:] * whole.shape[-1] > total * 2**-24).any():
+        # Less than exp(-80) adds nothing, and numbers that underflow are slow on CPUs.
+        total = (whole - best[:, :1]).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
+    p /= total
+    keep = p.cumsum(-1) - p <= (s.top_p or 1)  # the sum before the token
+    keep[:, 0] = True
+    if ids.shape[-1] < limit:
+        short |= keep[:, -1]
+    p = p.masked_fill(~keep, 0.0)
+    return p / p.sum(-1, keepdim=True), ids
 
 
 def grouped(logits):
@@ -599,13 +595,18 @@ def without(logits, ids):
         return logits
     if max(ids) >= logits.shape[-1]:
         raise ValueError(f"suppress or decode_last holds {max(ids)}; the model has {logits.shape[-1]} tokens")
-    index = torch.tensor(ids, device=logits.device)
-    return logits.index_fill(-1, index, torch.finfo(logits.dtype).min)
+    return logits.index_fill(-1, on_device(ids, logits.device), torch.finfo(logits.dtype).min)
 
 
 def member(tokens, ids):
     """Which of the tokens are among the ids: bool, in the shape of tokens."""
-    return torch.isin(tokens, torch.tensor(ids, dtype=torch.long, device=tokens.device))
+    return torch.isin(tokens, on_device(ids, tokens.device))
+
+
+@functools.lru_cache
+def on_device(ids, device):
+    """A tensor of ids, a tuple. It is kept, for a GPU waits for each copy to it."""
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 # ---------------------------------------------------------------------------------------- the rest

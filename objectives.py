@@ -12,6 +12,7 @@ batch: a dict of tensors
                                      and no target. Equal numbers were decoded together.
     length [B]                       real tokens of each response
     entropy, non_ltr [B, N]          only for a ranking that needs them, and for starts="non-ltr"
+    padded                           may be there, no tensor: False where nothing is padded, and attention needs no mask
 m is any callable m(ids, attention_mask=None, positions=None) -> logits [B, K, V] at those positions, where the logits
 at a position predict the token at that position. What else a model is called with is what its method `arguments` gives,
 if it has one (see `logits_at`).
@@ -171,17 +172,17 @@ def draw_windows(batch, window, start=None, starts="uniform", generator=None):
     Raises ValueError for a window below 2, unknown starts, a start that leaves the trajectory."""
     check_window(window, starts)
     rule = "global" if window == "global" else starts
-    draw, steps = entry(STARTS, "starts", rule), decode_steps(batch)  # [B]
+    draw, steps = entry(STARTS, "starts", rule), decode_steps(batch, "cpu")  # [B]; all here is on the host
     if start is None:
         start = draw(batch, steps.tolist(), window, per_row(generator, len(steps)))
-    start = torch.as_tensor(start).to(steps.device)
+    start = torch.as_tensor(start).cpu()
     if window != "global":  # a shorter trajectory is a window as a whole
         start = torch.stack((start, start + steps.clamp(max=window)), dim=1)
     first, end = start.unbind(1)
     if (first < 0).any() or (first >= end).any() or (end > steps).any():
         drawn = f"windows from {first.tolist()} of {(end - first).tolist()} steps"
         raise ValueError(f"{drawn} leave trajectories of {steps.tolist()} steps")
-    return first, end - first
+    return torch.stack((first, end - first)).to(batch["order"].device).unbind()
 
 
 def check_window(window, starts):
@@ -242,20 +243,20 @@ def nelbo(m, batch, mask=None, generator=None, mask_id=None):
     mask = draw_mask(batch, generator) if mask is None else mask & can_mask
     if not mask.any(1).all():
         raise ValueError("mask: every row needs a masked position")
-    loss = masked_nll(m, batch, mask, mask_id).mean()
-    return dict(loss=loss, ce=loss.detach(), masked=(mask.sum(1) / can_mask.sum(1)).mean())
+    loss = masked_nll(m, batch, mask.to(can_mask.device), mask_id).mean()
+    return dict(loss=loss, ce=loss.detach(), masked=(mask.sum(1).to(can_mask.device) / can_mask.sum(1)).mean())
 
 
 def draw_mask(batch, generator, ratio=None):
-    """Random masked positions, bool [B, N]: ratio of the tokens of each row, rounded and at least
+    """Random masked positions, bool [B, N] on the host: ratio of the tokens of each row, rounded and at least
     one, or a uniform number of them."""
-    mask = torch.zeros_like(was_decoded(batch))
-    for row, can_mask, g in zip(mask, was_decoded(batch), per_row(generator, len(mask))):
+    mask = torch.zeros(batch["order"].shape, dtype=torch.bool)
+    for row, can_mask, g in zip(mask, was_decoded(batch).cpu(), per_row(generator, len(mask))):
         place = can_mask.nonzero()[:, 0]
         if n := len(place):
             count = uniform_int(1, n, g) if ratio is None else max(1, round(ratio * n))
             chosen = torch.randperm(n, generator=g, device=device_of(g))[:count]
-            row[place[chosen.to(place.device)]] = True
+            row[place[chosen.cpu()]] = True
     return mask
 
 
@@ -350,8 +351,9 @@ def tds(m, batch, eos_id, eos="so-far", mask_id=None, h=None):
     after = torch.arange(h.shape[1], device=h.device) > first_eos_step(batch, eos_id)[:, None]
     shown = variance.masked_fill(after & (eos == "so-far"), torch.nan)
     rows, per_step = variance.nanmean(1), until_last_value(shown.nanmean(0))
-    curves = list(map(until_last_value, shown))
-    return dict(tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step, curves=curves)
+    return dict(
+        tds=rows.nanmean().item(), rows=rows.tolist(), per_step=per_step, curves=[*map(until_last_value, shown)]
+    )
 
 
 def until_last_value(x):
@@ -413,12 +415,13 @@ def was_decoded(batch):
     return valid(batch) & (batch["order"] >= 0)
 
 
-def decode_steps(batch):
-    """S of each trajectory, int64 [B]. Raises ValueError for one in which nothing was decoded."""
-    steps = torch.where(was_decoded(batch), batch["order"], -1).amax(1) + 1
+def decode_steps(batch, device=None):
+    """S of each trajectory, int64 [B], on a device (None = the batch's). Raises ValueError for one in which nothing was
+    decoded."""
+    steps = (torch.where(was_decoded(batch), batch["order"], -1).amax(1) + 1).cpu()  # a GPU waits here, once
     if empty := (steps == 0).nonzero()[:, 0].tolist():
         raise ValueError(f"order: nothing was decoded (all -1) in rows {empty}: leave them out")
-    return steps
+    return steps.to(device or batch["order"].device)
 
 
 def decoded_before(batch, step):
@@ -452,15 +455,13 @@ def counted_until(batch, eos_id, eos):
     if eos != "so-far":
         raise ValueError(f"eos {eos!r} is neither 'so-far' nor 'final'")
     # After this step an EOS stands at the position itself or left of it.
-    standing = torch.where(is_eos, until, NEVER).cummin(1).values  # [B, N]
-    return torch.minimum(until, standing)
+    return torch.minimum(until, torch.where(is_eos, until, NEVER).cummin(1).values)
 
 
 def first_eos_step(batch, eos_id):
     """The step that decoded the leftmost EOS of the final response, or NEVER: int64 [B]."""
     is_eos = was_decoded(batch) & (batch["response_ids"] == eos_id)
-    leftmost = is_eos & (is_eos.cumsum(1) == 1)
-    return torch.where(leftmost, batch["order"], NEVER).amin(1)
+    return torch.where(is_eos & (is_eos.cumsum(1) == 1), batch["order"], NEVER).amin(1)
 
 
 def decode_places(batch):
@@ -486,11 +487,11 @@ def nll_and_entropy(m, batch, visible, positions, mask_id=None, clean=True):
 
 def log_probs(*state, **options):
     """log p(. | U) at some response positions: [B, K, V], float32. The arguments are those of `logits_at`."""
-    return logits_at(*state, **options).log_softmax(-1)
+    return logits_at(*state, **options).log_softmax(-1, dtype=torch.float32)
 
 
 def logits_at(m, batch, visible, positions, mask_id=None, clean=True):
-    """The logits of a model that sees U, at some response positions: [B, K, V], float32.
+    """The logits of a model that sees U, at some response positions: [B, K, V], in the model's dtype.
 
     visible [B, N]: U, the response tokens that the model sees; every other one is masked.
     positions [B, K]: where to predict, counted from the start of the response. mask_id: what masked positions show, one
@@ -500,28 +501,29 @@ def logits_at(m, batch, visible, positions, mask_id=None, clean=True):
     mask_id = m.config.mask_id if mask_id is None else mask_id
     more = m.arguments(batch, clean=clean) if hasattr(m, "arguments") else {}
     ids = torch.cat((batch["prompt_ids"], torch.where(visible, batch["response_ids"], mask_id)), dim=1)  # [B, P + N]
-    attention_mask = torch.cat((batch["prompt_mask"].bool(), valid(batch)), dim=1)  # [B, P + N]
+    real = torch.cat((batch["prompt_mask"].bool(), valid(batch)), dim=1)  # [B, P + N]
     positions = batch["prompt_ids"].shape[1] + positions
-    logits = m(ids, attention_mask=attention_mask, positions=positions, **more)
+    logits = m(ids, attention_mask=real if batch.get("padded", True) else None, positions=positions, **more)
     if (shape := getattr(logits, "shape", ()))[:-1] != positions.shape:
         raise ValueError(f"the model returned {type(logits).__name__} {[*shape]} for positions {[*positions.shape]}")
-    return logits.float()
+    return logits
 
 
 class NllAndEntropy(torch.autograd.Function):
-    """-log p(token) and the entropy h of p = softmax(logits), [..., V] and [...] -> two [...]. Of the size of
-    the logits there are only these and one gradient, made a few positions at a time:
+    """-log p(token) and the entropy h of p = softmax(logits), [..., V] and [...] -> two [...], float32. Of the size of
+    the logits there are only these and one gradient, in their dtype; float32 are a few positions at a time:
 
         d nll / d logits = p - onehot(token),    d h / d logits = -p (log p + h)"""
 
-    AT_ONCE = 2**20  # logits, which a CPU's cache holds
+    AT_ONCE = 2**20  # logits, which a CPU's cache holds; a GPU takes 64 times as many
     LOWEST = -1e4  # in place of -inf, because 0 * -inf is NaN
 
     @staticmethod
     def parts(logits, *more):
-        """Tensors [R, ...] as parts of a few rows each. logits [R, V]."""
-        rows = max(1, NllAndEntropy.AT_ONCE // logits.shape[-1])
-        return zip(*(tensor.split(rows) for tensor in (logits, *more)))
+        """Tensors [R, ...] as parts of a few rows each. logits [R, V]; their parts are float32, or wider."""
+        rows = max(1, NllAndEntropy.AT_ONCE * (1 if logits.device.type == "cpu" else 64) // logits.shape[-1])
+        for x, *others in zip(*(tensor.split(rows) for tensor in (logits, *more))):
+            yield x if x.dtype.itemsize >= 4 else x.float(), *others
 
     @staticmethod
     def forward(ctx, logits, token):
@@ -545,8 +547,8 @@ class NllAndEntropy(torch.autograd.Function):
         for x, out, t, h, log_z, g_nll, g_h in NllAndEntropy.parts(flat, found, *columns):
             logp = x - log_z
             p = logp.exp()
-            torch.mul(p, logp.clamp_(min=NllAndEntropy.LOWEST).add_(h), out=out).mul_(-g_h)
-            out.addcmul_(p, g_nll).scatter_add_(-1, t, -g_nll)
+            grad_x = logp.clamp_(min=NllAndEntropy.LOWEST).add_(h).mul_(-g_h).add_(g_nll).mul_(p)
+            out.copy_(grad_x.scatter_add_(-1, t, -g_nll))
         return grad, None
 
 

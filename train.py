@@ -198,13 +198,15 @@ def train_step(run, step, epoch, chosen):
     torch.manual_seed(data.generator(c.seed, step, processes.index, "dropout").initial_seed())
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
-    sums, tokens = {}, 0
+    totals, sums, tokens = None, {}, 0
     for records, share, losses in losses_of_parts(run, chosen, epoch):
         # Backward adds to the gradients that are there, so that no forward pass has to hold the whole batch.
         (losses["loss"] * share).backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * share
+        part = share * torch.stack([value.detach().float() for value in losses.values()])
+        totals = part if totals is None else totals + part
         tokens += sum(map(length, records))
+    if totals is not None:  # read once: a GPU waits
+        sums = dict(zip(losses, totals.tolist()))
 
     # 2. the sums over all processes
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
@@ -323,8 +325,8 @@ def on_held_out(run):
     # Without a gradient there is nothing to add up but the loss itself: a mean over rows, whoever has them.
     total = 0.0
     for _, share, losses in losses_of_parts(run, run.held_out, "held out"):
-        total += losses["loss"].item() * share
-    mean = processes.sum([total])[0]
+        total = total + losses["loss"] * share
+    mean = processes.sum([float(total)])[0]
     found = dict(held_out_loss=round(mean, 6) if math.isfinite(mean) else None, sample="")  # JSON has no NaN
     if processes.first or run.spread:  # a model that is spread answers on all processes, or not at all
         example = [dict(id="sample", prompt_ids=run.held_out[0]["prompt_ids"])]

@@ -39,10 +39,11 @@ def dparallel(
     block beyond the response."""
     # 1. a block of each row, and what its first pass masks
     place, real, generators = place_of(batch["order"]), was_decoded(batch), per_row(generator, len(batch["length"]))
-    begin = begin_of_blocks(batch["length"], block_length, block, generators)[:, None]  # [B, 1]
+    length = batch["length"].cpu()  # a GPU waits here, once
+    begin = begin_of_blocks(length, block_length, block, generators).to(place.device)[:, None]  # [B, 1]
     inside = (place >= begin) & (place < begin + block_length) & real  # [B, N]
     if mask is None:
-        mask = draw_halves(batch, generators)  # [B, N]
+        mask = draw_halves(length, place.shape[1], generators).to(place.device)  # [B, N]
 
     passes, counts = [], []
     for masked in (inside & mask, inside & ~mask):
@@ -65,21 +66,21 @@ def dparallel(
 
 
 def begin_of_blocks(length, block_length, block, generators):
-    """Where a block of each response begins, the given or a random one: int64 [B]."""
+    """Where a block of each response of so many tokens begins, the given or a random one: int64 [B], on the host."""
     if block is None:
         block = [uniform_int(0, (n - 1) // block_length, g) for n, g in zip(length.tolist(), generators)]
-    begin = torch.as_tensor(block).to(length.device) * block_length
+    begin = torch.as_tensor(block).cpu() * block_length
     if (begin >= length).any():
         blocks = f"blocks {begin.tolist()} of {block_length}"
         raise ValueError(f"{blocks} begin beyond the end of responses of {length.tolist()} tokens")
     return begin
 
 
-def draw_halves(batch, generators):
-    """True with probability 1/2 at each token of each response: bool [B, N]."""
-    mask = torch.zeros_like(batch["order"], dtype=torch.bool)
-    for row, n, g in zip(mask, batch["length"].tolist(), generators):
-        row[:n] = bernoulli(n, 0.5, g).to(row.device)
+def draw_halves(length, N, generators):
+    """True with probability 1/2 at each token of responses of so many tokens: bool [B, N]. All on the host."""
+    mask = torch.zeros(len(length), N, dtype=torch.bool)
+    for row, n, g in zip(mask, length.tolist(), generators):
+        row[:n] = bernoulli(n, 0.5, g).cpu()
     return mask
 
 

@@ -48,12 +48,13 @@ def inversions(h):
 
     -> dict(inverted, pairs), int64 [K - 1]: of the pairs at distance 1, 2, ... in decode order, how
     many have h(earlier) > h(later), and how many there are."""
-    counts = torch.zeros(2, max(h.shape[-1] - 1, 0), dtype=torch.int64)
+    counts = torch.zeros(2, max(h.shape[-1] - 1, 0), dtype=torch.int64, device=h.device)
     for i in range(counts.shape[1]):
         gap = h[..., : -i - 1] - h[..., i + 1 :]  # at distance i + 1
         counts[0, i] = (gap > 0).sum()
         counts[1, i] = (~gap.isnan()).sum()
-    return dict(inverted=counts[0], pairs=counts[1])
+    inverted, pairs = counts.cpu()
+    return dict(inverted=inverted, pairs=pairs)
 
 
 @torch.no_grad()

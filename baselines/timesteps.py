@@ -29,8 +29,8 @@ def traj(m, batch, start=None, generator=None, mask_id=None, pair_share=None):
 
 
 def from_state_to_end(batch, start=None, generator=None):
-    """A random state (see `draw_state`) and the end of each trajectory, in steps: int64 [B, 2]."""
-    steps = decode_steps(batch)  # [B]
+    """A random state (see `draw_state`) and the end of each trajectory, in steps: int64 [B, 2], on the host."""
+    steps = decode_steps(batch, "cpu")  # [B]
     return torch.stack((draw_state(steps, start, generator), steps), dim=1)
 
 

@@ -106,6 +106,9 @@ class BlockTransformer(model.Transformer):
         mask = self.visible(attention_mask, place, origin, first, columns, clean is not None)
         at = positions
         if clean is not None:  # one row of both copies, with the same places
+            # Attention adds a bias in place of a mask: made here, once, and not by each block of the network.
+            dtype = self.embed.weight.dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -torch.inf)
             if at is None:
                 at = torch.arange(start, ids.shape[1], device=ids.device).expand(len(ids), -1)
             ids, place = torch.cat((ids[:, start:], clean), dim=1), torch.cat((place[:, start:], place), dim=1)

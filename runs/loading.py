@@ -224,11 +224,12 @@ def set_grid(c, m):
 
 def batch_of(records, loaded, processes):
     """Records -> the batch of objectives.py, on this process's device; with the origin of blocks that are counted from
-    the end of the prompt."""
+    the end of the prompt, and whether anything is padded."""
     batch = data.collate(records, loaded.m.config.pad_id)
     if getattr(loaded.m.config, "grid", None) == "prompt":
         batch["origin"] = batch["prompt_mask"].sum(1)
-    return {name: tensor.to(processes.device) for name, tensor in batch.items()}
+    real = batch["prompt_mask"].all() and (batch["length"] == batch["order"].shape[1]).all()  # asked on the host
+    return {name: tensor.to(processes.device) for name, tensor in batch.items()} | dict(padded=not real)
 
 
 # How each family decodes by default: Table 8 of the paper, with 32-token blocks for LLaDA's distillation.

@@ -506,11 +506,17 @@ def test_the_best_tokens_are_found_by_groups(seed, V, n):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 10.0]), temperature=st.sampled_from([0.1, 1.0]))
-def test_top_p_of_a_large_vocabulary(seed, scale, temperature):
-    """Whatever is left out of its sums, the distribution is that of a sort of the vocabulary."""
-    x = torch.randn(4, 8192, generator=seeds(seed)[0]) * scale
-    p, ids = decode.nucleus(x, temperature, decode.Settings(4, temperature=temperature, top_p=0.9))
+@given(
+    seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 10.0]), temperature=st.sampled_from([0.1, 1.0]),
+    first=st.sampled_from([2, 64, None]),
+)  # fmt: skip
+def test_top_p_of_a_large_vocabulary(seed, scale, temperature, first):
+    """Whatever is left out of its sums, the distribution is that of a sort, or it is said to be short."""
+    x, short = torch.randn(4, 8192, generator=seeds(seed)[0]) * scale, torch.zeros(4, dtype=torch.bool)
+    s = decode.Settings(4, temperature=temperature, top_p=0.9)
+    p, ids = decode.nucleus(x, temperature, s, first, short)
+    assert not (first is None and short.any())
+    x, ids, p = x[~short], ids[~short], p[~short]
     found = torch.zeros_like(x).scatter(1, ids, p)
     best, order = (x.double() / temperature).softmax(-1).sort(descending=True)
     before = best.cumsum(-1) - best
@@ -519,6 +525,19 @@ def test_top_p_of_a_large_vocabulary(seed, scale, temperature):
     clear = (before - 0.9).abs() > 1e-4  # in float32, a token whose sum is as close as this may fall either way
     found = found.gather(1, order)
     torch.testing.assert_close(found[clear], expected[clear], atol=1e-6, rtol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), last=st.sampled_from([None, (3, 4095)]), first=st.sampled_from([1, 5, 64]))
+def test_places_that_need_more_tokens_are_looked_at_again(seed, last, first):
+    """Some places have a flat distribution and others a steep one; what is drawn is what all tokens at once give."""
+    x = torch.randn(2, 3, 4096, generator=seeds(seed)[0]) * torch.tensor([0.1, 1.0, 20.0])[:, None]
+    noise = torch.rand(2, 3, generator=seeds(seed + 1)[0])
+    s = decode.Settings(4, temperature=0.7, top_p=0.9, decode_last=last)
+    token, score = decode.choose(x, None, 4096, noise, s, first)
+    all_at_once, expected = decode.choose(x, None, 4096, noise, s, 4096)
+    assert torch.equal(token, all_at_once)
+    torch.testing.assert_close(score, expected)
 
 
 def test_threshold_unmasks_all_above_it_and_the_best_below_it():
