@@ -214,7 +214,7 @@ def test_a_reference_of_a_student_without_an_adapter_is_a_second_model(golden):
 
 def test_the_student_becomes_the_reference_every_few_steps(golden):
     m = lora.load(golden.load(), golden.folder / "adapter")
-    reference = objectives.OBJECTIVES["t3d"].reference(m, None, dict(reference_steps=3))
+    reference = objectives.OBJECTIVES["t3d"].reference(m, None, dict(reference_steps=3, preference="ddo"))
     kept = []
     for step in range(1, 8):
         reference.step_done(step)

@@ -357,6 +357,10 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(
 SWITCHES = [dict(objective=name) for name in objectives.OBJECTIVES]
 SWITCHES += [
     dict(objective="t3d", reference_steps=1, random_tokens=0.5, alpha=1, beta=1, path_weight=0),
+    dict(objective="t3d", preference="none", reduction="sum", random_tokens=0.5, draw_once=True),
+    dict(objective="t3d", fake="sample", reduction="sum", alpha=1, beta=1),
+    dict(objective="ideal", window=4, weight=2.0, beta=0.5, masks="subset"),
+    dict(objective="nelbo", masks="subset"),
     dict(objective="dparallel", block_length=4, weight=1, temperature=0.1),
     dict(window="global"),
     dict(ce_weight=0),
@@ -382,7 +386,7 @@ def test_every_objective_and_switch_trains(tiny, trajectories, tmp_path, capsys,
     for name, value in options.items():
         if name not in ("lora_targets", "gradient_checkpointing"):
             assert written[name] == value
-    assert ("window" in written) == (written["objective"] == "tabom")  # only what had an effect
+    assert ("window" in written) == (written["objective"] in ("tabom", "ideal"))  # only what had an effect
 
 
 def test_options_without_effect_are_named(tiny, trajectories, tmp_path, capsys):
@@ -424,12 +428,13 @@ def test_values_out_of_range_are_refused_and_leave_no_trace(
     assert not (tmp_path / "R").exists()
 
 
-def test_the_kl_needs_logged_entropies(tiny, uneven, tmp_path, capsys):
+@pytest.mark.parametrize("asked", [dict(ranking="kl"), dict(objective="ideal")])
+def test_the_kl_needs_logged_entropies(tiny, uneven, tmp_path, capsys, asked):
     rows = [row for _, row in data.read_rows(uneven)]
     del rows[2]["entropy"]
     bare = write_lines(tmp_path / "bare.jsonl", rows)
-    options = dict(model=tiny, data=bare, out=tmp_path / "R", ranking="kl", **TRAIN)
-    fails(capsys, "--ranking kl needs the entropies that distill logs", "train", **options)
+    options = dict(model=tiny, data=bare, out=tmp_path / "R", **TRAIN, **asked)
+    fails(capsys, "--ranking kl and --objective ideal need the entropies that distill logs", "train", **options)
 
 
 # ------------------------------------------------------------------------------------------------------- adapters
