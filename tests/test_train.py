@@ -389,6 +389,27 @@ def test_every_objective_and_switch_trains(tiny, trajectories, tmp_path, capsys,
     assert ("window" in written) == (written["objective"] in ("tabom", "ideal"))  # only what had an effect
 
 
+@pytest.mark.parametrize("draw_once", [True, False])
+def test_windows_are_drawn_once_or_anew(tiny, trajectories, tmp_path, capsys, draw_once):
+    """At a learning rate of 0 two epochs differ in what they draw alone."""
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", global_batch=12, lr=0)
+    run_train(capsys, **options, **({"draw_once": True} if draw_once else {}))
+    first, second = (line["loss"] for line in metrics(tmp_path / "R"))
+    assert (first == pytest.approx(second, rel=1e-6)) == draw_once
+
+
+def test_without_preference_t3d_goes_on_from_an_adapter(tiny, trajectories, trained, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, adapter=trained / "epoch-2", out=tmp_path / "R", epochs=1)
+    err = run(capsys, "train", objective="t3d", preference="none", beta=0.2, keep="all", **options)[1]
+    assert "warning: --beta: not used by --objective t3d" in err
+    assert not list((tmp_path / "R/epoch-1").glob("*reference*"))
+
+
+def test_a_sum_over_means_is_refused(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", objective="t3d", **TRAIN)
+    fails(capsys, "--reduction sum needs --path linear", "train", reduction="sum", path="levels", **options)
+
+
 def test_options_without_effect_are_named(tiny, trajectories, tmp_path, capsys):
     unused = dict(objective="nelbo", window=8, weight=2, reference_steps=3, epochs=1, keep="all", lr=0)
     err = run(capsys, "train", model=tiny, data=trajectories, out=tmp_path / "R", **unused)[1]
