@@ -3,6 +3,8 @@ with the path.
 
     reference = baselines.Reference(m)
     baselines.t3d(m, batch, reference=reference)["loss"].backward()
+    baselines.t3d(m, batch, alpha=1, beta=1, fake="sample", reduction="sum", reference=reference)  # as the paper has it
+    baselines.t3d(m, batch, preference="none")              # naive trajectory distillation, with a path
 
 Block-causal attention (m.config.block_length is not None): the random state masks a share of every block, the order
 that weighs the path is that inside a token's block, and of a row's masked EOS and padding tokens two are targets.

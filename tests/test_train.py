@@ -178,7 +178,8 @@ def first_gradients(c, index=0, count=1):
 
 
 LOSSES = [dict(), dict(starts="non-ltr", window=4), dict(ranking="listwise"), dict(ranking="kl", window=3)]
-LOSSES += [dict(objective="nelbo"), dict(objective="t3d")]
+LOSSES += [dict(objective="nelbo"), dict(objective="t3d"), dict(objective="ideal", masks="subset")]
+LOSSES += [dict(objective="t3d", fake="sample", reduction="sum"), dict(objective="t3d", preference="none")]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: "-".join(map(str, loss.values())) or "tabom")
