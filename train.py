@@ -75,6 +75,7 @@ class TrainOptions(
     stop_after: int | None = opt(
         None, "stop after this many epochs; the learning rate still follows the cosine over --epochs", low=1
     )
+    draw_once: bool = opt(False, "draw an example's window or state once, for all epochs, instead of anew in each")
     save_every: int = opt(200, "optimizer steps between checkpoints inside an epoch; 0 = none", low=0)
     keep_last: int = opt(
         1, "how many of the latest checkpoints inside epochs are kept; those of epochs always are", low=1
@@ -198,15 +199,13 @@ def train_step(run, step, epoch, chosen):
     torch.manual_seed(data.generator(c.seed, step, processes.index, "dropout").initial_seed())
 
     # 1. this process's share of the mean loss over the global batch, and its gradient
-    totals, sums, tokens = None, {}, 0
-    for records, share, losses in losses_of_parts(run, chosen, epoch):
+    totals, losses, tokens = 0.0, {}, 0
+    for records, share, losses in losses_of_parts(run, chosen, "once" if c.draw_once else epoch):
         # Backward adds to the gradients that are there, so that no forward pass has to hold the whole batch.
         (losses["loss"] * share).backward()
-        part = share * torch.stack([value.detach().float() for value in losses.values()])
-        totals = part if totals is None else totals + part
+        totals = totals + share * torch.stack([value.detach().float() for value in losses.values()])
         tokens += sum(map(length, records))
-    if totals is not None:  # read once: a GPU waits
-        sums = dict(zip(losses, totals.tolist()))
+    sums = dict(zip(losses, totals.tolist())) if losses else {}  # read once: a GPU waits
 
     # 2. the sums over all processes
     names = dict.fromkeys(processes.gather(sums))  # a process without an example knows no names
@@ -415,7 +414,7 @@ def prepare(c, processes, loaded=None):
     objective, reference = functools.partial(entry.loss, **parameters), None
     if entry.reference is not None:
         reference = entry.reference(loaded.m, lambda: load().m, parameters)
-        if c.adapter:  # else a new adapter, which changes nothing yet
+        if c.adapter and reference is not None:  # else a new adapter, which changes nothing yet
             reference.update()
         objective = functools.partial(objective, reference=reference)
     fused = processes.device.type == "cuda"  # one kernel for all weights; elsewhere it has no advantage
@@ -455,7 +454,7 @@ def check_options(c, entry, parameters):
     """Raises ValueError for options that exclude each other. entry: of objectives.OBJECTIVES."""
     if c.shard and not entry.lockstep(parameters):
         raise ValueError(
-            "--shard needs equally many forward passes on all processes: no --entropy-context step or --ranking kl"
+            "--shard needs equally many forward passes on all processes: no --entropy-context step, --ranking kl, ideal"
         )
     if c.lora_rank == 0 and c.adapter:
         raise ValueError("--lora-rank 0 trains no adapter, and --adapter needs one: give --lora-rank above 0")

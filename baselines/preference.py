@@ -3,6 +3,8 @@ with the path.
 
     reference = baselines.Reference(m)
     baselines.t3d(m, batch, reference=reference)["loss"].backward()
+    baselines.t3d(m, batch, alpha=1, beta=1, fake="sample", reduction="sum", reference=reference)  # as the paper has it
+    baselines.t3d(m, batch, preference="none")              # naive trajectory distillation, with a path
 
 Block-causal attention (m.config.block_length is not None): the random state masks a share of every block, the order
 that weighs the path is that inside a token's block, and of a row's masked EOS and padding tokens two are targets.
@@ -41,12 +43,13 @@ from objectives import (
 def t3d(
     m, batch, alpha=0.5, beta=0.1, path_weight=0.2, random_tokens=0.1, reference=None, start=None, generator=None,
     mask_id=None, masked="later", path="linear", path_k=4, mask=None, noise=None, reference_steps=10,
+    preference="ddo", fake="argmax", reduction="mean",
 ):  # fmt: skip
     """At all positions still masked in a random state of the trajectory -> dict(loss, ddo, path, ce);
     loss = ddo + path_weight * path.
 
         d    = mean over the targets of log p - log p_ref: d_real on the trajectory's tokens, d_fake
-               on the argmaxes of the reference
+               on the argmaxes of the reference, or on its samples (fake)
         ddo  = -log sigmoid(beta d_real) - alpha log(1 - sigmoid(beta d_fake))
         path = "linear", the paper's: mean over the targets of -w log p(x0), w = (S - order) / S, early
                ones count more; "levels", the official code's: see `path_by_levels`, also for path_k
@@ -55,49 +58,66 @@ def t3d(
         called with whatever else m is called with. reference_steps: of Reference; the loss makes no use of it.
     random_tokens: share of the masked positions that show a random token instead of the mask, to both models, only
         while m.training; needs m.config.vocab_size. noise [B, N]: the ids to show at masked positions instead.
+    preference "none": the cross-entropy of the targets in place of ddo, and no reference: naive trajectory
+        distillation, with a path and random tokens. reduction "sum", the paper's, in place of all means over targets
+        but that of the logged ce.
     start, mask, masked: the state, see `t3d_state`.
 
-    Our reading: d is a mean over a row's targets before the sigmoid; random tokens are uniform over the vocabulary and
-    stay targets. Raises ValueError without a reference, and for unknown choices."""
-    if reference is None:
+    Random tokens stay targets. Raises ValueError for a missing reference and unknown choices."""
+    check_t3d(dict(path=path, preference=preference, fake=fake, reduction=reduction))
+    if reference is None and preference == "ddo":
         raise ValueError("t3d needs a reference: a callable like m, such as baselines.Reference(m)")
-    if path not in PATHS:
-        raise ValueError(f"path {path!r} is neither {' nor '.join(map(repr, PATHS))}")
 
     more = m.arguments(batch) if hasattr(m, "arguments") else {}  # the reference may have no such method
     batch = dict(batch, origin=more.get("origin", batch.get("origin", 0)))
 
     # 1. a state of the trajectory: what is masked, which of it are targets [B, N], and what masked positions show
     mask, target = t3d_state(m, batch, start, mask, masked, generator)
-    shown = m.config.mask_id if mask_id is None else mask_id
-    if noise is not None:
-        shown = noise
-    elif random_tokens and getattr(m, "training", False):
-        shown = disturb(m, batch, random_tokens, generator, shown)
+    shown = shown_at_masks(m, batch, random_tokens, generator, mask_id) if noise is None else noise
 
-    # 2. log p and log p_ref in this state, of the trajectory's tokens (real) and of the reference's argmaxes (fake)
+    # 2. log p in this state
     asked = was_decoded(batch) if path == "levels" else target  # levels count visible tokens, too
     positions, real = select(asked, batch["order"])  # [B, K]
     visible, target = valid(batch) & ~mask, target.gather(1, positions) & real
-    logp = log_probs(m, batch, visible, positions, shown)  # [B, K, V]
-    with torch.no_grad():
-        logp_ref = log_probs(functools.partial(reference, **more), batch, visible, positions, shown)
-        chosen = logp_ref.argmax(-1)  # [B, K]
-        ref_real, ref_fake = -nll(logp_ref, batch, positions), pick_token(logp_ref, chosen)
-    ce, fake = nll(logp, batch, positions), pick_token(logp, chosen)  # [B, K]
+    logp, over = log_probs(m, batch, visible, positions, shown), REDUCTIONS[reduction]  # [B, K, V]
+    ce = nll(logp, batch, positions)  # [B, K]
 
-    # 3. the preference
-    d_real = masked_mean(-ce - ref_real, target)  # [B]
-    d_fake = masked_mean(fake - ref_fake, target)
-    ddo = -F.logsigmoid(beta * d_real) - alpha * F.logsigmoid(-beta * d_fake)  # 1 - sigmoid(x) = sigmoid(-x)
+    # 3. the preference, or the cross-entropy in its place
+    log = {}
+    if preference == "none":
+        term = over(ce, target).mean()
+    else:
+        with torch.no_grad():
+            logp_ref = log_probs(functools.partial(reference, **more), batch, visible, positions, shown)
+            chosen = FAKES[fake](logp_ref, real, generator)  # [B, K]
+        term = ddo(logp, logp_ref, batch, positions, chosen, alpha, beta, lambda d: over(d, target)).mean()
+        log["ddo"] = term.detach()
 
     # 4. the path, and the means over rows
     if path == "levels":
         along = path_by_levels(m, batch, ce, positions, real, path_k)  # [B]
     else:
-        along = masked_mean(path_weights(m, batch).gather(1, positions) * ce, target)
-    ddo, along, ce = ddo.mean(), along.mean(), masked_mean(ce.detach(), target).mean()
-    return dict(loss=ddo + path_weight * along, ddo=ddo.detach(), path=along.detach(), ce=ce)
+        along = over(path_weights(m, batch).gather(1, positions) * ce, target)
+    along, ce = along.mean(), masked_mean(ce.detach(), target).mean()
+    return dict(loss=term + path_weight * along, **log, path=along.detach(), ce=ce)
+
+
+def ddo(logp, logp_ref, batch, positions, chosen, alpha, beta, over):
+    """The preference of every row: [B]. logp, logp_ref [B, K, V]; chosen [B, K]: the tokens that it holds against the
+    trajectory's; over: [B, K] -> [B], over the targets."""
+    d_real = over(nll(logp_ref, batch, positions) - nll(logp, batch, positions))  # [B]
+    d_fake = over(pick_token(logp, chosen) - pick_token(logp_ref, chosen))
+    return -F.logsigmoid(beta * d_real) - alpha * F.logsigmoid(-beta * d_fake)  # 1 - sigmoid(x) = sigmoid(-x)
+
+
+def draw_tokens(logp, real, generator=None):
+    """A token of p at each real position [B, K], 0 elsewhere: [B, K, V] -> int64 [B, K]."""
+    token = torch.zeros_like(real, dtype=torch.long)
+    for b, (n, g) in enumerate(zip(real.sum(1).tolist(), per_row(generator, len(real)))):
+        below = logp[b, :n].double().exp().cumsum(-1)  # [n, V], of one row at a time: it is large
+        u = torch.rand(n, 1, generator=g, device=device_of(g), dtype=torch.float64).to(below.device)
+        token[b, :n] = torch.searchsorted(below, u * below[:, -1:], right=True)[:, 0]
+    return token
 
 
 # ------------------------------------------------------------------------------------------ states
@@ -161,9 +181,12 @@ def ranks_in_block(batch, block_length=None):
     return (same & earlier).sum(-1), same.sum(-1)
 
 
-def disturb(m, batch, share, generator, mask_id):
-    """The ids that masked positions show: a random share of them a token uniform over the
-    vocabulary, the others the mask: int64 [B, N]."""
+def shown_at_masks(m, batch, share, generator=None, mask_id=None):
+    """What masked positions show: the mask, an int; in training a random share of them a token uniform over the
+    vocabulary, and the others the mask: int64 [B, N]."""
+    mask_id = m.config.mask_id if mask_id is None else mask_id
+    if not share or not getattr(m, "training", False):
+        return mask_id
     if not hasattr(getattr(m, "config", None), "vocab_size"):
         raise ValueError(f"random_tokens {share} needs m.config.vocab_size: give m one, or random_tokens=0")
     noise = torch.full_like(batch["response_ids"], mask_id)
@@ -211,7 +234,7 @@ def path_by_levels(m, batch, ce, positions, real, k=4):
     return masked_mean(torch.stack(means, dim=1), torch.stack(has_token, dim=1))
 
 
-# ------------------------------------------------------------------------------------------ the model
+# ------------------------------------------------------------------------------------------ the model and the table
 
 
 def block_length_of(m):
@@ -228,10 +251,31 @@ def is_end(m, ids):
     return ends
 
 
+FAKES = dict(argmax=lambda logp, *_: logp.argmax(-1), sample=draw_tokens)  # (logp [B, K, V], real, generator) -> [B, K]
+REDUCTIONS = dict(mean=masked_mean, sum=lambda x, real: torch.where(real, x, 0.0).sum(-1))  # [B, K], [B, K] -> [B]
+CHOICES = dict(path=PATHS, preference=("ddo", "none"), fake=tuple(FAKES), reduction=tuple(REDUCTIONS))
+
+
+def check_t3d(parameters):
+    """See Objective.check. Raises ValueError for unknown choices, and a sum where there is none."""
+    for name, known in CHOICES.items():
+        if parameters[name] not in known:
+            raise ValueError(f"{name} {parameters[name]!r} is neither {' nor '.join(map(repr, known))}")
+    if parameters["reduction"] == "sum" and parameters["path"] == "levels":
+        raise ValueError("reduction 'sum' needs path 'linear': the levels are means")
+    return ("alpha", "beta", "fake", "reference_steps") if parameters["preference"] == "none" else ()
+
+
+def make_reference(m, load, parameters):
+    """See Objective.reference: none where nothing is compared with it."""
+    return None if parameters["preference"] == "none" else Reference(m, load, parameters["reference_steps"])
+
+
 T3D = Objective(
     loss=t3d,
     source="T3D",
-    reference=lambda m, load, parameters: Reference(m, load, parameters["reference_steps"]),
+    reference=make_reference,
+    check=check_t3d,
     options=dict(
         alpha=Option("weight of the term on the tokens that the reference prefers", low=0),
         beta=Option("scale of the log-ratios", low=0),
@@ -247,5 +291,18 @@ T3D = Objective(
             choices=("later", "earlier"),
         ),
         reference_steps=Option("optimizer steps after which the student becomes the reference again", kind=int, low=1),
+        preference=Option(
+            "ddo: the trajectory's tokens over the reference's; none: the cross-entropy of the trajectory's in its "
+            "place, which is naive trajectory distillation",
+            choices=CHOICES["preference"],
+        ),
+        fake=Option(
+            "tokens of the reference that ddo holds against the trajectory's: the most probable ones (T3D's code), or "
+            "samples (its paper)",
+            choices=CHOICES["fake"],
+        ),
+        reduction=Option(
+            "over the tokens of a row: a mean (T3D's code), or a sum (its paper)", choices=CHOICES["reduction"]
+        ),
     ),
 )

@@ -39,7 +39,9 @@ def training_records(c, loaded, parameters, processes):
     for record in kept:
         records.append(complete({name: record.get(name) for name in fields}))
     if "entropy" in fields and any(record["entropy"] is None for record in records):
-        raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
+        raise ValueError(
+            f"{path}: --ranking kl and --objective ideal need the entropies that distill logs, and some rows have none"
+        )
     return records
 
 

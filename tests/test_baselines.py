@@ -95,28 +95,35 @@ def test_states_refuse_an_impossible_start(toy, start):
             objective.loss(toy(), make_batch([8, 5]), start=torch.tensor(start), **needs(objective, toy()))
 
 
-def naive_t3d(m, reference, row, t, alpha, beta, path_weight):
+def naive_t3d(m, reference, row, t, alpha, beta, path_weight, preference="ddo", reduction="mean"):
     """Formulas of the docstring for one row, in float64 and loops."""
     order, response = row["order"][0].tolist(), row["response_ids"][0].tolist()
     n, visible = len(order), [r for r, k in enumerate(order) if k < t]
     p, q = log_p(m, row, visible), log_p(reference, row, visible)
     targets = [r for r in range(n) if order[r] >= t]
     fake = {r: int(q[r].argmax()) for r in targets}
-    d_real = sum(float(p[r, response[r]] - q[r, response[r]]) for r in targets) / len(targets)
-    d_fake = sum(float(p[r, fake[r]] - q[r, fake[r]]) for r in targets) / len(targets)
+    count = len(targets) if reduction == "mean" else 1
+    d_real = sum(float(p[r, response[r]] - q[r, response[r]]) for r in targets) / count
+    d_fake = sum(float(p[r, fake[r]] - q[r, fake[r]]) for r in targets) / count
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     ddo = -math.log(sigmoid(beta * d_real)) - alpha * math.log(1 - sigmoid(beta * d_fake))
-    path = sum(-(n - order[r]) / n * float(p[r, response[r]]) for r in targets) / len(targets)
-    return dict(loss=ddo + path_weight * path, ddo=ddo, path=path)
+    path = sum(-(n - order[r]) / n * float(p[r, response[r]]) for r in targets) / count
+    ce = sum(-float(p[r, response[r]]) for r in targets)
+    if preference == "none":
+        return dict(loss=ce / count + path_weight * path, path=path, ce=ce / len(targets))
+    return dict(loss=ddo + path_weight * path, ddo=ddo, path=path, ce=ce / len(targets))
+
+
+FORMS = ("ddo", "none"), ("mean", "sum")  # preference, reduction
 
 
 @quick
-@given(some_batches, st.floats(0, 1), st.floats(0, 2), st.floats(0, 2))
-def test_t3d_is_the_mean_of_its_rows_in_plain_loops(toy, spec, alpha, beta, path_weight):
+@given(some_batches, st.floats(0, 1), st.floats(0, 2), st.floats(0, 2), *map(st.sampled_from, FORMS))
+def test_t3d_is_the_mean_of_its_rows_in_plain_loops(toy, spec, alpha, beta, path_weight, preference, reduction):
     lengths, seed = spec
     batch, m, reference = make_batch(lengths, seed), toy(), toy(seed=1)
     states = baselines.draw_state(batch["length"], generator=generators(seed)[0]).tolist()
-    options = dict(alpha=alpha, beta=beta, path_weight=path_weight)
+    options = dict(alpha=alpha, beta=beta, path_weight=path_weight, preference=preference, reduction=reduction)
     out = baselines.t3d(m, batch, reference=reference, generator=generators(seed)[0], **options)
     rows = [naive_t3d(m, reference, single(batch, b), t, **options) for b, t in enumerate(states)]
     close(out, mean(rows))
@@ -132,6 +139,81 @@ def test_t3d_with_beta_0_has_no_gradient_from_the_preference(golden):
     assert all(p.grad is None or not p.grad.any() for p in lora.tensors(m).values())
     out["loss"].backward()
     assert all(p.grad.any() for p in lora.tensors(m).values())
+
+
+def test_t3d_without_preference_path_and_random_tokens_is_naive_distillation(toy):
+    """And it asks no reference."""
+    batch, start = make_batch([8, 5, 1]), torch.tensor([3, 0, 0])
+    out = baselines.t3d(toy(), batch, start=start, preference="none", path_weight=0.0, random_tokens=0)
+    close(baselines.traj(toy(), batch, start=start), dict(loss=out["loss"], ce=out["ce"]), 1e-5)
+    assert "ddo" not in out
+    entry, parameters = objectives.OBJECTIVES["t3d"], dict(preference="none", path="linear", fake="argmax")
+    assert entry.reference(toy(), None, parameters) is None
+    assert entry.check(dict(parameters, reduction="mean")) == ("alpha", "beta", "fake", "reference_steps")
+
+
+@pytest.mark.parametrize("preference", ["ddo", "none"])
+@pytest.mark.parametrize("path_weight", [0.0, 0.2])
+@pytest.mark.parametrize("random_tokens", [0.0, 0.9])
+def test_the_cells_of_t3ds_ablation(toy, preference, path_weight, random_tokens):
+    """Its Tables 5 to 7: naive TD or DDO, each alone, + path, + random, + both."""
+    batch, m, reference = make_batch([8, 5, 9]), toy(), toy(seed=1)
+    m.config.vocab_size, m.training = 12, True
+    options = dict(preference=preference, path_weight=path_weight, random_tokens=random_tokens)
+    out = baselines.t3d(m, batch, reference=reference, generator=generators(1, 2, 3), **options)
+    alone = out["ce"] if preference == "none" else out["ddo"]
+    close(out, dict(loss=alone + path_weight * out["path"]), 1e-6)
+    ((ids, _, positions),) = m.calls
+    shown = ids.gather(1, positions)  # at the targets, and for shorter rows elsewhere
+    assert ((shown != m.config.mask_id).sum() > 8) == (random_tokens > 0)
+    assert len(reference.calls) == (preference == "ddo")
+
+
+def test_the_fakes_of_t3d_are_drawn_from_the_reference(toy):
+    """A response of one token, many times: the tokens have the probabilities of the reference, and the loss its mean
+    over them."""
+    m, reference, n, V = toy(scale=0.5), toy(seed=1, scale=0.5), 4000, 12
+    one = make_batch([1])
+    batch = {key: value.expand(n, -1) if value.dim() > 1 else value.expand(n) for key, value in one.items()}
+    p, q = (log_p(each, single(one, 0), [])[0] for each in (m, reference))  # [V + 1], the last one never
+    token = baselines.preference.draw_tokens(q.float().expand(n, 1, -1), torch.ones(n, 1).bool(), generators(0)[0])
+    counts = torch.bincount(token[:, 0], minlength=V + 1)
+    expected = n * q.exp()
+    assert counts[V] == 0 and expected[:V].min() > 5
+    statistic = float(((counts - expected)[:V] ** 2 / expected[:V]).sum())
+    assert abs(statistic - (V - 1)) < 5 * math.sqrt(2 * (V - 1))
+    options = dict(alpha=0.8, beta=0.7, random_tokens=0, reference=reference, fake="sample")
+    real = int(one["response_ids"][0, 0])
+    fakes = -torch.nn.functional.logsigmoid(-0.7 * (p - q))
+    exact = float((q.exp() * fakes)[:V].sum() * 0.8 - torch.nn.functional.logsigmoid(0.7 * (p - q))[real])
+    found = number(baselines.t3d(m, batch, generator=generators(1)[0], **options)["ddo"])
+    spread = float((q.exp() * fakes**2)[:V].sum() - (q.exp() * fakes)[:V].sum() ** 2) ** 0.5
+    assert found == pytest.approx(exact, abs=4 * 0.8 * spread / math.sqrt(n) + 1e-5)
+
+
+def test_the_fakes_of_a_row_do_not_depend_on_the_others(toy):
+    batch, m, reference = make_batch([9, 3, 6]), toy(), toy(seed=1, scale=0.3)
+    options = dict(reference=reference, fake="sample", reduction="sum")
+    together = baselines.t3d(m, batch, generator=generators(1, 2, 3), **options)
+    rows = []
+    for b, g in enumerate(generators(1, 2, 3)):
+        rows.append(baselines.t3d(m, single(batch, b), generator=g, **options))
+    close(together, mean(rows), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(preference="dpo"), "preference 'dpo' is neither 'ddo' nor 'none'"),
+        (dict(fake="best"), "fake 'best' is neither 'argmax' nor 'sample'"),
+        (dict(reduction="max"), "reduction 'max' is neither 'mean' nor 'sum'"),
+        (dict(path="levels", reduction="sum"), "reduction 'sum' needs path 'linear'"),
+    ],
+    ids=str,
+)
+def test_t3d_refuses(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        baselines.t3d(toy(), make_batch([8, 5]), reference=toy(), **options)
 
 
 def test_t3d_shows_random_tokens_in_training_only(toy):
@@ -214,7 +296,7 @@ def test_a_reference_of_a_student_without_an_adapter_is_a_second_model(golden):
 
 def test_the_student_becomes_the_reference_every_few_steps(golden):
     m = lora.load(golden.load(), golden.folder / "adapter")
-    reference = objectives.OBJECTIVES["t3d"].reference(m, None, dict(reference_steps=3))
+    reference = objectives.OBJECTIVES["t3d"].reference(m, None, dict(reference_steps=3, preference="ddo"))
     kept = []
     for step in range(1, 8):
         reference.step_done(step)

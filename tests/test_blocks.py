@@ -172,6 +172,7 @@ def random_batch(lengths, seed, P=6, vocab=299):
         response = torch.randint(0, vocab, (n,), generator=g)
         order = torch.randperm(n, generator=g)
         records.append(dict(prompt_ids=prompt.tolist(), response_ids=response.tolist(), order=order.tolist()))
+        records[-1]["entropy"] = (order / 10).tolist()
     return data.collate(records, 300)
 
 
@@ -248,8 +249,11 @@ WAYS = [
     ("nelbo", dict(weighting="scheduler", norm="sequence")),
     ("nelbo", dict(weighting="uniform", norm="batch")),
     ("dparallel", dict(block_length=3)),
+    ("ideal", dict(window=4)),
+    ("ideal", dict(masks="subset")),
     ("t3d", {}),
     ("t3d", dict(path="levels", path_k=2, masked="earlier")),
+    ("t3d", dict(preference="none", fake="sample", reduction="sum")),
 ]
 way = pytest.mark.parametrize("name, options", WAYS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(WAYS)])
 

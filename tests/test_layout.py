@@ -34,7 +34,7 @@ LEVELS = [
     ["runs.objective_options", "release.files"],
     ["runs.disk"],
     ["baselines"],
-    ["baselines.preference"],
+    ["baselines.preference", "baselines.ideal"],
     ["baselines.certainty", "baselines.timesteps", "baselines.weighted"],
     ["baselines.common", "baselines.exact", "baselines.measures", "baselines.reference"],
     ["runs.torchrun", "blocks.decoders", "blocks.network"],

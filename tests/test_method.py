@@ -24,7 +24,7 @@ import decode
 import lora
 import model
 import objectives
-from baselines import boltzmann_kl, inversions
+from baselines import boltzmann_kl, inversions, preference
 
 
 def says(page, *texts):
@@ -410,9 +410,14 @@ def test_the_bound_of_t3d_is_jensens(seed):
 
 
 def fake_term(logits, ref, chosen=None):
-    """-log(1 - sigma(d)) of one token: d exact over the reference, or of the token chosen."""
-    d = logits.log_softmax(-1) - ref
-    return -F.logsigmoid(-((ref.exp() * d).sum() if chosen is None else d[chosen]))
+    """-log(1 - sigma(d)) of one token: d exact over the reference, or of the token chosen, as t3d has it."""
+    logp = logits.log_softmax(-1)
+    if chosen is None:
+        return -F.logsigmoid(-(ref.exp() * (logp - ref)).sum())
+    batch, place = dict(response_ids=torch.tensor([[0]])), torch.tensor([[0]])
+    tables = logp[None, None], ref[None, None], batch, place, torch.tensor([[chosen]])  # [1, 1, V], ...
+    with_fake, without = (preference.ddo(*tables, alpha, 1.0, lambda d: d[:, 0]) for alpha in (1.0, 0.0))
+    return (with_fake - without)[0]
 
 
 def test_the_exact_second_term_of_ddo_has_no_gradient_at_the_start_of_a_round():

@@ -44,13 +44,16 @@ def make_batch(lengths, seed=0, vocab=12, P=4):
     for b, n in enumerate(lengths):
         batch["prompt_mask"][b, int(torch.randint(0, P, (), generator=g)) :] = 1
         batch["order"][b, :n] = torch.randperm(n, generator=g)
+    batch["entropy"] = torch.rand(B, N, generator=g) * 3  # logged by a base model
     return batch
 
 
 def single(batch, b):
     """Row b alone, without any padding."""
     n, start = int(batch["length"][b]), int((1 - batch["prompt_mask"][b]).sum())
+    logged = {"entropy": batch["entropy"][b : b + 1, :n]} if "entropy" in batch else {}
     return dict(
+        logged,
         prompt_ids=batch["prompt_ids"][b : b + 1, start:],
         prompt_mask=batch["prompt_mask"][b : b + 1, start:],
         response_ids=batch["response_ids"][b : b + 1, :n],
@@ -606,6 +609,7 @@ def test_the_exact_kl_has_no_gradient_at_the_base_model(golden):
 
 def test_the_kl_needs_what_the_base_model_logged(toy):
     batch = make_batch([8, 5])
+    del batch["entropy"]
     with pytest.raises(ValueError, match=r"'kl' needs batch\['entropy'\]"):
         objectives.tabom(toy(), batch, ranking="kl")
     batch["entropy"] = torch.zeros(2, 8)
@@ -722,6 +726,12 @@ def test_options_of_one_name_are_one_flag():
 IN_PARTS = [(name, {}) for name in objectives.OBJECTIVES]
 IN_PARTS += [("tabom", dict(window=4, starts="non-ltr")), ("tabom", dict(window="global", ranking="listwise"))]
 IN_PARTS += [("tabom", dict(window=3, ranking="kl")), ("t3d", dict(path="levels")), ("dparallel", dict(block_length=3))]
+IN_PARTS += [
+    ("ideal", dict(window=3)),
+    ("ideal", dict(window="global", masks="subset")),
+    ("nelbo", dict(masks="subset")),
+]
+IN_PARTS += [("t3d", dict(fake="sample", reduction="sum")), ("t3d", dict(preference="none", reduction="sum"))]
 for weighting, norm in itertools.product(("scheduler", "uniform"), ("token", "sequence", "batch")):
     IN_PARTS.append(("nelbo", dict(weighting=weighting, norm=norm)))
 

@@ -239,7 +239,7 @@ def test_one_process_alone_says_what_sharding_is_for(tiny, trajectories, tmp_pat
     assert model_file(tmp_path / "R/epoch-2").read_bytes() == model_file(tmp_path / "whole/epoch-2").read_bytes()
 
 
-@pytest.mark.parametrize("options", [dict(entropy_context="step"), dict(ranking="kl")])
+@pytest.mark.parametrize("options", [dict(entropy_context="step"), dict(ranking="kl"), dict(objective="ideal")])
 def test_objectives_whose_passes_depend_on_the_records_are_refused(tiny, trajectories, tmp_path, capsys, options):
     options = dict(OPTIONS, model=tiny, data=trajectories, out=tmp_path / "R", shard=True, **options)
     fails(capsys, "--shard needs equally many forward passes on all processes", "train", **options)

@@ -178,7 +178,8 @@ def first_gradients(c, index=0, count=1):
 
 
 LOSSES = [dict(), dict(starts="non-ltr", window=4), dict(ranking="listwise"), dict(ranking="kl", window=3)]
-LOSSES += [dict(objective="nelbo"), dict(objective="t3d")]
+LOSSES += [dict(objective="nelbo"), dict(objective="t3d"), dict(objective="ideal", masks="subset")]
+LOSSES += [dict(objective="t3d", fake="sample", reduction="sum"), dict(objective="t3d", preference="none")]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: "-".join(map(str, loss.values())) or "tabom")
@@ -357,6 +358,10 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(
 SWITCHES = [dict(objective=name) for name in objectives.OBJECTIVES]
 SWITCHES += [
     dict(objective="t3d", reference_steps=1, random_tokens=0.5, alpha=1, beta=1, path_weight=0),
+    dict(objective="t3d", preference="none", reduction="sum", random_tokens=0.5, draw_once=True),
+    dict(objective="t3d", fake="sample", reduction="sum", alpha=1, beta=1),
+    dict(objective="ideal", window=4, weight=2.0, beta=0.5, masks="subset"),
+    dict(objective="nelbo", masks="subset"),
     dict(objective="dparallel", block_length=4, weight=1, temperature=0.1),
     dict(window="global"),
     dict(ce_weight=0),
@@ -382,7 +387,28 @@ def test_every_objective_and_switch_trains(tiny, trajectories, tmp_path, capsys,
     for name, value in options.items():
         if name not in ("lora_targets", "gradient_checkpointing"):
             assert written[name] == value
-    assert ("window" in written) == (written["objective"] == "tabom")  # only what had an effect
+    assert ("window" in written) == (written["objective"] in ("tabom", "ideal"))  # only what had an effect
+
+
+@pytest.mark.parametrize("draw_once", [True, False])
+def test_windows_are_drawn_once_or_anew(tiny, trajectories, tmp_path, capsys, draw_once):
+    """At a learning rate of 0 two epochs differ in what they draw alone."""
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", global_batch=12, lr=0)
+    run_train(capsys, **options, **({"draw_once": True} if draw_once else {}))
+    first, second = (line["loss"] for line in metrics(tmp_path / "R"))
+    assert (first == pytest.approx(second, rel=1e-6)) == draw_once
+
+
+def test_without_preference_t3d_goes_on_from_an_adapter(tiny, trajectories, trained, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, adapter=trained / "epoch-2", out=tmp_path / "R", epochs=1)
+    err = run(capsys, "train", objective="t3d", preference="none", beta=0.2, keep="all", **options)[1]
+    assert "warning: --beta: not used by --objective t3d" in err
+    assert not list((tmp_path / "R/epoch-1").glob("*reference*"))
+
+
+def test_a_sum_over_means_is_refused(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", objective="t3d", **TRAIN)
+    fails(capsys, "--reduction sum needs --path linear", "train", reduction="sum", path="levels", **options)
 
 
 def test_options_without_effect_are_named(tiny, trajectories, tmp_path, capsys):
@@ -424,12 +450,13 @@ def test_values_out_of_range_are_refused_and_leave_no_trace(
     assert not (tmp_path / "R").exists()
 
 
-def test_the_kl_needs_logged_entropies(tiny, uneven, tmp_path, capsys):
+@pytest.mark.parametrize("asked", [dict(ranking="kl"), dict(objective="ideal")])
+def test_the_kl_needs_logged_entropies(tiny, uneven, tmp_path, capsys, asked):
     rows = [row for _, row in data.read_rows(uneven)]
     del rows[2]["entropy"]
     bare = write_lines(tmp_path / "bare.jsonl", rows)
-    options = dict(model=tiny, data=bare, out=tmp_path / "R", ranking="kl", **TRAIN)
-    fails(capsys, "--ranking kl needs the entropies that distill logs", "train", **options)
+    options = dict(model=tiny, data=bare, out=tmp_path / "R", **TRAIN, **asked)
+    fails(capsys, "--ranking kl and --objective ideal need the entropies that distill logs", "train", **options)
 
 
 # ------------------------------------------------------------------------------------------------------- adapters
