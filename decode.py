@@ -215,7 +215,7 @@ class LLaDA(Settings):
 
 
 SCHEDULES = {"dream": Dream, "llada": LLaDA}
-ELSEWHERE = {"sdar": "blocks", "a2d": "blocks"}  # schedules that a folder beside this file adds to SCHEDULES
+ELSEWHERE = {"sdar": "blocks", "a2d": "blocks", "credit": "release"}  # schedules that a folder beside this file adds
 
 
 def find_schedule(name):
