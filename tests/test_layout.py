@@ -38,7 +38,7 @@ LEVELS = [
     ["baselines.certainty", "baselines.timesteps", "baselines.weighted"],
     ["baselines.common", "baselines.exact", "baselines.measures", "baselines.reference"],
     ["runs.torchrun", "blocks.decoders", "blocks.network", "release.credit"],
-    ["runs.shard", "runs.options", "runs.streams", "runs.queue", "blocks.data", "formats.columns"],
+    ["runs.shard", "runs.options", "runs.pace", "runs.streams", "runs.queue", "blocks.data", "formats.columns"],
     ["formats.talks", "formats.quoted", "release.recipes"],
     LEAVES,
 ]
