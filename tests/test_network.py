@@ -283,6 +283,32 @@ def test_qwen2_is_a2d_with_other_attention(tmp_path):
     assert len(lora.tensors(again)) == 12 and lora.tensors(again).keys() == lora.tensors(m).keys()
 
 
+@torch.no_grad()
+def test_qwen2_in_bfloat16(monkeypatch):
+    """The official run was cast after loading, which rounds the frequencies of RoPE as well. Those of a model that is
+    loaded in bfloat16 stay in float32, as ours do; with rounded ones all else can be compared."""
+    exact = model.Transformer.rope
+    e = load_file(GOLDEN / "a2d-qwen2-tiny" / "expected.safetensors")
+
+    def rounded(self, place, dtype):
+        E = self.config.head_width
+        frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, E, 2, dtype=torch.float32) / E)
+        angle = place[..., None].float() * frequency.bfloat16().float().repeat(2)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    error = {}
+    for rope in (exact, rounded):
+        for weight_first in (False, True):
+            monkeypatch.setattr(model.Transformer, "rope", rope)
+            m = model.load(GOLDEN / "a2d-qwen2-tiny", dtype=torch.bfloat16)
+            for norm in m.modules():
+                if isinstance(norm, model.RMSNorm):
+                    norm.weight_first = weight_first
+            off = (m(e["logits.ids"])[:1].float() - e["bf16.aligned"].float()).abs().mean()
+            error[rope, weight_first] = float(off)
+    assert error.pop((rounded, False)) < 0.2 * min(error.values())  # the norms cast, then multiply
+
+
 @pytest.mark.parametrize("block", [None, 4])
 def test_qwen2_decodes_as_the_others_of_its_family(block, tmp_path):
     m = model.load(GOLDEN / "a2d-qwen2-tiny")
