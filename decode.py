@@ -216,7 +216,7 @@ class LLaDA(Settings):
 
 
 SCHEDULES = {"dream": Dream, "llada": LLaDA}
-ELSEWHERE = {"sdar": "blocks", "a2d": "blocks"}  # schedules that a folder beside this file adds to SCHEDULES
+ELSEWHERE = {"sdar": "blocks", "a2d": "blocks", "credit": "release"}  # schedules that a folder beside this file adds
 
 
 def find_schedule(name):
@@ -366,7 +366,7 @@ class Run:
         # 1. Choose a token and a score (higher = sooner) for every masked position. From here on
         #    everything is [R, W], and means nothing where it is not masked.
         noise = self.noise(host).gather(1, place) if s.draws else torch.zeros(place.shape, device=place.device)
-        token, score = choose(x, head, V, noise, s)  # [R, K]
+        token, score = self.choose(x, head, V, noise, rows, place)  # [R, K]
         score = score.gather(1, number)  # [R, W]
         if s.score == "random":
             score = self.noise(host)
@@ -394,6 +394,10 @@ class Run:
         if self.padded:
             more["attention_mask"] = self.attention_mask[rows]
         return self.ids[rows], more
+
+    def choose(self, x, head, V, noise, rows, place):
+        """choose() for these rows [R], at place [R, K]."""
+        return choose(x, head, V, noise, self.settings)
 
     def noise(self, host):
         """Noise in [0, 1) for the response of each row of `host` [R], from the generator of that row: [R, W]."""
@@ -603,10 +607,8 @@ def member(tokens, ids):
     return torch.isin(tokens, on_device(ids, tokens.device))
 
 
-@functools.lru_cache
-def on_device(ids, device):
-    """A tensor of ids, a tuple. It is kept, for a GPU waits for each copy to it."""
-    return torch.tensor(ids, dtype=torch.long, device=device)
+# ids, a tuple, as a tensor. It is kept: a GPU waits for each copy to it.
+on_device = functools.lru_cache(lambda ids, device: torch.tensor(ids, dtype=torch.long, device=device))
 
 
 # ---------------------------------------------------------------------------------------- the rest

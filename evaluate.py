@@ -23,7 +23,7 @@ import tokenizer
 from benchmarks import execute, gsm8k, humaneval, ifeval, math500, mbpp
 from benchmarks.answers import check  # noqa: F401 - evaluate.check
 from formats import talks
-from runs import disk, loading, torchrun
+from runs import disk, loading, pace, torchrun
 from runs.options import name_list, opt
 
 TASKS = {task.NAME: task for task in (gsm8k, math500, humaneval, mbpp, ifeval)}
@@ -132,19 +132,24 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
     )
     out = disk.open_run(out, meta, processes, may_change=("limit",))
 
+    watch = pace.Stopwatch(loaded.tok.stop_ids)
+
     def judge(batch, records):
+        watch.stop(records)
         texts, asked = [], []
         for example, record in zip(batch, records):
             text = room(c).graded_text(c, loaded, record) if room(c) else record["text"]
             texts.append(TASKS[task].trim(text, family, c.protocol))
             asked.append(example["record"])
         found = verdicts(task, asked, texts, family, c.protocol)
+        watch.go_on()
         return [dict(verdict, response=text) for verdict, text in zip(found, texts)]
 
     distill.answer_all(c, processes, loaded, examples, about["decoder"], out, judge)
     found = distill.read_verdicts(out, ("strict", "loose") if task == "ifeval" else ())[: len(examples)]
     finished = round(100 * sum(r["finished"] for r in found) / len(found), 2)
     more = dict(finished=finished, shots=meta["shots"], protocol=c.protocol, decoder=about["decoder"], seed=c.seed)
+    more |= pace.pace(found, loaded.tok.stop_ids) | watch.speed(processes)
     return dict(score(task, found), **more, **paper_scores(c, loaded, task, about["decoder"], len(found)))
 
 
@@ -343,7 +348,7 @@ def wilson(right, n, z=1.96):
 def score_table(scores):
     """A line for each score, with the paper's beside it where there is one."""
     titles = ["task", "n", "score %", "95 % interval", "paper %", "finished %", "tokens, steps, block", "protocol"]
-    titles += ["shots", "seed"]
+    titles += ["shots", "seed", "mean length", "mean steps", "tokens per pass", "tokens/s"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for r in scores:
         low, high = (f"{x:.1f}" for x in r["interval"])
@@ -353,10 +358,14 @@ def score_table(scores):
         paper = " / ".join(f"{x:.1f}" for x in r.get("paper", {}).values()) or "-"
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", paper, r["finished"], decoding]
         cells += [r["protocol"], r["shots"], r["seed"]]
+        for name in ("mean_length", "mean_steps", "tokens_per_pass", "tokens_per_second"):
+            cells.append("-" if r.get(name) is None else r[name])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for r in scores:
         if r.get("not_graded"):
             lines.append(f"{r['task']}: {r['not_graded']} of {r['n']} answers could not be graded and count as wrong")
+        if r.get("timed", r["n"]) != r["n"]:
+            lines.append(f"{r['task']}: tokens/s is of the {r['timed']} of {r['n']} answers that this call decoded")
     for line in dict.fromkeys(r["paper_about"] for r in scores if "paper" in r):
         lines.append(line)
     return "\n".join(lines)

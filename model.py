@@ -299,7 +299,7 @@ DREAM = Family(
     required=dict(hidden_act="silu", attention_dropout=0, use_mrope=False, use_sliding_window=False) | NO_BLOCKS)
 # fmt: on
 FAMILIES = {"llada": LLADA, "dream": DREAM}  # Config.family -> Family
-ELSEWHERE = {"sdar": "blocks", "a2d-qwen3": "blocks"}  # model_type -> the folder whose import adds the family
+ELSEWHERE = {"sdar": "blocks", "a2d-qwen3": "blocks", "a2d-qwen2": "blocks"}  # model_type -> the folder that adds it
 
 
 def parse_config(raw, where="config.json"):
@@ -323,7 +323,7 @@ def parse_config(raw, where="config.json"):
             wrong.append(f"{key} is {given!r}, supported is {wanted!r}")
     if not wrong:
         values = dict(pad_id=values["eos_id"], head_width=values["width"] // values["heads"]) | values
-        c = Config(known[kind], raw=dict(raw), **values)
+        c = Config(**{"family": known[kind], **values}, raw=dict(raw))
         if c.head_width % 2:
             wrong.append(f"head_dim is {c.head_width} ({c.heads} heads), which is not even and cannot be rotated")
         if max(c.mask_id, c.eos_id, c.pad_id) >= c.vocab_size:

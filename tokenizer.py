@@ -24,7 +24,7 @@ QWEN2_SPLIT = (
 )
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA's, and Qwen's; they end a response as EOS does
 # Model types whose answers end with the end of a turn, without EOS behind it -> variables that their templates take.
-TURN_IS_LAST = {"sdar": {}, "a2d-qwen3": {"enable_thinking": False}}
+TURN_IS_LAST = {"sdar": {}, "a2d-qwen2": {}, "a2d-qwen3": {"enable_thinking": False}}
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # Qwen3's template writes it before an answer without a thought
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -10,14 +10,16 @@
 A token sees its own block, all of it, and all blocks before. Blocks are counted over real tokens from an origin.
 
 Sources: JetAstra/SDAR (modeling_sdar.py: Qwen3, causal from block to block) and ZHZisZZ/dllm (A2D,
-modeling_qwen3.py: Qwen3 without a causal mask, or in blocks, as BD3LM is). They differ in fields of model.Config:
+modeling_qwen3.py and modeling_qwen2.py: Qwen3 and Qwen2 without a causal mask, or in blocks, as BD3LM is).
+They differ in fields of model.Config:
 
-                      SDAR                 A2D
-    norms of q and k  per head             per head
-    RMSNorm           weight, cast         cast, weight
-    key-value heads   8 for 16 or 32       8 for 16
-    attention         block-causal         everything, or block-causal
-    blocks count from the start of a row   the end of its prompt
+                      SDAR                 A2D, Qwen3                      A2D, Qwen2
+    norms of q and k  per head             per head                        none
+    biases            none                 none                            on q, k and v
+    RMSNorm           weight, cast         cast, weight                    cast, weight
+    key-value heads   8 for 16 or 32       8 for 16                        2 for 14
+    attention         block-causal         everything, or block-causal     the same
+    blocks count from the start of a row   the end of its prompt           the same
 
 Dimensions: B batch, L length, P positions asked for (of a batch: tokens of the longest prompt), V vocabulary, D width,
 K key-value heads, E width of a head; R rows of a batch that a call computes, n columns of each.
@@ -187,20 +189,30 @@ class BlockTransformer(model.Transformer):
 
 # SDAR's and A2D's config.json and tensors are Qwen2's, as Dream's are, with norms of q and k.
 NAMES = model.DREAM.names
-REQUIRED = dict(hidden_act="silu", attention_dropout=0, attention_bias=False, use_mrope=False, use_sliding_window=False)
+REQUIRED = dict(hidden_act="silu", attention_dropout=0, use_mrope=False, use_sliding_window=False)
+NO_BIAS = dict(attention_bias=False)
 START = dict(skip_padding=True, qk_norm=True, mask_id=151669, head_width=128)
 
 model.FAMILIES["sdar"] = model.Family(
     "sdar",
     names=NAMES,
     start=START | dict(weight_first=True, block_length=4, grid="start"),
-    required=REQUIRED,
+    required=REQUIRED | NO_BIAS,
     network=BlockTransformer,
 )
 model.FAMILIES["a2d"] = model.Family(
     "a2d-qwen3",
     names=NAMES,
     start=START | dict(pad_id=151643, grid="prompt"),
+    required=REQUIRED | NO_BIAS,
+    network=BlockTransformer,
+)
+# The same family with Qwen2's attention: Config.family is "a2d", so that all else of it holds. Whether there are biases
+# is not read from the config by the official code either.
+model.FAMILIES["a2d-qwen2"] = model.Family(
+    "a2d-qwen2",
+    names=NAMES,
+    start=dict(family="a2d", qkv_bias=True, skip_padding=True, mask_id=151665, pad_id=151643, grid="prompt"),
     required=REQUIRED,
     network=BlockTransformer,
 )

@@ -69,7 +69,9 @@ class DecodeOptions:
         None, "which masked positions to decode first (Dream: entropy, LLaDA: confidence)", choices=decode.STRATEGIES
     )
     schedule: str | None = opt(
-        None, "how the tokens are divided among --steps (the family's)", choices=decode.SCHEDULES
+        None,
+        "how the tokens are divided among --steps (the family's); credit: LLaDA's, with the authors' credit fusion",
+        choices=tuple(decode.SCHEDULES | decode.ELSEWHERE),
     )
     temperature: float | None = opt(None, "for drawing tokens; 0 takes the most probable one (Dream: 0.1, LLaDA: 0)")
     top_p: float | None = opt(None, "draw from the most probable tokens with this total probability (Dream: 0.9)")

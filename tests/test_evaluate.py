@@ -10,11 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import fails, last_json, run
+from test_lora import AUTHORS
 
 import data
+import decode
 import distill
 import evaluate
+import lora
 import model
 import tabom
 import tokenizer
@@ -23,6 +27,9 @@ from runs import loading
 
 REAL = Path(os.environ.get("TABOM_DATA", "no-such-folder"))
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="TABOM_DATA names no folder")
+
+
+LLADA = dict(max_new_tokens=8, block_length=8, strategy="confidence", schedule="llada")
 
 
 def write(path, rows):
@@ -211,6 +218,23 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, mo
     write(folder / "gsm8k_test.jsonl.gz", [dict(question="What?", answer="#### 1"), dict(answer=7)])
     assert tabom.main(words) == 1
     assert "gsm8k_test.jsonl.gz:2: answer, question missing or of another type" in capsys.readouterr().err
+
+
+def test_an_adapter_with_the_authors_config_answers(bytes_model, tmp_path, capsys):
+    m = lora.inject(model.load(bytes_model), generator=torch.Generator().manual_seed(0))
+    for layer in lora.layers(m).values():
+        layer.lora_B.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    lora.save(m, tmp_path / "A")
+    (tmp_path / "A" / "adapter_config.json").write_text(AUTHORS)
+    write(tmp_path / "gsm8k_test.jsonl.gz", [dict(question="What is 1?", answer="#### 1")])
+    options = dict(model=bytes_model, data=tmp_path, max_new_tokens=8, block_length=8)
+    found = {}
+    for name, more in dict(base={}, adapted=dict(adapter=tmp_path / "A")).items():
+        run(capsys, "evaluate", **options, **more, out=tmp_path / name)
+        (record,) = data.read_trajectories(tmp_path / name / "gsm8k")
+        found[name] = record
+    t = decode.generate(m, torch.tensor([found["adapted"]["prompt_ids"]]), suppress=[257, 258, 259], **LLADA)
+    assert found["adapted"]["response_ids"] == t.response[0].tolist() != found["base"]["response_ids"]
 
 
 def test_a_folder_of_another_command_is_refused(bytes_model, tmp_path, capsys):

@@ -37,8 +37,8 @@ LEVELS = [
     ["baselines.preference", "baselines.ideal"],
     ["baselines.certainty", "baselines.timesteps", "baselines.weighted"],
     ["baselines.common", "baselines.exact", "baselines.measures", "baselines.reference"],
-    ["runs.torchrun", "blocks.decoders", "blocks.network"],
-    ["runs.shard", "runs.options", "runs.streams", "runs.queue", "blocks.data", "formats.columns"],
+    ["runs.torchrun", "blocks.decoders", "blocks.network", "release.credit"],
+    ["runs.shard", "runs.options", "runs.pace", "runs.streams", "runs.queue", "blocks.data", "formats.columns"],
     ["formats.talks", "formats.quoted", "release.recipes"],
     LEAVES,
 ]

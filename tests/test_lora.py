@@ -425,6 +425,33 @@ def test_load_refuses_a_config_without(golden, adapter, key):
     refused(golden, adapter, key)
 
 
+# checkpoints/*/adapter_config.json of tonyckc/TABOM at commit dc582b2, written by PEFT 0.17. The four differ in the
+# base model and in task_type: FEATURE_EXTRACTION for Dream, CAUSAL_LM for LLaDA.
+AUTHORS = """{"alpha_pattern": {}, "auto_mapping": null, "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Instruct",
+"bias": "none", "corda_config": null, "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false,
+"inference_mode": true, "init_lora_weights": true, "layer_replication": null, "layers_pattern": null,
+"layers_to_transform": null, "loftq_config": {}, "lora_alpha": 16, "lora_bias": false, "lora_dropout": 0.0,
+"megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null, "peft_type": "LORA",
+"qalora_group_size": 16, "r": 16, "rank_pattern": {}, "revision": null, "target_modules": ["q_proj", "v_proj"],
+"target_parameters": null, "task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_dora": false,
+"use_qalora": false, "use_rslora": false}"""
+
+
+@pytest.mark.parametrize("task_type", ["FEATURE_EXTRACTION", "CAUSAL_LM"])
+def test_the_authors_adapter_folder_loads(golden, tmp_path, task_type):
+    """Their config over tensors of its shape, beside other files, and with a setting that no PEFT has yet."""
+    m = fill(lora.inject(golden.load(), rank=16, alpha=16))
+    lora.save(m, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(AUTHORS)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    change_config(tmp_path, task_type=task_type)
+    change_config(tmp_path, a_later_setting=None, another=False)  # it is off: nothing to compute
+    loaded = lora.load(golden.load(), tmp_path)
+    assert same(lora.tensors(loaded), lora.tensors(m)) and torch.equal(loaded(IDS), m(IDS))
+    change_config(tmp_path, a_later_setting=7)
+    refused(golden, tmp_path, "unsupported adapter settings a_later_setting = 7")
+
+
 UNSUPPORTED = dict(
     peft_type="IA3",
     use_dora=True,

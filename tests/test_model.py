@@ -568,7 +568,7 @@ for folder in sys.argv[1:]:
     done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     beside = "with the folder blocks beside model.py"
-    told = f"this code knows llada, dream, and sdar {beside}, and a2d-qwen3 {beside}"
+    told = f"this code knows llada, dream, and sdar {beside}, and a2d-qwen3 {beside}, and a2d-qwen2 {beside}"
     assert done.stdout.splitlines() == ["llada", "dream", told, told]
 
 
