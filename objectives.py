@@ -240,7 +240,7 @@ def nelbo(m, batch, mask=None, generator=None, mask_id=None):
     number is uniform in 1..N and their places are uniform: so they are drawn here, without t. mask [B, N]: the masked
     positions, instead of random ones. masked: their share. Raises ValueError for a row without a masked position."""
     can_mask = was_decoded(batch)  # [B, N]
-    mask = draw_mask(batch, generator) if mask is None else mask & can_mask
+    mask = draw_mask(batch, generator) if mask is None else mask.to(can_mask.device) & can_mask
     if not mask.any(1).all():
         raise ValueError("mask: every row needs a masked position")
     loss = masked_nll(m, batch, mask.to(can_mask.device), mask_id).mean()

@@ -62,4 +62,5 @@ def masked_loss(m, batch, mask_ratio, generators, mask_id=None):
     """Cross-entropy at a mask ratio (Figure 3): [B], the mean of -log p(x0) in nats over random masked
     tokens of each response, mask_ratio of them (rounded, at least one), given the others; where
     attention is block-causal, given those of its block and all tokens of the blocks before."""
-    return masked_nll(m, batch, draw_mask(batch, generators, mask_ratio), mask_id)
+    mask = draw_mask(batch, generators, mask_ratio).to(batch["order"].device)
+    return masked_nll(m, batch, mask, mask_id)

@@ -132,7 +132,7 @@ def t3d_state(m, batch, start=None, mask=None, masked="later", generator=None):
     # 1. what is masked
     block_length = block_length_of(m)
     if mask is None and (start is not None or block_length is None):
-        mask = ~decoded_before(batch, draw_state(decode_steps(batch), start, generator))
+        mask = ~decoded_before(batch, draw_state(decode_steps(batch, "cpu"), start, generator))
     elif mask is None:
         mask = draw_block_mask(batch, block_length, masked, generator)
 
@@ -189,12 +189,12 @@ def shown_at_masks(m, batch, share, generator=None, mask_id=None):
         return mask_id
     if not hasattr(getattr(m, "config", None), "vocab_size"):
         raise ValueError(f"random_tokens {share} needs m.config.vocab_size: give m one, or random_tokens=0")
-    noise = torch.full_like(batch["response_ids"], mask_id)
+    noise = torch.full(batch["response_ids"].shape, mask_id)  # on the host: a GPU would wait for each row
     for row, n, g in zip(noise, batch["length"].tolist(), per_row(generator, len(noise))):
         place = bernoulli(n, share, g)
         token = torch.randint(0, m.config.vocab_size, (n,), generator=g, device=place.device)
-        row[:n] = torch.where(place, token, mask_id).to(row.device)
-    return noise
+        row[:n] = torch.where(place, token, mask_id).cpu()
+    return noise.to(batch["response_ids"].device)
 
 
 # ------------------------------------------------------------------------------------------ the path
@@ -207,7 +207,10 @@ def path_weights(m, batch):
     block-causal, of the order inside a token's block, which decoding finishes first."""
     block_length = block_length_of(m)
     if block_length is None:
-        return 1 - batch["order"] / decode_steps(batch)[:, None]
+        last = torch.where(was_decoded(batch), batch["order"], -1).amax(
+            1, keepdim=True
+        )  # [B, 1]; the host need not wait
+        return 1 - batch["order"] / (last + 1)
     rank, count = ranks_in_block(batch, block_length)
     return 1 - rank / count.clamp(min=1)
 
