@@ -31,7 +31,7 @@ LEVELS = [
     ["runs.records", "runs.adapters"],
     ["runs.loading"],
     ["runs.resume", "runs.logs"],
-    ["runs.objective_options", "release.files", "release.epochs"],
+    ["runs.objective_options", "release.files", "release.epochs", "runs.card"],
     ["runs.disk"],
     ["baselines"],
     ["baselines.preference"],
