@@ -2,6 +2,7 @@
 
 python -m pytest tests/test_sweep.py"""
 
+import gzip
 import json
 import re
 import shutil
@@ -474,6 +475,26 @@ def test_every_epoch_is_scored_beside_the_one_that_is_tested(tiny, puzzles, traj
     (row,) = [line for line in shown.splitlines() if line.startswith("| SFT-SD+seed=0 | train |")]
     assert f"{found['last']['score']} (epoch 3)" in row and row.endswith("| 12 |")
     assert (tmp_path / "S" / "table.md").read_text() in shown
+
+
+@pytest.mark.slow
+def test_the_epochs_of_a_benchmark(bytes_model, tmp_path, capsys):
+    """Its answers lie one folder deeper than a dataset's; diagnose replays them, as for Table 6."""
+    questions = [dict(question=f"{i} + {i}?", answer=f"#### {2 * i}") for i in range(3)]
+    with gzip.open(tmp_path / "gsm8k_test.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps(row) + "\n" for row in questions)
+    rows_given = [dict(prompt=f"{i}", answer=f"{i}") for i in range(4)]
+    settings = dict(SMALL, model=bytes_model, data=write_lines(tmp_path / "D.jsonl", rows_given), max_answer_tokens=30)
+    settings.update(test="gsm8k", benchmarks=tmp_path, epoch=1, best_of_epochs="gsm8k", device="cpu")
+    line = ["sweep", "--over", "seed=0", *flags(rows="No-SFT;SFT-GT", out=tmp_path / "S", **settings)]
+    assert tabom.main(line) == 0
+    folder = tmp_path / "S" / "runs" / "SFT-GT+seed=0"
+    report = json.loads((folder / "result.json").read_text())["epochs"]["gsm8k"]
+    assert report["questions"] == report["last"]["n"] == 3 and list(report["scores"]) == ["1", "2"]
+    assert "| SFT-GT+seed=0 | gsm8k |" in capsys.readouterr().out
+    at = dict(model=bytes_model, checkpoints=folder / "R-1" / "epoch-1", data=folder / "test-gsm8k" / "gsm8k")
+    assert tabom.main(["diagnose", *flags(**at, out=tmp_path / "D")]) == 0
+    assert [one["trajectories"] for one in last_json(capsys.readouterr().out)["models"]] == [3, 3]
 
 
 @pytest.mark.slow
