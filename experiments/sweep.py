@@ -695,7 +695,7 @@ def epochs_table(found):
             cells = [result["name"], source_name(task)]
             for name in ("best", "last", "honest"):
                 one = report[name]
-                cells.append(f"{one['score']} (epoch {' and '.join(map(str, one['epochs']))})")
+                cells.append(f"{one['score']} (epoch {' and '.join(map(str, dict.fromkeys(one['epochs'])))})")
             shown.append([*cells, report["honest"]["chosen_on"], str(report["questions"])])
     titles = ["run", "test", "best on the test itself %", "last %", "chosen on held-out questions %"]
     return stats.markdown_table([*titles, "held out", "n"], shown)

@@ -74,7 +74,7 @@ def text(c, out, left_out):
 def read_metrics(log):
     """The lines of a metrics.jsonl, or none where it cannot be read: a card is no reason to lose a checkpoint."""
     try:
-        return [row for _, row in data.read_rows(log)]
+        return [row for _, row in data.read_rows(log) if isinstance(row, dict) and {"step", "epoch"} <= row.keys()]
     except (OSError, ValueError):
         return []
 
@@ -86,7 +86,8 @@ def means_of_epoch(metrics):
     last, values = metrics[-1], {}
     for row in metrics:
         for name, value in row.items():
-            if row["epoch"] == last["epoch"] and name not in OF_A_STEP and value is not None:
+            measured = name not in OF_A_STEP and isinstance(value, (int, float))  # of a dropped step some are None
+            if measured and row["epoch"] == last["epoch"]:
                 values.setdefault(name, []).append(value)
     means = [(name, f"{math.fsum(found) / len(found):.6g}") for name, found in values.items()]
     return [("step", last["step"]), ("epoch", last["epoch"]), *means]

@@ -105,7 +105,10 @@ def test_any_name_is_read_back(name, tmp_path):
     assert given["model"] == expected
 
 
-@pytest.mark.parametrize("log", [None, "", "no json\n", '{"epoch": 1, "step": 1, "loss": null}\n'])
+LINES = (None, "", "no json\n", '[1]\n{"loss": 1}\n', '{"epoch": 1, "step": 1, "loss": null}\n')
+
+
+@pytest.mark.parametrize("log", LINES)
 def test_a_log_that_says_nothing_costs_no_checkpoint(log, tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(dict(objective="tabom", global_batch=4)))
     if log is not None:
