@@ -69,7 +69,7 @@ def check(c):
 
 
 def rows_of(make, c, processes):
-    """The rows of a check, each with its verdict, and the reason of one that is not passed. An error is a failed row."""
+    """The rows of a check, each with its verdict and the reason, where there is one. An error is a failed row."""
     try:
         for row in make(c, processes):
             yield row, "passed" if row.passed else "failed", ""
