@@ -10,7 +10,6 @@ Dimensions: B batch, P prompt, N response, L length, V vocabulary, H query heads
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import subprocess
@@ -32,7 +31,7 @@ import lora
 import model
 import objectives
 from experiments import speed
-from runs import loading, queue
+from runs import loading, objective_options, queue
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -380,8 +379,8 @@ def loss_and_gradient(m, batch, name):
     """An objective of the table with its defaults: its loss, and the gradient of the adapter as one vector."""
     entry, more = objectives.OBJECTIVES[name], {}
     if entry.reference is not None:
-        defaults = {x: p.default for x, p in inspect.signature(entry.loss).parameters.items()}
-        more["reference"] = entry.reference(m, None, dict(reference_steps=10, **defaults))
+        defaults = {x: objective_options.default_of(name, x) for x in entry.options}
+        more["reference"] = entry.reference(m, None, defaults)
     if "window" in entry.options:
         more["window"] = 8
     m.zero_grad()
