@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FOLDER, HUNG, ROOT
+from helpers import FOLDER, HUNG, ROOT, last_json
 from waits import DEVICE, Recorder
 
 import data
@@ -242,3 +242,28 @@ def test_the_waits_of_training_on_fakegpu(tmp_path):
 def test_nothing_mixes_devices_on_fakegpu(tmp_path, section):
     """Every path on "cuda:0" against the CPU; what CUDA would refuse is an error there."""
     assert re.search(r"^[1-9]\d* agree, 0 do not$", on_fakegpu(tmp_path, "paths.py", section), re.MULTILINE)
+
+
+CHECKS_ON_FAKEGPU = """
+import sys
+
+sys.path[:0] = sys.argv[1:3]
+import fakegpu  # before torch
+import tabom
+
+with fakegpu.Watch(sys.argv[2]):
+    status = tabom.main(["check", "--device", "cuda", "--only", "logits,batches,losses,training"])
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+def test_the_check_command_on_fakegpu(tmp_path):
+    """What it compares is equal there, and none of its own lines mixes devices."""
+    if not FAKEGPU.is_dir() or shutil.which("g++") is None:
+        pytest.skip("fakegpu beside TABOM_DATA, and g++")
+    command = [sys.executable, "-c", CHECKS_ON_FAKEGPU, str(FAKEGPU), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    result = last_json(done.stdout)
+    assert (result["device"], result["failed"], result["skipped"]) == ("cuda:0", 0, 0) and result["passed"] > 60

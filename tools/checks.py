@@ -206,7 +206,7 @@ def attention(device):
             call(L)
         yield Row(f"{name}: kernel", asked.kernel)
         again = milliseconds(call, [L // 2] * 21, device)
-        new = milliseconds(call, [L // 2 + 1, *range(L // 2 - 31, L // 2 + 9, 2)], device)
+        new = milliseconds(call, [L // 2, *range(L // 2 - 31, L // 2 + 9, 2)], device)
         yield Row(f"{name}: ms, one shape 20 times", again)
         # A plan for each new shape, as cuDNN makes one, takes tens of milliseconds
         yield Row(f"{name}: ms, 20 new shapes", new, again, max(0.0, new - again), 5.0 if cuda else None)
