@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FOLDER, HUNG, ROOT, last_json
+from helpers import FOLDER, HUNG, ROOT, TRAIN, flags, last_json, start
 from waits import DEVICE, Recorder
 
 import data
@@ -242,6 +242,23 @@ def test_the_waits_of_training_on_fakegpu(tmp_path):
 def test_nothing_mixes_devices_on_fakegpu(tmp_path, section):
     """Every path on "cuda:0" against the CPU; what CUDA would refuse is an error there."""
     assert re.search(r"^[1-9]\d* agree, 0 do not$", on_fakegpu(tmp_path, "paths.py", section), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_only_gradients_go_from_gpu_to_gpu(tiny, trajectories, tmp_path):
+    """two.py says what one of two processes asks of torch.distributed: where, and with what."""
+    if not (FAKEGPU / "two.py").is_file() or shutil.which("g++") is None:
+        pytest.skip("fakegpu beside TABOM_DATA, and g++")
+    (tmp_path / "child.py").write_text(CHILD)
+    words = ["train", *flags(model=tiny, data=trajectories, out=tmp_path / "R", device="cuda", **TRAIN)]
+    running = start(FAKEGPU / "two.py", ROOT, *words, program=tmp_path / "child.py", processes=2)
+    out, err = running.communicate(timeout=HUNG)
+    assert running.returncode == 0, err[-3000:]
+    assert "('init_process_group', 'cpu:gloo,cuda:nccl', {'device_id': device(type='cuda', index=1)}" in err
+    reduced = re.findall(r"^\('all_reduce', \((\d+),\), '[\w.]+', '([\w:]+)', '(\w+)", err, re.MULTILINE)
+    assert {device for _, device, _ in reduced} == {"cpu", "cuda:1"}
+    assert all((device == "cuda:1") == (file == "train") for _, device, file in reduced)
+    assert "('barrier'" not in err
 
 
 CHECKS_ON_FAKEGPU = """

@@ -63,7 +63,7 @@ def equal(name, ours, reference, limit=0.0):
     """A Row of two numbers, or of two tensors of one shape: these it shows as the root of their mean square."""
     if not isinstance(ours, torch.Tensor):
         return Row(name, ours, reference, abs(ours - reference), limit)
-    ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
+    ours, reference = ours.detach().cpu().double(), reference.detach().cpu().double()
     off = (ours - reference).abs().max().item()
     return Row(name, ours.square().mean().sqrt().item(), reference.square().mean().sqrt().item(), off, limit)
 
