@@ -22,13 +22,14 @@ COMMANDS = {  # name -> (module, what it does)
     "evaluate": ("evaluate", "answer the questions of benchmarks and grade the answers"),
     "grade": ("tools.grade", "grade responses that were made elsewhere"),
     "generate": ("tools.generate", "answer one prompt, those of a file, or chat"),
+    "check": ("tools.check", "whether all of this works on this machine, and how fast; a table in two minutes"),
     "merge": ("tools.merge", "fold an adapter into its base model"),
     "sweep": ("experiments.sweep", "train and test over a grid of options and seeds"),
     "diagnose": ("experiments.diagnose", "TDS, decode order and loss against mask ratio of checkpoints"),
     "claims": ("experiments.claims", "the paper's claims on puzzles, from new base models on; hours"),
 }
 VERSION = "0.3.0"
-ALONE = ("generate", "grade", "merge")  # nothing to share: under torchrun the first process does them
+ALONE = ("generate", "grade", "merge", "check")  # nothing to share: under torchrun the first process does them
 
 
 def main(argv=None):
@@ -45,7 +46,7 @@ def main(argv=None):
         result = run(c)
         if first:
             print(json.dumps(result, ensure_ascii=False), flush=True)
-        return 0
+        return int(result.get("failed", 0) > 0)  # rows of check
     except KeyboardInterrupt:
         torchrun.last_words("stopped" + ("" if command in ALONE else "; the same command continues"))
         return 130

@@ -36,7 +36,8 @@ class Processes:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            # Where a process sees one GPU alone, as SLURM can have it, that is cuda:0 whatever its LOCAL_RANK
+            device = f"cuda:{0 if torch.cuda.device_count() == 1 else os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device).item()
@@ -45,22 +46,23 @@ class Processes:
         except Exception as e:  # torch raises whatever its backends do
             raise ValueError(f"--device {device} cannot be used here: {str(e).strip().splitlines()[0]}") from e
         if self.count > 1 and not dist.is_initialized():
-            patient = datetime.timedelta(hours=2)  # others wait while the first writes a checkpoint
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patient)
+            how = dict(timeout=datetime.timedelta(hours=2))  # others wait while the first writes a checkpoint
+            if self.device.type == "cuda":  # only what is on the GPUs goes over NCCL
+                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device, **how)
+            else:
+                dist.init_process_group("gloo", **how)
 
     @property
     def first(self):
         return self.index == 0
 
     def barrier(self):
-        if self.count > 1:
-            dist.barrier()
+        self.sum([0])  # torch's own barrier would wait for the GPU too
 
     def sum(self, values):
         """The sum over all processes of a list of numbers."""
-        total = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        total = torch.tensor(values, dtype=torch.float64)  # on the CPU, where the numbers are
         if self.count > 1:
-            total = total.to(self.device)
             dist.all_reduce(total)
         return total.tolist()
 
@@ -168,15 +170,19 @@ def tell(error):
 
 
 def leave(status):
-    """End this process with an exit status, after those groups of processes that it is in.
+    """End this process with an exit status, and after a success those groups of processes that it is in.
 
     The groups of a model that is spread stay with the model's mesh, and so do their threads: one that lets go of a
     tensor while the interpreter is taken down aborts the process. So a process that had others beside it calls what
-    libraries have registered for its end, wandb for one, and is gone."""
+    libraries have registered for its end, wandb for one, and is gone.
+
+    After an error the groups are left as they are: under NCCL a group ends with what it was told to do, and others may
+    wait in a collective that this process never joins. Its end is what torchrun ends the others for."""
     if not dist.is_initialized():
         sys.exit(status)
     try:
-        dist.destroy_process_group()
+        if status == 0:
+            dist.destroy_process_group()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

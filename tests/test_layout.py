@@ -18,7 +18,8 @@ LEAVES += [f"benchmarks.{name}" for name in "gsm8k math500 humaneval mbpp ifeval
 # A file imports at its top only from the levels below its own.
 LEVELS = [
     ["tabom"],
-    ["tools.generate", "tools.merge", "tools.grade", "tools.harness"],
+    ["tools.check", "tools.generate", "tools.merge", "tools.grade", "tools.harness"],
+    ["tools.checks"],
     ["experiments.demo", "experiments.claims"],
     ["experiments.report", "experiments.gradients"],
     ["experiments.sweep", "experiments.mechanism"],
