@@ -45,6 +45,10 @@ class Processes:
                 torch.cuda.set_device(self.device)
         except Exception as e:  # torch raises whatever its backends do
             raise ValueError(f"--device {device} cannot be used here: {str(e).strip().splitlines()[0]}") from e
+        if self.device.type == "cuda":
+            # cuDNN's attention makes a plan for every new shape, tens of milliseconds each, and our last block of the
+            # network has a new number of queries at almost every decoding step.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.count > 1 and not dist.is_initialized():
             how = dict(timeout=datetime.timedelta(hours=2))  # others wait while the first writes a checkpoint
             if self.device.type == "cuda":  # only what is on the GPUs goes over NCCL

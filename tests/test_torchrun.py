@@ -21,6 +21,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.update(set_device=str(device)))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: found.update(cudnn=on))
     monkeypatch.setattr(
         torchrun.dist, "init_process_group", lambda backend, **more: found.update(backend=backend, **more)
     )
@@ -36,6 +37,7 @@ def test_the_gpu_of_a_process(asked, monkeypatch, device, visible, card):
     assert str(processes.device) == asked["set_device"] == card
     assert asked["backend"] == "cpu:gloo,cuda:nccl"  # objects and barriers do not go over the GPU
     assert asked["device_id"] == processes.device
+    assert asked["cudnn"] is False  # its attention makes a plan for each shape
     assert asked["timeout"].total_seconds() == 2 * 3600
 
 
