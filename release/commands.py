@@ -1,0 +1,150 @@
+"""The commands that fill a cell of the papers' tables, from nothing: distill, train, evaluate or diagnose.
+
+    commands.lines("tabom", where, ("gsm8k", "math500"))    # where: of a cell, see found.py -> a list of texts
+
+The folders and the names of data files are those of docs/recipes.md and docs/t3d.md. A command whose folder is finished
+does nothing, so all of them may be run in turn.
+"""
+
+import objectives
+from release.found import AUTHORS, AUTHORS_ROW, DECODINGS, PAPERS, RECIPES
+from release.published import CHECKPOINTS
+from runs.options import flag
+
+RUN = "torchrun --nproc_per_node 8 tabom.py"
+ENDS = {kind: end for end, kind in RECIPES.items()}
+# What is distilled, what else SFT-GT trains on, and the options that go with them.
+DISTILL = {
+    "tabom": {
+        "math": "--data prm12k.parquet --check math",
+        "code": "--data ling_coder.parquet --limit 18000 --check none",
+    },
+    "t3d": {
+        "math": "--data math_train.jsonl --check none",
+        "code": "--data prime_code.jsonl --check none",
+    },
+}
+ANSWERS = {
+    "tabom": {"math": "prm12k.parquet", "code": "ling_coder.parquet --limit 18000"},
+    "t3d": {"math": "stratos_math.jsonl", "code": "stratos_code.jsonl"},
+}
+KEEP = {"tabom": {"math": "correct", "code": "finished"}, "t3d": {"math": "all", "code": "all"}}
+# T3D trains all weights; its paper and repository: docs/t3d.md
+ALL_WEIGHTS = (
+    "--grid prompt --lora-rank 0 --lr 1e-5 --final-lr 1e-6 --warmup 20 --global-batch 256 --epochs 30 "
+    "--gradient-checkpointing --shard"
+)
+UNIFORM = "--weighting uniform --norm batch"
+PATHS = "--masked earlier --path levels"
+# method -> (the end of its run's folder, the options of train)
+METHODS = {
+    "tabom": {
+        "SFT-GT": ("-sft-gt", "--objective nelbo --gradient-checkpointing"),
+        "SFT-SD": ("-sft-sd", "--objective nelbo"),
+        "dInfer": ("-dinfer", "--objective transition"),
+        "T3D": ("-t3d", "--objective t3d"),
+        "TABOM": ("", ""),
+        "TABOM, no ranking": ("-no-ranking", "--weight 0"),
+        "TABOM, global window": ("-global", "--window global"),
+        "TABOM, global window, no ranking": ("-global-no-ranking", "--window global --weight 0"),
+    },
+    "t3d": {
+        "SFT-GT": ("-sft", f"--objective nelbo {UNIFORM}"),
+        "SFT-SD": ("-redi", f"--objective nelbo {UNIFORM}"),
+        "dParallel": ("-dparallel", "--objective dparallel"),
+        "naive TD": ("-naive", "--objective traj"),
+        "naive TD + path": ("-naive-path", f"--objective t3d --preference none --random-tokens 0 {PATHS}"),
+        "naive TD + random": ("-naive-random", "--objective t3d --preference none --path-weight 0 --masked earlier"),
+        "naive TD + both": ("-naive-both", f"--objective t3d --preference none {PATHS}"),
+        "DDO": ("-ddo", "--objective t3d --path-weight 0 --random-tokens 0 --masked earlier"),
+        "DDO + random": ("-ddo-random", "--objective t3d --path-weight 0 --masked earlier"),
+        "DDO + path": ("-ddo-path", f"--objective t3d --random-tokens 0 {PATHS}"),
+        "T3D": ("", f"--objective t3d {PATHS}"),
+    },
+}
+LAST = {"tabom": "epoch-5", "t3d": "epoch-30"}
+
+
+def lines(paper, where, tasks):
+    """The commands that fill the cells of some benchmarks in one row. Empty for a row that no command trains."""
+    hub = CHECKPOINTS[where["base"]]["hub"]
+    if where["measure"] == "tds":
+        return for_tds(hub, where, tasks)
+    made, run, checkpoint = [], None, None
+    if where["method"] == AUTHORS_ROW:
+        run = "TABOM/authors"  # a clone of their repository
+        (name,) = (n for n, kind in AUTHORS.items() if kind == where["data"] and n.startswith(where["base"].lower()))
+        checkpoint = f"TABOM/checkpoints/{name}"
+    elif where["data"]:
+        made, run = training(paper, hub, where)
+        if run is None:
+            return []
+        checkpoint = f"{run}/{LAST[paper]}"
+    return made + [evaluation(paper, hub, where, run, checkpoint, tasks)]
+
+
+def folder_of(paper, where):
+    """The folder of all that is trained on one data set: out/dream-prm12k."""
+    end = ENDS[where["data"]] if paper == "tabom" else where["data"]
+    return f"out/{where['base'].lower()}-{end}"
+
+
+def training(paper, hub, where):
+    """(the commands that distill and train a row, the folder of its training run). The folder is None where no option
+    trains the row."""
+    folder, method, kind = folder_of(paper, where), where["method"], where["data"]
+    name, options = METHODS[paper][method]
+    if "--preference" in options and "preference" not in objectives.OBJECTIVES["t3d"].options:
+        return [], None
+    made, source = [], ANSWERS[paper][kind]
+    if method != "SFT-GT":
+        source = f"{folder}/T --keep {KEEP[paper][kind]}"
+        sampled = " --block-causal 4 --temperature 0.1 --max-new-tokens 2000" if paper == "t3d" else ""
+        made.append(f"{RUN} distill --model {hub} {DISTILL[paper][kind]}{sampled} --out {folder}/T")
+    if method.startswith("TABOM"):
+        options = f"--recipe {folder.removeprefix('out/')} {options}"
+        if where.get("window") != 32 and "global" not in method:
+            options, name = f"{options} --window {where['window']}", f"{name}-w{where['window']}"
+        elif "global" in method:
+            options = f"{options} --starts uniform"
+    for setting in ("margin", "weight", "path_weight"):
+        if setting in where and (setting, where[setting]) != ("path_weight", 0.2):
+            options, name = f"{options} {flag(setting)} {where[setting]}", f"{name}-{where[setting]}"
+    blocks = f"--block-causal 8 {ALL_WEIGHTS} " if paper == "t3d" else ""
+    words = f"{RUN} train --model {hub} --data {source} {options} {blocks}--out {folder}/R{name}"
+    return [*made, " ".join(words.split())], f"{folder}/R{name}"
+
+
+def evaluation(paper, hub, where, run, checkpoint, tasks):
+    """The evaluate command of a row. run, checkpoint: of its training, None for the base model."""
+    model, more = f"--model {hub}", {**PAPERS[paper], **DECODINGS[where["decoding"]]}
+    if run and paper == "tabom":
+        model = f"{model} --adapter {checkpoint}"
+    elif run:
+        model = f"--model {checkpoint}"
+    name = f"E-{run.rpartition('/')[2]}" if run else "E"
+    if where["decoding"] != "full":
+        name = f"{name}-{where['decoding'].replace(' ', '-')}"
+    if paper == "t3d":
+        more, name = dict(more, block_causal=where["b"]), f"{name}-b{where['b']}"
+    options = " ".join(f"{flag(option)} {value}" for option, value in more.items())
+    folder = folder_of(paper, where) if run else f"out/{where['base'].lower()}"
+    words = f"{RUN} evaluate {model} --tasks {','.join(tasks)} {options} --out {folder}/{name}"
+    return " ".join(words.split())
+
+
+def for_tds(hub, where, tasks):
+    """The commands of Table 6: all its rows replay the answers of the base model."""
+    trained = dict(where, data="math", window=32)
+    before = dict(trained, method="No-SFT", decoding="full")
+    made, runs = [evaluation("tabom", hub, before, None, None, tasks)], []
+    for method in ("SFT-SD", "TABOM"):
+        added, run = training("tabom", hub, dict(trained, method=method))
+        made += added
+        runs.append(f"{run}/{LAST['tabom']}")
+    folder, checkpoints = folder_of("tabom", trained), ",".join(runs)
+    for task in tasks:
+        data = f"out/{where['base'].lower()}/E/{task}"
+        out = f"{folder}/D-{task}"
+        made.append(f"{RUN} diagnose --model {hub} --checkpoints {checkpoints} --data {data} --out {out}")
+    return list(dict.fromkeys(made))
