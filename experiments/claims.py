@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tabom.py claims --compile            # hours, and the same command
     python tabom.py claims --rows "SFT-SD;TABOM" --bases 2           # continues; only these rows
-    torchrun --nproc_per_node 8 tabom.py claims --model M --data theirs.jsonl --recipe dream-prm12k \
-        --test gsm8k,humaneval --out out/C                           # on trajectories that are there
+    torchrun --nproc_per_node 8 tabom.py claims --model M --data theirs.jsonl --recipe dream-prm12k --epoch 1 \
+        --test gsm8k,humaneval --in-domain gsm8k --out out/C         # on trajectories that are there
 
 tiny.retrain makes every base model from random weights, with a seed of its own, until it solves
 ENOUGH of its validation puzzles, and each has its own puzzles. Its hard in-domain puzzles are
@@ -40,9 +40,10 @@ import distill
 import tokenizer
 from benchmarks import answers
 from experiments import mechanism, puzzles, report, sweep, tiny
+from release import rows
 from release.recipes import RECIPES
 from runs import disk, torchrun
-from runs.options import name_list, opt, row_list
+from runs.options import flag, name_list, opt, row_list
 
 # TABOM's own settings, with which the order of answers is measured too; and what every row trains
 # with.
@@ -51,28 +52,14 @@ TRAINING = dict(epochs=3, warmup=20, weight_decay=0.0)
 RATES = (3e-3, 1e-2)
 EXAMPLES = 8  # of a step
 TARGETS = 32  # tokens of each example on which a step has a loss, on average
-ROWS = {
-    "SFT-GT": dict(objective=sweep.GROUND_TRUTH),
-    "SFT-SD": dict(objective="nelbo"),
-    "TABOM": dict(objective="tabom"),
-    "TABOM, no ranking": dict(objective="tabom", weight=0.0),
-    "TABOM, global window": dict(objective="tabom", window="global"),
-    "naive TD": dict(objective="traj"),
-    "dInfer": dict(objective="transition"),
-    "T3D": dict(objective="t3d"),
-    "dParallel": dict(objective="dparallel", block_length=8),
-    "TABOM, padding cut": dict(objective="tabom", cut_eos=True),
-    "TABOM, ranking alone": dict(objective="tabom", ce_weight=0.0),
-    "TABOM, listwise": dict(objective="tabom", ranking="listwise"),
-    "TABOM, own step": dict(objective="tabom", entropy_context="step"),
-    "TABOM, kl": dict(objective="tabom", ranking="kl"),
-}
 # What is made on all base models before the next: the claims, the other rows, and those that need W passes a window.
 TURNS = (
     ("SFT-SD", "TABOM", "TABOM, no ranking", "naive TD", "SFT-GT", "TABOM, global window"),
     ("TABOM, listwise", "TABOM, padding cut", "TABOM, ranking alone", "dInfer", "T3D", "dParallel"),
     ("TABOM, kl", "TABOM, own step"),
 )
+ON_PUZZLES = {"dParallel": dict(block_length=8)}
+ROWS = {name: row | ON_PUZZLES.get(name, {}) for name, row in rows.ROWS.items() if name in itertools.chain(*TURNS)}
 # Rows that take the rate of another, because to try it costs too much.
 RATE_OF = dict.fromkeys(TURNS[-1], "TABOM")
 DOMAINS = {"in": "short-latin", "near": "short-shear", "far": "short-far"}
@@ -110,22 +97,29 @@ class ClaimsOptions:
     keep: str | None = opt(
         None, "with --data: as in train (correct), as for the puzzles", choices=("correct", "finished", "all")
     )
+    validation: str | None = opt(None, "with --data: as in sweep")
+    in_domain: tuple | None = opt(None, "with --data: as in sweep", parse=name_list)
+    epoch: int | str | None = opt(None, "with --data: as in sweep (last)", parse=sweep.which_epoch)
+    best_of_epochs: str | None = opt(None, "with --data: as in sweep")
+
+
+# Options that a sweep over given trajectories has too, and puzzles have not.
+OF_SWEEP = ("methods", "check", "keep", "raw", "validation", "in_domain", "epoch", "best_of_epochs")
 
 
 def claims(c):
     """The paper's claims with intervals: several base models, all objectives; hours -> where the
     tables are."""
+    if c.data or c.model or c.test:
+        return on_trajectories(c)
     names = list(c.rows or ROWS)
     for name in names:
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
-    if c.data or c.model or c.test:
-        return on_trajectories(c)
-    for name in ("check", "keep", "raw"):
-        if getattr(c, name):
-            raise ValueError(f"--{name} is for --data: puzzles are compared exactly, and the right ones are kept")
-    for name in names:
         check_targets(name)
+    for name in OF_SWEEP:
+        if getattr(c, name):
+            raise ValueError(f"{flag(name)} is for --data: puzzles are compared exactly, and the right ones are kept")
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
     out = Path(c.out or "out/experiment")
     out = disk.open_run(out, identity(c), processes)
@@ -148,20 +142,15 @@ def on_trajectories(c):
         raise ValueError("--quick is for the puzzles: leave it out with --data")
     # The authors' files log no entropies, which kl needs: name the row where yours do.
     left_out = {"TABOM, kl"} if c.ground_truth else {"TABOM, kl", "SFT-GT"}
-    default = [name for name in ROWS if name not in left_out]
-    grid = {}
-    for name, seed in itertools.product(c.rows or default, range(c.seed, c.seed + c.seeds)):
-        settings = dict(ROWS[name], seed=seed)
-        settings.pop("block_length", None)  # of the puzzles
-        if settings.get("window") == "global":
-            settings["starts"] = "uniform"  # which a recipe may have changed; a global window has no other
-        grid[f"{name}/seed-{seed}"] = settings
+    default = tuple(name for name in rows.ROWS if name not in left_out)
+    seeds = ",".join(map(str, range(c.seed, c.seed + c.seeds)))
     given = dict(model=c.model, data=c.data, ground_truth=c.ground_truth, test=c.test, benchmarks=c.benchmarks)
-    given.update(out=c.out or "out/claims", seed=c.seed, compile=c.compile, recipe=c.recipe, metric="last")
-    for name in ("methods", "check", "keep", "raw"):
+    given.update(out=c.out or "out/claims", seed=c.seed, compile=c.compile, recipe=c.recipe, epoch="last")
+    for name in OF_SWEEP:
         if getattr(c, name):
             given[name] = getattr(c, name)  # else the recipe's, or the sweep's
-    return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **given), grid)
+    over = dict(rows=c.rows or default, over=(f"seed={seeds}",))
+    return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **over, **given))
 
 
 def jobs_of(c, alone, out, names):
@@ -170,8 +159,8 @@ def jobs_of(c, alone, out, names):
     bases = [out / f"base-{i}" for i in range(c.bases + 1)]
     jobs, needs = {bases[0]: functools.partial(make_base, c, alone, c.seed)}, {}
     turns = [*TURNS, [name for name in names if name not in itertools.chain(*TURNS)]]
-    for turn, rows in enumerate(turns, 1):
-        chosen, rates = [name for name in rows if name in names], {}
+    for turn, of_turn in enumerate(turns, 1):
+        chosen, rates = [name for name in of_turn if name in names], {}
         for name, lr in itertools.product(chosen, RATES):
             tried = RATE_OF.get(name, name)
             folder = out / "base-0" / "rates" / tried / str(lr)
@@ -347,7 +336,7 @@ def of_base(c, base, draws=1):
         out=str(base),
         tokens_per_step=TOKENS_PER_STEP,
         check="exact",
-        metric="last",
+        epoch="last",
         decode_batch=BATCH,
         device="cpu",
         compile=c.compile,

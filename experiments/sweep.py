@@ -3,11 +3,13 @@
     python tabom.py sweep --model tiny --data train.jsonl --check exact --lr 3e-3 \
         --validation validation.jsonl --test test_in.jsonl,test_out.jsonl \
         --over objective=tabom,nelbo seed=0,1,2 --out out/S
+    python tabom.py sweep --model M --data T --rows "SFT-SD;dInfer;TABOM" --over seed=0,1 \
+        --test gsm8k,math500,humaneval --in-domain gsm8k,math500 --epoch last --best-of-epochs gsm8k --out out/S
 
 Prompts are distilled once, and every run trains on the same trajectories. Each checkpoint answers
-the validation questions, and the best one of a run answers the test questions. Under torchrun a
-process that is free takes the next run. A run loads the base model once, and puts the adapters of
-its checkpoints on it.
+the validation questions, and the best one of a run, or that of --epoch, answers the test questions.
+Under torchrun a process that is free takes the next run. A run loads the base model once, and puts
+the adapters of its checkpoints on it. Rows are those of release/rows.py.
 
     S/T               the trajectories, if --data has prompts
     S/runs/NAME       a run: R-1 (training; with --rounds also R-2, T-2, ...), its answers, and
@@ -42,11 +44,22 @@ import objectives
 import train
 from benchmarks import answers
 from experiments import diagnose, stats
+from release import epochs, rows
 from runs import disk, loading, objective_options, torchrun
-from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value
+from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value, row_list
 
-GROUND_TRUTH = "sft-gt"  # an objective of the grid: nelbo on the answers of --data
+GROUND_TRUTH = rows.GROUND_TRUTH  # an objective of the grid: nelbo on the answers of --data
+DEFAULT_GRID = (f"objective={','.join(objectives.OBJECTIVES)}", "seed=0,1,2")
 TRAJECTORIES = 64  # so many answers to the first test set are replayed to measure their order
+
+
+def which_epoch(text):
+    """ "best", "last", or the number of an epoch."""
+    if text in ("best", "last"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("must be best, last, or the number of an epoch from 1")
+    return int(text)
 
 
 @dataclass
@@ -56,10 +69,13 @@ class SweepOptions(train.TrainOptions):
     data: str = opt(None, "prompts with answers, which are distilled once; or trajectories", required=True)
     out: str = opt(None, "folder for the runs and the table; an unfinished sweep is continued", required=True)
     over: tuple = opt(
-        (f"objective={','.join(objectives.OBJECTIVES)}", "seed=0,1,2"),
+        DEFAULT_GRID,
         "the grid: OPTION=VALUE,VALUE for options of train; objective=sft-gt is nelbo on the answers of --data",
         parse=str,
         nargs="+",
+    )
+    rows: tuple | None = opt(
+        None, f"instead of objectives, rows of the tables, separated by ;: {'; '.join(rows.ROWS)}", parse=row_list
     )
     validation: str | None = opt(None, "dataset or benchmark that chooses the checkpoint of a run")
     test: tuple = opt((), "datasets or benchmarks that the chosen checkpoint answers, comma-separated", parse=name_list)
@@ -67,10 +83,13 @@ class SweepOptions(train.TrainOptions):
         (1,), "test with these numbers of tokens a step, comma-separated", parse=number_list, low=1
     )
     ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
-    metric: str = opt(
-        "accuracy",
-        "what chooses a run's checkpoint, on --validation; last: simply the last",
-        choices=("accuracy", "tds", "last"),
+    in_domain: tuple = opt((), "those of --test with a mean of their own, as the others have", parse=name_list)
+    epoch: int | str = opt(
+        "best", "which checkpoint is tested: best (on --validation), last, or a number", parse=which_epoch
+    )
+    metric: str = opt("accuracy", "what chooses the best, on --validation", choices=("accuracy", "tds"))
+    best_of_epochs: str | None = opt(
+        None, "one of --test: also its score after each epoch, the best one, and one chosen on held-out questions"
     )
     rounds: int = opt(1, "rounds of distilling with the chosen checkpoint and training on (ReDi)", low=1)
     check: str = opt("auto", "how a response is compared with the answer", choices=answers.CHECKS)
@@ -79,11 +98,9 @@ class SweepOptions(train.TrainOptions):
     benchmarks: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
 
 
-def sweep(c, grid=None):
-    """Train and evaluate a grid of settings -> a table with mean and spread over seeds.
-
-    grid: name -> the options of train that a run changes, instead of --over."""
-    grid = expand(c) if grid is None else grid
+def sweep(c):
+    """Train and evaluate a grid of settings -> a table with mean and spread over seeds."""
+    grid = expand(c)
     prompts = check_sweep(c, grid)
     processes = torchrun.Processes(c.device)
     out = disk.open_run(c.out, identity(c), processes, may_change=("model", "adapter"))  # these by their content
@@ -104,14 +121,16 @@ def sweep(c, grid=None):
     if not processes.first:
         return None
     found = [upgraded(result, c.tokens_per_step[0]) for result in found]
-    rows = over_seeds(found)
-    table = sweep_table(rows)
+    lines = over_seeds(found, c.in_domain)
+    table = sweep_table(lines)
+    if c.best_of_epochs:
+        table += f"\n\n{epochs_table(found, c.best_of_epochs)}"
     with disk.atomic_file(out / "results.json") as f:
-        f.write(json.dumps(dict(rows=rows, runs=found, command=vars(c), versions=disk.versions()), indent=2) + "\n")
+        f.write(json.dumps(dict(rows=lines, runs=found, command=vars(c), versions=disk.versions()), indent=2) + "\n")
     with disk.atomic_file(out / "table.md") as f:
         f.write(table + "\n")
     print(table)
-    return dict(out=str(out), runs=len(found), rows=rows)
+    return dict(out=str(out), runs=len(found), rows=lines)
 
 
 def check_sweep(c, grid):
@@ -119,8 +138,15 @@ def check_sweep(c, grid):
     fit together."""
     if not c.test and c.validation is None:
         raise ValueError("--validation or --test: nothing to compare the runs by")
-    if c.metric != "last" and c.validation is None:
-        raise ValueError(f"--metric {c.metric} needs --validation; --metric last takes the last checkpoint")
+    if c.epoch == "best" and c.validation is None:
+        raise ValueError("--epoch best needs --validation; --epoch last takes the last checkpoint, --epoch 3 the third")
+    for name, sources in (("in_domain", c.in_domain), ("best_of_epochs", (c.best_of_epochs,))):
+        for source in set(sources) - {None, *c.test}:
+            raise ValueError(f"{flag(name)} {source}: none of --test {','.join(c.test)}")
+    for name, settings in grid.items() if type(c.epoch) is int else ():
+        there = epochs_of(training(c, settings))
+        if c.epoch > there:
+            raise ValueError(f"--epoch {c.epoch}: {name} has {there} epochs")
     stems = set()
     for source in c.test:
         if source_name(source) in stems:
@@ -135,8 +161,9 @@ def check_sweep(c, grid):
     return prompts
 
 
-# What changes nothing in the scores of a run, and the grid, which may grow.
+# What changes nothing in the scores of a run, the grid, which may grow, and the means of the table.
 MAY_CHANGE = ("out", "device", "batch_size", "decode_batch", "gradient_checkpointing", "compile", "over")
+MAY_CHANGE += ("rows", "in_domain")
 
 
 def identity(c):
@@ -245,8 +272,10 @@ def expand(c):
     differ only in an option that their objective does not use are one.
 
     Raises ValueError for an option that a grid does not take, or for a bad value."""
-    axes, known, given = dict(objective=[c.objective]), grid_options(), set()
-    for text in c.over:
+    axes, known, given, over = dict(objective=[c.objective]), grid_options(), set(), c.over
+    if c.rows:
+        axes, over = dict(row=list(rows.named(c.rows))), [text for text in over if text != DEFAULT_GRID[0]]
+    for text in over:
         word, equals, values = text.partition("=")
         name = word.replace("-", "_")
         if not equals:
@@ -255,6 +284,9 @@ def expand(c):
             raise ValueError(f"--over {text}: {why_not(name, known)}")
         if name in given:
             raise ValueError(f"--over {text}: {name} is given twice; put all its values into one")
+        for row in c.rows or ():
+            if name in rows.ROWS[row]:
+                raise ValueError(f"--over {text}: --rows {row} sets {name} itself")
         given.add(name)
         extra = ()
         if name == "objective":
@@ -262,9 +294,13 @@ def expand(c):
         axes[name] = [parse_value(known[name], value, extra) for value in values.split(",")]
     grid = {}
     for values in itertools.product(*axes.values()):
-        settings = used_settings(c, dict(zip(axes, values)))
-        name = "+".join(f"{k}={v}" for k, v in settings.items())
-        grid.setdefault(name, settings)
+        settings = dict(zip(axes, values))
+        row = settings.pop("row", None)
+        if row == rows.NO_SFT:  # which every sweep has
+            continue
+        settings = used_settings(c, rows.ROWS.get(row, {}) | settings)
+        words = [f"{k}={v}" for k, v in settings.items() if row is None or k not in rows.ROWS[row]]
+        grid.setdefault("+".join(([row] if row else []) + words), settings)
     return grid
 
 
@@ -389,11 +425,13 @@ def one_run(bench, settings, trajectories, folder):
         last = bench.train(made)
         of_round = validate_epochs(bench, made, number, folder)
         candidates += of_round
-        adapter = best(c, of_round)["checkpoint"]
-    chosen = best(c, candidates)
+        adapter = choose(c, of_round)["checkpoint"]
+    chosen = choose(c, candidates)
     final = {name: last[name] for name in ("loss", "ce", "ranking", "in_order") if name in last}
     tests = answer_tests(bench, chosen["checkpoint"], folder, seed)
     result = dict(settings=settings, chosen=chosen, checkpoints=candidates, tests=tests)
+    if c.best_of_epochs:
+        result["epochs"] = report_epochs(bench, of_round, chosen, folder, seed)
     return dict(**result, steps=last["steps"], training=final)
 
 
@@ -406,26 +444,58 @@ def base_run(bench, folder):
     return dict(settings=dict(objective="base"), chosen=score, tests=tests)
 
 
+def epochs_of(made):
+    """How many epochs a run is trained for. made: its TrainOptions."""
+    return min(made.epochs, made.stop_after or made.epochs)
+
+
 def validate_epochs(bench, made, number, folder):
-    """The candidates of one round: its checkpoints with their scores on the validation set. made:
-    its TrainOptions."""
-    first, last = 1, min(made.epochs, made.stop_after or made.epochs)
-    if bench.c.metric == "last":
-        first = last
+    """The candidates of one round: its checkpoints with their scores on the validation set, or that of --epoch alone.
+    made: its TrainOptions."""
+    c, last = bench.c, epochs_of(made)
+    chosen = {"best": range(1, last + 1), "last": [last]}.get(c.epoch, [c.epoch])
+    if c.best_of_epochs:
+        chosen = range(1, last + 1)
     found = []
-    for epoch in range(first, last + 1):
+    for epoch in chosen:
         checkpoint = str(Path(made.out) / f"epoch-{epoch}")
-        score = validate(bench, checkpoint, folder / f"validation-{number}-{epoch}", made.seed)
+        where = folder / f"validation-{number}-{epoch}"
+        score = validate(bench, checkpoint, where, made.seed)
         found.append(dict(checkpoint=checkpoint, round=number, epoch=epoch, **score))
     return found
 
 
-def best(c, candidates):
-    """The checkpoint of the highest metric, the earliest of equal ones; the last one for "last".
-    TDS may be None: a model may have nothing to say before its EOS."""
-    if c.metric == "last":
+def choose(c, candidates):
+    """The checkpoint of --epoch: of "best" that of the highest metric, the earliest of equal ones. TDS may be None: a
+    model may have nothing to say before its EOS. Of several rounds the last."""
+    if c.epoch == "best":
+        return max(candidates, key=lambda one: -math.inf if one[c.metric] is None else one[c.metric])
+    if c.epoch == "last":
         return candidates[-1]
-    return max(candidates, key=lambda one: -math.inf if one[c.metric] is None else one[c.metric])
+    return [one for one in candidates if one["epoch"] == c.epoch][-1]
+
+
+def report_epochs(bench, candidates, chosen, folder, seed):
+    """What each epoch of the last round reaches on the task of --best-of-epochs: see epochs.report."""
+    c, task = bench.c, bench.c.best_of_epochs
+    tests, validations, at_once = {}, {}, c.tokens_per_step[0]
+    for one in candidates:
+        where = test_folder(folder, task, at_once)  # which the tests have filled
+        if one["checkpoint"] != chosen["checkpoint"]:
+            where = where.with_name(f"{where.name}-epoch-{one['epoch']}")
+        answer_set(bench, one["checkpoint"], task, where, seed, at_once)
+        tests[one["epoch"]] = verdicts_of(task, where)
+        if c.validation is not None:
+            where = folder / f"validation-{one['round']}-{one['epoch']}"
+            validations[one["epoch"]] = verdicts_of(c.validation, where)
+    scores = {epoch: 100 * sum(right) / len(right) for epoch, right in tests.items()}
+    return dict(task=task, scores=scores, **epochs.report(tests, validations or None, seed))
+
+
+def verdicts_of(source, folder):
+    """Whether each question that was answered into a folder was answered right, by rising id."""
+    found = distill.read_verdicts(folder / source if source in evaluate.TASKS else folder)
+    return [one["correct"] is True for one in found]
 
 
 def validate(bench, checkpoint, folder, seed):
@@ -444,14 +514,17 @@ def answer_tests(bench, checkpoint, folder, seed):
     tokens_per_step and scores. The first scores also say how the answers are ordered."""
     found = []
     for source, at_once in itertools.product(bench.c.test, bench.c.tokens_per_step):
-        where = folder / f"test-{source_name(source)}"
-        if at_once != 1:
-            where = folder / f"test-{source_name(source)}-{at_once}"
+        where = test_folder(folder, source, at_once)
         scores = answer_set(bench, checkpoint, source, where, seed, at_once)
         if not found:
             scores.update(order_of_answers(bench, checkpoint, source, where))
         found.append(dict(source=source, tokens_per_step=at_once, scores=scores))
     return found
+
+
+def test_folder(folder, source, at_once):
+    """Where a run keeps its answers to a test set."""
+    return folder / (f"test-{source_name(source)}" + (f"-{at_once}" if at_once != 1 else ""))
 
 
 def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
@@ -510,37 +583,61 @@ def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):
 # ------------------------------------------------------------------------------------------- table
 
 
-def over_seeds(found):
+def over_seeds(found, in_domain=()):
     """Mean and standard deviation over the seeds of each configuration: a row for each, with its
-    settings, the number of runs, and a list of scores (see score_list)."""
+    name (release/rows.py), its settings, the number of runs, and a list of scores (see score_list), whose gain is the
+    difference to the model before training, the first of `found`."""
     groups = {}
     for result in found:
         settings = dict(result["settings"])
         settings.pop("seed", None)
         groups.setdefault(json.dumps(settings), (settings, []))[1].append(result)
-    rows = []
+    lines = []
     for settings, group in groups.values():
         scores = []
-        for column in zip(*map(score_list, group)):  # one score of all runs
+        for column in zip(*(score_list(result, in_domain) for result in group)):  # one score of all runs
             values = [score.pop("value") for score in column]
             unchecked = [score.pop("unchecked") for score in column]
             scores.append(dict(**column[0], **stats.mean_and_spread(values), unchecked=statistics.fmean(unchecked)))
-        rows.append(dict(**settings, runs=len(group), scores=scores))
-    return rows
+        lines.append(dict(row=rows.name_of(settings), **settings, runs=len(group), scores=scores))
+    for line in lines[1:]:
+        for score, before in zip(line["scores"], lines[0]["scores"]):
+            if None not in (score["mean"], before["mean"]):
+                score["gain"] = score["mean"] - before["mean"]
+    return lines
 
 
-def score_list(result):
+def score_list(result, in_domain=()):
     """What the table shows of one run, in order: dicts of measure, value, unchecked and, of a test, source and
     tokens_per_step. Accuracies are in percent of all questions, and so are the unchecked answers; TDS is in nats
-    squared."""
+    squared. With some test sets in_domain also the means of their accuracies and of the others'."""
     found = []
     if "accuracy" in result["chosen"]:
         found.append(dict(measure="validation %", **in_percent(result["chosen"])))
     for one in result["tests"]:
         at = dict(source=one["source"], tokens_per_step=one["tokens_per_step"])
         found.append(dict(measure="test %", **at, **in_percent(one["scores"])))
+    if in_domain:
+        found += domain_means(found, in_domain)
     if result["tests"]:
         found.append(dict(measure="TDS", value=result["tests"][0]["scores"]["tds"], unchecked=0))
+    return found
+
+
+def domain_means(scores, in_domain):
+    """The mean accuracy of the test sets in_domain, and of the others, for each number of tokens a step. scores: of
+    score_list."""
+    groups = {}
+    for one in scores:
+        if one["measure"] == "test %":
+            measure = "in-domain %" if one["source"] in in_domain else "OOD %"
+            groups.setdefault((measure, one["tokens_per_step"]), []).append(one)
+    found = []
+    for (measure, at_once), group in groups.items():
+        mean = dict(measure=measure, source=None, tokens_per_step=at_once)
+        for name in ("value", "unchecked"):
+            mean[name] = statistics.fmean(one[name] for one in group)
+        found.append(mean)
     return found
 
 
@@ -550,33 +647,54 @@ def in_percent(scores):
     return dict(value=100 * scores["accuracy"], unchecked=unchecked and 100 * unchecked / scores["questions"])
 
 
-def sweep_table(rows):
-    """A line for each configuration: what it changes, the number of runs, mean ± standard deviation
-    over them."""
+def sweep_table(lines):
+    """A line for each configuration: its row, what else it changes, the number of runs, mean ± standard deviation
+    over them, and the gain over the model before training."""
     axes = []
-    for row in rows:
-        axes += [name for name in row if name not in (*axes, "runs", "scores")]
-    lines = []
-    for row in rows:
-        cells = [str(row.get(name, "")) for name in axes]
-        lines.append([*cells, str(row["runs"]), *map(score_cell, row["scores"])])
-    return stats.markdown_table([*axes, "runs", *map(score_title, rows[0]["scores"])], lines)
+    for line in lines:
+        axes += [name for name in line if name not in (*axes, "row", "objective", "runs", "scores")]
+    shown = []
+    for line in lines:
+        cells = [str(line.get(name, "")) for name in axes]
+        shown.append([line["row"], *cells, str(line["runs"]), *map(score_cell, line["scores"])])
+    return stats.markdown_table(["row", *axes, "runs", *map(score_title, lines[0]["scores"])], shown)
 
 
 def score_title(score):
-    """The title of a column: validation %, test_in %, "test_in, 2 a step %" or TDS."""
-    if score["measure"] != "test %":
+    """The title of a column: validation %, test_in %, "test_in, 2 a step %", "in-domain, 2 a step %" or TDS."""
+    name = score["measure"].removesuffix(" %")
+    if name == score["measure"] or "tokens_per_step" not in score:  # TDS, validation
         return score["measure"]
-    if score["tokens_per_step"] == 1:
-        return f"{source_name(score['source'])} %"
-    return f"{source_name(score['source'])}, {score['tokens_per_step']} a step %"
+    if score["source"] is not None:
+        name = source_name(score["source"])
+    return f"{name} %" if score["tokens_per_step"] == 1 else f"{name}, {score['tokens_per_step']} a step %"
 
 
 def score_cell(score):
-    """mean ± standard deviation, and the share of unchecked answers; what there is not is left out."""
+    """mean ± standard deviation, the gain, and the share of unchecked answers; what there is not is left out."""
     digits = 3 if score["measure"] == "TDS" else 1
     shown = [f"{x:.{digits}f}" for x in stats.present([score["mean"], score["sd"]])]
     cell = " ± ".join(shown) or "-"
+    if score.get("gain") is not None:
+        cell += f" ({score['gain']:+.{digits}f})"
     if score["unchecked"]:
         cell += f" ({score['unchecked']:.1f} % unchecked)"
     return cell
+
+
+def epochs_table(found, task):
+    """What the choice of an epoch does to the score on a task, in percent: a line for each run."""
+    shown = []
+    for result in found:
+        if "epochs" not in result:  # the model before training
+            continue
+        cells = []
+        for name in ("best", "last", "honest"):
+            one = result["epochs"][name]
+            cells.append(f"{one['score']} (epoch {' and '.join(map(str, one['epochs']))})")
+        seed = str(result["settings"].get("seed", ""))
+        held_out = result["epochs"]["honest"]["chosen_on"]
+        shown.append([rows.name_of(result["settings"]), seed, *cells, held_out, str(result["epochs"]["questions"])])
+    name = source_name(task)
+    titles = [f"{name} %, best epoch on {name} itself", "last epoch", "chosen on held-out questions", "which", "n"]
+    return stats.markdown_table(["row", "seed", *titles], shown)

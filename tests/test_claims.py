@@ -94,22 +94,24 @@ def test_the_order_is_measured_alike_in_every_row(tmp_path):
 
 def test_a_recipe_sets_the_rows_on_given_trajectories(monkeypatch):
     asked = []
-    monkeypatch.setattr(sweep, "sweep", lambda c, grid: asked.append((c, grid)))
+    monkeypatch.setattr(sweep, "sweep", asked.append)
     given = dict(data="T", model="M", test=("gsm8k",), recipe="dream-ling-coder", seeds=2, seed=3)
     claims.claims(claims.ClaimsOptions(**given))
-    claims.claims(claims.ClaimsOptions(**given, ground_truth="D", methods=("entropy",)))
-    (c, grid), (with_truth, longer) = asked
-    assert (c.lr, c.margin, c.methods, c.keep, c.metric) == (1e-4, 0.1, ("all",), "all", "last")
-    assert with_truth.methods == ("entropy",) and with_truth.check == "auto"
-    claims.claims(claims.ClaimsOptions(**given, check="math", keep="finished"))
-    assert (asked[-1][0].check, asked[-1][0].keep) == ("math", "finished")
-    assert len(grid) == 2 * 12 and set(longer) - set(grid) == {"SFT-GT/seed-3", "SFT-GT/seed-4"}
+    claims.claims(claims.ClaimsOptions(**given, ground_truth="D", methods=("entropy",), epoch=3))
+    claims.claims(claims.ClaimsOptions(**given, check="math", keep="finished", rows=("No-SFT", "SFT-SD")))
+    c, with_truth, chosen = asked
+    grid, longer = map(sweep.expand, (c, with_truth))
+    assert (c.lr, c.margin, c.methods, c.keep, c.epoch) == (1e-4, 0.1, ("all",), "all", "last")
+    assert with_truth.methods == ("entropy",) and with_truth.check == "auto" and with_truth.epoch == 3
+    assert (chosen.check, chosen.keep) == ("math", "finished")
+    assert list(sweep.expand(chosen)) == ["SFT-SD+seed=3", "SFT-SD+seed=4"]
+    assert len(grid) == 2 * 13 and set(longer) - set(grid) == {"SFT-GT+seed=3", "SFT-GT+seed=4"}
     parameters = {name: objective_options.chosen(sweep.training(c, settings))[0] for name, settings in grid.items()}
-    tabom_row, no_ranking = parameters["TABOM/seed-3"], parameters["TABOM, no ranking/seed-4"]
+    tabom_row, no_ranking = parameters["TABOM+seed=3"], parameters["TABOM, no ranking+seed=4"]
     assert (tabom_row["window"], tabom_row["weight"], tabom_row["starts"]) == (32, 2.0, "non-ltr")
     assert no_ranking == dict(tabom_row, weight=0.0)
-    assert parameters["TABOM, global window/seed-3"]["starts"] == "uniform"
-    assert parameters["dParallel/seed-3"]["block_length"] == 32
+    assert parameters["TABOM, global window+seed=3"]["starts"] == "uniform"
+    assert parameters["dParallel+seed=3"]["block_length"] == 32
 
 
 @pytest.mark.slow
@@ -123,9 +125,9 @@ def test_rows_on_the_authors_trajectories(tiny, trajectories, puzzles, tmp_path,
     words += flags(methods="entropy,credit", rows="SFT-SD;TABOM", out=tmp_path / "C")
     assert tabom.main(["claims", *words]) == 0
     out = capsys.readouterr().out
-    assert last_json(out)["runs"] == 3 and "| objective |" in out
+    assert last_json(out)["runs"] == 3 and "| row |" in out
     for name in ("SFT-SD", "TABOM"):
-        folder = tmp_path / "C" / "runs" / name / "seed-0"
+        folder = tmp_path / "C" / "runs" / f"{name}+seed=0"
         made = json.loads((folder / "R-1" / "meta.json").read_text())
         assert (made["recipe"], made["examples"]) == ("llada-prm12k", 8)
         assert [one["tokens_per_step"] for one in sweep.result_of(folder)["tests"]] == [1, 2]
@@ -138,7 +140,7 @@ def test_trajectories_need_a_model_and_something_to_answer(tmp_path):
         claims.claims(claims.ClaimsOptions(data="T", model="M", test=("gsm8k",), quick=True))
 
 
-@pytest.mark.parametrize("given", [dict(check="math"), dict(keep="all")])
+@pytest.mark.parametrize("given", [dict(check="math"), dict(keep="all"), dict(epoch=3), dict(methods=("all",))])
 def test_puzzles_have_their_own_check_and_say_so(given, tmp_path):
     with pytest.raises(ValueError, match="is for --data: puzzles are compared exactly"):
         claims.claims(claims.ClaimsOptions(out=str(tmp_path / "C"), **given))

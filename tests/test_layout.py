@@ -34,7 +34,7 @@ LEVELS = [
     ["runs.records", "runs.adapters"],
     ["runs.loading"],
     ["runs.resume", "runs.logs"],
-    ["runs.objective_options", "release.files"],
+    ["runs.objective_options", "release.files", "release.epochs"],
     ["runs.disk"],
     ["baselines"],
     ["baselines.preference"],
@@ -42,7 +42,7 @@ LEVELS = [
     ["baselines.common", "baselines.exact", "baselines.measures", "baselines.reference"],
     ["runs.torchrun", "blocks.decoders", "blocks.network"],
     ["runs.shard", "runs.options", "runs.streams", "runs.queue", "blocks.data", "formats.columns"],
-    ["formats.talks", "formats.quoted", "release.recipes"],
+    ["formats.talks", "formats.quoted", "release.recipes", "release.rows"],
     LEAVES,
 ]
 

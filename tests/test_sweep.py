@@ -105,10 +105,19 @@ def test_an_option_is_in_a_grid_once():
 
 def test_the_best_checkpoint_is_the_first_of_the_highest_metric():
     found = [dict(epoch=1, accuracy=0.5, tds=3), dict(epoch=2, accuracy=0.7, tds=1), dict(epoch=3, accuracy=0.7, tds=2)]
-    assert sweep.best(sweep_options(metric="accuracy"), found)["epoch"] == 2
-    assert sweep.best(sweep_options(metric="tds"), found)["epoch"] == 1
-    assert sweep.best(sweep_options(metric="last"), found)["epoch"] == 3
-    assert sweep.best(sweep_options(metric="tds"), [dict(epoch=1, tds=None), found[1]])["epoch"] == 2
+    assert sweep.choose(sweep_options(metric="accuracy"), found)["epoch"] == 2
+    assert sweep.choose(sweep_options(metric="tds"), found)["epoch"] == 1
+    assert sweep.choose(sweep_options(metric="tds"), [dict(epoch=1, tds=None), found[1]])["epoch"] == 2
+
+
+def test_the_checkpoint_is_that_of_the_epoch_that_is_asked_for():
+    rounds = [dict(round=number, epoch=epoch) for number in (1, 2) for epoch in (1, 2, 3)]
+    assert sweep.choose(sweep_options(epoch="last"), rounds) == dict(round=2, epoch=3)
+    assert sweep.choose(sweep_options(epoch=2), rounds) == dict(round=2, epoch=2)
+    assert list(map(sweep.which_epoch, ("best", "last", "3"))) == ["best", "last", 3]
+    for text in ("0", "-1", "first", "1.5", ""):
+        with pytest.raises(ValueError, match="must be best, last, or the number of an epoch"):
+            sweep.which_epoch(text)
 
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds():
@@ -125,14 +134,58 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
     ]
     rows = sweep.over_seeds(found)
     assert sweep.sweep_table(rows).splitlines() == [
-        "| objective | window | runs | validation % | x % | x, 2 a step % | TDS |",
+        "| row | window | runs | validation % | x % | x, 2 a step % | TDS |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| base |  | 1 | 25.0 | 50.0 | 12.5 | 0.250 |",
-        "| tabom | 8 | 2 | 35.0 ± 7.1 | 70.0 ± 14.1 | 17.5 ± 3.5 | 0.300 ± 0.141 |",
-        "| nelbo |  | 1 | 5.0 | 10.0 | 2.5 | - |",
+        "| No-SFT |  | 1 | 25.0 | 50.0 | 12.5 | 0.250 |",
+        "| TABOM | 8 | 2 | 35.0 ± 7.1 (+10.0) | 70.0 ± 14.1 (+20.0) | 17.5 ± 3.5 (+5.0) | 0.300 ± 0.141 (+0.050) |",
+        "| SFT-SD |  | 1 | 5.0 (-20.0) | 10.0 (-40.0) | 2.5 (-10.0) | - |",
     ]
     (_, _, second, _) = rows[1]["scores"]
     assert second["source"] == "a/x.jsonl" and second["tokens_per_step"] == 2 and second["values"] == [15.0, 20.0]
+
+
+def test_domains_have_means_and_gains_over_the_model_before_training():
+    """The paper's Table 3, Dream before training and TABOM: averages 60.61 and 62.71 in-domain, 55.74 and 57.98 OOD."""
+    names, paper = ("gsm8k", "math500", "humaneval", "mbpp", "ifeval"), {}
+    paper["base"] = (81.41, 39.80, 52.66, 58.00, 56.56)
+    paper["tabom"] = (84.31, 41.10, 58.54, 59.20, 56.19)
+    found = []
+    for objective, scores in paper.items():
+        tests = []
+        for source, score in zip(names, scores):
+            tests.append(dict(source=source, tokens_per_step=1, scores=dict(accuracy=score / 100, tds=None)))
+        found.append(dict(settings=dict(objective=objective), chosen={}, tests=tests))
+    base, ours = sweep.over_seeds(found, ("gsm8k", "math500"))
+    means = {one["measure"]: one for one in ours["scores"] if one["measure"] in ("in-domain %", "OOD %")}
+    assert means["in-domain %"]["mean"] == pytest.approx(62.705) and means["OOD %"]["mean"] == pytest.approx(
+        57.9767, 1e-5
+    )
+    assert means["in-domain %"]["gain"] == pytest.approx(2.1) and means["OOD %"]["gain"] == pytest.approx(2.2367, 1e-4)
+    head, _, *_, last = sweep.sweep_table([base, ours]).splitlines()
+    assert head == "| row | runs | gsm8k % | math500 % | humaneval % | mbpp % | ifeval % | in-domain % | OOD % | TDS |"
+    assert last.startswith("| TABOM | 1 | 84.3 (+2.9) | 41.1 (+1.3) |") and last.endswith(
+        "| 62.7 (+2.1) | 58.0 (+2.2) | - |"
+    )
+    assert not [one for one in sweep.over_seeds(found)[1]["scores"] if one["measure"] in means]  # none were named
+
+
+def test_rows_are_a_grid():
+    rows_of_paper = ("No-SFT", "SFT-SD", "SFT-GT", "TABOM, no ranking")
+    grid = sweep.expand(sweep_options(rows=rows_of_paper, over=("seed=0,1", "window=8,16")))
+    assert list(grid) == [
+        *(f"{row}+seed={seed}" for row in ("SFT-SD", "SFT-GT") for seed in (0, 1)),
+        *(f"TABOM, no ranking+seed={seed}+window={w}" for seed in (0, 1) for w in (8, 16)),
+    ]
+    assert grid["TABOM, no ranking+seed=1+window=16"] == dict(objective="tabom", weight=0.0, seed=1, window=16)
+    assert set(sweep.expand(sweep_options(rows=("T3D",)))) == {f"T3D+seed={seed}" for seed in (0, 1, 2)}
+    assert set(sweep.expand(sweep_options(rows=("T3D",), over=()))) == {"T3D"}
+    assert sweep.expand(sweep_options(rows=("No-SFT",))) == {}
+    with pytest.raises(ValueError, match="--rows tabom: none of No-SFT; SFT-GT; "):
+        sweep.expand(sweep_options(rows=("tabom",)))
+    for text in ("weight=1,2", "objective=nelbo"):
+        name = text.partition("=")[0]
+        with pytest.raises(ValueError, match=f"--over {text}: --rows TABOM, no ranking sets {name} itself"):
+            sweep.expand(sweep_options(rows=("TABOM, no ranking",), over=(text,)))
 
 
 def test_unchecked_answers_stand_beside_the_score():
@@ -144,7 +197,7 @@ def test_unchecked_answers_stand_beside_the_score():
 
     rows = sweep.over_seeds([result(0.5, 4, 0), result(0.6, 5, 1)])
     *_, row = sweep.sweep_table(rows).splitlines()
-    assert row == "| tabom | 2 | 55.0 ± 7.1 | 55.0 ± 7.1 (22.5 % unchecked) | 0.250 ± 0.000 |"
+    assert row == "| TABOM | 2 | 55.0 ± 7.1 | 55.0 ± 7.1 (22.5 % unchecked) | 0.250 ± 0.000 |"
 
 
 def test_an_accuracy_is_over_all_questions(monkeypatch, tiny, tmp_path):
@@ -295,7 +348,7 @@ def test_a_sweep_trains_every_run_and_tests_its_best_checkpoint(tiny, swept):
         assert json.loads(answered)["adapter"] == run["chosen"]["checkpoint"] and lora.layers(loaded)
     written = json.loads((out / "results.json").read_text())
     assert written["rows"] == result["rows"] and len(written["runs"]) == 5
-    assert (out / "table.md").read_text().startswith("| objective | runs | validation % | train % | TDS |")
+    assert (out / "table.md").read_text().startswith("| row | runs | validation % | train % | TDS |")
 
 
 @pytest.mark.slow
@@ -371,7 +424,7 @@ def test_two_processes_share_the_runs(swept, tmp_path):
 
 @pytest.mark.slow
 def test_rounds_distill_again_with_what_the_model_has_become(tiny, puzzles, tmp_path):
-    settings = dict(model=tiny, data=puzzles, test=puzzles, metric="last", rounds=2, limit=6, **SMALL)
+    settings = dict(model=tiny, data=puzzles, test=puzzles, epoch="last", rounds=2, limit=6, **SMALL)
     assert tabom.main(words(["objective=nelbo"], out=tmp_path / "S", **settings)) == 0
     folder = tmp_path / "S" / "runs" / "objective=nelbo"
     first, second = (folder / f"R-{number}" / "epoch-2" for number in (1, 2))
@@ -385,11 +438,42 @@ def test_rounds_distill_again_with_what_the_model_has_become(tiny, puzzles, tmp_
 
 @pytest.mark.slow
 def test_the_number_of_epochs_may_be_in_the_grid(tiny, puzzles, trajectories, tmp_path):
-    settings = dict(model=tiny, data=trajectories, test=puzzles, test_limit=2, metric="last", **SMALL)
+    settings = dict(model=tiny, data=trajectories, test=puzzles, test_limit=2, epoch="last", **SMALL)
     assert tabom.main(words(["epochs=1,3"], objective="nelbo", out=tmp_path / "S", **settings)) == 0
     for epochs in (1, 3):
         chosen = results(tmp_path / "S")[f"objective=nelbo+epochs={epochs}"]["chosen"]
         assert chosen["epoch"] == epochs and chosen["checkpoint"].endswith(f"epoch-{epochs}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("validated", [False, True])
+def test_every_epoch_is_scored_beside_the_one_that_is_tested(tiny, puzzles, trajectories, tmp_path, capsys, validated):
+    settings = dict(SMALL, model=tiny, data=trajectories, test=puzzles, epoch=2, epochs=3, best_of_epochs=puzzles)
+    if validated:
+        settings.update(validation=puzzles)
+    line = ["sweep", "--over", "seed=0", *flags(rows="SFT-SD", tokens_per_step="2,1", out=tmp_path / "S", **settings)]
+    assert tabom.main(line) == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "S" / "runs" / "SFT-SD+seed=0"
+    run = json.loads((folder / "result.json").read_text())
+    assert run["chosen"]["epoch"] == 2 and run["chosen"]["checkpoint"].endswith("epoch-2")
+    asked = {p.name for p in folder.glob("test-*")}
+    assert asked == {"test-train", "test-train-2", "test-train-2-epoch-1", "test-train-2-epoch-3"}
+    found = run["epochs"]
+    assert found["scores"]["2"] == pytest.approx(100 * run["tests"][0]["scores"]["accuracy"])
+    for epoch, name in (("1", "test-train-2-epoch-1"), ("2", "test-train-2"), ("3", "test-train-2-epoch-3")):
+        right = [one["correct"] is True for one in distill.read_verdicts(folder / name)]
+        assert found["scores"][epoch] == pytest.approx(100 * sum(right) / 12)
+    assert found["best"]["score"] == pytest.approx(max(found["scores"].values()), abs=0.01)
+    assert found["last"]["score"] == pytest.approx(found["scores"]["3"], abs=0.01)
+    if validated:
+        accuracies = [one["accuracy"] for one in run["checkpoints"]]
+        assert found["honest"]["epochs"] == [1 + accuracies.index(max(accuracies))]
+    else:
+        assert found["honest"]["chosen_on"] == "the other half of 12 questions"
+    (row,) = [line for line in shown.splitlines() if line.startswith("| SFT-SD | 0 |")]
+    assert f"{found['last']['score']} (epoch 3)" in row and row.endswith("| 12 |")
+    assert (tmp_path / "S" / "table.md").read_text() in shown
 
 
 @pytest.mark.slow
@@ -406,17 +490,21 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
     "changes, message",
     [
         (dict(), "--validation or --test"),
-        (dict(test="P"), "--metric accuracy needs --validation"),
-        (dict(test="P,sub/P", metric="last"), "--test has two sets called"),
-        (dict(test="P", metric="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
-        (dict(test="P", metric="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
-        (dict(test="P", metric="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
-        (dict(test="P", metric="last", check="none"), "no answer that --check none could compare with"),
+        (dict(test="P"), "--epoch best needs --validation"),
+        (dict(test="P", epoch="3"), "--epoch 3: objective=tabom.seed=0 has 2 epochs"),
+        (dict(test="P", epoch="1", best_of_epochs="gsm8k"), "--best-of-epochs gsm8k: none of --test "),
+        (dict(test="P", epoch="1", in_domain="P,gsm8k"), "--in-domain gsm8k: none of --test "),
+        (dict(test="P,sub/P", epoch="last"), "--test has two sets called"),
+        (dict(test="P", epoch="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
+        (dict(test="P", epoch="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
+        (dict(test="P", epoch="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
+        (dict(test="P", epoch="last", check="none"), "no answer that --check none could compare with"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_line(tiny, puzzles, trajectories, tmp_path, capsys, changes, message):
     places = {"P": str(puzzles), "T": str(trajectories), "P,sub/P": f"{puzzles},sub/{puzzles.name}"}
+    places["P,gsm8k"] = f"{puzzles},gsm8k"
     settings = {**SMALL, "data": puzzles, **{k: places.get(v, v) for k, v in changes.items()}}
     assert tabom.main(words(["seed=0"], model=tiny, out=tmp_path / "S", **settings)) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
@@ -428,15 +516,15 @@ def test_another_sweep_in_the_folder_is_refused(swept, capsys):
     out, line, _ = swept
     assert tabom.main([*line, "--lr", "0.5"]) == 1
     assert "holds another run: lr was 0.01 and is now 0.5" in capsys.readouterr().err
-    assert tabom.main([*line, "--metric", "last"]) == 1
-    assert "metric was 'accuracy' and is now 'last'" in capsys.readouterr().err
+    assert tabom.main([*line, "--epoch", "last"]) == 1
+    assert "epoch was 'best' and is now 'last'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_changed_test_set_is_noticed(tiny, puzzles, tmp_path, capsys):
     questions = tmp_path / "q.jsonl"
     shutil.copyfile(puzzles, questions)
-    line = words(["seed=0"], model=tiny, data=puzzles, test=questions, metric="last", out=tmp_path / "S", **SMALL)
+    line = words(["seed=0"], model=tiny, data=puzzles, test=questions, epoch="last", out=tmp_path / "S", **SMALL)
     line += flags(limit=2, test_limit=2)
     assert tabom.main(line) == 0
     questions.write_text("".join(questions.read_text().splitlines(keepends=True)[::-1]))
