@@ -6,7 +6,10 @@ The folders and the names of data files are those of docs/recipes.md and docs/t3
 does nothing, so all of them may be run in turn.
 """
 
+import re
+
 import objectives
+from release import rows
 from release.found import AUTHORS, AUTHORS_ROW, DECODINGS, PAPERS, RECIPES
 from release.published import CHECKPOINTS
 from runs.options import flag
@@ -36,31 +39,19 @@ ALL_WEIGHTS = (
 )
 UNIFORM = "--weighting uniform --norm batch"
 PATHS = "--masked earlier --path levels"
-# method -> (the end of its run's folder, the options of train)
-METHODS = {
-    "tabom": {
-        "SFT-GT": ("-sft-gt", "--objective nelbo --gradient-checkpointing"),
-        "SFT-SD": ("-sft-sd", "--objective nelbo"),
-        "dInfer": ("-dinfer", "--objective transition"),
-        "T3D": ("-t3d", "--objective t3d"),
-        "TABOM": ("", ""),
-        "TABOM, no ranking": ("-no-ranking", "--weight 0"),
-        "TABOM, global window": ("-global", "--window global"),
-        "TABOM, global window, no ranking": ("-global-no-ranking", "--window global --weight 0"),
-    },
-    "t3d": {
-        "SFT-GT": ("-sft", f"--objective nelbo {UNIFORM}"),
-        "SFT-SD": ("-redi", f"--objective nelbo {UNIFORM}"),
-        "dParallel": ("-dparallel", "--objective dparallel"),
-        "naive TD": ("-naive", "--objective traj"),
-        "naive TD + path": ("-naive-path", f"--objective t3d --preference none --random-tokens 0 {PATHS}"),
-        "naive TD + random": ("-naive-random", "--objective t3d --preference none --path-weight 0 --masked earlier"),
-        "naive TD + both": ("-naive-both", f"--objective t3d --preference none {PATHS}"),
-        "DDO": ("-ddo", "--objective t3d --path-weight 0 --random-tokens 0 --masked earlier"),
-        "DDO + random": ("-ddo-random", "--objective t3d --path-weight 0 --masked earlier"),
-        "DDO + path": ("-ddo-path", f"--objective t3d --random-tokens 0 {PATHS}"),
-        "T3D": ("", f"--objective t3d {PATHS}"),
-    },
+# Rows of T3D's tables -> the end of their runs' folders, the options of train. TABOM's are those of rows.py.
+T3D = {
+    "SFT-GT": ("-sft", f"--objective nelbo {UNIFORM}"),
+    "SFT-SD": ("-redi", f"--objective nelbo {UNIFORM}"),
+    "dParallel": ("-dparallel", "--objective dparallel"),
+    "naive TD": ("-naive", "--objective traj"),
+    "naive TD + path": ("-naive-path", f"--objective t3d --preference none --random-tokens 0 {PATHS}"),
+    "naive TD + random": ("-naive-random", "--objective t3d --preference none --path-weight 0 --masked earlier"),
+    "naive TD + both": ("-naive-both", f"--objective t3d --preference none {PATHS}"),
+    "DDO": ("-ddo", "--objective t3d --path-weight 0 --random-tokens 0 --masked earlier"),
+    "DDO + random": ("-ddo-random", "--objective t3d --path-weight 0 --masked earlier"),
+    "DDO + path": ("-ddo-path", f"--objective t3d --random-tokens 0 {PATHS}"),
+    "T3D": ("", f"--objective t3d {PATHS}"),
 }
 LAST = {"tabom": "epoch-5", "t3d": "epoch-30"}
 
@@ -72,9 +63,9 @@ def lines(paper, where, tasks):
         return for_tds(hub, where, tasks)
     made, run, checkpoint = [], None, None
     if where["method"] == AUTHORS_ROW:
-        run = "TABOM/authors"  # a clone of their repository
+        run = f"{folder_of(paper, where)}/R-authors"
         (name,) = (n for n, kind in AUTHORS.items() if kind == where["data"] and n.startswith(where["base"].lower()))
-        checkpoint = f"TABOM/checkpoints/{name}"
+        checkpoint = f"TABOM/checkpoints/{name}"  # of a clone of their repository
     elif where["data"]:
         made, run = training(paper, hub, where)
         if run is None:
@@ -89,11 +80,26 @@ def folder_of(paper, where):
     return f"out/{where['base'].lower()}-{end}"
 
 
+def options_of(where, folder):
+    """(the end of the run's folder, the options of train) of a row of rows.py, for TABOM's with the authors' recipe."""
+    name, options = where["method"].removeprefix("TABOM").strip(", "), []
+    for option, value in rows.ROWS[where["method"]].items():
+        if (option, value) != ("objective", "tabom"):
+            options.append(f"{flag(option)} {value}")
+    words = " ".join(options).replace(rows.GROUND_TRUTH, "nelbo --gradient-checkpointing")
+    if where["method"].startswith("TABOM"):
+        words = f"--recipe {folder.removeprefix('out/')} {words}"
+        if where.get("window", 32) != 32:
+            words, name = f"{words} --window {where['window']}", f"{name}w{where['window']}"
+    name = re.sub(r"\W+", "-", name).lower()
+    return f"-{name}" if name else "", words
+
+
 def training(paper, hub, where):
     """(the commands that distill and train a row, the folder of its training run). The folder is None where no option
     trains the row."""
     folder, method, kind = folder_of(paper, where), where["method"], where["data"]
-    name, options = METHODS[paper][method]
+    name, options = T3D[method] if paper == "t3d" else options_of(where, folder)
     if "--preference" in options and "preference" not in objectives.OBJECTIVES["t3d"].options:
         return [], None
     made, source = [], ANSWERS[paper][kind]
@@ -101,12 +107,6 @@ def training(paper, hub, where):
         source = f"{folder}/T --keep {KEEP[paper][kind]}"
         sampled = " --block-causal 4 --temperature 0.1 --max-new-tokens 2000" if paper == "t3d" else ""
         made.append(f"{RUN} distill --model {hub} {DISTILL[paper][kind]}{sampled} --out {folder}/T")
-    if method.startswith("TABOM"):
-        options = f"--recipe {folder.removeprefix('out/')} {options}"
-        if where.get("window") != 32 and "global" not in method:
-            options, name = f"{options} --window {where['window']}", f"{name}-w{where['window']}"
-        elif "global" in method:
-            options = f"{options} --starts uniform"
     for setting in ("margin", "weight", "path_weight"):
         if setting in where and (setting, where[setting]) != ("path_weight", 0.2):
             options, name = f"{options} {flag(setting)} {where[setting]}", f"{name}-{where[setting]}"
@@ -122,7 +122,7 @@ def evaluation(paper, hub, where, run, checkpoint, tasks):
         model = f"{model} --adapter {checkpoint}"
     elif run:
         model = f"--model {checkpoint}"
-    name = f"E-{run.rpartition('/')[2]}" if run else "E"
+    name = f"E{run.rpartition('/R')[2]}" if run else "E"
     if where["decoding"] != "full":
         name = f"{name}-{where['decoding'].replace(' ', '-')}"
     if paper == "t3d":

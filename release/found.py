@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import data
 import evaluate
-from release import recipes
+from release import recipes, rows
 from release.published import CHECKPOINTS, QUESTIONS, checkpoint_of
 from runs import disk, loading
 
@@ -32,7 +32,6 @@ PAPERS = {  # paper -> what all its evaluations have in common
     "tabom": {},
     "t3d": dict(protocol="official", temperature=0.1, max_new_tokens=2000),
 }
-OBJECTIVES = {"transition": "dInfer", "traj": "naive TD", "dparallel": "dParallel"}
 Z = 1.96  # standard errors on each side of a mean: its 95 % interval
 
 
@@ -148,7 +147,9 @@ def cells_of_score(c, folder, results, score, runs):
     decoding = decoding_of(c, score, command, results["shape"]["family"])
     where = dict(who["where"], task=score["task"], decoding=decoding, b=score["decoder"]["block_length"])
     same = dict(who["same"], questions=meta["questions_sha256"])
-    for name in ("score", "tokens_per_second", "latency", "steps", "length"):
+    if score.get("timed", score["n"]) != score["n"]:  # the others were decoded by an earlier call
+        score = dict(score, tokens_per_second=None)
+    for name in ("score", "tokens_per_second", "mean_steps", "mean_length"):
         if isinstance(score.get(name), (int, float)):
             low, high = score["interval"] if name == "score" else (None, None)
             measured = (score[name], low, high, score["n"], str(folder))
@@ -301,29 +302,27 @@ def trained(c, run):
 
 
 def method_of(run):
-    """The paper's name of what a training run trained."""
-    objective = run["objective"]
-    if objective == "nelbo":
-        if "trained_on" not in run:
-            raise Misfit("its run does not say whether on answers or trajectories: the same train command adds it")
-        return "SFT-GT" if run["trained_on"] == "answers" else "SFT-SD"
-    path, noise = run.get("path_weight"), run.get("random_tokens")
-    parts = [word for word, given in (("path", path), ("random", noise)) if given]
-    if objective == "t3d" and run.get("preference") == "none":
+    """The paper's name of what a training run trained. Raises Misfit for one that is of two rows at once."""
+    settings = dict(run)
+    if run["objective"] == "nelbo" and "trained_on" not in run:
+        raise Misfit("its run does not say whether on answers or trajectories: the same train command adds it")
+    if run.get("trained_on") == "answers":
+        settings["objective"] = rows.GROUND_TRUTH
+    if run["objective"] == "t3d":
+        return method_of_t3d(run)
+    name = rows.name_of(settings)
+    for other, row in rows.ROWS.items():
+        if row.items() <= settings.items() and not row.items() <= rows.ROWS[name].items():
+            raise Misfit(f"it is of two rows at once, {name} and {other}")
+    return name
+
+
+def method_of_t3d(run):
+    """T3D, or a row of its Tables 5 to 7: which parts of its loss a run has."""
+    parts = [word for word, name in (("path", "path_weight"), ("random", "random_tokens")) if run[name]]
+    if run.get("preference") == "none":
         return " + ".join(["naive TD", *({2: ["both"]}.get(len(parts), parts))])
-    if objective == "t3d":
-        return "T3D" if len(parts) == 2 else " + ".join(["DDO", *parts])
-    if objective != "tabom":
-        return OBJECTIVES.get(objective, objective)
-    changes = {
-        "global window": run["window"] == "global",
-        "no ranking": run["weight"] == 0,
-        "ranking alone": run["ce_weight"] == 0,
-        "own step": run["entropy_context"] == "step" and run["ranking"] == "margin",
-        run["ranking"]: run["ranking"] != "margin" and run["weight"] != 0,
-        "padding cut": run["cut_eos"],
-    }
-    return ", ".join(["TABOM", *(name for name, changed in changes.items() if changed)])
+    return "T3D" if len(parts) == 2 else " + ".join(["DDO", *parts])
 
 
 def data_of(c, run):

@@ -283,7 +283,8 @@ def missing_commands(paper, entries):
     """{row and decoding: [commands]} for the empty cells of the paper's models."""
     groups = {}
     for entry in entries:
-        if entry.cell is None and entry.where["base"] in found.CHECKPOINTS:
+        measured = entry.where["measure"] is not None  # not the latency, whose unit T3D's paper does not say
+        if entry.cell is None and measured and entry.where["base"] in found.CHECKPOINTS:
             left_out = ("task", "measure") if entry.where["measure"] != "tds" else ("task", "method", "window", "data")
             key = tuple(sorted((k, str(v)) for k, v in entry.where.items() if k not in left_out))
             where, tasks = groups.setdefault(key, (entry.where, {}))
