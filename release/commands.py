@@ -10,12 +10,11 @@ import re
 
 import objectives
 from release import rows
-from release.found import AUTHORS, AUTHORS_ROW, DECODINGS, PAPERS, RECIPES
+from release.found import AUTHORS_ROW, DECODINGS, ENDS, PAPERS
 from release.published import CHECKPOINTS
 from runs.options import flag
 
 RUN = "torchrun --nproc_per_node 8 tabom.py"
-ENDS = {kind: end for end, kind in RECIPES.items()}
 # What is distilled, what else SFT-GT trains on, and the options that go with them.
 DISTILL = {
     "tabom": {
@@ -64,7 +63,7 @@ def lines(paper, where, tasks):
     made, run, checkpoint = [], None, None
     if where["method"] == AUTHORS_ROW:
         run = f"{folder_of(paper, where)}/R-authors"
-        (name,) = (n for n, kind in AUTHORS.items() if kind == where["data"] and n.startswith(where["base"].lower()))
+        name = folder_of(paper, where).removeprefix("out/").replace("-", "_")
         checkpoint = f"TABOM/checkpoints/{name}"  # of a clone of their repository
     elif where["data"]:
         made, run = training(paper, hub, where)

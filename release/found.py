@@ -9,6 +9,7 @@ checkpoints, a checkpoint that has changed since.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -25,9 +26,15 @@ from runs import disk, loading
 AUTHORS_ROW = "TABOM, the authors' adapter"
 AUTHORS = dict(dream_prm12k="math", llada_prm12k="math", dream_ling_coder="code", llada_ling_coder="code")
 RECIPES = {"prm12k": "math", "ling-coder": "code"}  # the end of a recipe's name -> the data
+ENDS = dict(map(reversed, RECIPES.items()))
 # How fast an evaluation decodes: the name in the tables, and the options of evaluate beside the protocol's.
-DECODINGS = {"full": {}, "dynamic": dict(threshold=0.9)}
-DECODINGS.update({f"{k} a step": dict(tokens_per_step=k) for k in (2, 4, 8)})
+DECODINGS = {
+    "full": {},
+    "2 a step": dict(tokens_per_step=2),
+    "4 a step": dict(tokens_per_step=4),
+    "8 a step": dict(tokens_per_step=8),
+    "dynamic": dict(threshold=0.9),
+}
 PAPERS = {  # paper -> what all its evaluations have in common
     "tabom": {},
     "t3d": dict(protocol="official", temperature=0.1, max_new_tokens=2000),
@@ -54,6 +61,11 @@ class Cell:
     epoch: int | None
     recipe: dict  # margin and weight of the recipe that fits
     same: dict  # what all rows that are compared must share
+
+    @property
+    def measured(self):
+        """What is the same where the same model was measured twice, with the same result."""
+        return self.run, self.epoch, self.value, self.n, self.same
 
 
 def find(c):
@@ -83,11 +95,11 @@ def find(c):
                 named.add(found.run)
             else:
                 left_out.append(found)
-    trained = [folder for same_name in runs.values() for folder in same_name]
+    trained = list(itertools.chain.from_iterable(runs.values()))
     for folder in trained:
         if os.path.realpath(folder) not in named:
             left_out.append((str(folder), "trained, and no evaluation of it fits"))
-    return cells, left_out, [str(folder) for folder in (*dict(evaluations), *trained)]
+    return cells, left_out, list(map(str, (*dict(evaluations), *trained)))
 
 
 def each(folder, cells, what=""):
@@ -257,8 +269,8 @@ def training_run(checkpoint, sha256, runs, adapter):
 
     runs: folders of training runs by name, where its own has moved. Raises Misfit where it is gone or another now."""
     path = Path(checkpoint)
-    there = [path] + [run / path.name for run in runs.get(path.parent.name, ())]
-    there = [one for one in there if one.is_dir()]
+    moved = (run / path.name for run in runs.get(path.parent.name, ()))
+    there = list(filter(Path.is_dir, (path, *moved)))
     changed = None
     for one in there:
         meta = data.read_json(one.parent / "meta.json", missing={})
@@ -335,14 +347,13 @@ def data_of(c, run):
     if distilled.get("model_sha256") not in (None, run["model_sha256"]):
         raise Misfit(f"its trajectories in {source} are of another model: no self-distillation")
     for name in (distilled.get("data"), str(source)):
-        is_math, is_code = any(part in str(name) for part in c.math), any(part in str(name) for part in c.code)
-        if is_math != is_code:
-            return "math" if is_math else "code"
+        kinds = [kind for kind in ("math", "code") if re.search("|".join(map(re.escape, getattr(c, kind))), str(name))]
+        if len(kinds) == 1:
+            return kinds[0]
     raise Misfit(f"trained on {source}, which names neither of the paper's data sets: see --math and --code")
 
 
 def recipe_of(base, kind):
     """Margin and weight of the authors' recipe for a base model and data; empty where there is none."""
-    ends = {one: end for end, one in RECIPES.items()}
-    found = recipes.RECIPES.get(f"{base.lower()}-{ends[kind]}", {})
-    return {name: found[name] for name in ("margin", "weight") if name in found}
+    recipe = recipes.RECIPES.get(f"{base.lower()}-{ENDS[kind]}")
+    return {} if recipe is None else dict(margin=recipe["margin"], weight=recipe["weight"])

@@ -10,6 +10,7 @@ has no place, with the reason. release/paper.json has the papers' numbers and sa
 
 import csv
 import io
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -85,30 +86,28 @@ def tables(c):
         if number not in known:
             raise ValueError(f"--table {number}: there are numbers of {', '.join(known)} in --paper {c.paper}")
     cells, left_out, folders = found.find(c)
-    made = {number: fill(known[number], cells, c, left_out) for number in c.table or known}
-    entries = [entry for sections in made.values() for entry in entries_of(sections)]
-    used = {}  # folders, and the training runs of their models
-    for entry in entries:
-        if entry.cell is not None:
-            used.update({os.path.realpath(entry.cell.folder): True, entry.cell.run: True})
+    made, entries = {}, []
+    for number in c.table or known:
+        made[number] = fill(known[number], cells, c, left_out)
+        entries += entries_of(made[number])
+    shown = [entry.cell for entry in entries if entry.cell is not None]
+    used = {os.path.realpath(folder) for cell in shown for folder in (cell.folder, cell.run)}
     told = {os.path.realpath(folder) for folder, _ in left_out}
     for cell in cells:
-        folder = os.path.realpath(cell.folder)
-        if folder not in used and folder not in told:
-            told.add(folder)
-            left_out.append((cell.folder, "in none of these tables"))
+        if os.path.realpath(cell.folder) not in used | told:
+            left_out.append((cell.folder, "shown in no cell of these tables"))
+    left_out = list(dict.fromkeys(left_out))  # what two tables say of a folder, once
     missing = missing_commands(c.paper, entries)
-    text = WRITERS[c.format](c, known, made, left_out, missing)
+    text = WRITERS[c.format](c, known, made, list(map(": ".join, left_out)), missing)
     if c.out is None:
         print(text)
     else:
         with disk.atomic_file(Path(c.out)) as f:
             f.write(text + "\n")
-    here = [folder for folder in folders if os.path.realpath(folder) in used]
-    result = dict(paper=c.paper, tables=list(made), read=len(folders), used=len(here))
+    result = dict(paper=c.paper, tables=list(made), read=len(folders))
+    result["used"] = sum(os.path.realpath(folder) in used for folder in folders)
     result["left_out"] = [dict(folder=folder, reason=reason) for folder, reason in left_out]
-    filled = sum(entry.cell is not None for entry in entries)
-    return dict(result, cells=len(entries), filled=filled, commands=len(flat(missing)), out=c.out)
+    return dict(result, cells=len(entries), filled=len(shown), commands=len(flat(missing)), out=c.out)
 
 
 def entries_of(sections):
@@ -159,8 +158,9 @@ def add_authors_row(section, cells):
     """A row for the adapters that the authors trained, where some are evaluated: the paper's numbers are of these."""
     row = []
     for entry in section.rows["TABOM"]:
-        where = {name: value for name, value in entry.where.items() if name != "window"}
-        row.append(Entry(entry.column, dict(where, method=found.AUTHORS_ROW), entry.paper))
+        where = dict(entry.where, method=found.AUTHORS_ROW)
+        del where["window"]  # which their folder does not say
+        row.append(Entry(entry.column, where, entry.paper))
     if any(fits(cell, entry) for cell in cells for entry in row):
         section.rows[found.AUTHORS_ROW] = row
 
@@ -172,7 +172,8 @@ def fits(cell, entry):
 
 def choose(cells, entry, c, label, left_out):
     """The one cell that belongs to an entry, or None. Of a run's epochs it is that of --epoch; of runs that differ in
-    margin and weight the one with the recipe's. Where several are left none is shown, and all are in left_out."""
+    margin and weight the one with the recipe's; of equal measurements of one model the first. Where several are left
+    none is shown, and all are in left_out."""
     fitting = [cell for cell in cells if fits(cell, entry)]
     latest = {}
     for cell in fitting:
@@ -184,7 +185,7 @@ def choose(cells, entry, c, label, left_out):
             chosen.append(cell)
     if len(chosen) > 1:
         chosen = [cell for cell in chosen if cell.recipe.items() <= cell.where.items()] or chosen
-    if len(chosen) > 1:
+    if len(chosen) > 1 and any(cell.measured != chosen[0].measured for cell in chosen):
         for cell in chosen:
             others = ", ".join(other.folder for other in chosen if other is not cell)
             left_out.append((cell.folder, f"{label}: {others} has it too, so it is empty; name the folders to show"))
@@ -220,15 +221,18 @@ def combined(terms):
 
     The interval follows from those of the terms: MOVER (Zou and Donner, 2008), for a difference of two shares
     Newcombe's (1998). Two models answer the same questions, so that a difference varies less than this says."""
-    total = sum(weight * value for weight, value, _, _ in terms)
-    if any(low is None for _, _, low, _ in terms):
-        return total, None, None
-    below = above = 0.0
+    total = below = above = 0.0
     for weight, value, low, high in terms:
+        total += weight * value
+        if low is None:
+            below = above = math.inf
+            continue
         down, up = weight * (value - low), weight * (high - value)
         if weight < 0:
             down, up = -up, -down
         below, above = below + down**2, above + up**2
+    if math.isinf(below):
+        return total, None, None
     return total, total - math.sqrt(below), total + math.sqrt(above)
 
 
@@ -294,7 +298,7 @@ def missing_commands(paper, entries):
 
 def flat(missing):
     """All commands, each once."""
-    return list(dict.fromkeys(line for lines in missing.values() for line in lines))
+    return list(dict.fromkeys(itertools.chain.from_iterable(missing.values())))
 
 
 def cells_of_place(shown, digits):
@@ -366,11 +370,11 @@ def markdown(c, known, made, left_out, missing):
             rows = [titles, ["---"] * len(titles), *lines]
             parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     if runs := runs_of(made):
-        parts.append("## Runs\n\n" + "\n".join(f"- {line}" for line in runs))
+        parts.append("## Runs\n\n- " + "\n- ".join(runs))
     if missing:
         parts.append("## Commands for the empty cells\n\n```bash\n" + "\n".join(flat(missing)) + "\n```")
     if left_out:
-        parts.append("## Left out\n\n" + "\n".join(f"- {folder}: {reason}" for folder, reason in left_out))
+        parts.append("## Left out\n\n- " + "\n- ".join(left_out))
     return "\n\n".join(parts)
 
 
@@ -383,9 +387,9 @@ def latex(c, known, made, left_out, missing):
             body = "\n".join(f"{' & '.join(map(escaped, row))} \\\\" for row in [titles, *lines])
             head = f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}"
             parts.append(f"{comment(title)}\n{head}\n{body}\n\\end{{tabular}}")
-    for title, lines in (("Runs", runs_of(made)), ("Commands for the empty cells", flat(missing))):
+    lists = {"Runs": runs_of(made), "Commands for the empty cells": flat(missing), "Left out": left_out}
+    for title, lines in lists.items():
         parts.append("\n".join(map(comment, [title, *lines])))
-    parts.append("\n".join(map(comment, ["Left out", *(f"{folder}: {reason}" for folder, reason in left_out)])))
     return "\n\n".join(parts)
 
 

@@ -49,7 +49,7 @@ def identity(c, records):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    trained_on = "answers" if records[0]["order"] is None else "trajectories"
+    trained_on = "answers" if any(record["order"] is None for record in records) else "trajectories"
     about = dict(trained_on=trained_on, examples=len(records), data_sha256=sha256, versions=disk.versions())
     return dict(command="train", **settings, **about)
 

@@ -250,13 +250,17 @@ def test_the_epoch_decides_and_is_said(tmp_path, capsys):
 
 
 def test_two_runs_for_one_cell_are_reported_and_none_is_shown(tmp_path, capsys):
-    for name in ("A", "B"):
-        evaluation(tmp_path / name, "Dream", scores=(("gsm8k", 1000),), seed=ord(name))
+    for i, name in enumerate(("A", "B")):
+        evaluation(tmp_path / name, "Dream", scores=(("gsm8k", 1000 + i),), seed=i)
     rows, result = rows_of(capsys, tmp_path, "--table", "3")
     assert rows["3", "Dream", "No-SFT", "GSM8K"]["ours"] == ""
     assert f"Dream, No-SFT, GSM8K: {tmp_path / 'B'} has it too, so it is empty" in reasons(result)
     rows, result = rows_of(capsys, tmp_path / "A", "--table", "3")
     assert rows["3", "Dream", "No-SFT", "GSM8K"]["ours"] and result["left_out"] == []
+    evaluation(tmp_path / "C", "Dream", scores=(("gsm8k", 1000),))
+    rows, result = rows_of(capsys, tmp_path / "A", tmp_path / "C", "--table", "3")  # measured twice, and equal
+    assert rows["3", "Dream", "No-SFT", "GSM8K"]["folder"] == str(tmp_path / "A")
+    assert reasons(result) == f"{tmp_path / 'C'}: shown in no cell of these tables"
 
 
 def test_of_a_grid_tables_2_to_5_have_the_recipes_margin_and_weight(tmp_path, capsys):
