@@ -346,6 +346,8 @@ def data_of(c, run):
     distilled = data.read_json(source / "meta.json", missing={})
     if distilled.get("model_sha256") not in (None, run["model_sha256"]):
         raise Misfit(f"its trajectories in {source} are of another model: no self-distillation")
+    if distilled.get("adapter_sha256") is not None:
+        raise Misfit(f"its trajectories in {source} are of a model with an adapter: no row of the paper")
     for name in (distilled.get("data"), str(source)):
         kinds = [kind for kind in ("math", "code") if re.search("|".join(map(re.escape, getattr(c, kind))), str(name))]
         if len(kinds) == 1:

@@ -230,6 +230,8 @@ def test_the_data_is_known_by_the_recipe_or_its_name(tmp_path, capsys):
     assert rows["2", "LLaDA", "TABOM", "MBPP"]["folder"] == str(tmp_path / "E-C")
     edit_json(tmp_path / "T" / "meta.json", model_sha256="another")
     assert "are of another model: no self-distillation" in reasons(rows_of(capsys, tmp_path)[1])
+    edit_json(tmp_path / "T" / "meta.json", model_sha256="LLaDA", adapter_sha256="x")
+    assert "are of a model with an adapter: no row of the paper" in reasons(rows_of(capsys, tmp_path)[1])
 
 
 def test_the_epoch_decides_and_is_said(tmp_path, capsys):
