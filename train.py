@@ -63,6 +63,7 @@ class TrainOptions(
     max_prompt_tokens: int | None = opt(
         None, "prompts longer than this lose the end of the user's text; the template stays whole", low=1
     )
+    max_answer_tokens: int | None = opt(None, "SFT-GT: leave out rows whose answer has more tokens", low=1)
     unfinished: bool = opt(False, "accept a distill folder in which some prompts are not answered yet")
     cut_eos: bool = opt(False, "drop the tokens after the first EOS")
     lora_rank: int | None = opt(None, "0 = train all weights (16, or as --adapter has it)", low=0)
@@ -351,9 +352,7 @@ def save_checkpoint(run, step, name):
     if first or together:
         # A kill leaves the checkpoint before it whole.
         with disk.atomic_folder(run.last, run.processes if together else None) as beside:
-            resume.write_checkpoint(
-                beside, run.loaded, run.c.model, run.weights, run.optimizer, step, run.reference, first
-            )  # fmt: skip
+            resume.write_checkpoint(beside, run.loaded, run.c, run.weights, run.optimizer, step, run.reference, first)
     if first:
         resume.prune(run.out, run.c.keep_last)
     run.processes.barrier()

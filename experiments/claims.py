@@ -97,14 +97,17 @@ class ClaimsOptions:
     keep: str | None = opt(
         None, "with --data: as in train (correct), as for the puzzles", choices=("correct", "finished", "all")
     )
+    limit: int | None = opt(None, "with --data: as in train", low=1)
+    max_answer_tokens: int | None = opt(None, "with --data: as in train, for SFT-GT", low=1)
     validation: str | None = opt(None, "with --data: as in sweep")
     in_domain: tuple | None = opt(None, "with --data: as in sweep", parse=name_list)
     epoch: int | str | None = opt(None, "with --data: as in sweep (last)", parse=sweep.which_epoch)
-    best_of_epochs: str | None = opt(None, "with --data: as in sweep")
+    best_of_epochs: tuple | None = opt(None, "with --data: as in sweep", parse=name_list)
 
 
 # Options that a sweep over given trajectories has too, and puzzles have not.
-OF_SWEEP = ("methods", "check", "keep", "raw", "validation", "in_domain", "epoch", "best_of_epochs")
+OF_SWEEP = ("methods", "check", "keep", "raw", "limit", "max_answer_tokens")
+OF_SWEEP += ("validation", "in_domain", "epoch", "best_of_epochs")
 
 
 def claims(c):

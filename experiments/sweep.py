@@ -88,8 +88,8 @@ class SweepOptions(train.TrainOptions):
         "best", "which checkpoint is tested: best (on --validation), last, or a number", parse=which_epoch
     )
     metric: str = opt("accuracy", "what chooses the best, on --validation", choices=("accuracy", "tds"))
-    best_of_epochs: str | None = opt(
-        None, "one of --test: also its score after each epoch, the best one, and one chosen on held-out questions"
+    best_of_epochs: tuple = opt(
+        (), "some of --test: also their best epoch, the last, and one chosen on held-out questions", parse=name_list
     )
     rounds: int = opt(1, "rounds of distilling with the chosen checkpoint and training on (ReDi)", low=1)
     check: str = opt("auto", "how a response is compared with the answer", choices=answers.CHECKS)
@@ -124,7 +124,7 @@ def sweep(c):
     lines = over_seeds(found, c.in_domain)
     table = sweep_table(lines)
     if c.best_of_epochs:
-        table += f"\n\n{epochs_table(found, c.best_of_epochs)}"
+        table += f"\n\n{epochs_table(found)}"
     with disk.atomic_file(out / "results.json") as f:
         f.write(json.dumps(dict(rows=lines, runs=found, command=vars(c), versions=disk.versions()), indent=2) + "\n")
     with disk.atomic_file(out / "table.md") as f:
@@ -140,8 +140,8 @@ def check_sweep(c, grid):
         raise ValueError("--validation or --test: nothing to compare the runs by")
     if c.epoch == "best" and c.validation is None:
         raise ValueError("--epoch best needs --validation; --epoch last takes the last checkpoint, --epoch 3 the third")
-    for name, sources in (("in_domain", c.in_domain), ("best_of_epochs", (c.best_of_epochs,))):
-        for source in set(sources) - {None, *c.test}:
+    for name in ("in_domain", "best_of_epochs"):
+        for source in set(getattr(c, name)) - set(c.test):
             raise ValueError(f"{flag(name)} {source}: none of --test {','.join(c.test)}")
     for name, settings in grid.items() if type(c.epoch) is int else ():
         there = epochs_of(training(c, settings))
@@ -299,8 +299,10 @@ def expand(c):
         if row == rows.NO_SFT:  # which every sweep has
             continue
         settings = used_settings(c, rows.ROWS.get(row, {}) | settings)
-        words = [f"{k}={v}" for k, v in settings.items() if row is None or k not in rows.ROWS[row]]
-        grid.setdefault("+".join(([row] if row else []) + words), settings)
+        words = [f"{k}={v}" for k, v in settings.items() if k not in rows.ROWS.get(row, {})]
+        if row:
+            words.insert(0, row)
+        grid.setdefault("+".join(words), settings)
     return grid
 
 
@@ -344,6 +346,8 @@ def training(c, settings, **more):
     values.update(settings)
     if values["objective"] == GROUND_TRUTH:
         values["objective"] = "nelbo"
+    else:
+        values["max_answer_tokens"] = None  # of trajectories nothing is left out for its length
     values.update(more)
     made = train.TrainOptions(**values)
     check_values(made)
@@ -431,7 +435,8 @@ def one_run(bench, settings, trajectories, folder):
     tests = answer_tests(bench, chosen["checkpoint"], folder, seed)
     result = dict(settings=settings, chosen=chosen, checkpoints=candidates, tests=tests)
     if c.best_of_epochs:
-        result["epochs"] = report_epochs(bench, of_round, chosen, folder, seed)
+        reports = [report_epochs(bench, task, of_round, chosen, folder, seed) for task in c.best_of_epochs]
+        result["epochs"] = dict(zip(c.best_of_epochs, reports))
     return dict(**result, steps=last["steps"], training=final)
 
 
@@ -475,10 +480,10 @@ def choose(c, candidates):
     return [one for one in candidates if one["epoch"] == c.epoch][-1]
 
 
-def report_epochs(bench, candidates, chosen, folder, seed):
-    """What each epoch of the last round reaches on the task of --best-of-epochs: see epochs.report."""
-    c, task = bench.c, bench.c.best_of_epochs
-    tests, validations, at_once = {}, {}, c.tokens_per_step[0]
+def report_epochs(bench, task, candidates, chosen, folder, seed):
+    """What each epoch of the last round reaches on a task of --best-of-epochs: see epochs.report."""
+    c, tests, validations = bench.c, {}, {}
+    at_once = c.tokens_per_step[0]
     for one in candidates:
         where = test_folder(folder, task, at_once)  # which the tests have filled
         if one["checkpoint"] != chosen["checkpoint"]:
@@ -489,7 +494,7 @@ def report_epochs(bench, candidates, chosen, folder, seed):
             where = folder / f"validation-{one['round']}-{one['epoch']}"
             validations[one["epoch"]] = verdicts_of(c.validation, where)
     scores = {epoch: 100 * sum(right) / len(right) for epoch, right in tests.items()}
-    return dict(task=task, scores=scores, **epochs.report(tests, validations or None, seed))
+    return dict(scores=scores, **epochs.report(tests, validations or None, seed))
 
 
 def verdicts_of(source, folder):
@@ -682,19 +687,15 @@ def score_cell(score):
     return cell
 
 
-def epochs_table(found, task):
-    """What the choice of an epoch does to the score on a task, in percent: a line for each run."""
+def epochs_table(found):
+    """What the choice of an epoch does to a score, in percent: a line for each run and task."""
     shown = []
     for result in found:
-        if "epochs" not in result:  # the model before training
-            continue
-        cells = []
-        for name in ("best", "last", "honest"):
-            one = result["epochs"][name]
-            cells.append(f"{one['score']} (epoch {' and '.join(map(str, one['epochs']))})")
-        seed = str(result["settings"].get("seed", ""))
-        held_out = result["epochs"]["honest"]["chosen_on"]
-        shown.append([rows.name_of(result["settings"]), seed, *cells, held_out, str(result["epochs"]["questions"])])
-    name = source_name(task)
-    titles = [f"{name} %, best epoch on {name} itself", "last epoch", "chosen on held-out questions", "which", "n"]
-    return stats.markdown_table(["row", "seed", *titles], shown)
+        for task, report in result.get("epochs", {}).items():  # of the model before training none
+            cells = [result["name"], source_name(task)]
+            for name in ("best", "last", "honest"):
+                one = report[name]
+                cells.append(f"{one['score']} (epoch {' and '.join(map(str, one['epochs']))})")
+            shown.append([*cells, report["honest"]["chosen_on"], str(report["questions"])])
+    titles = ["run", "test", "best on the test itself %", "last %", "chosen on held-out questions %"]
+    return stats.markdown_table([*titles, "held out", "n"], shown)

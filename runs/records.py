@@ -30,6 +30,7 @@ def training_records(c, loaded, parameters, processes):
     elif "order" not in needs:
         kept = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
         tokenizer.encode_examples(loaded.tok, kept, c.raw, c.max_prompt_tokens, answers=True)
+        kept = without_long_answers(kept, c.max_answer_tokens, path, say)
     else:
         raise ValueError(
             f"{path} has no trajectories, and {c.objective} needs them: distill first, or --objective nelbo"
@@ -41,6 +42,22 @@ def training_records(c, loaded, parameters, processes):
     if "entropy" in fields and any(record["entropy"] is None for record in records):
         raise ValueError(f"{path}: --ranking kl needs the entropies that distill logs, and some rows have none")
     return records
+
+
+def without_long_answers(examples, most, path, say):
+    """The examples whose answer has at most so many tokens, with the one that ends it; all where most is None. Cut
+    answers would teach to stop in the middle. Raises ValueError where none is left."""
+    lengths = [len(e["response_ids"]) for e in examples]
+    if most is None or max(lengths) <= most:
+        return examples
+    kept = [e for e in examples if len(e["response_ids"]) <= most]
+    if not kept:
+        raise ValueError(
+            f"{path}: --max-answer-tokens {most} leaves none; the shortest answer has {min(lengths)} tokens"
+        )
+    what = f"{len(examples) - len(kept)} of {len(examples)} answers are left out"
+    say(f"{what}: they have more than --max-answer-tokens {most}, up to {max(lengths)}")
+    return kept
 
 
 def check_context(records, loaded, processes):
@@ -74,6 +91,8 @@ def usable_trajectories(c, path, loaded, processes, say):
         )
     if (c.methods or c.max_prompt_tokens) and "method" not in kept[0]:
         say("--methods and --max-prompt-tokens act on the authors' files: these have their prompts already")
+    if c.max_answer_tokens:
+        say("--max-answer-tokens acts on the answers of a dataset: trajectories are as long as they were decoded")
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")

@@ -1,7 +1,7 @@
 """Which run it is that continues, its checkpoints, and what it needs beside the weights.
 
     with disk.atomic_folder(out / "epoch-1") as beside:
-        resume.write_checkpoint(beside, loaded, c.model, weights, optimizer, step)
+        resume.write_checkpoint(beside, loaded, c, weights, optimizer, step)
     step = resume.restore(resume.last_checkpoint(out), weights, optimizer)
 
 A run may be killed at any time: what it has finished stays whole, and the same command continues from there.
@@ -22,7 +22,7 @@ import data
 import lora
 import model
 from release import recipes
-from runs import disk, objective_options, shard, torchrun
+from runs import card, disk, objective_options, shard, torchrun
 from runs.options import field_names
 
 MANIFEST = "manifest.json"  # the SHA-256 of each file of a checkpoint
@@ -65,12 +65,13 @@ def longer_epochs(c, say):
     return "epochs", "changed_from_recipe"  # the latter may list the epochs; what else it lists is compared
 
 
-def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=None, write=True):
-    """An adapter (or a model) that every command takes, and beside it what a continued run needs. base: the name of
-    the base model. Where the weights are spread over processes all of them call this, and one of them with write."""
+def write_checkpoint(folder, loaded, c, weights, optimizer, step, reference=None, write=True):
+    """An adapter (or a model) that every command takes, its card, and beside it what a continued run needs. folder: in
+    that of the run; c: TrainOptions. Where the weights are spread over processes all of them call this, and one of
+    them with write."""
     m, spread = loaded.m, shard.is_spread(weights.values())
     if lora.layers(m):
-        lora.save(m, folder, base)
+        lora.save(m, folder, c.model)
     else:
         model.save(m, folder, whole=shard.whole, write=write)
     state, kept = optimizer_state(weights, optimizer), {} if reference is None else reference.kept
@@ -78,6 +79,7 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
         shard.save({**state, **{f"reference.{name}": tensor for name, tensor in kept.items()}}, folder / SPREAD)
     if not write:
         return
+    (folder / card.FILE).write_text(card.text(c, folder.parent, MAY_CHANGE_ON_RESUME), encoding="utf-8")
     if not lora.layers(m):
         copy_extras(loaded.folder, folder)
     if not spread:
@@ -85,9 +87,9 @@ def write_checkpoint(folder, loaded, base, weights, optimizer, step, reference=N
         if kept:
             disk.save_tensors({name: shard.whole(tensor) for name, tensor in kept.items()}, folder / TRAINER[1])
     (folder / "trainer.json").write_text(json.dumps(dict(step=step, reference=bool(kept))) + "\n")
-    hashes = {}  # last: of all that was written
+    hashes = {}  # last: of all that was written, but for the card, which may be edited
     for file in sorted(folder.rglob("*")):
-        if file.is_file():
+        if file.is_file() and file.name != card.FILE:
             hashes[file.relative_to(folder).as_posix()] = disk.fingerprint(file)
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
 

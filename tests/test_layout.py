@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml  # comes with huggingface_hub
 from style import FOLDERS, ROOT, Counts, code_lines, count, imports_at_top, module_name, sources, together
 
 LEAVES = ["model", "lora", "decode", "objectives", "tokenizer", "data"]
@@ -34,7 +35,7 @@ LEVELS = [
     ["runs.records", "runs.adapters"],
     ["runs.loading"],
     ["runs.resume", "runs.logs"],
-    ["runs.objective_options", "release.files", "release.epochs"],
+    ["runs.objective_options", "release.files", "release.epochs", "runs.card"],
     ["runs.disk"],
     ["baselines"],
     ["baselines.preference"],
@@ -92,6 +93,17 @@ def test_a_leaf_copied_alone_imports(tmp_path):
     command = [sys.executable, "-c", ALONE, *map(Path.as_posix, folders)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_workflow_runs_what_we_run():
+    """.ci/run, with the lowest Python that the README promises and a newer one; it needs nothing beside the project."""
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    (command,) = [step["run"] for step in job["steps"] if "run" in step]
+    assert command == ".ci/run" and os.access(ROOT / command, os.X_OK)
+    lowest = re.search(r"Python (3\.\d+) or newer", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    assert job["strategy"]["matrix"]["python"] == [lowest, "3.12"]
+    outside = [line for line in (ROOT / command).read_text().splitlines() if "../shared" in line]
+    assert all(line.startswith("if [ -d ../shared") for line in outside)
 
 
 # ------------------------------------------------------------------------------------------------- the size of the core

@@ -48,10 +48,10 @@ for line in LINES:
     for part in line.split(" && "):
         if "tabom.py" in part:
             CALLS.append(part.split("tabom.py", 1)[1].strip())
-EXPERIMENTS = re.findall(r"-m experiments\.(\w+)([^\n`]*)", TEXT)
+EXPERIMENTS = re.findall(r"-m ((?:experiments|release)\.\w+)([^\n`]*)", TEXT)
 
 # What a line may begin with, besides a command of the project.
-OTHERS = ("pip install -r requirements.txt", "pytest", "echo ", "hf download ")
+OTHERS = ("pip install -r requirements.txt", "pytest", "echo ", "hf download ", "hf upload ")
 # Flags of other programs: torchrun, lm-evaluation-harness, hf, and every parser's own.
 THEIRS = {"--nproc_per_node", "--model_args", "--log_samples", "--apply_chat_template", "--batch_size", "--help"}
 THEIRS |= {"--nnodes", "--node_rank", "--master_addr", "--master_port"}
@@ -60,10 +60,10 @@ THEIRS |= {"--repo-type", "--local-dir", "--include"}
 
 @functools.cache
 def flags_of(module):
-    """The flags that a module of experiments/ has, from its --help."""
+    """The flags that a module of experiments/ or release/ has, from its --help."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        importlib.import_module(f"experiments.{module}").main(["--help"])
+        importlib.import_module(module).main(["--help"])
     return set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
 
 
@@ -97,7 +97,7 @@ def test_a_command_parses(call):
 
 @pytest.mark.parametrize("line", sorted(set(LINES)))
 def test_a_line_calls_what_is_there(line):
-    if line.startswith(OTHERS) or "tabom.py" in line or "-m experiments." in line:
+    if line.startswith(OTHERS) or "tabom.py" in line or re.search(r"-m (experiments|release)\.", line):
         return
     script = re.fullmatch(r"python ([\w/]+\.py) .*", line.replace("-m tools.harness", "tools/harness.py"))
     assert script, f"nobody knows what this is: {line}"

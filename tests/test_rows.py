@@ -4,14 +4,19 @@ python -m pytest tests/test_rows.py"""
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
-from helpers import meta
+from helpers import ROOT, meta
 
+import tabom
 import train
+from experiments import sweep
 from release import recipes, rows
 from runs import objective_options
+from runs.options import check_values, parse
 
 PAPER = Path(os.environ.get("TABOM_DATA", "no-such-folder")) / "paper.json"
 
@@ -57,3 +62,88 @@ def test_every_row_of_the_papers_tables_has_its_name():
             assert of_model.keys() <= rows.ROWS.keys()
     for name in paper["table5"]["rows"]["Dream"]:
         assert {name, f"TABOM, {name}"} & rows.ROWS.keys()
+
+
+# ------------------------------------------------------------------------------------------------- docs/recipes.md
+
+MODELS = {"dream": "Dream-org/Dream-v0-Instruct-7B", "llada": "GSAI-ML/LLaDA-8B-Instruct"}
+DATA = {"prm12k": "prm12k.parquet", "ling-coder": "ling_coder.parquet"}
+
+
+def commands():
+    """(command, its options) of every line of the page that calls tabom.py, as the command line makes them."""
+    found = []
+    for line in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines():
+        if "tabom.py " in line and line.startswith(("python", "torchrun")):
+            command, _, cls, given = parse(tabom.COMMANDS, "", argv=shlex.split(line.split("tabom.py", 1)[1]))
+            c = cls(**given)
+            check_values(c)
+            found.append((command, c))
+    return found
+
+
+COMMANDS = commands()
+OF = {name: [c for command, c in COMMANDS if command == name] for name in tabom.COMMANDS}
+TRAINED = {c.out: c for c in OF["train"]}
+
+
+def row_of(c):
+    """The row that a command of train makes."""
+    parameters, unused = objective_options.chosen(c)
+    assert not unused, (c.out, unused)
+    objective = rows.GROUND_TRUTH if c.data in DATA.values() else c.objective
+    return rows.name_of({**vars(c), **parameters, "objective": objective})
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("domain", DATA)
+def test_every_row_of_tables_2_and_3_has_a_command_and_is_evaluated(family, domain):
+    folder, evaluated = f"out/{family}-{domain}", {}
+    for c in OF["evaluate"]:
+        trained, _, epoch = (c.adapter or "").rpartition("/epoch-")
+        if c.model != MODELS[family] or c.protocol != "paper" or len(c.tasks) < 5:
+            continue
+        if c.adapter is None:
+            evaluated["No-SFT"] = c
+        elif trained in TRAINED and trained.startswith(f"{folder}/"):
+            made = TRAINED[trained]
+            assert made.model == c.model and 1 <= int(epoch) <= made.epochs == 5
+            assert made.data in (DATA[domain], f"{folder}/T")
+            assert made.global_batch == 32 or made.recipe == f"{family}-{domain}"  # whatever the number of GPUs
+            evaluated[row_of(made)] = c
+    assert set(evaluated) == {"No-SFT", "SFT-GT", "SFT-SD", "dInfer", "T3D", "TABOM"}
+    assert len({c.out for c in evaluated.values()}) == 6
+
+
+def test_the_other_tables_have_their_rows():
+    table4 = [c.adapter for c in OF["evaluate"] if c.tokens_per_step == 2 and c.model == MODELS["dream"]]
+    made = {adapter and row_of(TRAINED[adapter.rpartition("/")[0]]) for adapter in table4}
+    assert made == {None, "SFT-GT", "SFT-SD", "dInfer", "T3D", "TABOM"}
+    table5 = {"TABOM, no ranking", "TABOM, global window", "TABOM, global window, no ranking"}
+    assert table5 <= {row_of(c) for c in OF["train"]}
+    grids = {Path(c.out).name: sweep.expand(c) for c in OF["sweep"]}
+    cells = {(s["weight"], s["margin"]) for s in grids["S-table7"].values()}
+    assert cells == {(weight, margin) for weight in (1.0, 2.0) for margin in (0.1, 0.2, 0.3)}
+    assert [s["window"] for s in grids["S-table9"].values()] == [16, 32, 48, 64, 256]
+    for c in (*OF["sweep"], *OF["claims"]):
+        rows.named(c.rows)
+        assert {*(c.in_domain or ()), *(c.best_of_epochs or ())} <= set(c.test)
+
+
+def test_what_a_command_reads_another_has_made():
+    """Of a folder below out/: the trajectories of distill, the answers of evaluate, the checkpoints of train."""
+    made = {c.out for _, c in COMMANDS}
+    for command, c in COMMANDS:
+        for path in (c.data, getattr(c, "adapter", None), *getattr(c, "checkpoints", ())):
+            if path and path.startswith("out/"):
+                assert re.sub(r"/(epoch-\d|gsm8k)$", "", path) in made, (command, path)
+
+
+def test_table_6_and_the_figures_replay_what_each_model_decoded():
+    table6 = [c for c in OF["diagnose"] if c.data.endswith("/gsm8k")]
+    assert len(table6) == 6
+    for c in table6:
+        (answered,) = [e for e in OF["evaluate"] if e.out == c.data.removesuffix("/gsm8k")]
+        assert (c.model, "".join(c.checkpoints) or None) == (answered.model, answered.adapter)
+    figures = [c for c in OF["diagnose"] if c.ground_truth]
+    assert {c.model for c in figures} == set(MODELS.values()) and {c.limit for c in figures} == {64}

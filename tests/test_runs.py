@@ -384,7 +384,8 @@ def test_a_checkpoint_is_written_and_restored(tiny, trained, tmp_path):
     assert resume.restore(trained / "epoch-1", found, optimizer) == 3
     loaded = loading.Loaded(m, None, tiny)
     (tmp_path / "epoch-9").mkdir()
-    resume.write_checkpoint(tmp_path / "epoch-9", loaded, "base", found, optimizer, 3)
+    shutil.copyfile(trained / "meta.json", tmp_path / "meta.json")
+    resume.write_checkpoint(tmp_path / "epoch-9", loaded, train.TrainOptions(model="base"), found, optimizer, 3)
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "trainer.json"):
         assert (tmp_path / "epoch-9" / name).read_bytes() == (trained / "epoch-1" / name).read_bytes(), name
     assert resume.intact(tmp_path / "epoch-9")

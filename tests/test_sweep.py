@@ -459,7 +459,7 @@ def test_every_epoch_is_scored_beside_the_one_that_is_tested(tiny, puzzles, traj
     assert run["chosen"]["epoch"] == 2 and run["chosen"]["checkpoint"].endswith("epoch-2")
     asked = {p.name for p in folder.glob("test-*")}
     assert asked == {"test-train", "test-train-2", "test-train-2-epoch-1", "test-train-2-epoch-3"}
-    found = run["epochs"]
+    (found,) = run["epochs"].values()
     assert found["scores"]["2"] == pytest.approx(100 * run["tests"][0]["scores"]["accuracy"])
     for epoch, name in (("1", "test-train-2-epoch-1"), ("2", "test-train-2"), ("3", "test-train-2-epoch-3")):
         right = [one["correct"] is True for one in distill.read_verdicts(folder / name)]
@@ -471,7 +471,7 @@ def test_every_epoch_is_scored_beside_the_one_that_is_tested(tiny, puzzles, traj
         assert found["honest"]["epochs"] == [1 + accuracies.index(max(accuracies))]
     else:
         assert found["honest"]["chosen_on"] == "the other half of 12 questions"
-    (row,) = [line for line in shown.splitlines() if line.startswith("| SFT-SD | 0 |")]
+    (row,) = [line for line in shown.splitlines() if line.startswith("| SFT-SD+seed=0 | train |")]
     assert f"{found['last']['score']} (epoch 3)" in row and row.endswith("| 12 |")
     assert (tmp_path / "S" / "table.md").read_text() in shown
 

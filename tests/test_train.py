@@ -326,6 +326,19 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
         assert torch.equal(w, again[name]), name
 
 
+def test_long_answers_are_left_out_and_counted(tiny, tmp_path, capsys):
+    rows = [dict(id=i, prompt="L1", answer="12" * n) for i, n in enumerate((1, 2, 3, 40))]
+    settings = dict(TRAIN, model=tiny, data=write_lines(tmp_path / "d.jsonl", rows), objective="nelbo")
+    result, err = run(capsys, "train", **settings, out=tmp_path / "R", max_answer_tokens=7)
+    assert result["examples"] == 3  # 6 tokens and the EOS
+    assert "1 of 4 answers are left out: they have more than --max-answer-tokens 7, up to 81" in err
+    assert meta(tmp_path / "R")["max_answer_tokens"] == 7
+    result, err = run(capsys, "train", **settings, out=tmp_path / "all", max_answer_tokens=81)
+    assert result["examples"] == 4 and "left out" not in err
+    few = dict(settings, out=tmp_path / "none", max_answer_tokens=2)
+    fails(capsys, "--max-answer-tokens 2 leaves none; the shortest answer has 3 tokens", "train", **few)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit to set")
 def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(
     tiny, trajectories, trained, tmp_path, capsys, monkeypatch
