@@ -2,8 +2,8 @@
 
     commands.lines("tabom", where, ("gsm8k", "math500"))    # where: of a cell, see found.py -> a list of texts
 
-The folders and the names of data files are those of docs/recipes.md and docs/t3d.md. A command whose folder is finished
-does nothing, so all of them may be run in turn.
+The names of data files are those of docs/recipes.md and docs/t3d.md, and so are the folders of TABOM's tables. A
+command whose folder is finished does nothing, so all of them may be run in turn.
 """
 
 import re
@@ -15,22 +15,21 @@ from release.published import CHECKPOINTS
 from runs.options import flag
 
 RUN = "torchrun --nproc_per_node 8 tabom.py"
-# What is distilled, what else SFT-GT trains on, and the options that go with them.
-DISTILL = {
+PROMPTS = {
     "tabom": {
-        "math": "--data prm12k.parquet --check math",
-        "code": "--data ling_coder.parquet --limit 18000 --check none",
+        "math": "prm12k.parquet --check math",
+        "code": "ling_coder.parquet --limit 18000 --check none",
     },
     "t3d": {
-        "math": "--data math_train.jsonl --check none",
-        "code": "--data prime_code.jsonl --check none",
+        "math": "math_train.jsonl --check none",
+        "code": "prime_code.jsonl --check none",
     },
 }
-ANSWERS = {
-    "tabom": {"math": "prm12k.parquet", "code": "ling_coder.parquet --limit 18000"},
-    "t3d": {"math": "stratos_math.jsonl", "code": "stratos_code.jsonl"},
-}
+ANSWERS = {"math": "prm12k.parquet", "code": "ling_coder.parquet --limit 18000", "answers": "stratos.jsonl"}
 KEEP = {"tabom": {"math": "correct", "code": "finished"}, "t3d": {"math": "all", "code": "all"}}
+# The epoch whose adapter the authors published, and the last of any other run.
+PUBLISHED = {"dream-prm12k": 1, "dream-ling-coder": 3, "llada-prm12k": 5, "llada-ling-coder": 1}
+LAST = {"tabom": 5, "t3d": 30}
 # T3D trains all weights; its paper and repository: docs/t3d.md
 ALL_WEIGHTS = (
     "--grid prompt --lora-rank 0 --lr 1e-5 --final-lr 1e-6 --warmup 20 --global-batch 256 --epochs 30 "
@@ -43,7 +42,7 @@ T3D = {
     "SFT-GT": ("-sft", f"--objective nelbo {UNIFORM}"),
     "SFT-SD": ("-redi", f"--objective nelbo {UNIFORM}"),
     "dParallel": ("-dparallel", "--objective dparallel"),
-    "naive TD": ("-naive", "--objective traj"),
+    "naive TD": ("-naive", "--objective t3d --preference none --path-weight 0 --random-tokens 0 --masked earlier"),
     "naive TD + path": ("-naive-path", f"--objective t3d --preference none --random-tokens 0 {PATHS}"),
     "naive TD + random": ("-naive-random", "--objective t3d --preference none --path-weight 0 --masked earlier"),
     "naive TD + both": ("-naive-both", f"--objective t3d --preference none {PATHS}"),
@@ -52,14 +51,11 @@ T3D = {
     "DDO + path": ("-ddo-path", f"--objective t3d --random-tokens 0 {PATHS}"),
     "T3D": ("", f"--objective t3d {PATHS}"),
 }
-LAST = {"tabom": "epoch-5", "t3d": "epoch-30"}
 
 
 def lines(paper, where, tasks):
-    """The commands that fill the cells of some benchmarks in one row. Empty for a row that no command trains."""
+    """The commands that fill the cells of some benchmarks in one row. Empty for a row that no option trains."""
     hub = CHECKPOINTS[where["base"]]["hub"]
-    if where["measure"] == "tds":
-        return for_tds(hub, where, tasks)
     made, run, checkpoint = [], None, None
     if where["method"] == AUTHORS_ROW:
         run = f"{folder_of(paper, where)}/R-authors"
@@ -69,8 +65,12 @@ def lines(paper, where, tasks):
         made, run = training(paper, hub, where)
         if run is None:
             return []
-        checkpoint = f"{run}/{LAST[paper]}"
-    return made + [evaluation(paper, hub, where, run, checkpoint, tasks)]
+        checkpoint = f"{run}/epoch-{PUBLISHED.get(run.removeprefix('out/').removesuffix('/R'), LAST[paper])}"
+    line, folder = evaluation(paper, hub, where, run, checkpoint, tasks)
+    made.append(line)
+    for task in tasks if where["measure"] == "tds" else ():
+        made.append(diagnosis(hub, checkpoint, f"{folder}/{task}"))
+    return made
 
 
 def folder_of(paper, where):
@@ -85,9 +85,10 @@ def options_of(where, folder):
     for option, value in rows.ROWS[where["method"]].items():
         if (option, value) != ("objective", "tabom"):
             options.append(f"{flag(option)} {value}")
-    words = " ".join(options).replace(rows.GROUND_TRUTH, "nelbo --gradient-checkpointing")
+    words = " ".join([*options, "--global-batch 32"])
+    words = words.replace(rows.GROUND_TRUTH, "nelbo --max-answer-tokens 2048 --gradient-checkpointing")
     if where["method"].startswith("TABOM"):
-        words = f"--recipe {folder.removeprefix('out/')} {words}"
+        words = f"--recipe {folder.removeprefix('out/')} {words.removesuffix('--global-batch 32')}"
         if where.get("window", 32) != 32:
             words, name = f"{words} --window {where['window']}", f"{name}w{where['window']}"
     name = re.sub(r"\W+", "-", name).lower()
@@ -99,13 +100,15 @@ def training(paper, hub, where):
     trains the row."""
     folder, method, kind = folder_of(paper, where), where["method"], where["data"]
     name, options = T3D[method] if paper == "t3d" else options_of(where, folder)
+    # not without the option of naive TD in T3D's states
     if "--preference" in options and "preference" not in objectives.OBJECTIVES["t3d"].options:
         return [], None
-    made, source = [], ANSWERS[paper][kind]
-    if method != "SFT-GT":
+    if method == "SFT-GT":
+        made, source = [], ANSWERS[kind]
+    else:
         source = f"{folder}/T --keep {KEEP[paper][kind]}"
         sampled = " --block-causal 4 --temperature 0.1 --max-new-tokens 2000" if paper == "t3d" else ""
-        made.append(f"{RUN} distill --model {hub} {DISTILL[paper][kind]}{sampled} --out {folder}/T")
+        made = [f"{RUN} distill --model {hub} --data {PROMPTS[paper][kind]}{sampled} --out {folder}/T"]
     for setting in ("margin", "weight", "path_weight"):
         if setting in where and (setting, where[setting]) != ("path_weight", 0.2):
             options, name = f"{options} {flag(setting)} {where[setting]}", f"{name}-{where[setting]}"
@@ -115,35 +118,24 @@ def training(paper, hub, where):
 
 
 def evaluation(paper, hub, where, run, checkpoint, tasks):
-    """The evaluate command of a row. run, checkpoint: of its training, None for the base model."""
-    model, more = f"--model {hub}", {**PAPERS[paper], **DECODINGS[where["decoding"]]}
+    """(the evaluate command of a row, its folder). run, checkpoint: of its training, None for the base model."""
+    decoding = where.get("decoding", "full")
+    model, more = f"--model {hub}", {**PAPERS[paper], **DECODINGS[decoding]}
     if run and paper == "tabom":
         model = f"{model} --adapter {checkpoint}"
     elif run:
         model = f"--model {checkpoint}"
-    name = f"E{run.rpartition('/R')[2]}" if run else "E"
-    if where["decoding"] != "full":
-        name = f"{name}-{where['decoding'].replace(' ', '-')}"
+    pace = {"full": "", "dynamic": "-dynamic"}.get(decoding, decoding.partition(" ")[0])
+    name = f"E{pace}{run.rpartition('/R')[2] if run else ''}"
     if paper == "t3d":
         more, name = dict(more, block_causal=where["b"]), f"{name}-b{where['b']}"
     options = " ".join(f"{flag(option)} {value}" for option, value in more.items())
-    folder = folder_of(paper, where) if run else f"out/{where['base'].lower()}"
-    words = f"{RUN} evaluate {model} --tasks {','.join(tasks)} {options} --out {folder}/{name}"
-    return " ".join(words.split())
+    folder = f"{folder_of(paper, where) if run else 'out/' + where['base'].lower()}/{name}"
+    return " ".join(f"{RUN} evaluate {model} --tasks {','.join(tasks)} {options} --out {folder}".split()), folder
 
 
-def for_tds(hub, where, tasks):
-    """The commands of Table 6: all its rows replay the answers of the base model."""
-    trained = dict(where, data="math", window=32)
-    before = dict(trained, method="No-SFT", decoding="full")
-    made, runs = [evaluation("tabom", hub, before, None, None, tasks)], []
-    for method in ("SFT-SD", "TABOM"):
-        added, run = training("tabom", hub, dict(trained, method=method))
-        made += added
-        runs.append(f"{run}/{LAST['tabom']}")
-    folder, checkpoints = folder_of("tabom", trained), ",".join(runs)
-    for task in tasks:
-        data = f"out/{where['base'].lower()}/E/{task}"
-        out = f"{folder}/D-{task}"
-        made.append(f"{RUN} diagnose --model {hub} --checkpoints {checkpoints} --data {data} --out {out}")
-    return list(dict.fromkeys(made))
+def diagnosis(hub, checkpoint, answers):
+    """The diagnose command of Table 6 for a model, None the base, on its own answers to a benchmark."""
+    folder, name, task = answers.rsplit("/", 2)
+    model = f"--model {hub} --checkpoints {checkpoint}" if checkpoint else f"--model {hub}"
+    return f"{RUN} diagnose {model} --data {answers} --out {folder}/D{name.removeprefix('E')}-{task}"

@@ -27,9 +27,11 @@ AUTHORS_ROW = "TABOM, the authors' adapter"
 AUTHORS = dict(dream_prm12k="math", llada_prm12k="math", dream_ling_coder="code", llada_ling_coder="code")
 RECIPES = {"prm12k": "math", "ling-coder": "code"}  # the end of a recipe's name -> the data
 ENDS = dict(map(reversed, RECIPES.items()))
+ONE = "1 a step"  # as sweep and claims test: full decoding, but for where Dream's schedule has no step for a token
 # How fast an evaluation decodes: the name in the tables, and the options of evaluate beside the protocol's.
 DECODINGS = {
     "full": {},
+    ONE: dict(tokens_per_step=1),
     "2 a step": dict(tokens_per_step=2),
     "4 a step": dict(tokens_per_step=4),
     "8 a step": dict(tokens_per_step=8),
@@ -157,6 +159,8 @@ def cells_of_score(c, folder, results, score, runs):
     who = identify(c, command["model"], command["adapter"], results["shape"], meta, runs)
     check_questions(c, score, meta, who["where"]["base"])
     decoding = decoding_of(c, score, command, results["shape"]["family"])
+    if decoding == ONE:
+        decoding, who["run"]["about"] = "full", f"{who['run']['about']}, exactly one token a step"
     where = dict(who["where"], task=score["task"], decoding=decoding, b=score["decoder"]["block_length"])
     same = dict(who["same"], questions=meta["questions_sha256"])
     if score.get("timed", score["n"]) != score["n"]:  # the others were decoded by an earlier call
@@ -169,24 +173,32 @@ def cells_of_score(c, folder, results, score, runs):
 
 
 def read_diagnosis(c, folder, runs):
-    """Yield the TDS of each model of a folder of diagnose, and (folder, reason) for each that has none."""
+    """Yield the TDS of the models of a folder of diagnose that were measured on answers of their own."""
     meta = data.read_json(folder / "meta.json")
     if meta["made_by"].get("task") not in evaluate.TASKS:
         raise Misfit("its trajectories are of no benchmark: --data of diagnose must be a folder E/TASK of evaluate")
+    whose, own = meta["made_by"]["adapter_sha256"] or meta["made_by"]["model_sha256"], 0
     for model, sha256 in zip(meta["models"], (meta["model_sha256"], *meta["checkpoint_sha256"])):
-        yield from each(folder, cells_of_model(c, folder, meta, model, sha256, runs), f"{model['model']}: ")
+        if meta["options"]["fresh"] or sha256 == whose:
+            own += 1
+            yield from each(folder, cells_of_model(c, folder, meta, model, sha256, runs), f"{model['model']}: ")
+    if not own:
+        raise Misfit("none of its models replays its own answers: give it those, or --fresh")
 
 
 def cells_of_model(c, folder, meta, model, sha256, runs):
-    """Yield the TDS of one model. It compares where all replayed the same trajectories, or all decoded afresh."""
+    """Yield the TDS of one model."""
     options, value, error = meta["options"], model["tds"], Z * (model["tds_se"] or 0)
     checkpoint = None if model["model"] == "base" else model["model"]
     hashes = dict(model_sha256=meta["model_sha256"], adapter_sha256=checkpoint and sha256)
     who = identify(c, options["model"], checkpoint, meta["shape"], hashes, runs)
     if value is None:
         raise Misfit("no trajectory has a TDS")
-    how = {name: options[name] for name in ("fresh", "limit", "tds_eos", *loading.DECODER_FIELDS)}
-    same = dict(who["same"], **how, trajectories=meta["data_sha256"])
+    decoder = meta["made_by"]["decoder"]
+    if options["fresh"]:
+        decoder = {name: options[name] for name in loading.DECODER_FIELDS}
+    same = dict(who["same"], decoder=decoder, questions=meta["made_by"]["questions_sha256"])
+    same.update(limit=options["limit"], tds_eos=options["tds_eos"])
     where = dict(who["where"], task=meta["made_by"]["task"], measure="tds")
     measured = (value, value - error, value + error, model["trajectories"], str(folder))
     yield Cell(where, *measured, same=same, **who["run"])
@@ -310,7 +322,10 @@ def trained(c, run):
     if run["adapter"]:
         raise Misfit(f"it was trained from another adapter, {run['adapter']}: no row of the paper")
     where = {name: run.get(name) for name in ("window", "margin", "weight", "path_weight")}
-    return dict(where, method=method_of(run), data=data_of(c, run))
+    method = method_of(run)
+    if c.paper == "t3d" and method == "SFT-GT":  # one model, on answers of another model to both
+        return dict(where, method=method, data="answers")
+    return dict(where, method=method, data=data_of(c, run))
 
 
 def method_of(run):
@@ -339,15 +354,15 @@ def method_of_t3d(run):
 
 def data_of(c, run):
     """ "math" or "code": what a training run's queries are, by its recipe, else by the names of its files."""
-    for end, kind in RECIPES.items():
-        if (run.get("recipe") or "").endswith(end):
-            return kind
     source = Path(run["data"])
     distilled = data.read_json(source / "meta.json", missing={})
     if distilled.get("model_sha256") not in (None, run["model_sha256"]):
         raise Misfit(f"its trajectories in {source} are of another model: no self-distillation")
     if distilled.get("adapter_sha256") is not None:
         raise Misfit(f"its trajectories in {source} are of a model with an adapter: no row of the paper")
+    for end, kind in RECIPES.items():
+        if (run.get("recipe") or "").endswith(end):
+            return kind
     for name in (distilled.get("data"), str(source)):
         kinds = [kind for kind in ("math", "code") if re.search("|".join(map(re.escape, getattr(c, kind))), str(name))]
         if len(kinds) == 1:

@@ -49,11 +49,9 @@ class TablesOptions:
         "last", "which epoch of a run is shown: a number, or the last that is evaluated", parse=epoch
     )
     base: tuple = opt((), "names of other base models to show, without the paper's numbers", parse=name_list)
-    math: tuple = opt(
-        ("prm12k", "math_train", "stratos_math"), "data is mathematics if its name has one of these", parse=name_list
-    )
+    math: tuple = opt(("prm12k", "math_train"), "data is mathematics if its name has one of these", parse=name_list)
     code: tuple = opt(
-        ("ling-coder", "ling_coder", "prime_code", "stratos_code"), "data is code if its name has one of these",
+        ("ling-coder", "ling_coder", "prime_code"), "data is code if its name has one of these",
         parse=name_list,
     )  # fmt: skip
     out: str | None = opt(None, "file to write the tables into, instead of stdout")
@@ -289,8 +287,8 @@ def missing_commands(paper, entries):
     for entry in entries:
         measured = entry.where["measure"] is not None  # not the latency, whose unit T3D's paper does not say
         if entry.cell is None and measured and entry.where["base"] in found.CHECKPOINTS:
-            left_out = ("task", "measure") if entry.where["measure"] != "tds" else ("task", "method", "window", "data")
-            key = tuple(sorted((k, str(v)) for k, v in entry.where.items() if k not in left_out))
+            where = sorted(entry.where.items())
+            key = tuple((name, str(value)) for name, value in where if name not in ("task", "measure"))
             where, tasks = groups.setdefault(key, (entry.where, {}))
             tasks[entry.where["task"]] = True
     return {key: commands.lines(paper, where, tuple(tasks)) for key, (where, tasks) in groups.items()}

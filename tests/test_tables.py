@@ -97,7 +97,7 @@ def test_a_run_of_the_commands_is_what_the_cell_asks_for(paper, number, tmp_path
         hub = PAPER["checkpoints"][entry.where["base"]]["hub"]
         lines, folder = commands.training(paper, hub, entry.where)
         if folder is None:  # an option of another version
-            assert "naive TD +" in entry.where["method"]
+            assert "naive TD" in entry.where["method"]
             continue
         if lines[-1] in seen:
             continue
@@ -453,8 +453,9 @@ def test_folders_of_the_real_commands(bytes_model, tmp_path, capsys):
             options.pop("window")
         run(capsys, "train", **options, out=out / f"R-{name}")
         run(capsys, "evaluate", **asked, adapter=out / f"R-{name}" / "epoch-1", out=out / f"E-{name}")
-    checkpoints = f"{out / 'R-TABOM' / 'epoch-1'},{out / 'R-SFT-SD' / 'epoch-1'}"
-    run(capsys, "diagnose", model=base, checkpoints=checkpoints, data=out / "E" / "gsm8k", window=4, out=out / "D")
+    run(capsys, "diagnose", model=base, data=out / "E" / "gsm8k", window=4, out=out / "D")
+    own = dict(checkpoints=out / "R-SFT-SD" / "epoch-1", data=out / "E-SFT-SD" / "gsm8k")
+    run(capsys, "diagnose", model=base, **own, window=4, out=out / "D-SFT-SD")
 
     _, result = rows_of(capsys, out)
     assert result["filled"] == 0 and "--base changed shows it under its own name" in reasons(result)
@@ -466,7 +467,52 @@ def test_folders_of_the_real_commands(bytes_model, tmp_path, capsys):
     assert (shown["n"], shown["epoch"], shown["paper"]) == ("4", "1", "")
     saved = json.loads((out / "E-SFT-SD" / "results.json").read_text())["scores"][0]
     assert [float(shown["ours"]), float(shown["low"]), float(shown["high"])] == [saved["score"], *saved["interval"]]
-    measured = json.loads((out / "D" / "meta.json").read_text())["models"]
-    if measured[0]["tds"] is not None:
-        assert float(rows["6", "changed", "No-SFT", "GSM8K"]["ours"]) == pytest.approx(measured[0]["tds"], abs=1e-4)
+    for label, folder, place in (("No-SFT", "D", 0), ("SFT-SD", "D-SFT-SD", 1)):
+        measured = json.loads((out / folder / "meta.json").read_text())["models"][place]["tds"]
+        if measured is not None:  # the answer may end with its first token
+            assert float(rows["6", "changed", label, "GSM8K"]["ours"]) == pytest.approx(measured, abs=1e-4)
     assert rows["9", "changed", "W 16", "GSM8K"]["ours"] == ""  # its window is 4
+
+
+def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False, **changes):
+    """A folder as diagnose leaves it. answers_of: the checkpoint whose answers to GSM8K are replayed, else its own."""
+    from experiments.diagnose import DiagnoseOptions
+
+    known = PAPER["checkpoints"][base]
+    shape = dict(zip(("layers", "width", "vocab_size"), known["shape"]), family=known["family"])
+    hashes = [disk.fingerprint(one) if one else None for one in (checkpoint, answers_of or checkpoint)]
+    models = []
+    for name in ["base", *([str(checkpoint)] if checkpoint else [])]:
+        models.append(dict(model=name, trajectories=64, tds=tds, tds_se=0.1))
+    made_by = dict(task="gsm8k", model_sha256=base, adapter_sha256=hashes[1], questions_sha256="q", decoder={})
+    options = dict(vars(DiagnoseOptions(model=known["hub"], out=str(out), fresh=fresh)), **changes)
+    about = dict(command="diagnose", options=options, shape=shape, model_sha256=base, made_by=made_by, models=models)
+    out.mkdir()
+    about.update(checkpoint_sha256=[one for one in hashes[:1] if one], data_sha256="d")
+    (out / "meta.json").write_text(json.dumps(about))
+
+
+def test_the_tds_is_of_a_models_own_answers(tmp_path, capsys):
+    checkpoint = adapter_run(tmp_path / "R", "Dream") / "epoch-2"
+    other = adapter_run(tmp_path / "R2", "Dream", objective="nelbo", trained_on="trajectories") / "epoch-2"
+    diagnosis(tmp_path / "D", "Dream", tds=1.2)
+    diagnosis(tmp_path / "D-tabom", "Dream", checkpoint, tds=1.5)
+    diagnosis(tmp_path / "D-other", "Dream", other, tds=1.4, answers_of=checkpoint)
+    rows, result = rows_of(capsys, tmp_path, "--table", "6")
+    shown = rows["6", "Dream", "TABOM", "GSM8K"]
+    assert (shown["paper"], shown["ours"], shown["n"]) == ("1.469", "1.5", "64")
+    assert (float(shown["low"]), float(shown["high"])) == (pytest.approx(1.304), pytest.approx(1.696))
+    assert float(shown["gain"]) == pytest.approx(0.3) and rows["6", "Dream", "No-SFT", "GSM8K"]["ours"] == "1.2"
+    assert rows["6", "Dream", "SFT-SD", "GSM8K"]["ours"] == ""
+    assert "D-other: none of its models replays its own answers" in reasons(result)
+    diagnosis(tmp_path / "D-sd", "Dream", other, limit=3)
+    _, result = rows_of(capsys, tmp_path, "--table", "6")
+    assert f"does not compare with {tmp_path / 'D'}, other limit" in reasons(result)
+    text, _ = show(capsys, tmp_path, "--table", "6")
+    assert "| TABOM | 1.469 (+0.302) | 1.500 [1.30, 1.70] (+0.300 [" in text
+
+
+def test_one_token_a_step_is_full_decoding_and_is_said(tmp_path, capsys):
+    evaluation(tmp_path / "E", "Dream", tokens_per_step=1)
+    text, _ = show(capsys, tmp_path, "--table", "3")
+    assert f"Dream, No-SFT: {tmp_path / 'E'} (as published, exactly one token a step), in Table 3" in text
