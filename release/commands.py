@@ -8,11 +8,11 @@ command whose folder is finished does nothing, so all of them may be run in turn
 
 import re
 
-import objectives
 from release import rows
 from release.found import AUTHORS_ROW, DECODINGS, ENDS, PAPERS
 from release.published import CHECKPOINTS
-from runs.options import flag
+from runs.objective_options import ObjectiveOptions
+from runs.options import field_names, flag
 
 RUN = "torchrun --nproc_per_node 8 tabom.py"
 PROMPTS = {
@@ -100,9 +100,8 @@ def training(paper, hub, where):
     trains the row."""
     folder, method, kind = folder_of(paper, where), where["method"], where["data"]
     name, options = T3D[method] if paper == "t3d" else options_of(where, folder)
-    # not without the option of naive TD in T3D's states
-    if "--preference" in options and "preference" not in objectives.OBJECTIVES["t3d"].options:
-        return [], None
+    if "--preference" in options and "preference" not in field_names(ObjectiveOptions):
+        return [], None  # naive TD in T3D's states
     if method == "SFT-GT":
         made, source = [], ANSWERS[kind]
     else:

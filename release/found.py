@@ -21,6 +21,8 @@ import evaluate
 from release import recipes, rows
 from release.published import CHECKPOINTS, QUESTIONS, checkpoint_of
 from runs import disk, loading
+from runs.objective_options import ObjectiveOptions
+from runs.options import field_names
 
 # The adapters in the authors' repository, by the names of their folders, and what they were trained on.
 AUTHORS_ROW = "TABOM, the authors' adapter"
@@ -269,8 +271,8 @@ def identify(c, model, adapter, shape, hashes, runs):
 
 def settings_of(run, epoch):
     """The settings of a training run that a reader asks for, in words."""
-    said = [run["objective"]]
-    for name in ("recipe", "window", "margin", "weight", "starts", "path_weight", "lr", "global_batch", "lora_rank"):
+    said, names = [], (*field_names(ObjectiveOptions), "recipe", "lr", "global_batch", "lora_rank")
+    for name in names:
         if run.get(name) is not None:
             said.append(f"{name.replace('_', ' ')} {run[name]}")
     return f"{', '.join(said)}, {run['examples']} examples, seed {run['seed']}, epoch {epoch} of {run['epochs']}"

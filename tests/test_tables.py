@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import changed_model, edit_json, last_json, run, write_lines
+from helpers import changed_model, edit_json, last_json, run, shell, write_lines
 
 import evaluate
 import tabom
@@ -61,6 +61,12 @@ def test_every_number_of_the_paper_is_printed(paper, number, tmp_path, capsys):
     for section in table["sections"].values():
         for value in (x for numbers in section["rows"].values() for x in numbers if x is not None):
             assert re.search(rf"\| {value:.2f}0? [|(]|\| {value:.3f} [|(]", text), value
+
+
+def test_a_process_of_its_own_prints_them(tmp_path):
+    done = shell("tables", tmp_path, "--paper", "t3d")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert last_json(done.stdout)["tables"] == list("1234567")
 
 
 def test_averages_and_gains_of_the_paper(tmp_path, capsys):
@@ -173,7 +179,10 @@ def test_a_number_stands_beside_the_papers(tmp_path, capsys):
     (line,) = [line for line in text.splitlines() if line.startswith("| TABOM | 84.31")]
     low, high = (100 * x for x in evaluate.wilson(1100, 1319))
     assert f"| 84.31 (+2.90) | 83.40 [{low:.1f}, {high:.1f}] (+3.79 [" in line
-    assert "epoch 2 of 5" in text and f"{tmp_path / 'E-tabom'} (tabom, recipe dream-prm12k" in text
+    assert (
+        "epoch 2 of 5" in text
+        and f"{tmp_path / 'E-tabom'} (objective tabom, window 32, margin 0.1, weight 1.0, " in text
+    )
     rows, _ = rows_of(capsys, tmp_path, "--table", "3")
     mean = rows["3", "Dream", "TABOM", "in-domain"]
     assert float(mean["ours"]) == pytest.approx((100 * 1100 / 1319 + 42) / 2, abs=0.01)
