@@ -1,6 +1,6 @@
 """The commands that fill a cell of the papers' tables, from nothing: distill, train, evaluate or diagnose.
 
-    commands.lines("tabom", where, ("gsm8k", "math500"))    # where: of a cell, see found.py -> a list of texts
+    commands.lines("tabom", where, ("gsm8k", "math500"), ())    # where: of a cell, see found.py -> a list of texts
 
 The names of data files are those of docs/recipes.md and docs/t3d.md, and so are the folders of TABOM's tables. A
 command whose folder is finished does nothing, so all of them may be run in turn.
@@ -53,8 +53,9 @@ T3D = {
 }
 
 
-def lines(paper, where, tasks):
-    """The commands that fill the cells of some benchmarks in one row. Empty for a row that no option trains."""
+def lines(paper, where, tasks, tds):
+    """The commands that fill the cells of some benchmarks in one row, and the TDS on those in `tds`. Empty for a row
+    that no option trains."""
     hub = CHECKPOINTS[where["base"]]["hub"]
     made, run, checkpoint = [], None, None
     if where["method"] == AUTHORS_ROW:
@@ -68,7 +69,7 @@ def lines(paper, where, tasks):
         checkpoint = f"{run}/epoch-{PUBLISHED.get(run.removeprefix('out/').removesuffix('/R'), LAST[paper])}"
     line, folder = evaluation(paper, hub, where, run, checkpoint, tasks)
     made.append(line)
-    for task in tasks if where["measure"] == "tds" else ():
+    for task in tds:
         made.append(diagnosis(hub, checkpoint, f"{folder}/{task}"))
     return made
 
@@ -118,7 +119,7 @@ def training(paper, hub, where):
 
 def evaluation(paper, hub, where, run, checkpoint, tasks):
     """(the evaluate command of a row, its folder). run, checkpoint: of its training, None for the base model."""
-    decoding = where.get("decoding", "full")
+    decoding = where["decoding"]
     model, more = f"--model {hub}", {**PAPERS[paper], **DECODINGS[decoding]}
     if run and paper == "tabom":
         model = f"{model} --adapter {checkpoint}"

@@ -282,16 +282,25 @@ def places(table, section, label):
 
 
 def missing_commands(paper, entries):
-    """{row and decoding: [commands]} for the empty cells of the paper's models."""
+    """{row and decoding: [commands]} for the empty cells of the paper's models. A command names all benchmarks of its
+    row, those that are there too: results.json has the scores of the last call."""
     groups = {}
     for entry in entries:
-        measured = entry.where["measure"] is not None  # not the latency, whose unit T3D's paper does not say
-        if entry.cell is None and measured and entry.where["base"] in found.CHECKPOINTS:
-            where = sorted(entry.where.items())
-            key = tuple((name, str(value)) for name, value in where if name not in ("task", "measure"))
-            where, tasks = groups.setdefault(key, (entry.where, {}))
-            tasks[entry.where["task"]] = True
-    return {key: commands.lines(paper, where, tuple(tasks)) for key, (where, tasks) in groups.items()}
+        where = {"decoding": "full", **entry.where}
+        measure = where.pop("measure")
+        if measure is None or where["base"] not in found.CHECKPOINTS:  # T3D's latency has no unit
+            continue
+        task = where.pop("task")
+        group = groups.setdefault(tuple(sorted(map(str, where.items()))), dict(where=where, tasks={}, empty={}))
+        group["tasks"][task] = True
+        if entry.cell is None:
+            group["empty"][task, measure] = True
+    made = {}
+    for key, group in groups.items():
+        if group["empty"]:
+            tds = [task for task, measure in group["empty"] if measure == "tds"]
+            made[key] = commands.lines(paper, group["where"], tuple(group["tasks"]), tds)
+    return made
 
 
 def flat(missing):

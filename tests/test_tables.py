@@ -90,6 +90,13 @@ def test_the_commands_for_empty_cells_parse(paper, number, tmp_path, capsys):
         options(**given)
 
 
+def test_no_two_commands_write_into_one_folder(tmp_path, capsys):
+    for paper in PAPER["tables"]:
+        text, _ = show(capsys, tmp_path, "--paper", paper)
+        folders = re.findall(r"tabom\.py .* --out (\S+)$", text, re.MULTILINE)
+        assert len(folders) == len(set(folders)) > 50
+
+
 @pytest.mark.parametrize(("paper", "number"), TABLES)
 def test_a_run_of_the_commands_is_what_the_cell_asks_for(paper, number, tmp_path):
     """The options of a row's train command, read as the meta.json of its run, name the row's method and settings."""
@@ -188,7 +195,8 @@ def test_a_number_stands_beside_the_papers(tmp_path, capsys):
     assert float(mean["ours"]) == pytest.approx((100 * 1100 / 1319 + 42) / 2, abs=0.01)
     assert float(mean["gain"]) == pytest.approx((100 * 50 / 1319 + 2) / 2, abs=0.01)
     assert rows["3", "Dream", "TABOM", "OOD"]["ours"] == ""
-    assert "--model Dream-org/Dream-v0-Instruct-7B --tasks humaneval,mbpp,ifeval --out" in text  # what is missing
+    command = "--model Dream-org/Dream-v0-Instruct-7B --tasks gsm8k,math500,humaneval,mbpp,ifeval --out out/dream/E"
+    assert f"evaluate {command}\n" in text  # with the scores that are there: results.json has those of the last call
 
 
 def test_the_interval_of_a_gain_is_newcombes():
@@ -306,7 +314,7 @@ def test_the_authors_adapters_have_a_row_of_their_own(tmp_path, capsys):
     assert (shown["paper"], shown["folder"]) == ("78.62", str(tmp_path / "E")) and result["left_out"] == []
     assert ("3", "Dream", "TABOM, the authors' adapter", "GSM8K") not in rows
     text, _ = show(capsys, tmp_path, "--table", "3")
-    assert "--adapter TABOM/checkpoints/llada_prm12k --tasks math500,humaneval,mbpp,ifeval --out" in text
+    assert "--adapter TABOM/checkpoints/llada_prm12k --tasks gsm8k,math500,humaneval,mbpp,ifeval --out" in text
 
 
 def test_t3ds_tables_are_of_models_trained_as_a_whole(tmp_path, capsys):
