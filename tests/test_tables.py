@@ -490,6 +490,12 @@ def test_folders_of_the_real_commands(bytes_model, tmp_path, capsys):
             assert float(rows["6", "changed", label, "GSM8K"]["ours"]) == pytest.approx(measured, abs=1e-4)
     assert rows["9", "changed", "W 16", "GSM8K"]["ours"] == ""  # its window is 4
 
+    grid = dict(rows="TABOM", over="seed=0", test="gsm8k", benchmarks=benchmarks, epoch="last", epochs=1)
+    run(capsys, "sweep", model=base, data=out / "T", keep="all", warmup=0, lr=1e-2, **grid, out=out / "S")
+    rows, result = rows_of(capsys, out, "--base", "changed", "--table", "3")
+    shown = rows["3", "changed", "TABOM", "GSM8K"]
+    assert shown["folder"].startswith(str(out / "S" / "runs")) and shown["epoch"] == "1"
+
 
 def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False, **changes):
     """A folder as diagnose leaves it. answers_of: the checkpoint whose answers to GSM8K are replayed, else its own."""
