@@ -91,7 +91,7 @@ def diagnose(c, processes=None):
         write_results(beside, found, metrics)
         if found:
             meta = dict(about(c, found), models=summary)
-            (beside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            (beside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", encoding="utf-8")
     if summary:
         print(summary_table(summary, c.window))
     return dict(out=str(c.out), models=summary)

@@ -83,7 +83,7 @@ def find(c):
     for folder in walk(c.folders):
         try:
             command = command_of(folder)
-        except ValueError as e:
+        except (OSError, ValueError) as e:
             left_out.append((str(folder), str(e)))
             continue
         if command == "train":
