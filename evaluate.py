@@ -89,12 +89,13 @@ def evaluate(c, processes=None, loaded=None):
         about = dict(same, decoder=settings[task])
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
-        shown = dict(command=vars(c) | dict(tasks=tasks), scores=scores, versions=grader_versions())
+        command, versions = vars(c) | dict(tasks=tasks), grader_versions()
+        shown = dict(command=command, shape=loading.shape(loaded.m.config), scores=scores, versions=versions)
         with disk.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
         if processes.shows:
             print(score_table(scores))
-            print(", ".join(f"{name} {version}" for name, version in shown["versions"].items()))
+            print(", ".join(f"{name} {version}" for name, version in versions.items()))
     return dict(out=str(out), scores=scores)
 
 

@@ -20,6 +20,7 @@ COMMANDS = {  # name -> (module, what it does)
     "distill": ("distill", "decode every prompt as the model's family does and log the order: trajectories"),
     "train": ("train", "train an adapter (or all weights) along trajectories; the same command continues"),
     "evaluate": ("evaluate", "answer the questions of benchmarks and grade the answers"),
+    "tables": ("release.tables", "the papers' tables, their numbers beside those of the runs that are there"),
     "grade": ("tools.grade", "grade responses that were made elsewhere"),
     "generate": ("tools.generate", "answer one prompt, those of a file, or chat"),
     "check": ("tools.check", "whether all of this works on this machine, and how fast; a table in two minutes"),
@@ -29,7 +30,7 @@ COMMANDS = {  # name -> (module, what it does)
     "claims": ("experiments.claims", "the paper's claims on puzzles, from new base models on; hours"),
 }
 VERSION = "0.3.0"
-ALONE = ("generate", "grade", "merge", "check")  # nothing to share: under torchrun the first process does them
+ALONE = ("generate", "grade", "merge", "check", "tables")  # nothing to share: under torchrun the first does them
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ Table 6 does. The folder --out gets JSON Lines, and a picture of each:
     loss.jsonl, .png        cross-entropy over the mask ratio, by model and dataset (Figure 3)
     training.png            the metrics.jsonl of --runs
     trajectory.png          one response, its tokens in place and coloured by decode order
+    meta.json               which models, which trajectories, and the summary of each model
 
 A pair of tokens is compared in two contexts (plots.CONTEXTS): "step" takes the entropy of each at
 its own step (Eq. 5), "window" takes both at the start of a window (Eq. 9).
@@ -85,12 +86,23 @@ def diagnose(c, processes=None):
             found.append(measure_model(c, processes, checkpoint))
     if not processes.first:
         return None
+    summary = [one["summary"] for one in found]
     with disk.atomic_folder(c.out) as beside:
         write_results(beside, found, metrics)
-    summary = [one["summary"] for one in found]
+        if found:
+            meta = dict(about(c, found), models=summary)
+            (beside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", encoding="utf-8")
     if summary:
         print(summary_table(summary, c.window))
     return dict(out=str(c.out), models=summary)
+
+
+def about(c, found):
+    """What was measured, for meta.json: the options, the models by their content, and whose the trajectories are."""
+    made_by = data.read_json(Path(c.data) / "meta.json", missing={})
+    hashes = [one["sha256"] for one in found]  # of the base, then of each checkpoint
+    known = dict(model_sha256=hashes[0], checkpoint_sha256=hashes[1:], data_sha256=disk.data_fingerprint(c.data))
+    return dict(command="diagnose", options=vars(c), shape=found[0]["shape"], **known, made_by=made_by)
 
 
 def write_results(folder, found, metrics):
@@ -147,7 +159,8 @@ def measure_model(c, processes, checkpoint):
     summary = dict(model=name, trajectories=len(replayed))
     summary.update(stats.mean_and_error("tds", [r["tds"] for r in replayed]))
     summary.update(inversion_rates(rows["inversions"]))
-    result = dict(summary=summary, picture=(loaded.tok, records[0]))
+    result = dict(summary=summary, picture=(loaded.tok, records[0]), shape=loading.shape(loaded.m.config))
+    result["sha256"] = disk.fingerprint(loaded.folder if checkpoint is None else checkpoint)
     for table, lines in rows.items():
         result[table] = [dict(model=name, **line) for line in lines]
     return result

@@ -8,34 +8,30 @@ protocol's own decoder settings and prompts; beside anything else it would misle
 
 from pathlib import Path
 
-# The paper's Tables 2 and 3, in percent: before training, and TABOM trained on PRM12K and on Ling-Coder.
-# docs/recipes.md has the other rows.
-PAPER = {
-    ("dream", "gsm8k"): (81.41, 84.31, 81.73),
-    ("dream", "math500"): (39.80, 41.10, 42.40),
-    ("dream", "humaneval"): (52.66, 58.54, 60.36),
-    ("dream", "mbpp"): (58.00, 59.20, 60.60),
-    ("dream", "ifeval"): (56.56, 56.19, 55.45),
-    ("llada", "gsm8k"): (76.12, 78.62, 77.33),
-    ("llada", "math500"): (36.20, 36.80, 38.20),
-    ("llada", "humaneval"): (36.01, 40.30, 42.68),
-    ("llada", "mbpp"): (39.20, 40.10, 40.00),
-    ("llada", "ifeval"): (33.08, 32.98, 34.19),
-}
+import data
+
+# The numbers of the tables of TABOM's paper and T3D's, and which models they are of.
+PAPER = data.read_json(Path(__file__).with_name("paper.json"))
 ABOUT = "paper %: before training / TABOM on PRM12K / TABOM on Ling-Coder"
+SHOWN = {"base": ("3", "No-SFT"), "prm12k": ("3", "TABOM"), "ling_coder": ("2", "TABOM")}  # name -> table, row
 QUESTIONS = dict(gsm8k=1319, math500=500, humaneval=164, mbpp=500, ifeval=541)
-# family -> the checkpoint of the paper, and the shape that it must have: layers, width, rows of the vocabulary
-CHECKPOINTS = {
-    "llada": ("LLaDA-8B-Instruct", (32, 4096, 126464)),
-    "dream": ("Dream-v0-Instruct-7B", (28, 3584, 152064)),
-}
+CHECKPOINTS = PAPER["checkpoints"]  # name in the tables -> Hub repo, family, and layers, width, rows of the vocabulary
+FAMILIES = {"llada": "LLaDA", "dream": "Dream"}  # those of the authors' code, and their names in the tables
+
+
+def checkpoint_of(names, config):
+    """The name in the tables of the model that is called one of `names` and has its shape, else None."""
+    for label, known in CHECKPOINTS.items():
+        shape = [config.layers, config.width, config.vocab_size]
+        if Path(known["hub"]).name in names and (known["family"], known["shape"]) == (config.family, shape):
+            return label
+    return None
 
 
 def is_checkpoint(c, config):
-    """Whether a model is the paper's of its family, by its name, or the one in its config.json, and its shape."""
-    name, shape = CHECKPOINTS.get(config.family, (None, None))
+    """Whether a model is one of the papers', by its name, or the one in its config.json, and its shape."""
     names = {Path(str(path)).name for path in (c.model, config.raw.get("_name_or_path"))}
-    return name in names and (config.layers, config.width, config.vocab_size) == shape
+    return checkpoint_of(names, config) is not None
 
 
 def check_model(c, loaded, warn):
@@ -43,13 +39,14 @@ def check_model(c, loaded, warn):
 
     Raises ValueError for --protocol release with a family that the authors' code does not have."""
     config = loaded.m.config
-    if c.protocol == "release" and config.family not in CHECKPOINTS:
-        known = " and ".join(name for name, _ in CHECKPOINTS.values())
+    known = {family: Path(CHECKPOINTS[label]["hub"]).name for family, label in FAMILIES.items()}
+    if c.protocol == "release" and config.family not in known:
+        theirs = " and ".join(known.values())
         raise ValueError(
-            f"--protocol release: the authors' code has {known}, no {config.family} model; use paper or official"
+            f"--protocol release: the authors' code has {theirs}, no {config.family} model; use paper or official"
         )
-    if config.family in CHECKPOINTS and not is_checkpoint(c, config):
-        name = CHECKPOINTS[config.family][0]
+    if config.family in known and not is_checkpoint(c, config):
+        name = known[config.family]
         warn(f"--protocol {c.protocol} has the lengths and steps of {name}; {c.model} is another model")
 
 
@@ -64,6 +61,11 @@ def graded_text(c, loaded, record):
 def published(c, config, task, n):
     """dict(paper=dict(base, prm12k, ling_coder), paper_about): the paper's scores in percent on a task. Empty for
     another checkpoint, or where n, the number of questions, is not the benchmark's."""
-    if n != QUESTIONS.get(task) or (config.family, task) not in PAPER or not is_checkpoint(c, config):
+    if n != QUESTIONS.get(task) or config.family not in FAMILIES or not is_checkpoint(c, config):
         return {}
-    return dict(paper=dict(zip(("base", "prm12k", "ling_coder"), PAPER[config.family, task])), paper_about=ABOUT)
+    scores = {}
+    for name, (number, row) in SHOWN.items():
+        table = PAPER["tables"]["tabom"][number]
+        column = list(table["columns"].values()).index(dict(task=task))
+        scores[name] = table["sections"][FAMILIES[config.family]]["rows"][row][column]
+    return dict(paper=scores, paper_about=ABOUT)

@@ -214,6 +214,11 @@ def identity(c, processes, loaded):
     )
 
 
+def shape(config):
+    """What tells the checkpoints of a family apart: a dict of family, layers, width and vocab_size."""
+    return dict(family=config.family, layers=config.layers, width=config.width, vocab_size=config.vocab_size)
+
+
 def set_grid(c, m):
     """Let the blocks of a model's attention be counted from where c (GridOptions) says.
 

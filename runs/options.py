@@ -10,9 +10,9 @@
     check_values(c)                                                         # ValueError for a number out of bounds
 
 A field may state: low and high (the bounds of a number), choices, parse (text -> value; its ValueError says what the
-text must be), nargs, required, otherwise (what the help shows as the default of a field that is None where the flag
-is absent). The type is read from the annotation: `int | None` takes whole numbers and is None where
-the flag is absent.
+text must be), nargs, positional (its values stand without a flag), required, otherwise (what the help shows as the
+default of a field that is None where the flag is absent). The type is read from the annotation: `int | None` takes
+whole numbers and is None where the flag is absent.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DECLARED = re.compile(r"^\s+(\w+)(?:: [^=\n]+)? ?= ?(?:opt|Option)\(", re.MULTILINE)  # an option
-OURS = ("low", "high", "otherwise")  # metadata that argparse does not know
+OURS = ("low", "high", "otherwise", "positional")  # metadata that argparse does not know
 
 
 def opt(default, help, **more):
@@ -200,7 +200,8 @@ def add_flag(group, f):
     more["help"] = more["help"].replace("%", "%%")
     parse = more.pop("parse", None)
     parse = saying_why(parse) if parse else kind(f)  # argparse names the types that it knows itself
-    group.add_argument(flag(f.name), default=argparse.SUPPRESS, type=parse, **more)
+    name = f.name if f.metadata.get("positional") else flag(f.name)
+    group.add_argument(name, default=argparse.SUPPRESS, type=parse, **more)
 
 
 def saying_why(parse):

@@ -33,7 +33,7 @@ SPREAD = "state"  # the folder in place of the first two where weights are sprea
 # its content is the same.
 MAY_CHANGE_ON_RESUME = ("out", "device", "batch_size", "gradient_checkpointing", "compile", "save_every", "keep_last")
 MAY_CHANGE_ON_RESUME += ("stop_after", "log", "unfinished", "shard")
-MAY_MOVE = ("model", "data", "adapter")
+MAY_MOVE = ("model", "data", "adapter", "trained_on")  # the last is in the content of the records
 
 
 def identity(c, records):
@@ -49,7 +49,9 @@ def identity(c, records):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
     sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    return dict(command="train", **settings, examples=len(records), data_sha256=sha256, versions=disk.versions())
+    trained_on = "answers" if any(record["order"] is None for record in records) else "trajectories"
+    about = dict(trained_on=trained_on, examples=len(records), data_sha256=sha256, versions=disk.versions())
+    return dict(command="train", **settings, **about)
 
 
 def longer_epochs(c, say):

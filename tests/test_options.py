@@ -47,6 +47,7 @@ class WashOptions(Shared):
     """the sink"""
 
     minutes_of_soaking: int = opt(3, "before the wash")
+    plates: tuple = opt(("all",), "what", parse=str, nargs="*", positional=True)
 
 
 def cook(c):
@@ -89,9 +90,17 @@ def test_values_have_the_types_of_their_fields(parser):
     assert (c.fast, c.seed, c.spices) == (False, 0, None)  # the defaults of the dataclass
 
 
+def test_a_positional_field_has_no_flag(parser, capsys):
+    assert parse(parser, "wash --model M small large")["plates"] == ["small", "large"]
+    assert parse(parser, "wash large --model M")["plates"] == ["large"]
+    with pytest.raises(SystemExit):
+        parser("wash --model M --plates large")
+    assert "unrecognized arguments: --plates" in capsys.readouterr().err
+
+
 def test_names_of_flags():
     assert options.flag("max_new_tokens") == "--max-new-tokens"
-    assert options.field_names(WashOptions) == ["model", "seed", "minutes_of_soaking"]
+    assert options.field_names(WashOptions) == ["model", "seed", "minutes_of_soaking", "plates"]
 
 
 def test_the_kind_of_a_field():
@@ -274,8 +283,9 @@ def test_every_command_has_help_for_every_field(command, capsys, monkeypatch):
         tabom.main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for name in options.field_names(options_of(command)):
-        assert f"\n  {options.flag(name)}" in out, name
+    for f in dataclasses.fields(options_of(command)):
+        shown = f.name if f.metadata.get("positional") else options.flag(f.name)
+        assert f"\n  {shown}" in out, f.name
 
 
 @pytest.mark.parametrize("command", tabom.COMMANDS)
