@@ -83,7 +83,7 @@ def forward_bytes(c, s, rank=0):
     x = s * D  # the hidden states: each name below is a tensor of this size
     wide = FLOAT if c.rope_float32 else s
     rotating = (s + 3 * wide + (wide > s) * wide) * Q  # q, what is multiplied and added; q in another dtype
-    adapting = bool(rank) * (s * Q + 2 * FLOAT * Q + (FLOAT * D if s < FLOAT else 0))
+    adapting = (rank > 0) * (s * Q + 2 * FLOAT * Q + (s < FLOAT) * FLOAT * D)  # W x, s B A x, their sum; x in float32
     normalising = c.qk_norm * (s + 2 * FLOAT) * Q
     attention = 2 * x + 2 * s * KV + max(rotating, adapting, normalising)  # input, its norm; k, v; what makes q
     mlp = 4 * x + 3 * s * M  # input, attention, their sum, its norm; silu(gate), up, their product
@@ -96,16 +96,16 @@ def choosing_bytes(c, settings, s, batch, K, per_step, suppress):
     V = c.vocab_size
     held = batch * K * V <= decode.HELD  # the logits until the end of the step; else the head's input, and some logits
     together = batch * K if held else min(batch, max(1, decode.HELD // (K * V))) * K  # positions
-    beside = 0 if held else batch * K * c.width * s
+    beside = (not held) * batch * K * c.width * s
     if settings.get("top_p") is not None:  # in float32; and minus their maximum
-        copies = (FLOAT if s < FLOAT else 0) + FLOAT
+        copies = (s < FLOAT) * FLOAT + FLOAT
     elif decode.find_schedule(settings["schedule"]).scores_untempered:
         copies = s  # the probabilities
     else:
         copies = 2 * s  # logits / temperature, and the probabilities
     choosing = together * V * (s + suppress * s + copies)
     chosen = min(batch * per_step, batch * K)  # their logits, log p, p and the product
-    logging = chosen * V * (s + 3 * FLOAT) + (held and together * V * s)
+    logging = chosen * V * (s + 3 * FLOAT) + held * together * V * s
     return beside + max(choosing, logging)
 
 
@@ -113,34 +113,45 @@ def choosing_bytes(c, settings, s, batch, K, per_step, suppress):
 
 
 def train_peak(
-    c, batch, prompt, new, window=32, objective="tabom", dtype="bfloat16", rank=16, checkpointing=False,
+    c, batch, prompt, new, window=32, objective="tabom", dtype="bfloat16", rank=16, checkpointing=False, padded=True
 ):  # fmt: skip
     """Bytes of an optimizer step of the model.Config c with `batch` examples in a forward pass.
 
     prompt, new: tokens of the longest prompt and response. window: of tabom, in tokens; the other objectives may ask
     for every token of a response. rank: of the adapter on q_proj and v_proj; 0 = all weights are trained, which are in
-    this dtype then (train's are float32). The gradients of an earlier forward pass of the step are counted."""
+    this dtype then (train's are float32). padded: the rows of a batch have different lengths, as they do but by chance.
+    The gradients of an earlier forward pass of the step are counted."""
     s, V = BYTES[dtype], c.vocab_size
     K = min(window, new) if objective == "tabom" else new
     n, weights = batch * tokens_of_pass(c, prompt, new), count_weights(c)
     # 1. what stays: weights, gradients and AdamW's two means; T3D's reference
-    if rank:
-        stays = s * weights + 4 * FLOAT * count_adapter(c, rank)
-        stays += (objective == "t3d") * FLOAT * count_adapter(c, rank)
-    else:
-        stays = (4 + (objective == "t3d")) * s * weights
-    # 2. what the forward pass keeps
-    inner, last = kept_of_blocks(c, s, n, batch * K, rank)
-    tail = batch * K * (FLOAT * c.width + (not rank) * 2 * s * c.width)  # the last norm, the head's input
-    blocks, again = (c.layers - 1) * inner, 0
-    if checkpointing:  # the inputs of the blocks, and one block again
-        blocks, last, again = (c.layers - 1) * n * s * c.width, n * s * c.width, inner
+    trained, size = (count_adapter(c, rank), FLOAT) if rank else (weights, s)
+    stays = s * weights + (3 + (rank > 0) + (objective == "t3d")) * size * trained
+    # 2. what the backward pass needs; with checkpointing the inputs of the blocks, and all of one block at a time
+    inner, last, tail = kept_bytes(c, s, n, batch * K, rank, padded)
+    again = 0
+    if checkpointing:
+        inner, last, again = n * s * c.width, n * s * c.width, inner
+    blocks = (c.layers - 1) * inner
     # 3. the worst moment: at the logits, or in the block before the last, where nearly all is still kept
-    at_logits = blocks + last + tail + logits_bytes(objective, s, batch * K, V)
+    logits = logits_bytes(objective, s, batch * K, V)
     if not rank:
-        at_logits = max(at_logits, blocks + last + tail + batch * K * V * s + s * V * c.width)  # the head's gradient
+        logits = max(logits, batch * K * V * s + s * V * c.width)  # their gradient and the head's
+    at_logits = blocks + last + tail + logits
     at_block = blocks + again + n * s * (2 * c.width + 3 * c.mlp_width)  # gradients of x; of silu(gate), up, product
     return stays + max(at_logits, at_block)
+
+
+def activations(c, batch, prompt, new, window, dtype="bfloat16", rank=16, checkpointing=False):
+    """Bytes that the forward pass of a TABOM step keeps for the backward pass, its logits among them. checkpointing:
+    the inputs of the blocks, and all of the one block that is computed again at a time."""
+    s, asked = BYTES[dtype], batch * min(window, new)
+    n = batch * tokens_of_pass(c, prompt, new)
+    inner, last, tail = kept_bytes(c, s, n, asked, rank)
+    tail += asked * c.vocab_size * s
+    if checkpointing:
+        return c.layers * n * s * c.width + tail + inner
+    return (c.layers - 1) * inner + last + tail
 
 
 def tokens_of_pass(c, prompt, new):
@@ -150,26 +161,28 @@ def tokens_of_pass(c, prompt, new):
     return 2 * (prompt + new) - max(0, prompt - c.block_length + 1)
 
 
-def kept_of_blocks(c, s, n, asked, rank):
-    """Bytes that the backward pass needs of a block, and of the last one, where only so many tokens are asked for."""
+def kept_bytes(c, s, n, asked, rank, padded=True):
+    """Bytes that the backward pass needs of a block, of the last one, where only so many tokens are asked for, and of
+    what follows, up to the logits."""
     D, M, Q, KV, heads = widths(c)
     full = not rank
     norm = FLOAT * D + FLOAT + full * s * D  # its input, the inverse of its length; for its weight its output
-    if c.block_length is not None:  # attention with a mask: a key head for each of the queries
+    if padded or c.block_length is not None:  # attention with a mask: a key head for each of the queries
         KV = Q
     every = norm + 2 * s * KV  # k and v
     wanted = norm + 2 * s * Q + FLOAT * heads + 3 * s * M  # q, output, sums of the softmax; gate, silu, up
     if c.qk_norm:
-        every += FLOAT * widths(c).KV
-        wanted += FLOAT * Q
+        every += (FLOAT + full * s) * widths(c).KV
+        wanted += (FLOAT + full * s) * Q
     if full:
         every += s * D  # the input of q, k and v
         wanted += s * D + s * M  # of gate and up, and of down
     else:
         every += FLOAT * (D + rank)  # the adapter's input in float32, and its product with A
-        wanted += FLOAT * ((D if s < FLOAT else 0) + rank)  # of q the same; in float32 it is the same tensor
-    again = asked * D * s if s == FLOAT or full else 0  # what q gets in the last block is a copy
-    return n * (every + wanted), n * every + asked * wanted + again
+        wanted += FLOAT * ((s < FLOAT) * D + rank)  # of q the same; in float32 it is the same tensor
+    again = (full or s == FLOAT) * asked * D * s  # what q gets in the last block is a copy
+    tail = asked * (FLOAT * D + FLOAT + full * 2 * s * D)  # the last norm; its output, and the head's input
+    return n * (every + wanted), n * every + asked * wanted + again, tail
 
 
 def logits_bytes(objective, s, positions, V):

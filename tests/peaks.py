@@ -4,7 +4,9 @@
 
 Attention is that of a fused kernel: it keeps q, k, v, its output and a sum for each query."""
 
+import contextlib
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,10 +30,10 @@ from runs import loading, torchrun  # noqa: E402
 
 torch.set_num_threads(1)
 WATCH = fakegpu.Watch(ROOT)
-P, N = 40, 48  # tokens of a prompt, of a response
+P, N = 24, 32  # tokens of a prompt, of a response
 SPECIAL = dict(mask_token_id=2047, eos_token_id=2046, pad_token_id=2046)
 SHAPES = {  # layers, D, heads, key heads of Dream, M, V
-    "deep": (6, 64, 4, 2, 192, 2048),
+    "deep": (5, 64, 4, 2, 192, 2048),
     "wide": (3, 160, 5, 1, 480, 4096),
 }
 
@@ -109,10 +111,6 @@ def small_model(family, shape, dtype):
     return m
 
 
-def report(**found):
-    print(json.dumps(found), flush=True)
-
-
 # ------------------------------------------------------------------------------------------------- decoding
 
 
@@ -121,16 +119,15 @@ class Enough(Exception):
 
 
 def decode_cases():
-    for family in ("llada", "dream"):
-        for shape in SHAPES:
-            for dtype in ("float32", "bfloat16"):
-                with WATCH:
-                    m = small_model(family, shape, dtype)
-                for batch, held in ((1, 2**26), (8, 2**26), (8, 2**19)):
-                    measure_decoding(m, family, shape, dtype, batch, held)
+    for family, shape, dtype in itertools.product(("llada", "dream"), SHAPES, ("float32", "bfloat16")):
+        with WATCH:
+            m = small_model(family, shape, dtype)
+        for batch, held in ((1, 2**26), (8, 2**26), (8, 2**18)):
+            measure_decoding(m, [family, shape, dtype, batch, held], dtype, batch, held)
 
 
-def measure_decoding(m, family, shape, dtype, batch, held):
+def measure_decoding(m, case, dtype, batch, held):
+    """The first two steps of one block, in which all is masked. Of all but one row the prompt is padded."""
     decode.HELD, steps = held, []
 
     def on_step(*_):
@@ -138,84 +135,75 @@ def measure_decoding(m, family, shape, dtype, batch, held):
         if len(steps) == 2:
             raise Enough
 
-    settings = loading.DECODERS[family] | dict(max_new_tokens=N, block_length=None, suppress=[1, 2])
+    settings = loading.DECODERS[m.config.family] | dict(max_new_tokens=N, block_length=None, suppress=[1, 2])
     with WATCH:
         prompts = torch.randint(0, 50, (batch, P)).to("cuda")
+        real = torch.ones_like(prompts)
+        real[1:, 0] = 0
         generators = [data.generator(0, i, device=torch.device("cuda:0")) for i in range(batch)]
         WATCH.reset()
-        before = WATCH.now
-        try:
-            decode.generate(m, prompts, generator=generators, on_step=on_step, **settings)
-        except Enough:
-            pass
-        peak = WATCH.peak
-    mine = memory.decode_peak(m.config, batch, P, N, dtype, block=None)
-    weights = memory.BYTES[dtype] * memory.count_weights(m.config)
-    report(
-        case=[family, shape, dtype, batch, held], measured=peak, arithmetic=mine, weights=weights, before=before,
-    )  # fmt: skip
+        stays = WATCH.now
+        with contextlib.suppress(Enough):
+            decode.generate(m, prompts, real, generator=generators, on_step=on_step, **settings)
+        found = memory.decode_peak(m.config, batch, P, N, dtype, block=None)
+    print(json.dumps(dict(case=case, measured=WATCH.peak, arithmetic=found, stays=stays)), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- training
 
-LOSSES = {
-    "tabom": lambda m, reference: dict(window=16),
-    "nelbo": lambda m, reference: dict(mask=torch.ones(4, N, dtype=torch.bool, device="cuda")),
-    "t3d": lambda m, reference: dict(start=torch.zeros(4, dtype=torch.long), reference=reference),
+B = 4  # rows of a forward pass
+LOSSES = {  # each asks for every token of the response, but the first
+    "tabom": lambda: dict(window=16),
+    "nelbo": lambda: dict(mask=torch.ones(B, N, dtype=torch.bool, device="cuda")),
+    "t3d": lambda: dict(start=torch.zeros(B, dtype=torch.long)),
 }
 
 
 def train_cases():
     objectives.NllAndEntropy.AT_ONCE = 2**18 // memory.ON_GPU
-    for family in ("llada", "dream"):
-        for shape in SHAPES:
-            for dtype in ("float32", "bfloat16"):
-                for name in LOSSES:
-                    for checkpointing in (False, True):
-                        measure_training(family, shape, dtype, name, checkpointing, rank=8)
-            measure_training(family, shape, "float32", "tabom", False, rank=0)
-            measure_training(family, shape, "float32", "t3d", True, rank=0)
+    for family, name in itertools.product(("llada", "dream"), LOSSES):
+        for shape, padded in zip(SHAPES, (False, True)):
+            for dtype, checkpointing in (("float32", padded), ("bfloat16", not padded)):
+                measure_training(family, shape, dtype, name, checkpointing, 8, padded)
+    measure_training("llada", "wide", "float32", "tabom", False, 0, True)
+    measure_training("dream", "deep", "float32", "t3d", True, 0, False)
 
 
-def measure_training(family, shape, dtype, name, checkpointing, rank, batch=4):
-    g = torch.Generator().manual_seed(0)
-    records = []
-    for i in range(2 * batch):
+def measure_training(family, shape, dtype, name, checkpointing, rank, padded):
+    """An optimizer step of two forward passes."""
+    records, g = [], torch.Generator().manual_seed(0)
+    for i in range(2 * B):
         ids, order = torch.randint(0, 50, (N,), generator=g).tolist(), torch.randperm(N, generator=g).tolist()
-        records.append(dict(id=i, prompt_ids=[1] * P, response_ids=ids, order=order))
-    c = train.TrainOptions(model="", data="", out="", batch_size=batch, gradient_checkpointing=checkpointing)
+        records.append(dict(id=i, prompt_ids=[1] * (P - padded * (i % 4)), response_ids=ids, order=order))
+    c = train.TrainOptions(model="", data="", out="", batch_size=B)
     with WATCH:
         m = small_model(family, shape, dtype)
-        again = None
         if rank:
             lora.inject(m, rank)
-        else:
-            again = functools.partial(small_model, family, shape, dtype)
         m.train()
         m.gradient_checkpointing = checkpointing
         weights = {name: p for name, p in m.named_parameters() if p.requires_grad}
-        reference = None
+        more, reference = LOSSES[name](), None
         if name == "t3d":
-            reference = baselines.Reference(m, again)
+            more["reference"] = reference = baselines.Reference(m, lambda: small_model(family, shape, dtype))
             reference.update()
-        objective = functools.partial(objectives.OBJECTIVES[name].loss, **LOSSES[name](m, reference))
+        objective = functools.partial(objectives.OBJECTIVES[name].loss, **more)
         optimizer = torch.optim.AdamW(weights.values(), lr=1e-5, fused=True)
         run = train.TrainingRun(
             c, torchrun.Processes("cuda"), loading.Loaded(m, None, None), records, [], {}, objective, None, reference,
             weights, optimizer, None, None, len(records), 1,
         )  # fmt: skip
-        train.train_step(run, 0, 0, records)
+        for p in weights.values():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # which makes its state
+        optimizer.zero_grad()
         WATCH.reset()
-        before = WATCH.now
+        stays = WATCH.now
         train.train_step(run, 1, 0, records)
-        peak = WATCH.peak
-    more = dict(objective=name, dtype=dtype, rank=rank, checkpointing=checkpointing)
-    mine = memory.train_peak(m.config, batch, P, N, window=16, **more)
-    size = memory.BYTES[dtype] * memory.count_weights(m.config)
-    report(
-        case=[family, shape, dtype, name, checkpointing, rank], measured=peak, arithmetic=mine, weights=size,
-        before=before,
-    )  # fmt: skip
+    options = dict(objective=name, dtype=dtype, rank=rank, checkpointing=checkpointing, padded=padded)
+    found = memory.train_peak(m.config, B, P, N, window=16, **options)
+    case = [family, shape, *options.values()]
+    print(json.dumps(dict(case=case, measured=WATCH.peak, arithmetic=found, stays=stays)), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ LEVELS = [
     ["experiments.diagnose", "experiments.tiny", "experiments.speed", "tools.watch"],
     ["experiments.plots"],
     ["experiments.stats", "experiments.puzzles", "experiments.cost"],
+    ["experiments.memory"],
     ["train"],
     ["evaluate"],
     ["distill"],
