@@ -3,9 +3,10 @@
     memory.decode_peak(config, batch=16, prompt=256, new=256)                         # bytes
     memory.train_peak(config, batch=4, prompt=256, new=256, window=32, objective="tabom")
 
-Counted are the tensors that are alive together at the worst moment of a step: weights, what training keeps of them and
-of activations, logits, and what an operation makes beside its input. Not counted is what a kernel takes inside (its
-workspace), the CUDA context, and what the allocator reserves or cannot join: leave a few percent.
+Counted are the tensors that are alive together at the worst moment of a step: weights, gradients, optimizer, what
+training keeps of activations, logits, and what an operation makes beside its input. Attention is a fused kernel's,
+and keeps no [L, L] weights. Not counted are what a kernel takes inside (its workspace), the CUDA context, and what
+the allocator reserves and cannot use: leave a few percent.
 Source: decode.py, model.py, lora.py and objectives.py of this project; tests/test_cost.py holds this to measurements.
 
 Dimensions: B batch, n tokens that a pass computes, K positions asked for of a row, V vocabulary, D width, M width of

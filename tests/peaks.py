@@ -44,7 +44,10 @@ def config(family, shape):
         sizes = dict(d_model=D, n_layers=L, n_heads=H, n_kv_heads=H, mlp_hidden_size=M)
         return cost.LLADA | SPECIAL | sizes | dict(vocab_size=V, embedding_size=V)
     sizes = dict(hidden_size=D, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=KV)
-    return cost.DREAM | SPECIAL | sizes | dict(intermediate_size=M, vocab_size=V)
+    sizes.update(intermediate_size=M, vocab_size=V, tie_word_embeddings=False)
+    if family == "dream":
+        return cost.DREAM | SPECIAL | sizes
+    return cost.QWEN3 | SPECIAL | sizes | dict(model_type="a2d-qwen3", head_dim=32)
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -108,6 +111,8 @@ def small_model(family, shape, dtype):
         setattr(m.get_submodule(parent), leaf, torch.nn.Parameter(p.detach().to("cuda")))
     for block in m.layers:
         block.attn.attend = attend
+    if family == "a2d":  # block-causal, as BD3LM is
+        m.config.block_length = 8
     return m
 
 
@@ -119,7 +124,7 @@ class Enough(Exception):
 
 
 def decode_cases():
-    for family, shape, dtype in itertools.product(("llada", "dream"), SHAPES, ("float32", "bfloat16")):
+    for family, shape, dtype in itertools.product(("llada", "dream", "a2d"), SHAPES, ("float32", "bfloat16")):
         with WATCH:
             m = small_model(family, shape, dtype)
         for batch, held in ((1, 2**26), (8, 2**26), (8, 2**18)):
@@ -127,15 +132,15 @@ def decode_cases():
 
 
 def measure_decoding(m, case, dtype, batch, held):
-    """The first two steps of one block, in which all is masked. Of all but one row the prompt is padded."""
-    decode.HELD, steps = held, []
+    """The first two steps, with all of the response or of a block masked. All prompts but one are padded."""
+    decode.HELD, steps, block = held, [], m.config.block_length
 
     def on_step(*_):
         steps.append(0)
         if len(steps) == 2:
             raise Enough
 
-    settings = loading.DECODERS[m.config.family] | dict(max_new_tokens=N, block_length=None, suppress=[1, 2])
+    settings = loading.DECODERS[m.config.family] | dict(max_new_tokens=N, block_length=block, suppress=[1, 2])
     with WATCH:
         prompts = torch.randint(0, 50, (batch, P)).to("cuda")
         real = torch.ones_like(prompts)
@@ -145,7 +150,7 @@ def measure_decoding(m, case, dtype, batch, held):
         stays = WATCH.now
         with contextlib.suppress(Enough):
             decode.generate(m, prompts, real, generator=generators, on_step=on_step, **settings)
-        found = memory.decode_peak(m.config, batch, P, N, dtype, block=None)
+        found = memory.decode_peak(m.config, batch, P, N, dtype, block=block)
     print(json.dumps(dict(case=case, measured=WATCH.peak, arithmetic=found, stays=stays)), flush=True)
 
 
@@ -165,6 +170,8 @@ def train_cases():
         for shape, padded in zip(SHAPES, (False, True)):
             for dtype, checkpointing in (("float32", padded), ("bfloat16", not padded)):
                 measure_training(family, shape, dtype, name, checkpointing, 8, padded)
+    measure_training("a2d", "deep", "bfloat16", "tabom", False, 8, True)
+    measure_training("a2d", "wide", "float32", "nelbo", True, 8, True)
     measure_training("llada", "wide", "float32", "tabom", False, 0, True)
     measure_training("dream", "deep", "float32", "t3d", True, 0, False)
 

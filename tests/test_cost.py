@@ -77,7 +77,7 @@ def test_hours_are_given_for_each_number_of_gpus(folder, capsys):
     assert one["hours"]["2"]["steps"] == 750 * 3
 
 
-@pytest.mark.parametrize("option", ["--gpus", "--tflops", "--queries", "--batch", "--epochs"])
+@pytest.mark.parametrize("option", ["--gpus", "--tflops", "--queries", "--batch", "--epochs", "--batch-size"])
 def test_a_plan_with_nothing_is_refused(option, capsys):
     assert cost.main(["llada-8b", option, "0"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -185,7 +185,7 @@ FAKEGPU = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "fakegpu
 
 @pytest.mark.skipif(not (FAKEGPU / "fakegpu.py").is_file(), reason="TABOM_DATA has no fakegpu beside it")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="fakegpu compiles a device guard")
-@pytest.mark.parametrize("what, cases", [("decode", 24), ("train", 26)])
+@pytest.mark.parametrize("what, cases", [("decode", 36), ("train", 28)])
 def test_the_peaks_are_those_of_a_device(what, cases):
     """Without the weights and all else that stays between two steps: as a share of the whole the error is smaller."""
     command = [sys.executable, str(ROOT / "tests" / "peaks.py"), str(FAKEGPU), what]
