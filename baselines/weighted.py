@@ -36,7 +36,8 @@ def nelbo(
         if value not in known:
             raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
     if weighting == "mean":
-        mask = MASKS[masks](batch, generator) if mask is None else mask
+        if mask is None and masks != "ratio":
+            mask = MASKS[masks](batch, generator)
         return objectives.nelbo(m, batch, mask, generator, mask_id)
     if weighting == "scheduler" and mask is not None and ratio is None:
         raise ValueError("weighting 'scheduler' divides by the ratio that the mask was drawn with: give it")

@@ -4,12 +4,16 @@
     python -m experiments.cost dream-7b --gpus 4 --tflops 300 --epochs 3 --batch 8
     python -m experiments.cost a2d-0.6b --block-causal 32 --gpus 1 --tflops 40
 
-Nothing is run: parameters and activations are counted on torch's meta device, which has shapes and
-no storage. --tflops is an assumption about the GPU and not a measurement; so are the hours that
-follow from it.
+    python -m experiments.cost dream-7b --batch-size 1,4,16 --objective t3d
 
-Dimensions: B batch, L length (prompt and response), n tokens of a training pass, W window, H heads,
-E their width, V vocabulary.
+Nothing is run: parameters are counted on torch's meta device, which has shapes and no storage, and
+memory is arithmetic (experiments/memory.py). --tflops is an assumption about the GPU and not a
+measurement; so are the hours that follow from it. The second table has the peaks of memory by
+--batch-size, the number of rows in a forward pass, and the most rows that fit on a card. It does not
+have what a kernel takes inside, nor the CUDA context: a card of 24 GB has 24 GiB, 7 % more than the
+24 GB of this table, and that is left to them.
+
+Dimensions: L length (prompt and response), n tokens of a training pass.
 """
 
 import argparse
@@ -19,14 +23,10 @@ import json
 import math
 import sys
 
-import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-
 import data
 import lora
 import model
-import objectives
+from experiments import memory
 from runs import loading
 from runs.options import number_list
 
@@ -55,67 +55,7 @@ FULL = {  # the configurations of the published checkpoints
     "sdar-8b": SDAR | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
 }
 RANK = 16  # of the adapter (Section 4 of the paper)
-
-# -------------------------------------------------------------------------------------- activations
-
-
-class Flash(torch.autograd.Function):
-    """Attention as a fused kernel keeps it for the backward pass: q, k, v and the output, not the
-    [L, L] weights."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-
-class FusedAttention(TorchFunctionMode):
-    """Inside `with FusedAttention():` attention keeps what a fused kernel keeps. On the meta device
-    torch has no fused kernel, and the plain one keeps the [L, L] weights too."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return Flash.apply(*args[:3])
-        return function(*args, **(kwargs or {}))
-
-
-def kept_bytes(call, parameters=()):
-    """Bytes that call() keeps for its backward pass: each storage once, and no parameters."""
-    known = set()
-    for p in parameters:
-        known.add(p.untyped_storage()._cdata)
-    kept = {}  # address of a storage -> (bytes, a tensor that keeps others from that address)
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = (storage.nbytes(), x)
-        return x
-
-    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        call()
-    return sum(size for size, _ in kept.values())
-
-
-def activations(config, batch, length, window, rank=RANK, checkpointing=False, start=0):
-    """Bytes that the forward pass of a TABOM step keeps for the backward pass, in bfloat16.
-
-    config: a model's. With checkpointing: the inputs of the blocks, without the one block that the
-    backward pass computes again at a time. start: where the noisy copy of the rows begins, if
-    attention is block-causal."""
-    m = lora.inject(model.empty(config).to(torch.bfloat16), rank=rank)
-    m.gradient_checkpointing = checkpointing
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    positions = torch.zeros(batch, window, dtype=torch.long, device="meta")
-    copies = {} if config.block_length is None else dict(clean=ids, start=start)
-
-    def forward():
-        logits = m(ids, positions=positions, **copies).float()  # [B, W, V]
-        objectives.entropy(logits)
-
-    return kept_bytes(forward, m.parameters())
-
+CARDS = (24, 40, 80)  # GB of memory
 
 # -------------------------------------------------------------------------------------------- FLOPs
 
@@ -186,9 +126,8 @@ def plan(c):
     parameters = count_parameters(config)
     work = count_work(c, config, parameters)
     L = c.prompt_tokens + c.new_tokens
-    kept = activations(config, c.batch, L, c.window, start=c.prompt_tokens)
-    one_block = kept / config.layers
-    recomputed = activations(config, c.batch, L, c.window, checkpointing=True, start=c.prompt_tokens) + one_block
+    sizes = (config, c.batch, c.prompt_tokens, c.new_tokens, c.window)
+    kept, recomputed = memory.activations(*sizes), memory.activations(*sizes, checkpointing=True)
     hours = {}
     for gpus in c.gpus:
         hours[str(gpus)] = count_hours(c, work, gpus)
@@ -220,6 +159,7 @@ def plan(c):
     print(f"| {c.model} | |\n| --- | --- |")
     for name, value in rows.items():
         print(f"| {name} | {value} |")
+    peaks, fits = print_peaks(c, config)
     return dict(
         model=c.model,
         forward_passes=work["passes"],
@@ -227,7 +167,45 @@ def plan(c):
         train_flops=work["train"],
         adapter_parameters=parameters["adapter"],
         hours=hours,
+        peak_gb=peaks,
+        fits=fits,
     )
+
+
+def peak_functions(c, config):
+    """What takes memory -> a function of the batch size, in bytes."""
+    sizes = dict(prompt=c.prompt_tokens, new=c.new_tokens)
+    train = functools.partial(memory.train_peak, config, **sizes, window=c.window, objective=c.objective)
+    return {
+        "decoding": functools.partial(memory.decode_peak, config, **sizes),
+        "training": functools.partial(train, rank=RANK),
+        "with --gradient-checkpointing": functools.partial(train, rank=RANK, checkpointing=True),
+        "all weights, in float32, with it": functools.partial(train, rank=0, dtype="float32", checkpointing=True),
+    }
+
+
+def print_peaks(c, config):
+    """A table of the peaks of memory, by batch size, and of what fits on a card -> both: name -> number -> GB, and
+    name -> GB of the card -> rows of a forward pass."""
+    functions, peaks, fits = peak_functions(c, config), {}, {}
+    for name, peak in functions.items():
+        peaks[name] = {str(batch): round(peak(batch) / 1e9, 2) for batch in c.batch_size}
+        fits[name] = {str(card): largest_batch(peak, card * 1e9) for card in CARDS}
+    print(f"\n| peak memory, {c.objective} | {' | '.join(functions)} |\n| --- |{' --- |' * len(functions)}")
+    for batch in map(str, c.batch_size):
+        print(f"| --batch-size {batch} | {' | '.join(f'{peaks[name][batch]:.1f} GB' for name in functions)} |")
+    for card in map(str, CARDS):
+        print(f"| fits on {card} GB | {' | '.join(str(fits[name][card] or 'none') for name in functions)} |")
+    return peaks, fits
+
+
+def largest_batch(peak, limit, most=4096):
+    """The largest batch size up to `most` whose peak is within the limit, bytes; 0 = none is."""
+    low, high = 0, most + 1  # what fits, and what does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+    return low
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -248,6 +226,9 @@ def command_line():
     blocks = "block length of block-causal attention (the model's own; A2D's BD3LM models need it)"
     number("--block-causal", help=blocks)
     number("--batch", default=4, help="examples of an optimizer step on each GPU (4)")
+    sizes = "rows of a forward pass, whose peaks of memory are asked for, comma-separated (1,4,16,64)"
+    parser.add_argument("--batch-size", type=number_list, default=(1, 4, 16, 64), help=sizes)
+    parser.add_argument("--objective", choices=memory.OBJECTIVES, default="tabom", help="of the peaks (tabom)")
     gpus = "numbers of GPUs, comma-separated (4,8)"
     parser.add_argument("--gpus", type=number_list, default=(4, 8), help=gpus)
     tflops = "what a GPU really reaches, an assumption (400)"

@@ -26,6 +26,7 @@ LEVELS = [
     ["experiments.diagnose", "experiments.tiny", "experiments.speed", "tools.watch"],
     ["experiments.plots"],
     ["experiments.stats", "experiments.puzzles", "experiments.cost"],
+    ["experiments.memory"],
     ["train"],
     ["release.tables"],
     ["release.commands"],
