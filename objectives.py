@@ -515,13 +515,13 @@ class NllAndEntropy(torch.autograd.Function):
 
         d nll / d logits = p - onehot(token),    d h / d logits = -p (log p + h)"""
 
-    AT_ONCE = 2**20  # logits, which a CPU's cache holds; a GPU takes 64 times as many
+    AT_ONCE = 2**20  # logits, which a CPU's cache holds; a GPU takes 16 times as many
     LOWEST = -1e4  # in place of -inf, because 0 * -inf is NaN
 
     @staticmethod
     def parts(logits, *more):
         """Tensors [R, ...] as parts of a few rows each. logits [R, V]; their parts are float32, or wider."""
-        rows = max(1, NllAndEntropy.AT_ONCE * (1 if logits.device.type == "cpu" else 64) // logits.shape[-1])
+        rows = max(1, NllAndEntropy.AT_ONCE * (1 if logits.device.type == "cpu" else 16) // logits.shape[-1])
         for x, *others in zip(*(tensor.split(rows) for tensor in (logits, *more))):
             yield x if x.dtype.itemsize >= 4 else x.float(), *others
 
@@ -545,10 +545,10 @@ class NllAndEntropy(torch.autograd.Function):
         flat, found = logits.reshape(-1, logits.shape[-1]), grad.view(-1, logits.shape[-1])
         columns = (each.reshape(-1, 1) for each in (*saved, grad_nll, grad_h))
         for x, out, t, h, log_z, g_nll, g_h in NllAndEntropy.parts(flat, found, *columns):
-            logp = x - log_z
+            logp = torch.sub(x, log_z, out=out if out.dtype == x.dtype else None)
             p = logp.exp()
-            grad_x = logp.clamp_(min=NllAndEntropy.LOWEST).add_(h).mul_(-g_h).add_(g_nll).mul_(p)
-            out.copy_(grad_x.scatter_add_(-1, t, -g_nll))
+            logp.clamp_(min=NllAndEntropy.LOWEST).add_(h).mul_(-g_h).add_(g_nll).mul_(p).scatter_add_(-1, t, -g_nll)
+            out.copy_(logp)  # nothing is left to do where they are one
         return grad, None
 
 

@@ -21,7 +21,7 @@ from runs import loading
 
 BYTES = dict(float32=4, bfloat16=2)
 FLOAT = 4  # bytes of what is float32 whatever the model's dtype
-ON_GPU = 64  # times AT_ONCE, see objectives.NllAndEntropy.parts
+ON_GPU = 16  # times AT_ONCE, see objectives.NllAndEntropy.parts
 OBJECTIVES = ("tabom", "nelbo", "transition", "traj", "t3d")
 
 
@@ -192,7 +192,7 @@ def logits_bytes(objective, s, positions, V):
         return positions * V * 4 * FLOAT
     rows = min(positions, max(1, objectives.NllAndEntropy.AT_ONCE * ON_GPU // V))  # of a part
     following = min(rows, positions - rows)  # of the next one: its tensors replace those before one by one
-    parts = 2 * rows + 2 * following  # log p and p
-    if s < FLOAT:  # and the logits in float32
+    parts = rows + following  # p; log p is made where the gradient will be
+    if s < FLOAT:  # logits, log p and p in float32
         parts = 2 * rows + max(rows + following, 3 * following)
     return positions * V * 2 * s + parts * FLOAT * V
