@@ -29,7 +29,7 @@ import tokenizer
 import train
 from experiments import puzzles
 from experiments.puzzles import BLANK, TASKS
-from runs import disk, resume
+from runs import card, disk, resume
 
 TINY = Path(__file__).parent.parent / "tiny"  # the trained models that come with the code
 TINY5 = Path(__file__).parent.parent / "tiny5"
@@ -155,7 +155,7 @@ def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=Fal
             break
     with disk.atomic_folder(folder / "tiny") as beside:
         for file in last.iterdir():
-            if file.name not in resume.TRAINER:
+            if file.name not in (*resume.TRAINER, card.FILE):
                 shutil.copyfile(file, beside / file.name)
     return {**result, "tiny": str(folder / "tiny")}
 

@@ -225,11 +225,12 @@ def own(c, processes):
     words = [str(loaded.folder)]
     if c.block_causal is not None:
         words += ["--block-causal", str(c.block_causal)]
-    with contextlib.redirect_stdout(io.StringIO()) as table:  # of two columns, below two lines of title
+    with contextlib.redirect_stdout(io.StringIO()) as tables:  # the first below two lines of title
         cost.plan(cost.command_line().parse_args(words))
-    for line in table.getvalue().splitlines()[2:]:
-        name, value = line.strip("| ").split(" | ")
-        yield Row(f"a full run, estimated: {name}", value)
+    for line in tables.getvalue().splitlines()[2:]:
+        name, *values = line.strip("| ").split(" | ")
+        if values and name != "---":
+            yield Row(f"a full run, estimated: {name}", "; ".join(values))
 
 
 def on_device(make):
