@@ -128,7 +128,8 @@ def test_credit_is_of_the_dtype_of_the_logits(toy):
     run = credit.CreditRun(half, 1, None, made, "cpu")
     run.fit(4)
     run.put(0, PROMPT)
-    fused, _, credit_of = run.fuse(half(run.ids)[0, 4:7], run.tokens[0, :3], run.credit[0, :3], torch.zeros(3, 1).long())
+    first = torch.zeros(3, 1, dtype=torch.long)  # the step of each place
+    fused, _, credit_of = run.fuse(half(run.ids)[0, 4:7], run.tokens[0, :3], run.credit[0, :3], first)
     assert (fused.dtype, credit_of.dtype) == (torch.bfloat16, torch.float32)
 
 
