@@ -307,7 +307,7 @@ class Run:
             if self.done[over].any():
                 return self.now[:0]
         i = self.planned % s.steps_per_block  # the step in the block, [B]
-        best = s.quota(i, count)
+        best = s.quota(i, count).clamp(min=0).minimum(count)  # step() takes exactly so many
         ready = self.ready(best)
         best = best * ready
         now = self.now[best > 0]

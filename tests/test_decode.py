@@ -838,6 +838,24 @@ def test_a_schedule_is_a_class_of_settings(toy, monkeypatch):
     assert per_step(decode.generate(toy(), PROMPT[None], max_new_tokens=12, schedule="halves"), 1) == [6, 3, 2, 1]
 
 
+def test_a_share_is_cut_to_what_is_masked(toy, monkeypatch):
+    """Whatever a schedule asks for, only masked positions are written, and a row's share is no other's."""
+
+    class Odd(decode.LLaDA):
+        def share(self, i, count):
+            return torch.tensor([4, -1, 2])
+
+    monkeypatch.setitem(decode.SCHEDULES, "odd", Odd)
+    seen, prompts = [], torch.stack([PROMPT, PROMPT.flip(0), PROMPT + 1])
+    options = dict(max_new_tokens=10, steps=10, block_length=5, schedule="odd")
+    t = decode.generate(toy(), prompts, on_step=lambda step, response, _: seen.append(response.clone()), **options)
+    assert [torch.bincount(row, minlength=8).tolist()[:8] for row in t.step] == [
+        [4, 1, 0, 0, 0, 4, 1, 0], [0] * 8, [2, 2, 1, 0, 0, 2, 2, 1],
+    ]  # fmt: skip
+    for before, after in zip(seen, seen[1:]):
+        assert (after == before)[before != 12].all()
+
+
 def test_a_schedule_of_another_folder_is_found_or_missed_by_name(monkeypatch):
     monkeypatch.setitem(decode.ELSEWHERE, "other", "no_such_folder")
     with pytest.raises(ValueError, match="^schedule 'other' needs the folder no_such_folder beside decode.py"):
