@@ -457,7 +457,7 @@ def test_greedy_at_a_temperature_takes_the_best_token_and_ranks_by_the_tempered_
     )
 
 
-def test_slabs_change_nothing(toy, monkeypatch):
+def test_parts_of_a_step_change_nothing(toy, monkeypatch):
     prompts = torch.stack([PROMPT, PROMPT.flip(0)])
     for options in (dict(), dict(temperature=0.8), dict(temperature=0.8, top_p=0.9), dict(threshold=0.3)):
         run = dict(max_new_tokens=12, steps=8, **options)
