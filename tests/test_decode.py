@@ -436,13 +436,16 @@ def test_a_row_stops_after_the_block_that_holds_a_stop_token():
         assert decode.generate(fixed(logits), PROMPT[None, :1], **other, **options).response.tolist()[0][6:] == [1] * 3
 
 
-def test_rows_stop_each_for_itself(toy):
+@pytest.mark.parametrize("more", [dict(), dict(temperature=0.8), dict(strategy="random")], ids=str)
+def test_rows_stop_each_for_itself(toy, more):
+    """Rows that go on keep their own generators."""
     prompts = torch.stack([PROMPT, PROMPT.flip(0), PROMPT + 1])
-    options = dict(max_new_tokens=12, block_length=3, stop=[1, 5], tokens_per_step=1)
-    t = decode.generate(toy(), prompts, **options)
-    assert len(set((t.step < 12).sum(1).tolist())) > 1
+    options = dict(max_new_tokens=12, block_length=3, stop=[8, 11], tokens_per_step=1, **more)
+    t = decode.generate(toy(), prompts, generator=seeds(1, 2, 3), **options)
+    decoded = (t.step < 12).sum(1)
+    assert decoded[0] < decoded[1:].max()
     for b in range(3):
-        equal(decode.generate(toy(), prompts[b : b + 1], **options), one_row(t, b))
+        equal(decode.generate(toy(), prompts[b : b + 1], generator=seeds(1 + b), **options), one_row(t, b))
 
 
 def test_greedy_at_a_temperature_takes_the_best_token_and_ranks_by_the_tempered_score(toy):
