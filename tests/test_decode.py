@@ -470,6 +470,22 @@ def test_parts_of_a_step_change_nothing(toy, monkeypatch):
             equal(decode.generate(toy(), prompts, generator=seeds(1, 2), **run), whole)
 
 
+def test_few_logits_are_copied_at_once(monkeypatch):
+    """Of a model without a head of its own, whose logits are all there, however many are looked at again or decoded."""
+    logits, copied, pieces = torch.randn(24, 200, generator=seeds(0)[0]) * 0.1, [], decode.pieces
+
+    def spy(x, *more):
+        copied.append(len(x) * (x.shape[1] == 1))  # places; those of all rows are no copy
+        return pieces(x, *more)
+
+    run = dict(mask_id=199, max_new_tokens=24, steps=1, temperature=1.0, top_p=0.95, suppress=[199])
+    whole = decode.generate(fixed(logits), PROMPT[None, :1], generator=seeds(1)[0], **run)
+    monkeypatch.setattr(decode, "CACHED", 3 * 200)
+    monkeypatch.setattr(decode, "pieces", spy)
+    equal(decode.generate(fixed(logits), PROMPT[None, :1], generator=seeds(1)[0], **run), whole)
+    assert copied == [0] + [3] * 16  # 24 that need more than 64 tokens, and 24 for the log
+
+
 def test_logits_of_some_rows_at_a_time_change_nothing(golden, monkeypatch):
     m, prompts, rows = golden.load(), torch.arange(10, 25).reshape(3, 5), []
     m.norm.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
