@@ -307,7 +307,7 @@ class Run:
             if self.done[over].any():
                 return self.now[:0]
         i = self.planned % s.steps_per_block  # the step in the block, [B]
-        best = s.quota(i, count)
+        best = s.quota(i, count).clamp(min=0).minimum(count)  # step() takes exactly so many
         ready = self.ready(best)
         best = best * ready
         now = self.now[best > 0]
@@ -386,14 +386,11 @@ class Run:
         # 3. Write them down, with what the model's whole untempered distribution said.
         k, at = number[r, n], (rows[r], n)
         self.response[at], self.decoded_at[at] = token[r, k], now[r]
-        self.entropy[at], self.confidence[at] = describe(x[r, k], head, V, token[r, k])
+        self.entropy[at], self.confidence[at] = describe(x, head, V, r, k, token[r, k])
 
     def inputs(self, rows, host):
         """The ids of rows [R], and the arguments of the model beside them. host: the same rows, on the host."""
-        more = dict(attention_mask=None)
-        if self.padded:
-            more["attention_mask"] = self.attention_mask[rows]
-        return self.ids[rows], more
+        return self.ids[rows], dict(attention_mask=self.attention_mask[rows] if self.padded else None)
 
     def choose(self, x, head, V, noise, rows, place):
         """choose() for these rows [R], at place [R, K]."""
@@ -445,13 +442,19 @@ def pieces(x, head, V, column):
         yield from zip(logits.flatten(0, 1).split(n), values.flatten().split(n))
 
 
-def describe(x, head, V, token):
-    """Entropy in nats, and probability of the token [Q], of Q places x [Q, D or V]: two [Q]. head: see pieces()."""
+def copies(x, head, V, n):
+    """Slices of n places of x [R, K, D or V]: as many as to copy at once. head: see pieces()."""
+    size = n if head else max(1, (CACHED if x.device.type == "cpu" else HELD) // V)
+    return [slice(first, first + size) for first in range(0, n, size or 1)]
+
+
+def describe(x, head, V, r, k, token):
+    """Entropy in nats, and probability of the token [Q], at r, k [Q] of x: two [Q]. x, head: see pieces()."""
     found = []
-    for logits, chosen in pieces(x[:, None], head, V, token[:, None]):
-        logp = logits.float().log_softmax(-1)  # [q, V]
-        logp.clamp_(min=torch.finfo(logp.dtype).min)  # -inf times p = 0 is no number
-        found.append((-(logp.exp() * logp).sum(-1), logp.gather(-1, chosen[:, None])[:, 0].exp()))
+    for part in copies(x, head, V, len(r)):
+        for logits, chosen in pieces(x[r[part], k[part], None], head, V, token[part, None]):
+            logp = logits.float().log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)  # -inf times 0 is NaN
+            found.append((-(logp.exp() * logp).sum(-1), logp.gather(-1, chosen[:, None])[:, 0].exp()))
     return map(torch.cat, zip(*found))
 
 
@@ -465,11 +468,11 @@ def choose(x, head, V, noise, s, n=64):
     there are any is what the host waits for, once."""
     found = [choose_among(logits, u, s, n) for logits, u in pieces(x, head, V, noise)]
     token, score, short = (torch.cat(each).view(noise.shape) for each in zip(*found))
-    if s.narrows:
-        r, k = short.nonzero(as_tuple=True)
-        if len(r):
-            again = choose(x[r, k][:, None], head, V, noise[r, k][:, None], s, 32 * n)
-            token[r, k], score[r, k] = (each[:, 0] for each in again)
+    r, k = short.nonzero(as_tuple=True) if s.narrows else ((), ())
+    for part in copies(x, head, V, len(r)):
+        at = r[part], k[part]
+        again = choose(x[at][:, None], head, V, noise[at][:, None], s, 32 * n)
+        token[at], score[at] = (each[:, 0] for each in again)
     return token, score
 
 

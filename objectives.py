@@ -479,10 +479,10 @@ def in_decode_order(x, batch):
 
 
 def nll_and_entropy(m, batch, visible, positions, mask_id=None, clean=True):
-    """-log p(x0 | U) and h, the entropy given U, at some response positions, in nats: two [B, K]. The arguments are
-    those of `logits_at`."""
+    """-log p(x0 | U) and h, the entropy given U, at some response positions, in nats: two [B, K], float32. The
+    arguments are those of `logits_at`."""
     logits = logits_at(m, batch, visible, positions, mask_id, clean)
-    return NllAndEntropy.apply(logits, batch["response_ids"].gather(1, positions))
+    return [x.float() for x in NllAndEntropy.apply(logits, batch["response_ids"].gather(1, positions))]
 
 
 def log_probs(*state, **options):
@@ -510,8 +510,8 @@ def logits_at(m, batch, visible, positions, mask_id=None, clean=True):
 
 
 class NllAndEntropy(torch.autograd.Function):
-    """-log p(token) and the entropy h of p = softmax(logits), [..., V] and [...] -> two [...], float32. Of the size of
-    the logits there are only these and one gradient, in their dtype; float32 are a few positions at a time:
+    """-log p(token) and the entropy h of p = softmax(logits), [..., V] and [...] -> two [...], float32 or wider. Of the
+    size of the logits there are only these and one gradient, in their dtype; float32 are a few positions at a time:
 
         d nll / d logits = p - onehot(token),    d h / d logits = -p (log p + h)"""
 

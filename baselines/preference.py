@@ -207,10 +207,8 @@ def path_weights(m, batch):
     block-causal, of the order inside a token's block, which decoding finishes first."""
     block_length = block_length_of(m)
     if block_length is None:
-        last = torch.where(was_decoded(batch), batch["order"], -1).amax(
-            1, keepdim=True
-        )  # [B, 1]; the host need not wait
-        return 1 - batch["order"] / (last + 1)
+        last = torch.where(was_decoded(batch), batch["order"], -1).amax(1, keepdim=True)  # [B, 1]; no wait for it
+        return 1 - batch["order"] / (last + 1).clamp(min=1)  # a row without any has no target
     rank, count = ranks_in_block(batch, block_length)
     return 1 - rank / count.clamp(min=1)
 

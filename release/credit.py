@@ -34,25 +34,27 @@ class CreditRun(decode.Run):
     def choose(self, x, head, V, noise, rows, place):
         """Of z'; what is logged is of z, as everywhere."""
         K, found = place.shape[1], []
-        step = (self.planned % self.settings.steps_per_block).to(x.device)[rows]  # [R], of the block
-        for logits, at in decode.pieces(x, head, V, torch.arange(place.numel(), device=x.device).view_as(place)):
-            fused = self.fuse(logits, rows[at // K], place.flatten()[at], step[at // K][:, None])
-            found.append(decode.choose_among(fused, noise.flatten()[at], self.settings, V)[:2])
+        at = (rows.repeat_interleave(K), place.flatten())  # [R K]; a row with fewer than K has its first place again
+        tokens, credit = self.tokens[at], self.credit[at]  # [R K, T], all before any is changed
+        step = (self.planned % self.settings.steps_per_block).to(x.device)[at[0], None]  # [R K, 1], of the block
+        for logits, k in decode.pieces(x, head, V, torch.arange(place.numel(), device=x.device).view_as(place)):
+            fused, tokens[k], credit[k] = self.fuse(logits, tokens[k], credit[k], step[k])
+            found.append(decode.choose_among(fused, noise.flatten()[k], self.settings, V)[:2])
+        self.tokens[at], self.credit[at] = tokens, credit
         return (torch.cat(each).view_as(place) for each in zip(*found))
 
-    def fuse(self, logits, rows, place, i):
-        """z' of logits [n, V] at place [n] of these rows [n], with the credit of step i [n, 1] of the block."""
+    def fuse(self, logits, tokens, credit, i):
+        """z' of logits [n, V] in step i [n, 1] of the block, with the tokens and credit [n, T] before it and after."""
         logits = decode.without(logits, self.settings.suppress)
         p, token = logits.softmax(-1).max(-1, keepdim=True)  # [n, 1]; in the model's dtype, as officially
-        at = (rows, place)
-        tokens = self.tokens[at].masked_fill(i == 0, -1)  # [n, T]
-        credit = DECAY * self.credit[at].to(p.dtype).masked_fill(i == 0, 0.0)
+        tokens = tokens.masked_fill(i == 0, -1)
+        credit = DECAY * credit.to(p.dtype).masked_fill(i == 0, 0.0)
         same = tokens == token
         slot = same.int().argmax(-1, keepdim=True).where(same.any(-1, keepdim=True), i)  # [n, 1]
         tokens = tokens.scatter(-1, slot, token)
         credit = credit.scatter_add(-1, slot, p**POWER)
-        self.tokens[at], self.credit[at] = tokens, credit.float()
-        return logits.scatter_add(-1, tokens.clamp(min=0), WEIGHT * torch.log(credit + 1))  # none adds 0
+        fused = logits.scatter_add(-1, tokens.clamp(min=0), WEIGHT * torch.log(credit + 1))  # none adds 0
+        return fused, tokens, credit.float()
 
 
 class Credit(decode.LLaDA):

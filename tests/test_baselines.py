@@ -169,6 +169,23 @@ def test_the_cells_of_t3ds_ablation(toy, preference, path_weight, random_tokens)
     assert len(reference.calls) == (preference == "ddo")
 
 
+def test_a_row_without_a_target_gives_t3d_no_gradient(toy):
+    """A mask is given, and nothing of one row was decoded."""
+    batch, table, added = make_batch([4, 3]), toy(), torch.zeros(13, requires_grad=True)
+    batch["order"][1] = -1
+
+    def m(ids, attention_mask=None, positions=None):
+        return table(ids, attention_mask, positions) + added
+
+    m.config, found = table.config, []
+    for rows in (batch, {name: x[:1] for name, x in batch.items()}):
+        mask = torch.ones_like(rows["order"], dtype=torch.bool)
+        out = baselines.t3d(m, rows, reference=toy(seed=1), mask=mask, random_tokens=0)
+        found.append(torch.autograd.grad(out["loss"], added)[0])
+    assert found[1].any()
+    torch.testing.assert_close(2 * found[0], found[1])
+
+
 def test_the_fakes_of_t3d_are_drawn_from_the_reference(toy):
     """A response of one token, many times: the tokens have the probabilities of the reference, and the loss its mean
     over them."""

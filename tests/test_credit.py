@@ -96,6 +96,18 @@ def test_a_row_is_what_it_is_alone(toy):
     assert sorted(seen) == list(range(5))
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_credit_does_not_depend_on_the_parts_of_a_step(toy, monkeypatch, seed):
+    """Rows with fewer masks than others have a place twice. It gets credit once, wherever the two are computed."""
+    m = toy(vocab=VOCABULARY, scale=0.5, seed=seed)
+    prompts = torch.randint(0, 30, (8, 4), generator=torch.Generator().manual_seed(seed))
+    options = dict(strategy="confidence", schedule="credit", max_new_tokens=16, threshold=0.2)
+    whole = decode.generate(m, prompts, **options)
+    monkeypatch.setattr(decode, "CACHED", VOCABULARY)
+    parts = decode.generate(m, prompts, **options)
+    assert torch.equal(parts.response, whole.response) and torch.equal(parts.step, whole.step)
+
+
 def test_the_authors_case_is_not_what_llada_decodes():
     cases = json.loads((FOLDER / "release" / "decode-llada.json").read_text())
     (k,) = [k for k, case in enumerate(cases) if case["alg"] == "credit"]
@@ -116,9 +128,9 @@ def test_credit_is_of_the_dtype_of_the_logits(toy):
     run = credit.CreditRun(half, 1, None, made, "cpu")
     run.fit(4)
     run.put(0, PROMPT)
-    rows, first_step = torch.zeros(3, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long)
-    fused = run.fuse(half(run.ids)[0, 4:7], rows, torch.arange(3), first_step)
-    assert fused.dtype == torch.bfloat16
+    first = torch.zeros(3, 1, dtype=torch.long)  # the step of each place
+    fused, _, credit_of = run.fuse(half(run.ids)[0, 4:7], run.tokens[0, :3], run.credit[0, :3], first)
+    assert (fused.dtype, credit_of.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_the_three_decoders_of_llada_prm12k(capsys, tiny, puzzles, tmp_path):

@@ -436,13 +436,16 @@ def test_a_row_stops_after_the_block_that_holds_a_stop_token():
         assert decode.generate(fixed(logits), PROMPT[None, :1], **other, **options).response.tolist()[0][6:] == [1] * 3
 
 
-def test_rows_stop_each_for_itself(toy):
+@pytest.mark.parametrize("more", [dict(), dict(temperature=0.8), dict(strategy="random")], ids=str)
+def test_rows_stop_each_for_itself(toy, more):
+    """Rows that go on keep their own generators."""
     prompts = torch.stack([PROMPT, PROMPT.flip(0), PROMPT + 1])
-    options = dict(max_new_tokens=12, block_length=3, stop=[1, 5], tokens_per_step=1)
-    t = decode.generate(toy(), prompts, **options)
-    assert len(set((t.step < 12).sum(1).tolist())) > 1
+    options = dict(max_new_tokens=12, block_length=3, stop=[8, 11], tokens_per_step=1, **more)
+    t = decode.generate(toy(), prompts, generator=seeds(1, 2, 3), **options)
+    decoded = (t.step < 12).sum(1)
+    assert decoded[0] < decoded[1:].max()
     for b in range(3):
-        equal(decode.generate(toy(), prompts[b : b + 1], **options), one_row(t, b))
+        equal(decode.generate(toy(), prompts[b : b + 1], generator=seeds(1 + b), **options), one_row(t, b))
 
 
 def test_greedy_at_a_temperature_takes_the_best_token_and_ranks_by_the_tempered_score(toy):
@@ -457,7 +460,7 @@ def test_greedy_at_a_temperature_takes_the_best_token_and_ranks_by_the_tempered_
     )
 
 
-def test_slabs_change_nothing(toy, monkeypatch):
+def test_parts_of_a_step_change_nothing(toy, monkeypatch):
     prompts = torch.stack([PROMPT, PROMPT.flip(0)])
     for options in (dict(), dict(temperature=0.8), dict(temperature=0.8, top_p=0.9), dict(threshold=0.3)):
         run = dict(max_new_tokens=12, steps=8, **options)
@@ -465,6 +468,22 @@ def test_slabs_change_nothing(toy, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(decode, "CACHED", 3 * 13)  # three positions at a time
             equal(decode.generate(toy(), prompts, generator=seeds(1, 2), **run), whole)
+
+
+def test_few_logits_are_copied_at_once(monkeypatch):
+    """Of a model without a head of its own, whose logits are all there, however many are looked at again or decoded."""
+    logits, copied, pieces = torch.randn(24, 200, generator=seeds(0)[0]) * 0.1, [], decode.pieces
+
+    def spy(x, *more):
+        copied.append(len(x) * (x.shape[1] == 1))  # places; those of all rows are no copy
+        return pieces(x, *more)
+
+    run = dict(mask_id=199, max_new_tokens=24, steps=1, temperature=1.0, top_p=0.95, suppress=[199])
+    whole = decode.generate(fixed(logits), PROMPT[None, :1], generator=seeds(1)[0], **run)
+    monkeypatch.setattr(decode, "CACHED", 3 * 200)
+    monkeypatch.setattr(decode, "pieces", spy)
+    equal(decode.generate(fixed(logits), PROMPT[None, :1], generator=seeds(1)[0], **run), whole)
+    assert copied == [0] + [3] * 16  # 24 that need more than 64 tokens, and 24 for the log
 
 
 def test_logits_of_some_rows_at_a_time_change_nothing(golden, monkeypatch):
@@ -836,6 +855,24 @@ def test_a_schedule_is_a_class_of_settings(toy, monkeypatch):
     monkeypatch.setitem(decode.SCHEDULES, "halves", Halves)
     assert type(decode.Settings(12, schedule="halves")) is Halves
     assert per_step(decode.generate(toy(), PROMPT[None], max_new_tokens=12, schedule="halves"), 1) == [6, 3, 2, 1]
+
+
+def test_a_share_is_cut_to_what_is_masked(toy, monkeypatch):
+    """Whatever a schedule asks for, only masked positions are written, and a row's share is no other's."""
+
+    class Odd(decode.LLaDA):
+        def share(self, i, count):
+            return torch.tensor([4, -1, 2])
+
+    monkeypatch.setitem(decode.SCHEDULES, "odd", Odd)
+    seen, prompts = [], torch.stack([PROMPT, PROMPT.flip(0), PROMPT + 1])
+    options = dict(max_new_tokens=10, steps=10, block_length=5, schedule="odd")
+    t = decode.generate(toy(), prompts, on_step=lambda step, response, _: seen.append(response.clone()), **options)
+    assert [torch.bincount(row, minlength=8).tolist()[:8] for row in t.step] == [
+        [4, 1, 0, 0, 0, 4, 1, 0], [0] * 8, [2, 2, 1, 0, 0, 2, 2, 1],
+    ]  # fmt: skip
+    for before, after in zip(seen, seen[1:]):
+        assert (after == before)[before != 12].all()
 
 
 def test_a_schedule_of_another_folder_is_found_or_missed_by_name(monkeypatch):

@@ -847,6 +847,29 @@ def test_a_callable_without_config_can_be_the_model(toy):
         baselines.t3d(m, batch, mask_id=0, reference=m)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_losses_and_replays_are_float32_whatever_the_model_is(toy, dtype):
+    """And near those of a model in float32."""
+    batch, table = make_batch([6, 4]), toy(scale=0.5)
+    batch["entropy"] = torch.ones(2, 6)
+
+    def m(ids, attention_mask=None, positions=None):
+        return table(ids, attention_mask, positions).to(dtype)
+
+    m.config = table.config
+    for name, options in IN_PARTS:
+        objective = objectives.OBJECTIVES[name]
+        loss, expected = (
+            objective.loss(each, batch, generator=generators(0)[0], **options, **needs(objective, table))["loss"]
+            for each in (m, table)
+        )
+        assert loss.dtype == torch.float32, name
+        torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.02, msg=name)
+    torch.testing.assert_close(
+        objectives.replay(m, batch), objectives.replay(table, batch), rtol=0.05, atol=0.02, equal_nan=True
+    )
+
+
 def test_masked_positions_show_one_id_or_one_each(toy):
     batch, m = make_batch([4]), toy()
     shown = torch.tensor([[1, 2, 3, 4]])

@@ -85,6 +85,23 @@ def test_more_warmup_than_steps_is_named(tiny, trajectories, tmp_path, capsys):
     assert "warning: 3 warm-up steps, but 3 in all: the peak --lr is never reached" in err
 
 
+PADDED = [([(3, 4), (3, 4)], False), ([(3, 4)], False), ([(2, 4), (3, 4)], True), ([(3, 4), (3, 2)], True)]
+
+
+@pytest.mark.parametrize("sizes, padded", PADDED, ids=str)
+def test_a_model_is_told_of_padding_where_there_is_any(toy, sizes, padded):
+    """Of prompts or responses: (P, N) of each row. Elsewhere the mask would make no difference."""
+    records = [dict(prompt_ids=[1] * P, response_ids=[2] * N, order=list(range(N))) for P, N in sizes]
+    m = toy()
+    m.config.pad_id = 0
+    batch = loading.batch_of(records, SimpleNamespace(m=m), SimpleNamespace(device="cpu"))
+    loss = objectives.nelbo(m, batch, generator=torch.Generator().manual_seed(0))["loss"]
+    mask = m.calls[0][1]
+    assert (mask is not None) == padded and (mask is None or not mask.all())
+    del batch["padded"]
+    assert torch.equal(loss, objectives.nelbo(m, batch, generator=torch.Generator().manual_seed(0))["loss"])
+
+
 def test_the_first_step_is_the_mean_gradient_of_the_global_batch(tiny, trajectories, trained):
     """The slow way: one batch, no accumulation."""
     m = lora.inject(model.load(tiny), generator=data.generator(0, "lora"))
