@@ -375,7 +375,8 @@ class Run:
 
         # 2. Pick the best ones. The sort is stable: of equal scores the leftmost comes first.
         score = score.masked_fill(~masked, -torch.inf)
-        nth = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = the best
+        ranked = score.nan_to_num(torch.inf, neginf=-torch.inf)  # NaN first on every device: never what is not masked
+        nth = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = the best
         picked = nth < best[:, None]
         if s.threshold is not None:
             picked = (picked | s.reached(score, nth)) & masked
