@@ -4,10 +4,10 @@
 
     texts, records = distill.answer(m, tok, prompts, settings, seed=0)    # settings: arguments of decode.generate
 
-Section 4 of the paper: one token a step, at most 256 new tokens. The folder out/T holds a JSON line per trajectory
-(docs/formats.md lists its fields) and meta.json. Each finished batch is written at once; the same command continues
-where an earlier one was stopped. Which trajectories are trained on is decided in train.py. Other commands answer
-prompts with the functions of this file, too.
+Section 4 of the paper: one token a step (Dream: nearly, docs/choices.md), at most 256 new tokens. The folder out/T
+holds a JSON line per trajectory (docs/formats.md lists its fields) and meta.json. Each finished batch is written at
+once; the same command continues where an earlier one was stopped. Which trajectories are trained on is decided in
+train.py. Other commands answer prompts with the functions of this file, too.
 """
 
 import importlib

@@ -188,7 +188,7 @@ def draw_windows(batch, window, start=None, starts="uniform", generator=None):
 def check_window(window, starts):
     """Raises ValueError for a window that has no pair, and for starts that it cannot have."""
     if window != "global" and (not isinstance(window, int) or window < 2):
-        raise ValueError(f"window {window!r}: needs at least 2 steps (one has no pair to rank), or 'global'")
+        raise ValueError(f"window {window!r}: needs at least 2 steps, or 'global'")
     if starts == "global" or (starts != "uniform" and window == "global"):
         raise ValueError(f"starts {starts!r}, window {window!r}: 'uniform', or another rule and a number of steps")
 

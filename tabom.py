@@ -47,7 +47,7 @@ def main(argv=None):
         result = run(c)
         if first:
             print(json.dumps(result, ensure_ascii=False), flush=True)
-        return int(result.get("failed", 0) > 0)  # rows of check
+        return int(bool(result and result.get("failed")))  # rows of check; only the first process has a result
     except KeyboardInterrupt:
         torchrun.last_words("stopped" + ("" if command in ALONE else "; the same command continues"))
         return 130

@@ -437,7 +437,7 @@ def start(run, unused):
     if c.lr == c.final_lr == 0:
         say("--lr 0 trains nothing: the weights stay as they are")
     if unused:
-        say(f"{', '.join(map(flag, unused))}: not used by --objective {c.objective}")
+        say(f"{', '.join(map(flag, unused))}: not used by --objective {c.objective} with these options")
     m.train()  # for dropout, and whatever else an objective does in training alone
     m.gradient_checkpointing = c.gradient_checkpointing
     if run.last is not None:

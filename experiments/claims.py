@@ -103,11 +103,12 @@ class ClaimsOptions:
     in_domain: tuple | None = opt(None, "with --data: as in sweep", parse=name_list)
     epoch: int | str | None = opt(None, "with --data: as in sweep (last)", parse=sweep.which_epoch)
     best_of_epochs: tuple | None = opt(None, "with --data: as in sweep", parse=name_list)
+    gradient_checkpointing: bool = opt(False, "with --data: as in train")
 
 
 # Options that a sweep over given trajectories has too, and puzzles have not.
 OF_SWEEP = ("methods", "check", "keep", "raw", "limit", "max_answer_tokens")
-OF_SWEEP += ("validation", "in_domain", "epoch", "best_of_epochs")
+OF_SWEEP += ("validation", "in_domain", "epoch", "best_of_epochs", "gradient_checkpointing")
 
 
 def claims(c):
@@ -120,7 +121,7 @@ def claims(c):
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
         check_targets(name)
-    for name in OF_SWEEP:
+    for name in (*OF_SWEEP, "recipe", "ground_truth", "benchmarks"):
         if getattr(c, name):
             raise ValueError(f"{flag(name)} is for --data: puzzles are compared exactly, and the right ones are kept")
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)

@@ -148,7 +148,7 @@ def check_sweep(c, grid):
     for name, settings in grid.items() if type(c.epoch) is int else ():
         there = epochs_of(training(c, settings))
         if c.epoch > there:
-            raise ValueError(f"--epoch {c.epoch}: {name} has {there} epochs")
+            raise ValueError(f"--epoch {c.epoch}: --epochs of {name} is {there}")
     stems = set()
     for source in c.test:
         if source_name(source) in stems:

@@ -90,7 +90,7 @@ def write(out, records, settings, loaded):
     """Write records to out/release.jsonl, as the authors' trainer reads them. settings: of the decoder."""
     method = OURS.get(settings["strategy"], settings["strategy"])
     if settings["schedule"] == "credit":
-        method = "credit"
+        method = "credit" if method == "default" else f"credit, {method}"  # theirs is by confidence
     with disk.atomic_file(out / "release.jsonl") as f:
         for record in records:
             f.write(disk.json_line(to_release_format(record, loaded.m.config.pad_id, method)))

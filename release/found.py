@@ -374,5 +374,5 @@ def data_of(c, run):
 
 def recipe_of(base, kind):
     """Margin and weight of the authors' recipe for a base model and data; empty where there is none."""
-    recipe = recipes.RECIPES.get(f"{base.lower()}-{ENDS[kind]}")
+    recipe = recipes.RECIPES.get(f"{base.lower()}-{ENDS.get(kind)}")
     return {} if recipe is None else dict(margin=recipe["margin"], weight=recipe["weight"])

@@ -93,7 +93,7 @@ def tables(c):
     told = {os.path.realpath(folder) for folder, _ in left_out}
     for cell in cells:
         if os.path.realpath(cell.folder) not in used | told:
-            left_out.append((cell.folder, "shown in no cell of these tables"))
+            left_out.append((cell.folder, f"{said(cell)}: no cell of these tables is left for it"))
     left_out = list(dict.fromkeys(left_out))  # what two tables say of a folder, once
     missing = missing_commands(c.paper, entries)
     text = WRITERS[c.format](c, known, made, list(map(": ".join, left_out)), missing)
@@ -106,6 +106,12 @@ def tables(c):
     result["used"] = sum(os.path.realpath(folder) in used for folder in folders)
     result["left_out"] = [dict(folder=folder, reason=reason) for folder, reason in left_out]
     return dict(result, cells=len(entries), filled=len(shown), commands=len(flat(missing)), out=c.out)
+
+
+def said(cell):
+    """What a cell is of, in words."""
+    known = dict(cell.where, epoch=cell.epoch)
+    return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
 
 def entries_of(sections):

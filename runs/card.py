@@ -61,7 +61,10 @@ def text(c, out, left_out):
     settings = []
     for name in SHOWN:
         if meta.get(name) is not None:
-            settings.append((name, meta[name]))
+            value = meta[name]
+            if isinstance(value, dict):
+                value = [f"{option} {given}" for option, given in value.items()]
+            settings.append((name, value))
     return CARD.format(
         quoted=json.dumps(base, ensure_ascii=False),  # a JSON string is one of YAML, too
         **dict(base=base, note=note, kind=kind, library=library, objective=meta["objective"]),

@@ -112,6 +112,8 @@ def remove_left_over(folder):
 def atomic_file(path):
     """A text file that appears whole or not at all; compressed where its name ends in .gz. Of a link the target is
     written, and into a device or a pipe, as open() does. Raises IsADirectoryError for the path of a folder."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file")
     opened = gzip.open if path.suffix == ".gz" else open

@@ -140,7 +140,10 @@ def test_trajectories_need_a_model_and_something_to_answer(tmp_path):
         claims.claims(claims.ClaimsOptions(data="T", model="M", test=("gsm8k",), quick=True))
 
 
-@pytest.mark.parametrize("given", [dict(check="math"), dict(keep="all"), dict(epoch=3), dict(methods=("all",))])
+@pytest.mark.parametrize(
+    "given",
+    [dict(check="math"), dict(keep="all"), dict(epoch=3), dict(methods=("all",)), dict(recipe="llada-prm12k")],
+)
 def test_puzzles_have_their_own_check_and_say_so(given, tmp_path):
     with pytest.raises(ValueError, match="is for --data: puzzles are compared exactly"):
         claims.claims(claims.ClaimsOptions(out=str(tmp_path / "C"), **given))

@@ -137,13 +137,14 @@ def test_the_three_decoders_of_llada_prm12k(capsys, tiny, puzzles, tmp_path):
     """Distilled from nothing: three files, each with its method, which the recipe reads together."""
     made = dict(default=dict(strategy="confidence"), entropy=dict(strategy="entropy"))  # the tiny model's own: entropy
     made["credit"] = dict(strategy="confidence", schedule="credit")
+    made["credit, entropy"] = dict(strategy="entropy", schedule="credit")  # not the authors'
     files = []
     for method, more in made.items():
         folder = tmp_path / method
         run(capsys, "distill", model=tiny, data=puzzles, out=folder, keep="all", format="release", **more)
         rows = [row for _, row in data.read_rows(folder / "release.jsonl")]
         assert {row["method"] for row in rows} == {method} and len(rows) == 12
-        files.append(str(folder / "release.jsonl"))
+        files += [str(folder / "release.jsonl")] * ("," not in method)
     options = dict(model=tiny, data=",".join(files), recipe="llada-prm12k", raw=True, epochs=1, out=tmp_path / "R")
     assert tabom.main(["train", *flags(**options)]) == 0
     assert last_json(capsys.readouterr().out)["examples"] == 36

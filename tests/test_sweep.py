@@ -512,7 +512,7 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
     [
         (dict(), "--validation or --test"),
         (dict(test="P"), "--epoch best needs --validation"),
-        (dict(test="P", epoch="3"), "--epoch 3: objective=tabom.seed=0 has 2 epochs"),
+        (dict(test="P", epoch="3"), "--epoch 3: --epochs of objective=tabom.seed=0 is 2"),
         (dict(test="P", epoch="1", best_of_epochs="gsm8k"), "--best-of-epochs gsm8k: none of --test "),
         (dict(test="P", epoch="1", in_domain="P,gsm8k"), "--in-domain gsm8k: none of --test "),
         (dict(test="P,sub/P", epoch="last"), "--test has two sets called"),

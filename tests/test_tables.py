@@ -276,7 +276,8 @@ def test_two_runs_for_one_cell_are_reported_and_none_is_shown(tmp_path, capsys):
     evaluation(tmp_path / "C", "Dream", scores=(("gsm8k", 1000),))
     rows, result = rows_of(capsys, tmp_path / "A", tmp_path / "C", "--table", "3")  # measured twice, and equal
     assert rows["3", "Dream", "No-SFT", "GSM8K"]["folder"] == str(tmp_path / "A")
-    assert reasons(result) == f"{tmp_path / 'C'}: shown in no cell of these tables"
+    about = "base Dream, method No-SFT, task gsm8k, decoding full, measure score"
+    assert reasons(result) == f"{tmp_path / 'C'}: {about}: no cell of these tables is left for it"
 
 
 def test_of_a_grid_tables_2_to_5_have_the_recipes_margin_and_weight(tmp_path, capsys):
@@ -324,10 +325,15 @@ def test_t3ds_tables_are_of_models_trained_as_a_whole(tmp_path, capsys):
     evaluation(tmp_path / "E0", "SDAR-1.7B", **how, model=hub, tokens_per_step=2, block_causal=8)
     evaluation(tmp_path / "E1", "SDAR-1.7B", **how, model=hub)
     evaluation(tmp_path / "E2", "SDAR-1.7B", protocol="official", scores=(("math500", 300),))
+    answers = dict(objective="nelbo", lora_rank=0, data="stratos.jsonl", trained_on="answers")
+    sft = adapter_run(tmp_path / "R-sft", "SDAR-1.7B", **answers) / "epoch-2"
+    scored = evaluation(tmp_path / "E-sft", "SDAR-1.7B", **how, model=str(sft), tokens_per_step=2, block_causal=8)
+    edit_json(scored / "math500" / "meta.json", model_sha256=disk.fingerprint(sft))
     rows, result = rows_of(capsys, tmp_path, "--paper", "t3d")
     shown = rows["1", "SDAR-1.7B, TokPS 2", "T3D", "MATH500, b 8"]
     assert (shown["paper"], shown["folder"], shown["gain"]) == ("47.8", str(tmp_path / "E"), "0.0")
     assert rows["2", "SDAR-1.7B", "original", "MATH500"]["folder"] == str(tmp_path / "E1")
+    assert rows["1", "SDAR-1.7B, TokPS 2", "SFT", "MATH500, b 8"]["folder"] == str(tmp_path / "E-sft")
     assert "decoded with max_new_tokens 4096 for 2000, steps 4096 for 2000, temperature 0.0 for 0.1" in reasons(result)
 
 
