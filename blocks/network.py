@@ -49,8 +49,13 @@ class Cache:
         part = Cache(self.kept)  # the same storage
         if len(rows) < len(self.kept[0][0]):
             part.rows = rows
-        start = torch.as_tensor(first, device=self.kept[0][0].device).expand(len(rows))
-        part.first, part.columns = first, start[:, None] + torch.arange(n, device=start.device)  # [R, n]
+        columns = torch.arange(n, device=self.kept[0][0].device)
+        if isinstance(first, torch.Tensor):  # from the host, mostly: a GPU waits for the copy, so one number is none
+            first = first.to(columns.device)
+            columns = first[:, None] + columns
+        else:
+            columns = columns.expand(len(rows), -1) + first
+        part.first, part.columns = first, columns  # [R, n]
         return part
 
     def layers(self, length):
