@@ -410,7 +410,7 @@ class Run:
     def trajectory(self, rows):
         """The Trajectory of some rows, a list."""
         logs = (self.response, self.decoded_at, self.entropy, self.confidence)
-        response, step, entropy, confidence = (x[rows, : self.N] for x in logs)
+        response, step, entropy, confidence = (x[on_device(tuple(rows), x.device), : self.N] for x in logs)
         step = step.masked_fill(response == self.mask_id, self.settings.max_steps)
         return Trajectory(response, step, decode_order(step, entropy), entropy, confidence)
 
@@ -611,7 +611,7 @@ def member(tokens, ids):
     return torch.isin(tokens, on_device(ids, tokens.device))
 
 
-# ids, a tuple, as a tensor. It is kept: a GPU waits for each copy to it.
+# A tuple of ids, or of rows, as a tensor. It is kept: a GPU waits for each copy to it.
 on_device = functools.lru_cache(lambda ids, device: torch.tensor(ids, dtype=torch.long, device=device))
 
 
