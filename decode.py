@@ -465,8 +465,8 @@ def describe(x, head, V, r, k, token):
 def choose(x, head, V, noise, s, n=64):
     """A token and a score for each place of x [R, K, D or V], by noise [R, K]: two [R, K]. head: see pieces().
 
-    Where the best n tokens are not all that top_p leaves, those places are looked at again, all together: whether
-    there are any is what the host waits for, once."""
+    Where the best n tokens are not all that top_p leaves, those places are looked at again. The host waits to learn
+    whether there are any: once, if there are none."""
     found = [choose_among(logits, u, s, n) for logits, u in pieces(x, head, V, noise)]
     token, score, short = (torch.cat(each).view(noise.shape) for each in zip(*found))
     r, k = short.nonzero(as_tuple=True) if s.narrows else ((), ())

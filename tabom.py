@@ -23,7 +23,7 @@ COMMANDS = {  # name -> (module, what it does)
     "tables": ("release.tables", "the papers' tables, their numbers beside those of the runs that are there"),
     "grade": ("tools.grade", "grade responses that were made elsewhere"),
     "generate": ("tools.generate", "answer one prompt, those of a file, or chat"),
-    "check": ("tools.check", "whether all of this works on this machine, and how fast; a table in two minutes"),
+    "check": ("tools.check", "whether all of this works on this machine, and how fast; a table"),
     "merge": ("tools.merge", "fold an adapter into its base model"),
     "sweep": ("experiments.sweep", "train and test over a grid of options and seeds"),
     "diagnose": ("experiments.diagnose", "TDS, decode order and loss against mask ratio of checkpoints"),

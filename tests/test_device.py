@@ -185,23 +185,25 @@ def on_fakegpu(tmp_path, program, *words):
     return done.stdout
 
 
+def all_within(text, pattern, count, limit):
+    """Each of so many lines (name, waits, copies) that a program prints is within a limit."""
+    found = re.findall(pattern, text, re.MULTILINE)
+    assert len(found) == count
+    for name, waits, copies in found:
+        within((float(waits), float(copies)), limit, name)
+
+
 @pytest.mark.slow
 def test_the_waits_of_a_decoding_step_on_fakegpu(tmp_path):
     text = on_fakegpu(tmp_path, "counts.py")
-    found = re.findall(r"^## (.*): per step: ([\d.]+) sync, ([\d.]+) h2d", text, re.MULTILINE)
-    assert len(found) == 9
-    for name, waits, copies in found:
-        # A row that ends in the few steps that it counts costs a copy more
-        within((float(waits), float(copies) - 0.5), STEP, name)
+    # A row that ends in the few steps that it counts costs a copy more
+    all_within(text, r"^## (.*): per step: ([\d.]+) sync, ([\d.]+) h2d", 9, (STEP[0], STEP[1] + 0.5))
 
 
 @pytest.mark.slow
 def test_the_waits_of_training_on_fakegpu(tmp_path):
     text = on_fakegpu(tmp_path, "train_counts.py")
-    found = re.findall(r"^## (\w+): forward (\d+) sync (\d+) h2d", text, re.MULTILINE)
-    assert len(found) == 5
-    for name, waits, copies in found:
-        within((int(waits), int(copies)), BATCH, f"forward of {name}")
+    all_within(text, r"^## (\w+): forward (\d+) sync (\d+) h2d", 5, BATCH)
     (table,) = re.findall(r"^## replay, 48 steps\n(.*?)^##", text, re.MULTILINE | re.DOTALL)
     waits, copies = (sum(map(float, re.findall(rf"([\d.]+)  {kind} ", table))) / 48 for kind in ("sync", "h2d"))
     assert waits > 0

@@ -1,6 +1,6 @@
 """One command that says whether the project works on this machine, and how fast.
 
-    python tabom.py check                                                  # a minute on a CPU, two on a GPU
+    python tabom.py check                                                  # 40 s on one core; on a GPU not yet run
     python tabom.py check --only logits,decoding --device cuda
     python tabom.py check --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5
 
