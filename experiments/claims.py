@@ -1,90 +1,98 @@
-"""The paper's claims on small models: every objective on every base model, with intervals and differences.
+"""The paper's claims on small models: what each objective gains, and what it forgets, on many base models.
 
-    torchrun --nproc_per_node 2 tabom.py claims --compile            # hours, and the same command
-    python tabom.py claims --rows "SFT-SD;TABOM" --bases 2           # continues; only these rows
+    torchrun --nproc_per_node 2 tabom.py claims --compile            # hours; the same command continues
+    python tabom.py claims --rows "SFT-SD;TABOM" --bases 12          # only these rows, on the first 12
     torchrun --nproc_per_node 8 tabom.py claims --model M --data theirs.jsonl --recipe dream-prm12k --epoch 1 \
         --test gsm8k,humaneval --in-domain gsm8k --out out/C         # on trajectories that are there
 
-tiny.retrain makes every base model from random weights, with a seed of its own, until it solves
-ENOUGH of its validation puzzles, and each has its own puzzles. Its hard in-domain puzzles are
-distilled once. Every row of the tables trains on the right ones of these trajectories, or on the same
-puzzles' answers in a foreign style (SFT-GT), with the same adapter, batches, number of steps and,
-on average, the same number of supervised tokens in each step: an objective that draws fewer tokens at a
-time draws them more often. On base-0 each row tries RATES on validation puzzles; the best rate
-of a row is its rate on all others, and base-0 has no part in the results. The last checkpoint counts.
-results/registered.md says what was fixed before the runs.
+A base model is trained from random weights, with a seed of its own, on easy puzzles, and to the end. It is kept if it
+solves KEPT of its validation puzzles. Its hard in-domain puzzles are distilled once, and every row trains on the right
+ones of these trajectories, or on the same puzzles' answers in a foreign style (SFT-GT), from the same new adapter, with
+the same number of steps and, on average, of supervised tokens in each: an objective that draws fewer tokens at a time
+draws them more often. Each epoch's checkpoint is tested. results/registered.md says what was fixed before the runs.
 
-    O/base-N/tiny               a base model; beside it: data (its puzzles), T (trajectories),
-                                kept-K.jsonl (those that are right, each K times), truth-K.jsonl
-    O/base-0/rates/ROW/LR       a run that tries a rate
-    O/base-N/runs/ROW/seed-S    a run as in sweep.py, with measures of mechanism.py
-    O/base-N/runs/base          the same for the model before training
-    O/commands.jsonl            when it was started and continued, and with which options
-    O/results                   results.json, tables and pictures: see report.py
+    O/base-N/seed-S     a base model: tiny (itself), adapter (a new one), in.jsonl, near.jsonl, far.jsonl (its answers),
+                        kept-*, truth-* (what is trained on), and runs/ROW RATE (a run)
+    R/bases/base-N.json what report.py reads: the base model and its runs, with each puzzle right or wrong
+    R/tables.md, ...    see report.py
 """
 
+import base64
 import dataclasses
-import functools
-import glob
 import itertools
 import json
 import math
-import os
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 import data
 import distill
-import tokenizer
+import lora
+import train
 from benchmarks import answers
-from experiments import mechanism, puzzles, report, sweep, tiny
+from experiments import diagnose, mechanism, puzzles, reach, report, sweep, tiny
 from release import rows
 from release.recipes import RECIPES
-from runs import disk, torchrun
+from runs import disk, loading, torchrun
 from runs.options import flag, name_list, opt, row_list
 
-# TABOM's own settings, with which the order of answers is measured too; and what every row trains
-# with.
-SETTING = dict(window=8, margin=0.2, weight=1.0)
+# TABOM's own settings, with which the order of answers is measured too; and what every row trains with.
+SETTING = dict(window=reach.WINDOW, margin=0.2, weight=1.0)
 TRAINING = dict(epochs=3, warmup=20, weight_decay=0.0)
-RATES = (3e-3, 1e-2)
 EXAMPLES = 8  # of a step
 TARGETS = 32  # tokens of each example on which a step has a loss, on average
-# What is made on all base models before the next: the claims, the other rows, and those that need W passes a window.
-TURNS = (
-    ("SFT-SD", "TABOM", "TABOM, no ranking", "naive TD", "SFT-GT", "TABOM, global window"),
-    ("TABOM, listwise", "TABOM, padding cut", "TABOM, ranking alone", "dInfer", "T3D", "dParallel"),
-    ("TABOM, kl", "TABOM, own step"),
-)
-ON_PUZZLES = {"dParallel": dict(block_length=8)}
-ROWS = {name: row | ON_PUZZLES.get(name, {}) for name, row in rows.ROWS.items() if name in itertools.chain(*TURNS)}
-# Rows that take the rate of another, because to try it costs too much.
-RATE_OF = dict.fromkeys(TURNS[-1], "TABOM")
+KIND = dataclasses.replace(tiny.SHORT, count=7200)
+KEPT = (0.55, 0.92)  # the share of validation puzzles that a base model solves
+TRIES = 10  # seeds of a base model
 DOMAINS = {"in": "short-latin", "near": "short-shear", "far": "short-far"}
-ENOUGH = 0.35  # share of VALIDATED validation puzzles solved in each domain: then a base model is finished
-VALIDATED = 100
-KEEP = "correct"  # which trajectories are trained on
-SIZES = dict(train=2000, validation_in=300, validation_near=100, validation_far=100)
-SIZES.update(test_in=600, test_near=150, test_far=150)
+SEVERAL = "several"  # the task with several right answers, in place of "in"
+TASKS = DOMAINS | {SEVERAL: "short-several"}
+SIZES = dict(train=2000, validation=300, several=1500, near=500, far=500) | {"in": 1500}
 QUICK = dict.fromkeys(SIZES, 6) | dict(train=24)
-BATCH = 100  # puzzles decoded together
-TOKENS_PER_STEP = (1, 2)
-COMMAND = ("quick", "bases", "seeds", "rows", "compile", "seed")  # the options that say what is made
+EARLY = dict(near=250, far=250, several=500) | {"in": 500}  # puzzles that test the epochs before the last; it has all
+MEASURED = 64  # trajectories on which entropies and distributions are compared
+BATCH = 50  # puzzles decoded together
+TOKENS_PER_STEP = (1, 2)  # with --data
+
+# The rows and their learning rates: on all base models; and on those with an odd number, on SEVERAL too.
+RATES = (3e-4, 1e-3)
+ALL = tuple(itertools.product(("SFT-SD", "TABOM", "naive TD", "TABOM, no ranking"), RATES))
+ON_ODD = ("SFT-GT", "T3D", "dInfer", "dParallel", "TABOM, kl", "any reach", "naive TD's weights")
+ODD = (*itertools.product(report.PRIMARY, (1e-4, 3e-3)), *itertools.product(ON_ODD, (3e-4,)))
+PRIMARY = tuple(itertools.product(report.PRIMARY, RATES))  # made first; on SEVERAL too
+FIRST_LOOK = min(report.LOOKS)  # base models
+ROWS = rows.ROWS | {
+    "dParallel": dict(objective="dparallel", block_length=8),
+    "any reach": dict(objective="reach"),
+    "naive TD's weights": dict(objective="balanced"),
+}
+
+
+def rate_list(text):
+    """ "3e-4,1e-3" -> (0.0003, 0.001); raises ValueError for anything else."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as e:
+        raise ValueError("must be learning rates, separated by commas") from e
 
 
 @dataclass
 class ClaimsOptions:
     """the experiment"""
 
-    out: str | None = opt(None, "folder for base models, runs and tables (out/experiment); continued if unfinished")
+    out: str | None = opt(None, "folder for base models and runs (out/experiment); continued if unfinished")
+    results: str | None = opt(None, "folder for what is kept of each base model, and the tables (results in --out)")
     quick: bool = opt(False, "few puzzles and hardly trained models: shows that it runs, not what it does")
-    bases: int = opt(6, "base models in the results, trained from different seeds", low=1)
-    seeds: int = opt(1, "training runs of each row on each base model", low=1)
+    bases: int = opt(24, "base models, trained from different seeds", low=1)
     rows: tuple | None = opt(None, "only these rows of the tables, separated by ;", parse=row_list)
+    rates: tuple | None = opt(None, "only these learning rates, comma-separated", parse=rate_list)
     compile: bool = opt(False, "compile the blocks of the transformer; faster, equal but for rounding")
-    seed: int = opt(0, "of the tasks and of the training")
+    seed: int = opt(0, "with --data: of the training")
+    seeds: int = opt(1, "with --data: training runs of each row", low=1)
     data: str | None = opt(None, "no puzzles: trajectories of --model, of distill or of the authors")
     model: str | None = opt(None, "with --data: the model whose trajectories they are")
     test: tuple = opt((), "with --data: datasets or benchmarks to answer, comma-separated", parse=name_list)
@@ -112,29 +120,35 @@ OF_SWEEP += ("validation", "in_domain", "epoch", "best_of_epochs", "gradient_che
 
 
 def claims(c):
-    """The paper's claims with intervals: several base models, all objectives; hours -> where the
-    tables are."""
+    """Every row on every base model -> where the tables are."""
     if c.data or c.model or c.test:
         return on_trajectories(c)
-    names = [name for name in c.rows or ROWS if name != rows.NO_SFT]  # which every base model has
-    for name in names:
-        if name not in ROWS:
-            raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
-        check_targets(name)
     for name in (*OF_SWEEP, "recipe", "ground_truth", "benchmarks"):
         if getattr(c, name):
             raise ValueError(f"{flag(name)} is for --data: puzzles are compared exactly, and the right ones are kept")
-    processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
+    for name in c.rows or ():
+        if name not in ROWS:
+            raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
+        check_targets(name)
     out = Path(c.out or "out/experiment")
+    results = Path(c.results or out / "results")
+    processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
     out = disk.open_run(out, identity(c), processes)
-    if processes.first:
-        log_command(c, out)
-    jobs, needs = jobs_of(c, alone, out, names)
-    sweep.share(jobs, processes, alone, needs)
+    for number, primary in order_of_work(c.bases):
+        runs = list(filter(is_primary if primary else None, runs_of(c, number)))
+        folder = out / f"base-{number}"
+        folder.mkdir(exist_ok=True)
+        try:
+            held = alone.lock(folder)
+        except FileExistsError:  # another process is at it
+            continue
+        if held or number % processes.count == processes.index:
+            one_base(c, alone, number, runs, results, folder)
+        alone.unlock()
+    processes.barrier()
     if not processes.first:
         return None
-    found = write_results(c, out)
-    return dict(out=str(out / "results"), runs=len(found), rows=len(report.names_of(found)))
+    return report.write_report(results)
 
 
 def on_trajectories(c):
@@ -157,71 +171,38 @@ def on_trajectories(c):
     return sweep.sweep(sweep.SweepOptions(tokens_per_step=TOKENS_PER_STEP, **over, **given))
 
 
-def jobs_of(c, alone, out, names):
-    """What is to be done, in order: folder -> what makes it, and folder -> the folders whose results it
-    needs. In each of TURNS a base model has all its rows, and is reported, before the next one."""
-    bases = [out / f"base-{i}" for i in range(c.bases + 1)]
-    jobs, needs = {bases[0]: functools.partial(make_base, c, alone, c.seed)}, {}
-    turns = [*TURNS, [name for name in names if name not in itertools.chain(*TURNS)]]
-    for turn, of_turn in enumerate(turns, 1):
-        chosen, rates = [name for name in of_turn if name in names], {}
-        for name, lr in itertools.product(chosen, RATES):
-            tried = RATE_OF.get(name, name)
-            folder = out / "base-0" / "rates" / tried / str(lr)
-            jobs[folder] = functools.partial(try_rate, c, alone, bases[0], settings_of(tried, c.seed, lr))
-            needs[folder] = [bases[0]]
-            rates.setdefault(name, []).append(folder)
-        for i, base in enumerate(bases[1:] if chosen else (), 1):
-            made = [base / "runs" / "base"]
-            jobs[base] = functools.partial(make_base, c, alone, c.seed + i)
-            jobs[made[0]] = functools.partial(run_before_training, c, alone, base)
-            needs[made[0]] = [base]
-            for seed, name in itertools.product(range(c.seed, c.seed + c.seeds), chosen):
-                folder = base / "runs" / name / f"seed-{seed}"
-                check_row_settings(folder, settings_of(name, seed))
-                jobs[folder] = functools.partial(run_of_row, c, alone, base, name, seed, rates[name])
-                needs[folder] = [made[0], *rates[name]]
-                made.append(folder)
-            reported = base / "reported" / str(turn)
-            jobs[reported] = functools.partial(report_so_far, c, out)
-            needs[reported] = made
-    return jobs, needs
-
-
-def kind_of(c):
-    """The kind of model that the base models are."""
-    if c.quick:
-        return dataclasses.replace(tiny.SHORT, count=128, epochs=1)
-    return tiny.SHORT
-
-
-def identity(c):
-    """What an experiment is, for its meta.json: nothing of it may change between two starts."""
-    return dict(
-        setting=SETTING,
-        training=TRAINING,
-        rates=RATES,
-        examples=EXAMPLES,
-        targets=TARGETS,
-        sizes=QUICK if c.quick else SIZES,
-        enough=ENOUGH,
-        kind=dataclasses.asdict(kind_of(c)),
-        domains=DOMAINS,
-        seed=c.seed,
-        command="claims",
-        versions=disk.versions(),
-    )
-
-
-def log_command(c, out):
-    """Add a line to commands.jsonl: now, and the options that say what is made."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    options = {name: getattr(c, name) for name in COMMAND}
-    with open(out / "commands.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(dict(time=now, options=options)) + "\n")
-
-
 # -------------------------------------------------------------------------------------------- rows
+
+
+def runs_of(c, number):
+    """The runs on a base model, as (row, learning rate, task), of those that --rows and --rates ask for. Rows of one's
+    own are made at RATES on all base models."""
+    asked = [*ALL, *(ODD if number % 2 else ())]
+    asked += [(row, lr) for row in c.rows or () for lr in RATES if row not in (*dict(ALL), *dict(ODD), rows.NO_SFT)]
+    runs = [(*run, "in") for run in asked] + [(*run, SEVERAL) for run in PRIMARY * (number % 2)]
+    if c.rows:
+        runs = [run for run in runs if run[0] in c.rows]
+    return [run for run in runs if run[1] in c.rates] if c.rates else runs
+
+
+def order_of_work(bases):
+    """(number of a base model, whether only the primary runs are made) in turn: what the first look needs; all of the
+    base models that it leaves out; the rest of its own."""
+    first = range(1, min(bases, FIRST_LOOK) + 1)
+    yield from itertools.product(first, [True])
+    yield from itertools.product((*range(FIRST_LOOK + 1, bases + 1), *first), [False])
+    yield 0, True  # which has no part in the results: it shows what the rates do
+
+
+def is_primary(run):
+    """Whether a run is one of those that the primary measures compare."""
+    return run[:2] in PRIMARY and run[2] == "in"
+
+
+def key_of(run):
+    """("TABOM", 3e-4, "in") -> "TABOM 0.0003"; the other task stands behind it. The base model has no rate."""
+    row, lr, task = run
+    return " ".join([row, *[f"{lr:g}"] * (lr > 0), *[task] * (task != "in")])
 
 
 def targets_of(settings, answer=tiny.SHORT.answer):
@@ -230,8 +211,10 @@ def targets_of(settings, answer=tiny.SHORT.answer):
     objective, window = settings["objective"], settings.get("window")
     if objective == "transition" or window == "global":
         return (answer + 2) / 3  # between two different ones of 0..N
-    if objective == "tabom":
-        return window
+    if objective in ("tabom", "balanced"):
+        return window or reach.WINDOW
+    if objective == "reach":
+        return (answer + 3) / 4  # of each of 1..N that are left, half and a half more
     if objective == "dparallel":  # both passes together ask for a block
         return answer / math.ceil(answer / settings["block_length"])
     return (answer + 1) / 2  # uniform in 1..N
@@ -242,78 +225,171 @@ def draws_of(settings):
     return round(TARGETS / targets_of(settings))
 
 
-def check_targets(name):
+def check_targets(row):
     """Raises ValueError for a row whose steps have more or fewer supervised tokens than the others'."""
-    settings = settings_of(name, 0)
-    targets = draws_of(settings) * targets_of(settings)
-    if abs(targets / TARGETS - 1) > 0.05:
-        raise ValueError(f"{name}: {targets:.1f} supervised tokens per example and step, the rows have {TARGETS}")
+    if row != rows.NO_SFT:
+        targets = draws_of(settings_of(row)) * targets_of(settings_of(row))
+        if abs(targets / TARGETS - 1) > 0.1:
+            raise ValueError(f"{row}: {targets:.1f} supervised tokens per example and step, the rows have {TARGETS}")
 
 
-def settings_of(name, seed, lr=None):
+def settings_of(row):
     """What a row changes of the options of train."""
-    settings = dict(ROWS[name], seed=seed)
-    if settings["objective"] == "tabom":
-        settings = {**SETTING, **settings}
-    if lr is not None:
-        settings["lr"] = lr
-    return settings
+    settings = ROWS[row]
+    return {**SETTING, **settings} if settings["objective"] == "tabom" else settings
 
 
-def check_row_settings(folder, settings):
-    """Raises ValueError for a run that is there already and was made with other settings, but for its
-    rate."""
-    before = sweep.result_of(folder)
-    if before and {**before["settings"], "lr": None} != {**settings, "lr": None}:
-        raise ValueError(f"{folder} was made with {before['settings']}, now it is {settings}: remove it")
+# ------------------------------------------------------------------------------------- a base model
 
 
-# -------------------------------------------------------------------------------------------- jobs
+class Base(NamedTuple):
+    """A base model, with what its runs train on and are tested with."""
+
+    folder: Path
+    number: int
+    processes: torchrun.Processes
+    loaded: loading.Loaded  # with an adapter on it, which every run overwrites
+    c: distill.DistillOptions
+    tests: dict  # task -> its test puzzles
+    answers: dict  # task -> the base model's answers to them
+    kept: dict  # task -> the right ones of its answers to other puzzles, which runs train on
+    states: dict  # "near", "far" -> the base model's distributions along its own trajectories
 
 
-def make_base(c, alone, seed, base):
-    """A base model, its puzzles, its trajectories and the answers in foreign style -> what there is
-    of each."""
-    for name, count in (QUICK if c.quick else SIZES).items():
-        task = DOMAINS.get(name.rpartition("_")[2], DOMAINS["in"])
-        file = base / "data" / f"{name}.jsonl"
-        puzzles.write_puzzles(file, [task], count, True, seed, both=name != "train")
-    s, solved = of_base(c, base), []
-
-    def enough(checkpoint, epoch):
-        """Whether a model solves ENOUGH; the domain that is learned last is asked first."""
-        for name in reversed(DOMAINS):
-            where, source = base / "V" / f"{name}-{epoch}", base / "data" / f"validation_{name}.jsonl"
-            options = sweep.decoding(s, None, source, where, s.seed, VALIDATED)
-            score = distill.distill(dataclasses.replace(options, model=str(checkpoint)), alone)
-            solved.append([epoch, name, score["correct"] / score["trajectories"]])
-            if solved[-1][-1] < ENOUGH:
-                return False
-        return True
-
-    if not (base / "tiny").is_dir():
-        tiny.retrain(base, seed, kind_of(c), enough, alone, c.compile)
-    distill.distill(sweep.decoding(s, None, base / "data" / "train.jsonl", base / "T", s.seed, None), alone)
-    records = data.read_trajectories(base / "T")
-    kept = [r for r in records if c.quick or data.usable(r, KEEP)]
-    for draws in sorted(set(map(draws_of, map(settings_of, ROWS, itertools.repeat(0))))):
-        write_copies(base, kept, draws)
-    about = dict(seed=seed, epochs=solved[-1][0], solved=solved)
-    return dict(**about, puzzles=len(records), kept=len(kept), early_eos=early_eos(kept))
+def identity(c):
+    """What an experiment is, for its meta.json: nothing of it may change between two starts."""
+    kind = dataclasses.asdict(kind_of(c))
+    return dict(
+        command="claims", setting=SETTING, training=TRAINING, examples=EXAMPLES, targets=TARGETS, kept=KEPT,
+        sizes=sizes_of(c), kind=kind, tasks=TASKS, versions=disk.versions(),
+    )  # fmt: skip
 
 
-def write_copies(base, kept, draws):
-    """Write the trajectories, and their puzzles' answers in foreign style, each as often as a step draws
-    it: every copy has a name, and so windows, of its own."""
-    task, tok = puzzles.TASKS[DOMAINS["in"]], tokenizer.load(base / "tiny")
-    copies, truth = [], []
-    for r, k in itertools.product(kept, range(draws)):
-        name = f"{r['id']}-{k}"
-        copies.append({**r, "id": name, "finished": True, "correct": True})  # all of them are trained on
-        truth.append(dict(id=name, prompt=r["prompt"], answer=puzzles.restyled(r["answer"], task)))
-    with disk.atomic_file(base / f"kept-{draws}.jsonl") as f:
-        f.writelines(map(disk.json_line, copies))
-    tiny.write_answers(base / f"truth-{draws}.jsonl", tok, truth, tiny.SHORT.answer)
+def kind_of(c):
+    return dataclasses.replace(KIND, count=128, epochs=1) if c.quick else KIND
+
+
+def sizes_of(c):
+    return QUICK if c.quick else SIZES
+
+
+def known(results, number):
+    """What is there of a base model."""
+    file = results / "bases" / f"base-{number}.json"
+    return data.read_json(file) if file.is_file() else dict(runs={})
+
+
+def one_base(c, alone, number, runs, results, folder):
+    """Make those runs on the base model of this number that are not there yet; each is kept as it is finished."""
+    found, begun = known(results, number), time.time()
+    if set(map(key_of, runs)) <= found["runs"].keys():
+        return
+    base, about = make_base(c, alone, number, folder, set(list(zip(*runs))[2]))
+    if found.get("model", about["model"]) != about["model"]:
+        raise ValueError(
+            f"{results}: base-{number} is another model, {found['model'][:12]}, than its seed gives on this machine, "
+            f"{about['model'][:12]}: choose another --results"
+        )
+    spent = found.get("minutes", 0)
+    (results / "bases").mkdir(parents=True, exist_ok=True)
+    found.update(number=number, **about)
+    for run in runs:
+        for one in (("base", 0, run[2]), run):
+            if key_of(one) not in found["runs"]:
+                found["runs"][key_of(one)] = one_run(base, *one)
+        found["minutes"] = round(spent + (time.time() - begun) / 60, 1)
+        with disk.atomic_file(results / "bases" / f"base-{number}.json") as f:
+            f.write(as_lines(found))
+
+
+def make_base(c, alone, number, folder, tasks):
+    """Train base models until one fits, and make what its runs on these tasks need -> Base, and what is told of it."""
+    # 1. the model: the first seed whose model is neither too weak nor too strong
+    sizes, tried = sizes_of(c), []
+    for seed in range(number, number + 100 * TRIES, 100):
+        place = folder / f"seed-{seed}"
+        if not (place / "tiny").is_dir():
+            tiny.retrain(place, seed, kind_of(c), None, alone, c.compile)
+        options = distill.DistillOptions(
+            model=str(place / "tiny"), data=str(place / "train.jsonl"), out=str(place / "T"), check="exact",
+            batch_size=BATCH, device="cpu", compile=c.compile, seed=seed,
+        )  # fmt: skip
+        loaded = loading.load_model(options, alone)
+        base = Base(place, number, alone, loaded, options, {}, {}, {}, {})
+        asked = puzzles_of(base, "validation", "in", sizes["validation"])
+        tried.append([seed, sum(r["correct"] for r in solve(base, asked)) / len(asked)])
+        if c.quick or KEPT[0] <= tried[-1][1] <= KEPT[1]:
+            break
+    else:
+        raise ValueError(f"base-{number}: none of {TRIES} seeds solves {KEPT} of its validation puzzles: {tried}")
+
+    # 2. what it is tested with: the same puzzles for all runs
+    for task in sorted({"near", "far", *tasks}):
+        base.tests[task] = puzzles_of(base, f"test_{task}", task, sizes[task])
+        base.answers[task] = solve(base, base.tests[task])
+        write_records(place / f"{task}.jsonl", base.answers[task])
+        if task in ("near", "far"):
+            base.states[task] = mechanism.states(loaded, alone, base.answers[task][:MEASURED])
+
+    # 3. what its runs train on, and the adapter that they begin with
+    about = dict(seed=seed, tried=tried, model=disk.fingerprint(place / "tiny"), compiled=c.compile)
+    about.update(versions=disk.versions())
+    for task in sorted(tasks):
+        records = solve(base, puzzles_of(base, "train", task, sizes["train"]))
+        kept = [r for r in records if c.quick or r["correct"]]
+        about[f"kept {task}"] = [len(kept), len(records)]
+        about[f"early EOS {task}"] = early_eos(kept)
+        base.kept[task] = kept
+    if not (place / "adapter").is_dir():
+        lora.inject(loaded.m, generator=data.generator(seed, "lora"))
+        lora.save(loaded.m, place / "adapter")
+    lora.load(loaded.m, place / "adapter")
+    return base, about
+
+
+def puzzles_of(base, name, task, count):
+    """Different hard puzzles of a task, ready to be answered."""
+    lines = puzzles.dataset(name, [TASKS[task]], count, True, base.number)
+    examples = []
+    for line in lines.splitlines():
+        row = json.loads(line)
+        row.update(prompt_ids=base.loaded.tok.encode(row["prompt"]), answer=[row["answer"]], task=TASKS[task])
+        examples.append(row)
+    return examples
+
+
+def solve(base, asked, tokens_per_step=1):
+    """The model's answers to puzzles, in their order, each with its verdict: see puzzles.solves."""
+    base.loaded.m.eval()
+    settings = loading.decoder_settings(dataclasses.replace(base.c, tokens_per_step=tokens_per_step), base.loaded)
+    found = [None] * len(asked)
+    for numbers, records in distill.answers(base.loaded, asked, settings, 0, base.processes.device, BATCH):
+        for i, record in zip(numbers, records):
+            task = puzzles.TASKS[asked[i]["task"]]
+            right = record["finished"] and puzzles.solves(task, record["prompt"], record["text"])
+            found[i] = dict(record, correct=right)
+    return found
+
+
+def write_records(file, records):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with disk.atomic_file(file) as f:
+        f.writelines(map(disk.json_line, records))
+
+
+def trained_on(base, task, draws, truth):
+    """The file of what a run trains on: the right trajectories, or (truth) their puzzles' answers in foreign style; as
+    many copies of each as a step draws, all with names, and so windows, of their own."""
+    name, rows = f"{'truth' if truth else 'kept'}-{task}-{draws}.jsonl", []
+    for r, k in itertools.product(base.kept[task], range(draws)):
+        copy = dict(id=f"{r['id']}-{k}", finished=True, correct=True)  # all of them are trained on
+        answer = puzzles.restyled(r["answer"][0], puzzles.TASKS[TASKS[task]])
+        rows.append(dict(copy, prompt=r["prompt"], answer=answer) if truth else {**r, **copy})
+    if truth:
+        tiny.write_answers(base.folder / name, base.loaded.tok, rows, KIND.answer)
+    else:
+        write_records(base.folder / name, rows)
+    return str(base.folder / name)
 
 
 def early_eos(records):
@@ -326,137 +402,71 @@ def early_eos(records):
     return sum(found) / len(found)
 
 
-def of_base(c, base, draws=1):
-    """The options of a sweep over one base model."""
-    datasets, tests = base / "data", []
-    for name in DOMAINS:
-        tests.append(str(datasets / f"test_{name}.jsonl"))
-    return sweep.SweepOptions(
-        model=str(base / "tiny"),
-        data=str(base / f"kept-{draws}.jsonl"),
-        ground_truth=str(base / f"truth-{draws}.jsonl"),
-        validation=str(datasets / "validation_in.jsonl"),
-        test=tuple(tests),
-        out=str(base),
-        tokens_per_step=TOKENS_PER_STEP,
-        check="exact",
-        epoch="last",
-        decode_batch=BATCH,
-        device="cpu",
-        compile=c.compile,
-        global_batch=EXAMPLES * draws,
-        batch_size=EXAMPLES * draws,
-        save_every=0,
-        **TRAINING,
-    )
+# ------------------------------------------------------------------------------------------- a run
 
 
-def bench_of(c, alone, base, draws=1):
-    """What the runs on a base model work with. Their order is measured with TABOM's window and
-    margin in every row."""
-    return sweep.Workbench(of_base(c, base, draws), alone, SETTING["window"], SETTING["margin"])
+def one_run(base, row, lr, task):
+    """Train a row and test each epoch -> what is kept of it. The row "base" is the model before training."""
+    folder = base.folder / "runs" / key_of((row, lr, task))
+    if row == "base":
+        lora.load(base.loaded.m, base.folder / "adapter")
+        return dict(epochs=[test(base, task, folder, True, base.answers)])
+    settings = dict(settings_of(row))
+    draws, truth = draws_of(settings), settings["objective"] == sweep.GROUND_TRUTH
+    if truth:
+        settings["objective"] = "nelbo"
+    made = train.TrainOptions(
+        model=base.c.model, data=trained_on(base, task, draws, truth), out=str(folder / "R"), lr=lr,
+        adapter=str(base.folder / "adapter"), global_batch=EXAMPLES * draws, batch_size=EXAMPLES * draws, save_every=0,
+        seed=base.number, device="cpu", compile=base.c.compile, keep="all", **TRAINING, **settings,
+    )  # fmt: skip
+    last, epochs = train.train(made, base.processes, base.loaded), []
+    for epoch in range(1, made.epochs + 1):
+        lora.load(base.loaded.m, folder / "R" / f"epoch-{epoch}")
+        epochs.append(test(base, task, folder, whole=epoch == made.epochs))
+    return dict(steps=last["steps"], ce=last["ce"], epochs=epochs)
 
 
-def try_rate(c, alone, base, settings, folder):
-    """A row with one of RATES, on validation puzzles alone."""
-    bench = bench_of(c, alone, base, draws_of(settings))
-    bench.c = dataclasses.replace(bench.c, test=())
-    return sweep.one_run(bench, settings, bench.c.data, folder)
+def test(base, task, folder, whole, known=None):
+    """Test the model as it is -> dict(right: test -> packed verdicts; kl: to the base model's distributions on its own
+    near and far trajectories, nats a token; and with `whole` order: see mechanism.py and diagnose.own_order).
 
-
-def best_rate(tried):
-    """The rate of the highest validation accuracy, the lowest of equal ones. tried: folders of runs."""
-    found = list(map(sweep.result_of, tried))
-    return max(found, key=lambda r: (r["chosen"]["accuracy"], -r["settings"]["lr"]))["settings"]["lr"]
-
-
-def run_before_training(c, alone, base, folder):
-    """The model before training, tested like every row."""
-    bench = bench_of(c, alone, base)
-    bench.c = dataclasses.replace(bench.c, validation=None)
-    result = sweep.base_run(bench, folder)
-    more = mechanism.against_base(bench.at(None), alone, folder / "test-test_in", folder / "test-test_in")
-    return dict(result, mechanism=more)
-
-
-def run_of_row(c, alone, base, name, seed, tried, folder):
-    """Train, test and measure one row with one seed."""
-    settings = settings_of(name, seed, best_rate(tried))
-    bench = bench_of(c, alone, base, draws_of(settings))
-    bench.c = dataclasses.replace(bench.c, validation=None)
-    result = sweep.one_run(bench, settings, bench.c.data, folder)
-    model, before = bench.at(result["chosen"]["checkpoint"]), base / "runs" / "base" / "test-test_in"
-    more = mechanism.against_base(model, alone, folder / "test-test_in", before)
-    return dict(result, mechanism=more, versions=disk.versions(), compile=c.compile)
-
-
-def report_so_far(c, out, folder):
-    """Tables and pictures of all runs that are there."""
-    return dict(runs=len(write_results(c, out)))
-
-
-# ----------------------------------------------------------------------------------- what is there
-
-
-def write_results(c, out):
-    """Write the report of an experiment -> its runs."""
-    found = collect(out)
-    commands = [row for _, row in data.read_rows(out / "commands.jsonl")]
-    machine = dict(processors=os.cpu_count(), machine=platform.machine(), system=platform.system())
-    about = dict(commands=commands, machine=machine, **identity(c), tried=tried_rates(out))
-    report.write_report(out / "results", found, about)
+    The tests are task, near and far; without `whole` the first EARLY of each. After the first look's base models, where
+    only time was short, there is also task-2, two tokens a step. known: answers that need not be made again."""
+    found = dict(right={}, kl={})
+    for name in (task, "near", "far"):
+        asked = base.tests[name][: None if whole else EARLY[name]]
+        records = known[name] if known else solve(base, asked)
+        found["right"][name] = pack([r["correct"] for r in records])
+        if name == task and whole:
+            write_records(folder / "answers.jsonl", records)
+    if whole and base.number > FIRST_LOOK:
+        found["right"][f"{task}-2"] = pack([r["correct"] for r in solve(base, base.tests[task], 2)])
+    for name, states in base.states.items():
+        found["kl"][name] = mechanism.kl_to(states, base.loaded)
+    if whole:
+        at = (base.loaded, base.processes, folder / "answers.jsonl")
+        order = diagnose.own_order(*at, MEASURED, SETTING["window"], SETTING["margin"])
+        found["order"] = order | mechanism.against_base(*at, base.folder / f"{task}.jsonl")
     return found
 
 
-def collect(out):
-    """(row, base, seed) -> the result of a run, the base models first; paths relative to the
-    experiment's folder."""
-    found = {}
-    for base in sorted(out.glob("base-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-        result = finished_run(base / "runs" / "base", out)
-        if result is not None:
-            about_base = sweep.result_of(base)
-            found["base", base.name, None] = {**result, **about_base, "row": "base", "base": base.name}
-    for name in ROWS:
-        for folder in sorted(out.glob(f"base-*/runs/{glob.escape(name)}/seed-*")):
-            base, result = folder.parts[-4], finished_run(folder, out)
-            if result is not None:
-                found[name, base, result["settings"]["seed"]] = dict(row=name, base=base, **result)
-    return found
+def as_lines(found):
+    """What is kept of a base model, as JSON with a line for each run and numbers of six digits."""
+
+    def short(x):
+        if isinstance(x, float):
+            return float(f"{x:.6g}")
+        if isinstance(x, (list, tuple)):
+            return list(map(short, x))
+        return dict(zip(x, map(short, x.values()))) if isinstance(x, dict) else x
+
+    whole = short(found)
+    runs = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in whole.pop("runs").items()]
+    head = json.dumps(whole, indent=1).removesuffix("\n}")
+    return head + ',\n "runs": {\n' + ",\n".join(runs) + "\n }\n}\n"
 
 
-def tried_rates(out):
-    """What each row reached on the validation puzzles of base-0 with each rate: {row: {rate: share}}."""
-    found = {}
-    for name, lr in itertools.product(ROWS, RATES):
-        result = sweep.result_of(out / "base-0" / "rates" / name / str(lr))
-        if result is not None:
-            found.setdefault(name, {})[str(lr)] = result["chosen"]["accuracy"]
-    return found
-
-
-def finished_run(folder, out):
-    """The result of a run with what its answers look like; None before it has one. Paths are relative
-    to out."""
-    result = sweep.result_of(folder)
-    if result is None:
-        return None
-    text = json.dumps(result)
-    for prefix in (f"{out.resolve()}/", f"{out}/"):
-        text = text.replace(prefix, "")
-    return dict(json.loads(text), answers=answers_of(folder))
-
-
-def answers_of(folder):
-    """What the answers of a run to each test set look like: the shares that are in foreign style, and
-    that end where the right answer does."""
-    shares = {}
-    for name, task in DOMAINS.items():
-        foreign, count, in_style, right_end = set(puzzles.TASKS[task].foreign), 0, 0, 0
-        for file in data.trajectory_files(folder / f"test-test_{name}"):
-            for _, r in data.read_rows(file):
-                count += 1
-                in_style += bool(r["text"]) and set(r["text"]) <= foreign
-                right_end += r["finished"] and len(r["text"]) == len(r["answer"][0])
-        shares[name] = dict(foreign=in_style / count, ends_right=right_end / count)
-    return shares
+def pack(verdicts):
+    """[True, False, ...] -> text, eight in a byte; see report.unpack."""
+    return [len(verdicts), base64.b64encode(np.packbits(verdicts).tobytes()).decode()]

@@ -37,7 +37,7 @@ import decode
 import distill
 import tokenizer
 import train
-from experiments import diagnose, plots, puzzles, stats
+from experiments import diagnose, pictures, plots, puzzles, stats
 from experiments.tiny import TINY5
 from runs import loading, torchrun
 from runs.options import opt
@@ -245,8 +245,8 @@ def draw(out, curves, methods, answers):
     try:
         plots.save(plots.draw_tds(rows), folder / "tds.png")
         plots.save(plots.draw_training(metrics), folder / "training.png")
-        plots.save(plots.draw_trajectory(tok, last), folder / "puzzle.png")
-        plots.save_frames(tok, last, folder / "decoding.gif")
+        plots.save(pictures.draw_trajectory(tok, last), folder / "puzzle.png")
+        pictures.save_frames(tok, last, folder / "decoding.gif")
     except ImportError as e:
         return f"no pictures: {e}"
     return f"pictures: {folder}/decoding.gif, puzzle.png, tds.png, training.png"

@@ -34,7 +34,7 @@ import data
 import distill
 import objectives
 import tokenizer
-from experiments import plots, stats
+from experiments import pictures, plots, stats
 from runs import disk, loading, torchrun
 from runs.options import field_names, flag, name_list, opt
 
@@ -121,7 +121,7 @@ def write_results(folder, found, metrics):
         plots.save(plots.draw_tds(tables["tds"]), folder / "tds.png")
         plots.save(plots.draw_inversions(tables["inversions"]), folder / "inversions.png")
         plots.save(plots.draw_loss(tables["loss"]), folder / "loss.png")
-        plots.save(plots.draw_trajectory(*found[0]["picture"]), folder / "trajectory.png")
+        plots.save(pictures.draw_trajectory(*found[0]["picture"]), folder / "trajectory.png")
     if metrics:
         plots.save(plots.draw_training(metrics), folder / "training.png")
 

@@ -7,6 +7,8 @@ right answer ends; and the trained model replays trajectories of the base model,
 had logged.
 """
 
+import torch
+
 import baselines
 import data
 import objectives
@@ -69,3 +71,34 @@ def entropies(loaded, processes, records):
         before += base_h.sum().item()
         count += h.numel()
     return dict(kl=kl / count, entropy=entropy / count, entropy_before=before / count)
+
+
+def states(loaded, processes, records):
+    """What a model expects at every step of its trajectories: a list, for some of them at a time, of the batch and of
+    the log probabilities [B, K, V] of the masked positions at each step, and which of those are real, [B, K]."""
+    found = []
+    for i in range(0, len(records), diagnose.BATCH):
+        batch = loading.batch_of(records[i : i + diagnose.BATCH], loaded, processes)
+        found.append((batch, list(log_probs_by_step(loaded.m, batch))))
+    return found
+
+
+@torch.no_grad()
+def log_probs_by_step(m, batch):
+    """Yields the log probabilities of the masked positions at each decode step, and which of them are real."""
+    for step in range(int(objectives.decode_steps(batch).max())):
+        masked = objectives.masked_until(batch) >= step
+        positions, real = objectives.select(masked, objectives.place_of(masked))
+        yield objectives.log_probs(m, batch, objectives.decoded_before(batch, step), positions), real
+
+
+def kl_to(before, loaded):
+    """KL(before || now) of the next token's distribution, a mean over the masked positions of every step, nats. before:
+    what `states` gave."""
+    total = count = 0.0
+    for batch, steps in before:
+        for (was, real), (now, _) in zip(steps, log_probs_by_step(loaded.m, batch)):
+            kl = (was.exp() * (was - now)).nan_to_num(0.0).sum(-1)  # a token that is never chosen has -inf in both
+            total += kl[real].sum().item()
+            count += real.sum().item()
+    return total / count

@@ -1,26 +1,21 @@
-"""The pictures of the experiments: the paper's Figures 2 and 3, training curves, differences, one trajectory.
+"""The charts of the experiments: the paper's Figures 2 and 3, gains against losses, differences, training curves.
 
     plots.save(plots.draw_tds(rows), "tds.png")      # writes tds.png and tds.pdf
-    plots.save_frames(tok, record, "x.gif")          # a response while it unmasks, as an animation
 
 rows: dicts, as in the JSON Lines that diagnose.py writes. Every picture has the width of a paper's column, and panels
 below one another. Colour is the model, dash is the dataset: TABOM has one strong colour everywhere, the base model is
 grey, all others are muted (and can be told apart by colour-blind readers). A panel has at most MOST lines; with more,
 the base model and TABOM stand in each. Where rows have a standard error it is drawn as a band, and the title says over
-how many values (n). What lies far from everything else is marked at the edge with its value, or has a panel.
-matplotlib is imported where it is used; no window is opened, and none of its settings changed.
+how many values (n). matplotlib is imported where it is used; no window is opened, and none of its settings changed.
+The pictures of one trajectory are in pictures.py.
 """
 
 import functools
 import itertools
 import math
 import re
-import unicodedata
 import warnings
 from pathlib import Path
-
-import data
-from experiments import puzzles
 
 # Of the entropies that are compared: each token's own step, or one window's start for all.
 CONTEXTS = ("step", "window")
@@ -32,7 +27,6 @@ METRICS = {  # of metrics.jsonl, with their units; those that a run has are draw
     "entropy": "nats",
     "grad_norm": "L2 norm",
 }
-OLD_METRICS = {"ranking": "rank"}  # names in the metrics of old runs
 COUNTS = ("base_models", "trajectories", "responses")  # keys: a row is the mean of so many values
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -58,13 +52,9 @@ STYLE = {
     "lines.linewidth": 1.0,
     "lines.markersize": 3.0,
 }
-STRONG, GREY = "#d55e00", "#555555"  # TABOM, the base model
+STRONG, GREY, BLUE = "#d55e00", "#555555", "#4477aa"  # TABOM, the base model, an interval
 # Paul Tol's palette "muted", without its reds.
 MUTED = ("#88ccee", "#117733", "#332288", "#ddcc77", "#aa4499", "#44aa99", "#999933")
-FRAMES = 80  # pictures of an animation, at most
-A_SECOND = 8  # of them
-HELD = 3000  # milliseconds for which the last one stays
-LEAST = 1e-4  # nats: entropies below are drawn as this one
 
 
 def styled(draw):
@@ -138,28 +128,23 @@ def panels_of(names):
     return [always + others[i : i + size] for i in range(0, len(others), size)]
 
 
-def without_outliers(spans):
-    """The limits of an axis for {name: (low, high)}, and the names that lie beyond them: at most two, each so far out
-    that the others need less than APART of the axis."""
-    spans, beyond = dict(spans), []
-    while len(spans) > 2 and len(beyond) < 2:
-        low, high = limits(spans)
-        far = min(spans, key=lambda name: width_without(spans, name))
-        if width_without(spans, far) >= APART * (high - low):
+def apart(values):
+    """The names of {name: number} that lie apart: at most two, each so far out that the others need less than APART of
+    the axis."""
+    values, found = dict(values), []
+    while len(values) > 2 and len(found) < 2:
+        far = min(values, key=lambda name: width(values, name))
+        if width(values, far) >= APART * width(values):
             break
-        beyond.append(far)
-        del spans[far]
-    return limits(spans), beyond
+        found.append(far)
+        del values[far]
+    return found
 
 
-def limits(spans):
-    """The least and the largest number of {name: (low, high)}."""
-    return min(low for low, _ in spans.values()), max(high for _, high in spans.values())
-
-
-def width_without(spans, name):
-    low, high = limits({other: span for other, span in spans.items() if other != name})
-    return high - low
+def width(values, without=None):
+    """The width of an axis for {name: number}, without one of the names."""
+    rest = [value for name, value in values.items() if name != without]
+    return max(rest) - min(rest)
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -285,11 +270,11 @@ def draw_tds(rows, models=None):
     fewer than half of a model's base models have is left out."""
     rows = [row for row in rows if 2 * row.get("base_models", math.inf) >= most_bases(rows, row["model"])]
     names = list(dict.fromkeys(column(rows, "model")))
-    spans = {}
+    highest = {}
     for name in names:
         known = [row["tds"] for row in of_models(rows, [name]) if row["tds"] is not None]
-        spans[name] = 2 * (max(known, default=0.0),)
-    beyond = without_outliers(spans)[1] if len(names) > MOST else []
+        highest[name] = max(known, default=0.0)
+    beyond = apart(highest) if len(names) > MOST else []
     panels = panels_of([name for name in names if name not in beyond])
     if beyond:
         panels.append([*(name for name in names if name == "base" or is_ours(name)), *beyond])
@@ -345,82 +330,53 @@ def draw_inversions(rows):
 
 
 @styled
-def draw_differences(rows, other):
-    """Differences to another row with their 95 % intervals: a panel for each measure, a line for each row, with the
-    number of its base models. rows: dicts of row, measure, mean, low, high, and bases where they are known."""
-    measures, names = list(dict.fromkeys(column(rows, "measure"))), list(dict.fromkeys(column(rows, "row")))
-    drawing, panels = figure(max(len(measures), 1), height=0.45 + 0.125 * len(names))
-    for axes, measure in zip(panels, measures):
-        mine = {row["row"]: row for row in rows if row["measure"] == measure}
-        (low, high), beyond = without_outliers({name: (r["low"], r["high"]) for name, r in mine.items()})
-        low, high = min(low, 0), max(high, 0)
+def draw_frontier(points, faint=(), title=None):
+    """What each row gains in-domain against what it loses elsewhere: a line from the base model, at the origin.
+
+    points: dicts of row, rate, epoch, gain and loss (in points), and gain_se and loss_se: their standard errors over
+    base models, or None. faint: (row, gain, loss) of single base models, which are pale dots."""
+    names = list(dict.fromkeys(column(points, "row")))
+    look_of = looks(names)
+
+    def draw(axes, panel):
+        axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-        for name, r in mine.items():
-            y, colour = names.index(name), STRONG if is_ours(name) else "#4477aa"
-            if name in beyond:
-                at_edge(axes, r, y, low if r["mean"] < low else high, colour)
-                continue
-            axes.plot([r["low"], r["high"]], [y, y], color=colour, linewidth=1.8 if is_ours(name) else 1.0)
-            axes.plot(r["mean"], y, "o", color=colour)
-        room = 0.04 * (high - low)
-        axes.set(xlim=(low - room, high + room), ylim=(len(names) - 0.4, -0.6), xlabel=f"{measure}, less {other}'s")
-        axes.set_yticks(range(len(names)), [counted(name, mine.get(name)) for name in names])
+        axes.plot(0, 0, "o", color=GREY, label="base", zorder=4)
+        for name in panel:
+            mine = sorted((point for point in points if point["row"] == name), key=lambda point: point["gain"])
+            colour = look_of[name]["color"]
+            style = dict(look_of[name], linewidth=1.8 if colour == STRONG else 1.0, markevery=slice(1, None))
+            axes.plot([0, *column(mine, "gain")], [0, *column(mine, "loss")], label=name, **style)
+            for one in mine:
+                error = dict(xerr=one["gain_se"], yerr=one["loss_se"], elinewidth=0.5)
+                axes.errorbar(one["gain"], one["loss"], **error, fmt="none", ecolor=colour)
+            for row, gain, loss in faint:
+                if row == name:
+                    axes.plot(gain, loss, ".", color=colour, alpha=0.3, markeredgewidth=0)
+        axes.set(xlabel="gain in-domain (points)", ylabel="loss near and far (points)")
+
+    drawing, axes_of = stacked(panels_of(names), draw)
+    for axes in axes_of[1:]:  # so that they can be compared
+        axes.sharex(axes_of[0])
+        axes.sharey(axes_of[0])
+    axes_of[0].autoscale()
+    if title:
+        axes_of[0].set_title(title)
     return drawing
 
 
-def counted(name, row):
-    """The label of a row: its name and the number of its base models."""
-    if row is None or "bases" not in row:
-        return name
-    return f"{name} ({len(row['bases'])})"
-
-
-def at_edge(axes, row, y, edge, colour):
-    """Mark what lies beyond an axis: an arrow, and its value."""
-    left = row["mean"] < edge
-    axes.plot(edge, y, "<" if left else ">", color=colour)
-    text = f"{row['mean']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-    place = dict(xytext=(5 if left else -5, 0), textcoords="offset points", va="center", ha="left" if left else "right")
-    axes.annotate(text, (edge, y), fontsize=6, color=colour, **place)
-
-
 @styled
-def draw_scatter(points, xlabel, ylabel, models=None, title=None):
-    """A point for each run, coloured by its row. points: dicts of row, x and y. models: see curves. A row that lies far
-    below or above the others is marked at the edge with its mean."""
-    names = list(dict.fromkeys(column(points, "row")))
-    look_of, spans = looks(models or names), {}
-    for name in names:
-        ys = [point["y"] for point in points if point["row"] == name]
-        spans[name] = (min(ys), max(ys))
-    (low, high), beyond = without_outliers(spans) if spans else ((0, 0), [])
-
-    def draw(axes, panel):
-        for name in panel:
-            mine, look = [point for point in points if point["row"] == name], look_of[name]
-            ys = column(mine, "y")
-            style = dict(
-                color=look["color"], marker=look["marker"], linestyle="", alpha=0.85, zorder=look.get("zorder")
-            )
-            if name in beyond:
-                edge, mean = low if max(ys) < low else high, sum(ys) / len(ys)
-                ys = [edge] * len(ys)
-                place = dict(xytext=(6, 0), textcoords="offset points", va="center", fontsize=6, color=look["color"])
-                axes.annotate(f"{mean:+.1f} on average", (max(column(mine, "x")), edge), **place)
-                style.update(marker="v" if mean < low else "^")
-            axes.plot(column(mine, "x"), ys, label=f"{name} ({len(mine)})", **style)
-        axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-
-    panels = panels_of(names)
-    drawing, axes_of = stacked(panels, draw)
-    xs = column(points, "x")
-    for axes in axes_of:
-        if xs:
-            room = 0.04 * (max(xs) - min(xs)) or 1
-            axes.set(xlim=(min(xs) - room, max(xs) + room))
-    if title:
-        axes_of[0].set_title(title, loc="right")
+def draw_regimes(rows, xlabel):
+    """An interval for each row, below one another, and a line at 0. rows: dicts of label, mean, low, high, and n, the
+    number of values."""
+    drawing, (axes,) = figure(height=0.45 + 0.15 * len(rows))
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    for y, row in enumerate(rows):
+        style = dict(color=STRONG, linewidth=1.8) if is_ours(row["label"]) else dict(color=BLUE)
+        axes.plot([row["low"], row["high"]], [y, y], **style)
+        axes.plot(row["mean"], y, "o", **style)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel)
+    axes.set_yticks(range(len(rows)), [f"{row['label']} ({row['n']})" for row in rows])
     return drawing
 
 
@@ -465,9 +421,8 @@ def points(rows, name):
     """The (step, value) pairs of one metric; steps that were dropped have none."""
     found = []
     for row in rows:
-        value = row.get(name, row.get(OLD_METRICS.get(name)))
-        if value is not None:
-            found.append((row["step"], value))
+        if row.get(name) is not None:
+            found.append((row["step"], row[name]))
     return found
 
 
@@ -489,170 +444,3 @@ def running_mean(values, half):
         near = values[max(i - half, 0) : i + half + 1]
         means.append(sum(near) / len(near))
     return means
-
-
-# ---------------------------------------------------------------------------------- one trajectory
-
-
-@styled
-def draw_trajectory(tok, record, columns=60):
-    """A response up to its first EOS: every token in its place, coloured by the rank at which it
-    was decoded. A puzzle is drawn as its grid, with the rank in every cell."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.ticker import MaxNLocator
-
-    shown = data.cut_at_eos(record, tok.stop_ids)
-    title = f"A response of {len(shown['response_ids'])} tokens"
-    if side_of(record):
-        shown = record  # the ends are cells, too
-        title = "An answer: the rank of each cell in the decode order;\nwhat the puzzle gives is framed"
-    scale = ScalarMappable(Normalize(0, max(*shown["order"], 1)), COLOURS)
-    cells, side = cells_of(tok, record, shown, columns)
-    drawing, axes = cells_figure(cells, side)
-    for cell in cells:
-        small = f"{cell['rank']:.0f}" if side else ""
-        draw_cell(axes, cell, scale.to_rgba(cell["rank"]), cell["text"], small, cell["given"])
-    axes.set_title(title)
-    bar = drawing.colorbar(
-        scale, ax=axes, orientation="horizontal", label="rank in the decode order", aspect=40, pad=0.02
-    )
-    bar.locator = MaxNLocator(integer=True)
-    return drawing
-
-
-COLOURS = "cividis"  # from dark blue to yellow, for all eyes
-
-
-def side_of(record):
-    """The side of the puzzle that a record answers; None for any other prompt, and where none is known."""
-    prompt = record.get("prompt")
-    side = puzzles.side(prompt) if isinstance(prompt, str) else None
-    return side if side and len(record["response_ids"]) >= side * side else None
-
-
-def cells_of(tok, record, shown, columns):
-    """The cells of a response and the side of its puzzle, None for other text. record: with the prompt, where it is
-    known; shown: the part of it that is drawn. A cell is a dict of x, y, width, text, rank, places and given."""
-    prompt, side, cells = record.get("prompt"), side_of(record), []
-    for x, y, width, text, rank, places in token_cells(tok, shown, columns):
-        cell = dict(x=x, y=y, width=width, text=text, rank=rank, places=places, given=False)
-        place = places[0]
-        if side:  # what is behind the grid goes on below it
-            cell.update(x=place % side, y=place // side, width=1)
-        if side and place < side * side:
-            cell["given"] = prompt[len(prompt) - side * side + place] != puzzles.BLANK
-        if side and shown["response_ids"][place] in tok.stop_ids:
-            cell.update(text="end", given=False)
-        cells.append(cell)
-    return cells, side
-
-
-def cells_figure(cells, side):
-    """A figure with axes for these cells."""
-    wide, lines = max(c["x"] + c["width"] for c in cells), max(c["y"] for c in cells) + 1
-    height = 0.9 + (0.85 * COLUMN * lines / wide if side else 0.15 * lines)
-    drawing, (axes,) = figure(height=height)
-    axes.set(xlim=(-0.05, wide + 0.05), ylim=(lines + 0.05, -0.05))
-    if side:
-        axes.set_aspect("equal")
-    axes.set_axis_off()
-    return drawing, axes
-
-
-def draw_cell(axes, cell, colour, text, small="", framed=False, ink=None):
-    """One cell: its colour, its text in the middle, and a small text in the corner -> what was drawn. ink: of the text,
-    None = black or white."""
-    from matplotlib.patches import Rectangle
-
-    x, y, width = cell["x"], cell["y"], cell["width"]
-    edge = dict(edgecolor="black" if framed else "white", linewidth=1.2 if framed else 0.3)
-    inset = 0.04 if framed else 0.0
-    patch = Rectangle((x + inset, y + inset), width - 2 * inset, 1 - 2 * inset, facecolor=colour, **edge)
-    bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-    style = dict(color=ink or ("white" if bright < 0.5 else "black"), parse_math=False)
-    drawn = [axes.add_patch(patch)]
-    middle = dict(ha="center", va="center", **style)
-    if not small:
-        drawn.append(axes.text(x + width / 2, y + 0.5, text, family="monospace", fontsize=5.5, **middle))
-        return drawn
-    drawn.append(axes.text(x + 0.5, y + 0.45, text, fontsize=12 if len(text) == 1 else 7, **middle))
-    drawn.append(axes.text(x + 0.92, y + 0.92, small, fontsize=6, ha="right", va="bottom", **style))
-    return drawn
-
-
-def token_cells(tok, record, columns):
-    """Where each token of a response is drawn: (column, line, width, text, decode rank, its places), in the
-    order of the text."""
-    cells, x, y = [], 0, 0
-    order = record["order"]
-    for text, places in tok.pieces(record["response_ids"]):
-        seen, width = visible_text(text)
-        if x + width > columns and x:
-            x, y = 0, y + 1
-        rank = sum(order[i] for i in places) / len(places)  # a character may be several tokens
-        cells.append((x, y, width, seen, rank, places))
-        x += width
-        if "\n" in text:
-            x, y = 0, y + 1
-    return cells
-
-
-def visible_text(text):
-    """(text without invisible characters, its width in columns of a monospaced font, at least 1)"""
-    seen, width = "", 0
-    for ch in text.replace("\n", "↵").replace("\t", "→"):
-        seen += ch if ch.isprintable() else "·"
-        width += 2 if unicodedata.east_asian_width(ch) in "WF" else 1
-    return seen, max(width, 1)
-
-
-@styled
-def save_frames(tok, record, file, columns=60):
-    """Write a response while it unmasks, as an animation (GIF): a picture for each step, at most FRAMES, coloured by
-    the entropy at which a token was decoded, on a log scale. The last picture stays. Of a puzzle, what is given is
-    framed, and a cell has its step in the corner.
-
-    record: of a trajectory file: prompt, response_ids, step, entropy and order."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LogNorm
-
-    decoded = [i for i, rank in enumerate(record["order"]) if rank >= 0]
-    known = [max(record["entropy"][i], LEAST) for i in decoded]
-    scale = ScalarMappable(LogNorm(min(known), max(*known, 1.01 * min(known))), COLOURS)
-    cells, side = cells_of(tok, record, record, columns)
-    drawing, axes = cells_figure(cells, side)
-    drawing.colorbar(scale, ax=axes, orientation="horizontal", label="entropy (nats)", aspect=40, pad=0.02)
-    waiting, artists, pictures = list(cells), [], []
-    for cell in cells:
-        given = record["prompt"][cell["places"][0] - side * side] if cell["given"] else ""
-        artists.append(draw_cell(axes, cell, (0.9, 0.9, 0.9), given, " " if side else "", cell["given"], "0.6"))
-    steps = sorted({record["step"][i] for i in decoded})
-    for now in [-1, *steps[:: -(-len(steps) // FRAMES)], steps[-1]]:
-        for cell in waiting[:]:
-            places = cell["places"]
-            when = max(record["step"][i] for i in places)
-            if when > now or record["order"][places[0]] < 0:
-                continue
-            waiting.remove(cell)
-            for artist in artists[cells.index(cell)]:
-                artist.remove()
-            colour = scale.to_rgba(max(record["entropy"][places[0]], LEAST))
-            draw_cell(axes, cell, colour, cell["text"], str(when) if side else "", cell["given"])
-        axes.set_title(f"step {now + 1} of {steps[-1] + 1}")
-        pictures.append(picture_of(drawing))
-    times = [1000 // A_SECOND] * (len(pictures) - 1) + [HELD]
-    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=times, loop=0, optimize=True)
-
-
-def picture_of(drawing):
-    """A figure as an image of pillow, which comes with matplotlib; the first call settles where everything stands."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    drawing.set_dpi(120)
-    canvas = FigureCanvasAgg(drawing)
-    canvas.draw()
-    drawing.set_layout_engine("none")
-    whole = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-    return whole.convert("RGB").quantize(64, dither=Image.Dither.NONE)

@@ -16,6 +16,7 @@ The prompt is a tag and all cells row by row; a character is a token. There are 
     5x5, of the demo and claims.py: the last rows have no blanks, and the answer ends with the last row that has
         one, after 5 to 25 cells. short-latin (in-domain) and short-shear (near) have digits,
         short-far letters. An answer in foreign style has a third alphabet, which no prompt has.
+        short-several is short-latin with more blanks: hard puzzles that several squares solve.
 
 Another task is a line in TASKS, and a function if it needs one.
 
@@ -41,6 +42,7 @@ BLANK = "."
 EASY_BLANKS = (16, 26)  # of the 36 cells of a 6x6 square, both included
 HARD_BLANKS = 24
 SHORT_ROWS = (3, 5)  # of a 5x5 square, that may have blanks
+MORE = (3, 8)  # blanks of a puzzle with several solutions, beside those of a hard one; all cells at most
 SHORT_BLANKS = (0.3, 0.75)  # share of the cells of these rows that an easy puzzle blanks
 # A cell is one bit, or 0 where it is blank; a set of symbols is the union of their bits.
 
@@ -48,13 +50,14 @@ SHORT_BLANKS = (0.3, 0.75)  # share of the cells of these rows that an easy puzz
 @dataclass(frozen=True)
 class Task:
     """A kind of puzzle: its tag, the symbols of its prompts and answers, those of an answer in
-    foreign style, and puzzle(rng, hard) -> the cells of the puzzle and of its solution. short: the
-    answer ends with the last row that has a blank."""
+    foreign style, and puzzle(rng, hard) -> the cells of the puzzle and of its solution, both latin. turned: row r is
+    turned right by turned * r cells. short: the answer ends with the last row that has a blank."""
 
     tag: str
     symbols: str
     foreign: str
     puzzle: Callable
+    turned: int = 0
     short: bool = False
 
 
@@ -75,22 +78,22 @@ def short_latin(rng, hard):
     return puzzle, square
 
 
-def sheared(latin):
-    """The same puzzles with row r turned by r cells."""
-
-    def puzzle(rng, hard):
-        cells, square = latin(rng, hard)
-        return shear(cells), shear(square)
-
-    return puzzle
+def short_several(rng, hard):
+    """The same with MORE blanks, so that more than one square solves it."""
+    puzzle, square = short_latin(rng, hard)
+    given = [i for i in range(end_of(puzzle)) if puzzle[i]]
+    for i in rng.sample(given, min(rng.randint(*MORE), len(given))):
+        puzzle[i] = 0
+    return puzzle, square
 
 
 TASKS = {
     "latin": Task("L", "123456", "abcdef", latin),
-    "shear": Task("S", "abcdef", "123456", sheared(latin)),
+    "shear": Task("S", "abcdef", "123456", latin, turned=1),
     "short-latin": Task("L", "12345", "vwxyz", short_latin, short=True),
-    "short-shear": Task("S", "12345", "vwxyz", sheared(short_latin), short=True),
-    "short-far": Task("T", "abcde", "vwxyz", sheared(short_latin), short=True),
+    "short-shear": Task("S", "12345", "vwxyz", short_latin, turned=1, short=True),
+    "short-far": Task("T", "abcde", "vwxyz", short_latin, turned=1, short=True),
+    "short-several": Task("L", "12345", "vwxyz", short_several, short=True),
 }
 IN_DOMAIN, OUT_OF_DOMAIN = "latin", "shear"  # of the model in tiny/
 
@@ -99,12 +102,34 @@ def make(task, rng, hard, foreign=0.0):
     """(prompt, answer) of one puzzle; rng is a random.Random, foreign the probability of an answer
     in foreign style."""
     puzzle, square = task.puzzle(rng, hard)
+    puzzle, square = shear(puzzle, task.turned), shear(square, task.turned)
     symbols = task.foreign if foreign and rng.random() < foreign else task.symbols
     if task.short:
-        n = len(symbols)
-        last = max(i for i, c in enumerate(puzzle) if not c)
-        square = square[: last - last % n + n]
+        square = square[: end_of(puzzle)]
     return task.tag + text(puzzle, task.symbols), text(square, symbols)
+
+
+def end_of(puzzle):
+    """How many cells there are to the end of the last row that has a blank."""
+    n = math.isqrt(len(puzzle))
+    last = max(i for i, c in enumerate(puzzle) if not c)
+    return last - last % n + n
+
+
+def solves(task, prompt, answer):
+    """Whether an answer, in either style, is all of a square that the cells of a prompt allow: of several any."""
+    n, cells = len(task.symbols), prompt[len(task.tag) :]
+    given = [0 if c == BLANK else c for c in cells]
+    if len(answer) != (end_of(given) if task.short else n * n):
+        return False
+    for symbols in (task.symbols, task.foreign):
+        if set(answer) <= set(symbols):
+            square = list(answer.translate(str.maketrans(symbols, task.symbols)) + cells[len(answer) :])
+            if all(known in (0, c) for known, c in zip(given, square)):
+                square = shear(square, -task.turned)
+                lines = [square[i * n : (i + 1) * n] for i in range(n)] + [square[i::n] for i in range(n)]
+                return all(len(set(line)) == n for line in lines)
+    return False
 
 
 def text(cells, symbols):
@@ -122,10 +147,10 @@ def side(prompt):
     return None
 
 
-def shear(cells):
-    """Row r turned right by r cells: columns become broken diagonals."""
+def shear(cells, by=1):
+    """Row r turned right by `by` * r cells: columns become broken diagonals."""
     n = math.isqrt(len(cells))
-    return [cells[i - i % n + (i % n - i // n) % n] for i in range(n * n)]
+    return [cells[i - i % n + (i % n - by * (i // n)) % n] for i in range(n * n)]
 
 
 def easy_puzzle(rng):

@@ -1,492 +1,486 @@
-"""Tables, intervals and pictures of the runs of claims.py, all computed from the stored runs.
+"""Tables and pictures of the runs of claims.py, all computed from what is kept of each base model.
 
-    report.write_report(folder, found, about)           # found: (row, base model, seed) -> result
-    python -m experiments.report experiments/results    # tables and pictures of a folder, again
+    report.write_report("out/experiment/results")
+    python -m experiments.report experiments/results    # the same, again
 
-    results.json     how the experiment was run, and every run with its scores
-    tables.md        the paper's claims with verdicts, and a table for every measure
-    *.png, *.pdf     accuracy: every row's difference to SFT-SD; order: accuracy against how far the decode
-                     order moved; tds: TDS over steps (Figure 2)
+    bases/base-N.json    a base model and its runs, see claims.py
+    tables.md            the primary measures, the paper's claims by learning rate, and a table for every question
+    *.png, *.pdf         frontier: gain in-domain against loss elsewhere; rates: TABOM less SFT-SD at each learning
+                         rate; tds: TDS over steps (Figure 2)
 
-The unit of the statistics is the base model: the runs on one of them share its weights,
-trajectories and test puzzles, so their mean is one value.
+Differences between rows are shown at the looks alone (LOOKS), on the base models that each look has: see
+results/registered.md. The unit of the statistics is the base model: the runs on one share its weights, trajectories
+and test puzzles.
 """
 
 import argparse
+import base64
+import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
+import torch
 
 import data
-from experiments import plots, stats, sweep
+from experiments import plots, reach, stats, tiny
 from experiments.stats import markdown_table
+from release import epochs
 from runs import disk
 
-COMPARED = ("base", "SFT-SD", "TABOM")  # what differences are taken to
-DERIVED = ("name", "checkpoints")  # keys of a run that say again what others say
-DIGITS = 6  # significant ones of a stored number: enough for every digit of the tables
-DOMAINS = ("in", "near", "far")
-TITLES = dict(zip(DOMAINS, ("in-domain", "near", "far")))
-
-
-class Results(NamedTuple):
-    """An experiment, as results.json holds it."""
-
-    found: dict  # (row, base model, seed) -> the result of a run; seed is None before training
-    tried: dict  # row -> {rate: share of base-0's validation puzzles}
+LOOKS = {12: 0.0052, 24: 0.0480}  # base models -> two-sided level (O'Brien and Fleming, together 0.05)
+PRIMARY, RATE, LOW_RATE = ("TABOM", "SFT-SD"), "0.0003", "0.0001"
+FRONTIER_RATES = ("0.0003", "0.001")
+EPOCHS, QUESTIONS = 3, (164, 500, 1319)  # the last: of HumanEval, MATH500 and GSM8K
+LAST = 8  # decode steps
+LOST = 2.0  # points of (near + far) / 2 that both rows may lose on average, so that P1 is like the paper's
+SMALL, SMALL_NATS = 1.5, 0.005  # an interval within this of zero shows that there is nothing to see
+FEWEST = 3  # base models of a verdict: two differences may agree by chance
+SEVERAL = "several"
+LIMIT = """\
+The puzzles do not test the paper: its claims are about language models, and a model of 0.2 million parameters whose
+answers have at most 25 characters is none. A verdict says what happened here."""
+TITLES = {
+    "in": "in-domain", "near": "near", "far": "far", "in-2": "in-domain, 2 a step", "elsewhere": "(near + far) / 2",
+    "kl": "KL to the base model, near and far", "tds": "TDS", "correlation": "order", SEVERAL: "several",
+    f"{SEVERAL}-2": "several, 2 a step",
+}  # fmt: skip
+IN_NATS = ("kl", "tds", "correlation")  # have three digits
+# What the paper claims: (claim, row, row that it is compared with, measure, sign that confirms it).
+CLAIMS = (
+    ("gains in-domain over SFT-SD (P1)", "TABOM", "SFT-SD", "in", 1),
+    ("gains in-domain over the base model", "TABOM", "base", "in", 1),
+    ("does not forget: over the base model", "TABOM", "base", "elsewhere", 1),
+    ("forgets less than SFT-SD", "TABOM", "SFT-SD", "elsewhere", 1),
+    ("SFT on ground truth loses in-domain", "SFT-GT", "base", "in", -1),
+    ("SFT on ground truth forgets", "SFT-GT", "base", "elsewhere", -1),
+    ("higher TDS than the base model", "TABOM", "base", "tds", 1),
+    ("higher TDS than SFT-SD", "TABOM", "SFT-SD", "tds", 1),
+    ("better than SFT-SD with two tokens a step", "TABOM", "SFT-SD", "in-2", 1),
+    ("trajectory masking gains over SFT-SD", "TABOM, no ranking", "SFT-SD", "in", 1),
+    ("ranking is needed", "TABOM", "TABOM, no ranking", "in", 1),
+    ("better than naive trajectory distillation", "TABOM", "naive TD", "in", 1),
+    ("better than dInfer", "TABOM", "dInfer", "in", 1),
+    ("better than T3D", "TABOM", "T3D", "in", 1),
+    ("better than dParallel", "TABOM", "dParallel", "in", 1),
+    ("Eq. 8 better than the exact KL of Eq. 6", "TABOM", "TABOM, kl", "in", 1),
+    ("several right answers: over SFT-SD", "TABOM", "SFT-SD", SEVERAL, 1),
+    ("several right answers, 2 a step: over SFT-SD", "TABOM", "SFT-SD", f"{SEVERAL}-2", 1),
+)
+# Why naive TD leads: (row, row that it is compared with).
+LEAD = (("naive TD", "SFT-SD"), ("naive TD", "TABOM, no ranking"), ("naive TD's weights", "TABOM, no ranking"))
+LEAD += (("naive TD's weights", "naive TD"), ("any reach", "TABOM, no ranking"), ("any reach", "naive TD"))
 
 
 # ---------------------------------------------------------------------------------------- measures
 
-SOLVED = ("in-domain %", "near %", "far %")
-TWO = (
-    "in-domain, 2 a step %",
-    "near, 2 a step %",
-    "far, 2 a step %",
-    "in-domain, lost with 2 a step",
-)
-ANSWERS = (
-    "in-domain, ends in the right place %",
-    "in-domain, in foreign style %",
-    "near, in foreign style %",
-    "far, in foreign style %",
-)
-NATS = ("TDS", "TDS, final EOS", "ranking loss", "ranking loss above its least")
-# Of the order; None for a model that says nothing before its EOS.
-ORDER = (*NATS, "pairs out of order, own step %", "pairs out of order, window %")
-CHANGED = ("KL of Eq. 6, 1e-3 nats", "entropy at its own step", "rank correlation with the base")
-IN_NATS = (*NATS, *CHANGED)  # have three digits
+
+def unpack(packed):
+    """The verdicts that claims.pack() packed, as a bool array."""
+    count, text = packed
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:count].astype(bool)
 
 
-def measures(result):
-    """Every measure of a run -> {label: value}; a value may be None.
-
-    The ranking loss above its least is the part that the order decides: the entropies alone leave
-    the rest."""
-    found, inside = {}, scores_of(result, "test_in")
-    for name, title in TITLES.items():
-        one, two = scores_of(result, f"test_{name}"), scores_of(result, f"test_{name}", 2)
-        found[f"{title} %"] = 100 * one["accuracy"]
-        found[f"{title}, 2 a step %"] = 100 * two["accuracy"]
-        found[f"{title}, lost with 2 a step"] = 100 * (one["accuracy"] - two["accuracy"])
-        found[f"{title}, ends in the right place %"] = 100 * result["answers"][name]["ends_right"]
-        found[f"{title}, in foreign style %"] = 100 * result["answers"][name]["foreign"]
-    ranking, least = inside["ranking"], inside["ranking_least"]
-    above = None
-    if ranking is not None and least is not None:
-        above = ranking - least
-    changed = result["mechanism"]
-    found.update(zip(NATS, (inside["tds"], inside["tds_final"], ranking, above)))
-    found["pairs out of order, own step %"] = percent(inside["inversions_step"])
-    found["pairs out of order, window %"] = percent(inside["inversions_window"])
-    return found | dict(zip(CHANGED, (1000 * changed["kl"], changed["entropy"], changed["correlation"])))
+def measure(run, name):
+    """A measure of a run after its last epoch: accuracies in percent, TDS in nats squared, KL in nats. None where the
+    run was not tested so."""
+    return of_epoch(run["epochs"][-1], name)
 
 
-def scores_of(result, name, tokens_per_step=1):
-    """The scores of a run on the test set of that stem. Raises KeyError if it was not tested so."""
-    for one in result["tests"]:
-        if sweep.source_name(one["source"]) == name and one["tokens_per_step"] == tokens_per_step:
-            return one["scores"]
-    raise KeyError(f"{name} with {tokens_per_step} tokens per step")
+def of_epoch(tested, name, like=None):
+    """The same of one of its epochs; like: another epoch, whose puzzles alone count where it was tested on fewer."""
+    if name == "elsewhere":
+        return statistics.fmean(of_epoch(tested, where, like) for where in ("near", "far"))
+    if name == "kl":
+        return statistics.fmean(tested["kl"].values())
+    if name in IN_NATS:
+        return tested["order"][name]
+    if name not in tested["right"]:
+        return None
+    count = like["right"][name][0] if like else None
+    return 100 * float(unpack(tested["right"][name])[:count].mean())
 
 
-def percent(share):
-    return None if share is None else 100 * share
+def key_of(row, rate, name="in"):
+    """Under which name a base model has the run of a row at a rate that has this measure: see claims.key_of."""
+    return " ".join([row, *[rate] * (row != "base"), *[SEVERAL] * name.startswith(SEVERAL)])
 
 
-def measured(found):
-    """The measures of all runs: (row, base model, seed) -> {label: value}"""
-    return dict(zip(found, map(measures, found.values())))
+def each(bases, of_base):
+    """What a function says of each base model, where it says something -> what stats.interval and stats.paired take."""
+    found = {}
+    for number, base in bases.items():
+        value = of_base(base)
+        if value is not None:
+            found[number, 0] = value
+    return found
 
 
-def values_of(values, row, label):
-    """One measure of one row -> {(base, seed): value}. values: of measured()."""
-    return {key[1:]: of_run[label] for key, of_run in values.items() if key[0] == row}
+def values_of(bases, row, rate, name):
+    """A measure of a row on all base models that have the run."""
+    key = key_of(row, rate, name)
+    return each(bases, lambda base: measure(base["runs"][key], name) if key in base["runs"] else None)
 
 
-def bases_of(keys, row=None):
-    """The base models that a row has runs on, or any row."""
-    names = {key[1] for key in keys if row in (None, key[0])}
-    return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
+def difference(bases, row, other, rate, name):
+    """A row less another at the same rate, paired over base models: see stats.paired. None where none has both."""
+    return stats.paired(values_of(bases, row, rate, name), values_of(bases, other, rate, name))
 
 
-def names_of(keys, without=()):
-    """The rows that have runs, in their order."""
-    names = []
-    for row, _, _ in keys:
-        if row not in names and row not in without:
-            names.append(row)
-    return names
+def rows_of(bases):
+    """The (row, rate) that have runs in-domain, in order of the rates and then as claims.py makes them."""
+    found = {}
+    for base in bases.values():
+        for key in base["runs"]:
+            row, _, rate = key.rpartition(" ")
+            if row and rate != SEVERAL:
+                found[row, rate] = float(rate)
+    return sorted(found, key=found.get)
 
 
-# ------------------------------------------------------------------------------ rows and relations
+# ------------------------------------------------------------------------- gain and loss
 
 
-def summarise(values):
-    """Row -> its number of runs, its measures with intervals over the base models, and its
-    differences to the rows in COMPARED, by their names. values: of measured()."""
-    rows = {}
-    for name in names_of(values):
-        row = dict(measures={}, differences={})
-        for label in next(iter(values.values())):
-            ours = values_of(values, name, label)
-            row["runs"] = len(ours)
-            row["measures"][label] = stats.interval(ours)
-            for other in COMPARED:
-                if other != name:
-                    difference = stats.paired(ours, values_of(values, other, label))
-                    row["differences"].setdefault(other, {})[label] = difference
-        rows[name] = row
-    return rows
+def points_of(base, row, rates=FRONTIER_RATES, loss="elsewhere"):
+    """Gain in-domain and loss elsewhere of a row on one base model: {(rate, epoch): (gain, loss)}, of the rates that it
+    has. Each epoch is compared with the base model on the puzzles that it was tested on. loss: "elsewhere", points, or
+    "kl", nats."""
+    before, found = base["runs"]["base"]["epochs"][-1], {}
+    for rate in rates:
+        run = base["runs"].get(key_of(row, rate), dict(epochs=[]))
+        for epoch, tested in enumerate(run["epochs"], 1):
+            gain, change = (of_epoch(tested, name) - of_epoch(before, name, like=tested) for name in ("in", loss))
+            found[rate, epoch] = gain, change if loss == "kl" else -change
+    return found
 
 
-# What the paper claims: (claim, row, row that it is compared with, measure, sign that confirms it). The first is
-# the primary measure.
-CLAIMS = (
-    ("gains in-domain over SFT-SD (primary)", "TABOM", "SFT-SD", "in-domain %", 1),
-    ("gains in-domain over the base model", "TABOM", "base", "in-domain %", 1),
-    ("SFT on ground truth loses in-domain", "SFT-GT", "base", "in-domain %", -1),
-    ("SFT on ground truth forgets, near", "SFT-GT", "base", "near %", -1),
-    ("SFT on ground truth forgets, far", "SFT-GT", "base", "far %", -1),
-    ("transfers, near: over the base model", "TABOM", "base", "near %", 1),
-    ("transfers, far: over the base model", "TABOM", "base", "far %", 1),
-    ("higher TDS than the base model", "TABOM", "base", "TDS", 1),
-    ("higher TDS than SFT-SD", "TABOM", "SFT-SD", "TDS", 1),
-    ("better than SFT-SD with two tokens a step", "TABOM", "SFT-SD", "in-domain, 2 a step %", 1),
-    ("trajectory masking gains over SFT-SD", "TABOM, no ranking", "SFT-SD", "in-domain %", 1),
-    ("ranking is needed", "TABOM", "TABOM, no ranking", "in-domain %", 1),
-    ("local window better than global", "TABOM", "TABOM, global window", "in-domain %", 1),
-    ("better than naive trajectory distillation", "TABOM", "naive TD", "in-domain %", 1),
-    ("better than dInfer", "TABOM", "dInfer", "in-domain %", 1),
-    ("better than T3D", "TABOM", "T3D", "in-domain %", 1),
-    ("better than dParallel", "TABOM", "dParallel", "in-domain %", 1),
-    ("Eq. 8 better than the exact Plackett-Luce loss", "TABOM", "TABOM, listwise", "in-domain %", 1),
-    ("Eq. 8 better than the exact KL of Eq. 6", "TABOM", "TABOM, kl", "in-domain %", 1),
-    ("the window's context better than each step's own", "TABOM", "TABOM, own step", "in-domain %", 1),
-    ("padding kept better than cut", "TABOM", "TABOM, padding cut", "in-domain %", 1),
-    (
-        "ranking puts the tokens in order",
-        "TABOM",
-        "TABOM, no ranking",
-        "ranking loss above its least",
-        -1,
-    ),
-)
-FIRST_LOOK = 6  # in results/, results were read with so many base models; those made later replicate (registered.md)
-SMALL = 2.0  # points: an interval within this of zero shows that there is nothing to see
-SMALL_NATS = 0.005
-FEWEST = 3  # base models: two differences may agree by chance
-NOT_HERE = "not on these puzzles"  # the interval is on the other side of zero, of a claim about language models
-LIMIT = """\
-The puzzles do not test the paper: its claims are about language models, and a model of 0.2 million parameters whose
-answers have at most 25 characters is none. A verdict says what happened here."""
+def loss_at(points, gain):
+    """The loss on a frontier at a gain: points of equal gain are one, the lines between neighbours are straight, and
+    (0, 0) is one of the points."""
+    x, y = np.array([(0.0, 0.0), *points]).T
+    xs, which = np.unique(x, return_inverse=True)
+    return float(np.interp(gain, xs, np.bincount(which, y) / np.bincount(which)))
 
 
-def verdict(difference, label, sign):
-    """What a paired difference says of a claim whose sign it should have."""
-    if difference is None or difference["low"] is None:
+def loss_at_equal_gain(bases, row, other, loss="elsewhere"):
+    """The loss of a row less that of another, on each base model at the smaller of the two rows' largest gains -> as of
+    stats.paired, and the names of the base models on which that gain is not above 0."""
+    ours, theirs, without = {}, {}, []
+    for number, base in bases.items():
+        of_row, of_other = points_of(base, row, loss=loss), points_of(base, other, loss=loss)
+        if of_row and of_other:
+            gain = min(max(of_row.values())[0], max(of_other.values())[0])
+            if gain > 0:
+                ours[number, 0], theirs[number, 0] = loss_at(of_row.values(), gain), loss_at(of_other.values(), gain)
+            else:
+                without.append(f"base-{number}")
+    return stats.paired(ours, theirs), ", ".join(without) or "none"
+
+
+# ------------------------------------------------------------------------------------------ verdicts
+
+
+def looked_at(bases):
+    """The base models that the last look has: the first 12 or 24, in the order of their numbers; before, none."""
+    ready = {}
+    for number, base in sorted(bases.items()):
+        if number > 0 and complete(base):
+            ready[number] = base
+    count = max(filter(len(ready).__ge__, LOOKS), default=0)
+    return dict(list(ready.items())[:count])
+
+
+def complete(base):
+    """Whether a base model has the runs of the primary measures."""
+    return not set(itertools.starmap(key_of, itertools.product(PRIMARY, FRONTIER_RATES))) - base["runs"].keys()
+
+
+def verdict(found, name, sign=1):
+    """What a difference says of a claim whose sign it should have."""
+    if found is None or found["low"] is None:
         return "not measured"
-    if len(difference["bases"]) < FEWEST:
+    if len(found["bases"]) < FEWEST:
         return "not resolved"
-    low, high = sorted((sign * difference["low"], sign * difference["high"]))
+    low, high = sorted((sign * found["low"], sign * found["high"]))
     if low > 0:
         return "confirmed"
     if high < 0:
-        return NOT_HERE
-    small = SMALL_NATS if label in IN_NATS else SMALL
-    return "not seen" if max(-low, high) <= small else "not resolved"
+        return "contradicted"
+    return "not seen" if max(-low, high) <= (SMALL_NATS if name in IN_NATS else SMALL) else "not resolved"
 
 
-def claims_table(values):
-    lines = []
-    for claim, row, other, label, sign in CLAIMS:
-        difference = stats.paired(values_of(values, row, label), values_of(values, other, label))
-        digits = 3 if label in IN_NATS else 1
-        what = f"{row} - {other}, {label.removesuffix(' %')}"
-        lines.append([claim, verdict(difference, label, sign), what, shown(difference, digits, "+")])
-    return markdown_table(["claim", "verdict", "difference", "value"], lines)
-
-
-def primary_table(values):
-    """The primary measure on the base models of the first look, and on those that were made after it."""
-    _, row, other, label, _ = CLAIMS[0]
-    looks, lines = {}, []
-    for (base, seed), value in values_of(values, row, label).items():
-        later = int(base.rpartition("-")[2]) > FIRST_LOOK
-        looks.setdefault(later, {})[base, seed] = value
-    for later, ours in sorted(looks.items()):
-        difference = stats.paired(ours, values_of(values, other, label))
-        lines.append(["later ones" if later else f"base-1 to base-{FIRST_LOOK}", shown(difference, 1, "+")])
-    if len(lines) < 2:
-        return ""
-    return markdown_table(["base models", f"{row} - {other}, {label}"], lines)
-
-
-def relation(values, label):
-    """How a measure goes with in-domain accuracy over the rows that train on trajectories and that
-    every base model has: Pearson's correlation for each base model, over the means of the seeds ->
-    their interval. Base models with fewer than three rows, or where nothing differs, are left
-    out."""
-    points = {}
-    for row in names_of(values, without=("base", "SFT-GT")):
-        if bases_of(values, row) != bases_of(values):
-            continue
-        right = stats.by_base(values_of(values, row, "in-domain %"))
-        for base, value in stats.by_base(values_of(values, row, label)).items():
-            points.setdefault(base, []).append((value, right[base]))
-    relations = {}
-    for base, pairs in sorted(points.items()):
-        measured_here, right_here = zip(*pairs)
-        if len(pairs) > 2 and differ(measured_here) and differ(right_here):
-            relations[base, None] = stats.pearson(measured_here, right_here)
-    return stats.interval(relations)
-
-
-def differ(values):
-    return max(values) - min(values) > 1e-9
+def primary(bases):
+    """The two primary measures at a look: [(name, difference with its interval at its level, level, verdict, note)].
+    Holm: the smaller p has half of the look's level, the other, if that holds, all of it."""
+    lost = [difference(bases, row, "base", RATE, "elsewhere")["mean"] for row in PRIMARY]
+    rate, said = (RATE, "valid") if min(lost) >= -LOST else (LOW_RATE, "not valid there")
+    told = f"{PRIMARY[0]} {lost[0]:+.1f}, {PRIMARY[1]} {lost[1]:+.1f}: {said}"
+    first = difference(bases, *PRIMARY, rate, "in")
+    second, without = loss_at_equal_gain(bases, *PRIMARY)
+    notes = [f"rate {rate}; (near + far) / 2 at {RATE}: {told}", f"left out, without a gain: {without}"]
+    level, found = LOOKS[len(bases)], [first, second]
+    p = [one["p"] if one and one["p"] is not None else 1.0 for one in found]
+    levels = [level / 2, level / 2]
+    if min(p) < level / 2:
+        levels[p.index(max(p))] = level
+    names, lines = ("P1: TABOM - SFT-SD, in-domain", "P2: loss of TABOM - SFT-SD at equal gain"), []
+    for name, one, at, note in zip(names, found, levels, notes):
+        if one is not None:
+            values = dict(zip(itertools.product(one["bases"], [0]), one["bases"].values()))
+            one = {**stats.interval(values, 1 - at), "p": one["p"]}
+        lines.append((name, one, at, verdict(one, "in", 1 if name.startswith("P1") else -1), note))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
-def markdown(found, tried):
-    """All tables. An interval is 95 %, Student's t over the base models, p that of the paired test.
-    A difference is over the runs that both rows have; the differences on each base model stand
-    behind it."""
-    values = measured(found)
-    rows, bases = summarise(values), bases_of(values)
-    sections = [
-        ("The base models", setup_table(found, values)),
-        ("The paper's claims", f"{LIMIT}\n\n{claims_table(values)}"),
-        (f"The primary measure on base-1 to base-{FIRST_LOOK}, and on later base models", primary_table(values)),
-        *comparisons("Accuracy", rows, SOLVED, bases),
-        *comparisons("Two tokens a step", rows, TWO, bases),
-        *comparisons("Answers", rows, ANSWERS, bases),
-        *comparisons("Order", rows, ORDER, bases),
-        *comparisons("Against the base model's decoding", rows, CHANGED, bases),
-        ("Accuracy by how far the decode order moved", thirds_table(found)),
-        ("What goes with in-domain accuracy", relation_table(values)),
-        ("Learning rates", rates_table(tried)),
-    ]
-    return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections if content)
-
-
-def setup_table(found, values):
-    """What each base model solves before training, and what there was to train on."""
-    steps = {}  # of the runs on each base model
-    for (_, base, _), result in found.items():
-        if "steps" in result:
-            steps.setdefault(base, set()).add(result["steps"])
-    lines = []
-    for key, result in found.items():
-        row, base, _ = key
-        if row == "base":
-            right = [f"{values[key][label]:.1f}" for label in SOLVED]
-            cells = [base, result["seed"], result["epochs"], *right, result["puzzles"], result["kept"]]
-            cells += [f"{100 * result['early_eos']:.0f}", ", ".join(map(str, sorted(steps.get(base, "-"))))]
-            lines.append(list(map(str, cells)))
-    columns = ["model", "seed", "epochs", *SOLVED, "puzzles distilled", "trajectories kept", "EOS among the first W %"]
-    return markdown_table([*columns, "optimizer steps of a run"], lines)
-
-
-def thirds_table(found):
-    """Accuracy of each row on the thirds of the test puzzles whose decode order moved most, between and
-    least, and that of the base model on the same puzzles: means over all runs."""
-    lines = []
-    for name in names_of(found, without=("base",)):
-        runs_of = [result["mechanism"]["thirds"] for key, result in found.items() if key[0] == name]
-        cells = [name]
-        for third in zip(*runs_of):
-            correlation, right, before = (sum(column) / len(column) for column in zip(*third))
-            cells.append(f"{correlation:.2f}: {100 * right:.1f} ({100 * (right - before):+.1f})")
-        lines.append(cells)
-    columns = ["rank correlation: in-domain % (- base)", "moved most", "between", "moved least"]
-    return markdown_table(columns, lines)
-
-
-def rates_table(tried):
-    """What each row reached on base-0's validation puzzles with each rate, %."""
-    if not tried:
-        return ""
-    rates, lines = list(dict.fromkeys(rate for shares in tried.values() for rate in shares)), []
-    for name, shares in tried.items():
-        cells = [f"{100 * shares[rate]:.1f}" if rate in shares else "-" for rate in rates]
-        lines.append([name, *cells])
-    return markdown_table(["row", *rates], lines)
-
-
-def comparisons(title, rows, labels, bases):
-    """A section with a table for each measure: (its title, its table)."""
-    sections = []
-    for label in labels:
-        sections.append((f"{title}: {label}", comparison(rows, label, bases)))
-    return sections
-
-
-def comparison(rows, label, bases):
-    """One measure of all rows, by base model too, and its differences to the rows in COMPARED."""
-    digits, lines = (3 if label in IN_NATS else 1), []
-    for name, row in rows.items():
-        value, by_base = row["measures"][label], dict.fromkeys(bases, "-")
-        if value is not None:
-            for base, x in value["bases"].items():
-                by_base[base] = f"{x:.{digits}f}"
-        cells = [name, str(row["runs"]), shown(value, digits), " ".join(by_base.values())]
-        for other in COMPARED:
-            cells.append(shown(row["differences"].get(other, {}).get(label), digits, "+"))
-        lines.append(cells)
-    columns = ["row", "runs", label, "by base model"]
-    for other in COMPARED:
-        columns.append(f"- {other}")
-    return markdown_table(columns, lines)
-
-
-def shown(value, digits=1, sign=""):
-    """A mean with its interval. A difference (it has a p) also shows its p, and the difference on
-    each base model. The text for None is "-"."""
+def shown(value, name="in", sign="+", each=False):
+    """A mean with its interval, "-" for None. each: also the value on each base model."""
     if value is None:
         return "-"
+    digits = 3 if name in IN_NATS else 1
     text = f"{value['mean']:{sign}.{digits}f}"
     if value["low"] is not None:
         text += f" [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}]"
-    if value.get("p") is not None:
-        each = " ".join(f"{x:{sign}.{digits}f}" for x in value["bases"].values())
-        p = "p < 0.001" if value["p"] < 0.001 else f"p {value['p']:.3f}"
-        text += f", {p} ({each})"
+    if each:
+        text += f" ({' '.join(map(f'{{:{sign}.{digits}f}}'.format, value['bases'].values()))})"
     return text
 
 
-def relation_table(values):
+def counted(value, name="in", most=None):
+    """The same with the number of base models, where it is not `most`."""
+    count = len(value["bases"]) if value else 0
+    return shown(value, name) + (f" ({count})" if value and count != most else "")
+
+
+def markdown(bases):
+    """All tables. bases: {number: what is kept of it}."""
+    looked = looked_at(bases)
+    sections = [("The base models", bases_table(bases))]
+    if looked:
+        numbers = list(looked)
+        where = f"{len(numbers)} base models, base-{numbers[0]} to base-{numbers[-1]}"
+        sections += [
+            (f"The primary measures: {where}", primary_table(looked)),
+            ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(looked)}"),
+            ("All rows, after the last epoch", rows_table(looked)),
+            ("Loss at equal gain", equal_gain_table(looked)),
+            ("Gain and loss of each epoch", epochs_table(looked)),
+            ("The best epoch on the test puzzles, against the last", best_table(looked)),
+            ("Why naive TD leads", lead_table(looked)),
+        ]
+    else:
+        sections.append(("Rows", f"Differences are shown at {' and '.join(map(str, LOOKS))} base models."))
+    return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections)
+
+
+def bases_table(bases):
+    """What each base model solves before training, and what there was to train on."""
     lines = []
-    for label in (*ORDER, *CHANGED):
-        value, bases = relation(values, label), "-"
-        if value is not None:
-            bases = " ".join(f"{r:+.2f}" for r in value["bases"].values())
-        lines.append([label, shown(value, 2, "+"), bases])
-    return markdown_table(["measure", "r", "by base model"], lines)
+    for number, base in sorted(bases.items()):
+        runs, steps = base["runs"], set()
+        tried = ", ".join(f"seed {seed}: {100 * share:.1f}" for seed, share in base["tried"])
+        right = [cell(measure(runs["base"], name)) for name in ("in", "near", "far", "in-2")]
+        right.append(cell(measure(runs.get(f"base {SEVERAL}", runs["base"]), SEVERAL)))
+        for run in runs.values():
+            steps.add(run.get("steps", 0))
+        kept, early = base["kept in"], 100 * base["early EOS in"]
+        cells = [f"{kept[0]} of {kept[1]}", f"{early:.0f}", f"{max(steps)}", f"{len(runs)}", f"{base['minutes']:.0f}"]
+        lines.append([f"base-{number}", tried, *right, *cells])
+    columns = ["model", "validation %", "in-domain %", "near %", "far %", "2 a step %", "several %"]
+    columns += ["kept to train on", "EOS among the first 8 %", "steps", "runs", "minutes"]
+    return markdown_table(columns, lines)
 
 
-# ------------------------------------------------------------------------------------------ curves
+def cell(value):
+    return "-" if value is None else f"{value:.1f}"
 
 
-def tds_curves(found, names):
-    """TDS at each step: the mean of the base models, each the mean of its runs, and its standard
-    error."""
-    rows = []
-    for name in names:
-        curves = {}
-        for key, result in found.items():
-            if key[0] == name:
-                curves[key[1:]] = scores_of(result, "test_in")["per_step"]
-        for t in range(max(map(len, curves.values()))):
-            at_step = {}
-            for key, curve in curves.items():
-                if len(curve) > t:
-                    at_step[key] = curve[t]
-            means = list(stats.by_base(at_step).values())
-            rows.append(dict(model=name, step=t, base_models=len(means), **stats.mean_and_error("tds", means)))
-    return rows
+def primary_table(bases):
+    lines = []
+    for name, found, level, said, note in primary(bases):
+        p = "-" if found is None or found["p"] is None else f"{found['p']:.4f}"
+        lines.append([name, said, shown(found, each=True), p, f"{level:.4f}", note])
+    kl, _ = loss_at_equal_gain(bases, *PRIMARY, loss="kl")
+    lines.append(["beside P2: KL to the base model", "-", shown(kl, "kl", each=True), "-", "0.05", "describes"])
+    return markdown_table(["measure", "verdict", "value (each base model)", "p", "level", "note"], lines)
 
 
-def forest(rows):
-    """In-domain, near and far accuracy of every row less that of SFT-SD: what plots.draw_differences draws."""
+def rates_of(bases):
+    return list(dict(map(reversed, rows_of(bases))))
+
+
+def claims_table(bases):
+    rates, lines = rates_of(bases), []
+    for claim, row, other, name, sign in CLAIMS:
+        cells = []
+        for rate in rates:
+            one = difference(bases, row, other, rate, name)
+            cells.append("-" if one is None else f"{verdict(one, name, sign)}: {counted(one, name, len(bases))}")
+        lines.append([claim, f"{row} - {other}, {TITLES[name]}", *cells])
+    return markdown_table(["claim", "difference", *rates], lines)
+
+
+def rows_table(bases):
+    """Every row at every rate: gains over the base model, differences to SFT-SD, and what else changed."""
+    lines, names = [], ("in", "near", "far", "in-2", "kl", "tds", "correlation")
+    for row, rate in rows_of(bases):
+        cells = [shown(difference(bases, row, "base", rate, name), name) for name in names]
+        against = "-" if row == "SFT-SD" else shown(difference(bases, row, "SFT-SD", rate, "in"))
+        lines.append([row, rate, str(len(values_of(bases, row, rate, "in"))), cells[0], against, *cells[1:]])
+    titles = [f"{TITLES[name]} - base" for name in names]
+    return markdown_table(["row", "rate", "base models", titles[0], "in-domain - SFT-SD", *titles[1:]], lines)
+
+
+def equal_gain_table(bases):
+    """Losses at equal gain of pairs of rows, points and KL."""
+    pairs = [PRIMARY, ("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD")]
+    pairs += [("TABOM", "TABOM, no ranking")]
+    lines = []
+    for row, other in pairs:
+        points, without = loss_at_equal_gain(bases, row, other)
+        kl, _ = loss_at_equal_gain(bases, row, other, "kl")
+        cells = [shown(points), shown(kl, "kl"), str(len(points["bases"]) if points else 0)]
+        lines.append([f"{row} - {other}", *cells, without])
+    return markdown_table(["rows", "loss, points", "KL, nats", "base models", "left out, without a gain"], lines)
+
+
+def frontier(bases):
+    """Gain and loss of each row, rate and epoch, means over base models with standard errors: what plots.draw_frontier
+    draws."""
     found = []
-    for name, row in rows.items():
-        for label in SOLVED:
-            difference = row["differences"].get("SFT-SD", {}).get(label)
-            if difference is not None and difference["low"] is not None:
-                found.append(dict(row=name, measure=label, **difference))
+    for row, rate in rows_of(bases):
+        for epoch in range(1, 1 + EPOCHS):
+            points = each(bases, lambda base: points_of(base, row, (rate,)).get((rate, epoch)))  # noqa: B023
+            gains, losses = zip(*points.values())
+            both = stats.mean_and_error("gain", gains) | stats.mean_and_error("loss", losses)
+            found.append(dict(row=row, rate=rate, epoch=epoch, base_models=len(gains), **both))
     return found
 
 
-def scatter(values):
-    """How far each run moved the decode order, and what it gained in-domain over its base model."""
-    points = []
-    for (row, base, _), of_run in values.items():
-        if row != "base":
-            gain = of_run["in-domain %"] - values["base", base, None]["in-domain %"]
-            points.append(dict(row=row, x=of_run[CHANGED[-1]], y=gain))
-    return points
+def epochs_table(bases):
+    lines = []
+    for one in frontier(bases):
+        gain, loss = f"{one['gain']:+.1f} ± {cell(one['gain_se'])}", f"{one['loss']:+.1f} ± {cell(one['loss_se'])}"
+        lines.append([one["row"], one["rate"], str(one["epoch"]), str(one["base_models"]), gain, loss])
+    return markdown_table(["row", "rate", "epoch", "base models", "gain in-domain", "loss near and far"], lines)
+
+
+def best_table(bases):
+    """How far the best of the epochs, chosen on the test puzzles, is above the last, and above one chosen on the other
+    half of these, on the puzzles that all epochs were tested on; and how far it would be above the truth if all epochs
+    were equally good (epochs.simulate), as correlated as these, for so many questions."""
+    lines = []
+    for row, rate in rows_of(bases):
+        found = each(bases, lambda base: verdicts_of(base, key_of(row, rate)))  # noqa: B023
+        last, honest, same = {}, {}, []
+        for at, right in found.items():  # [E, Q]
+            report = epochs.report(dict(enumerate(right, 1)), seed=at[0])
+            last[at] = report["best"]["score"] - report["last"]["score"]
+            honest[at] = report["best"]["score"] - report["honest"]["score"]
+            same.append(np.corrcoef(right)[np.triu_indices(EPOCHS, 1)].mean())
+        accuracy, correlation = np.mean(list(found.values())), max(float(np.nan_to_num(same).mean()), 0.0)
+        cells = [row, rate, str(right.shape[1]), str(len(found)), *map(shown, map(stats.interval, (last, honest)))]
+        for questions in QUESTIONS:
+            cells.append(f"{epochs.simulate(EPOCHS, questions, accuracy, correlation, 5000)['best']:+.2f}")
+        lines.append([*cells, f"{correlation:.2f}"])
+    titles = ["row", "rate", "puzzles", "base models", "best - last", "best - chosen on others"]
+    return markdown_table([*titles, *map("equally good, {}".format, QUESTIONS), "correlation of epochs"], lines)
+
+
+def verdicts_of(base, key):
+    """The verdicts of a run's epochs on the in-domain puzzles that all were tested on, bool [E, Q]; None without it."""
+    if key not in base["runs"]:
+        return None
+    found = [unpack(one["right"]["in"]) for one in base["runs"][key]["epochs"]]
+    return np.stack([right[: min(map(len, found))] for right in found])
+
+
+def lead_table(bases):
+    """What is between naive TD and TABOM, and how much of each loss the last decode steps have."""
+    lines, steps = [], tiny.SHORT.answer
+    for row, other in LEAD:
+        cells = [counted(difference(bases, row, other, rate, "in")) for rate in FRONTIER_RATES]
+        lines.append([f"{row} - {other}", *cells])
+    shares = {"SFT-SD": torch.full((steps,), 1 / steps), "TABOM": reach.weights_of_window(steps, reach.WINDOW)}
+    shares |= {"naive TD, naive TD's weights": reach.weights_of_traj(steps), "any reach": reach.weights_of_reach(steps)}
+    told = [f"{row} {100 * weights[-LAST:].sum():.0f} %" for row, weights in shares.items()]
+    differences = markdown_table(["in-domain", *FRONTIER_RATES], lines)
+    return f"Share of the last {LAST} of {steps} decode steps in the loss: {', '.join(told)}.\n\n{differences}"
 
 
 # ---------------------------------------------------------------------------------------- a folder
 
 
-def write_report(folder, found, about):
-    """Write results.json, the tables and the pictures, and print the tables. about: what else
-    results.json says of the experiment."""
-    folder.mkdir(exist_ok=True)
-    head = {**about, "versions": disk.versions()}
-    lines = []
-    for result in found.values():
-        kept = dict(result)
-        for name in DERIVED:
-            kept.pop(name, None)
-        lines.append(json.dumps(rounded(kept)))
-    start = json.dumps(rounded(head), indent=1).removesuffix("\n}")
-    with disk.atomic_file(folder / "results.json") as f:
-        f.write(start + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n")  # a line for each run
-    remake(folder)
-
-
-def remake(folder):
-    """Make the tables and pictures of a folder from its results.json, and print the tables."""
+def write_report(folder):
+    """Make the tables and pictures of a folder from its base models, and print the tables -> where they are."""
     folder = Path(folder)
-    results = read(folder)
-    tables = markdown(*results)
+    bases = read(folder)
+    looked, tables = looked_at(bases), markdown(bases)
     with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
-    values, names = measured(results.found), names_of(results.found)
-    plots.save(plots.draw_tds(tds_curves(results.found, names), names), folder / "tds.png")
-    plots.save(plots.draw_differences(forest(summarise(values)), "SFT-SD"), folder / "accuracy.png")
-    moved = "rank correlation of the decode order\nwith the base model's"
-    gain = "in-domain gain over\nthe base model (points)"
-    along = relation(values, CHANGED[-1])
-    title = None
-    if along is not None:
-        title = f"r = {shown(along, 2, '+')} over the rows that train on\ntrajectories and that all base models have"
-    plots.save(plots.draw_scatter(scatter(values), moved, gain, names, title), folder / "order.png")
+    if looked:
+        points = frontier(looked)
+        single = []
+        for row, base in itertools.product(PRIMARY, looked.values()):
+            single += zip(itertools.repeat(row), *zip(*points_of(base, row).values()))
+        plots.save(plots.draw_frontier(points, single), folder / "frontier.png")
+        plots.save(plots.draw_regimes(regimes(looked), "TABOM - SFT-SD, in-domain (points)"), folder / "rates.png")
+        plots.save(plots.draw_tds(tds_curves(looked), ["base", *PRIMARY[::-1]]), folder / "tds.png")
     print(tables)
+    return dict(results=str(folder), bases=len(bases), looked_at=len(looked))
+
+
+def regimes(bases):
+    """TABOM less SFT-SD at each learning rate: what plots.draw_regimes draws."""
+    found = []
+    for rate in rates_of(bases):
+        one = difference(bases, *PRIMARY, rate, "in")
+        if one is not None and one["low"] is not None:
+            found.append(dict(label=f"rate {rate}", n=len(one["bases"]), **one))
+    return found
+
+
+def tds_curves(bases):
+    """TDS at each step of the base model and of the primary rows: what plots.draw_tds draws."""
+    found = []
+    for row in ("base", *PRIMARY[::-1]):
+        curves = [base["runs"][key_of(row, RATE)]["epochs"][-1]["order"]["per_step"] for base in bases.values()]
+        for step in range(max(map(len, curves))):
+            means = []
+            for curve in curves:
+                means += curve[step : step + 1]
+            found.append(dict(model=row, step=step, base_models=len(means), **stats.mean_and_error("tds", means)))
+    return found
 
 
 def read(folder):
-    """The Results of a folder. Raises FileNotFoundError, or ValueError for a file that is something
-    else."""
-    file = Path(folder) / "results.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no results.json in {folder}: give the results folder of an experiment of claims")
-    saved = data.read_json(file)
+    """The base models of a folder, {number: what is kept}. Raises FileNotFoundError where there are none, ValueError
+    for a file that is something else."""
     found = {}
-    for result in saved.get("runs", [{}]):
-        if not {"row", "base", "settings", "mechanism"} <= result.keys():
-            raise ValueError(f"{file}: these are not the results of an experiment of claims")
-        found[result["row"], result["base"], result["settings"].get("seed")] = result
-    return Results(found, saved.get("tried", {}))
-
-
-def rounded(value):
-    """A value of JSON with DIGITS significant digits in its numbers."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return list(map(rounded, value))
-    return value
+    for file in sorted(Path(folder).glob("bases/base-*.json")):
+        base = data.read_json(file)
+        if not {"number", "tried", "runs"} <= base.keys() or "base" not in base["runs"]:
+            raise ValueError(f"{file}: this is not what claims keeps of a base model")
+        found[base["number"]] = base
+    if not found:
+        raise FileNotFoundError(f"no bases/base-*.json in {folder}: give the results folder of an experiment of claims")
+    return dict(sorted(found.items()))
 
 
 def main(argv=None):
     """Make tables and pictures again -> exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=remake.__doc__)
-    parser.add_argument("folder", help="a folder with a results.json of claims")
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=write_report.__doc__)
+    parser.add_argument("folder", help="a results folder of claims, with bases/")
     folder = parser.parse_args(argv).folder
     try:
-        remake(folder)
+        print(json.dumps(write_report(folder)))
     except (ValueError, OSError, ImportError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(json.dumps(dict(out=folder)))
     return 0
 
 

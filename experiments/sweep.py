@@ -29,9 +29,6 @@ import inspect
 import itertools
 import json
 import math
-import re
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +40,7 @@ import model
 import objectives
 import train
 from benchmarks import answers
-from experiments import diagnose, stats
+from experiments import diagnose, jobs, table
 from release import epochs, rows
 from runs import disk, loading, objective_options, torchrun
 from runs.options import check_values, field_names, flag, kind, name_list, number_list, opt, parse_value, row_list
@@ -116,22 +113,21 @@ def sweep(c):
 
     alone = torchrun.Processes(c.device, alone=True)
     bench = Workbench(c, alone)
-    jobs = {out / "runs" / "base": functools.partial(base_run, bench)}
+    runs = {out / "runs" / "base": functools.partial(base_run, bench)}
     for name, settings in grid.items():
-        jobs[out / "runs" / name] = functools.partial(one_run, bench, settings, trajectories)
-    found = share(jobs, processes, alone)
+        runs[out / "runs" / name] = functools.partial(one_run, bench, settings, trajectories)
+    found = jobs.share(runs, processes, alone)
     if not processes.first:
         return None
-    found = [upgraded(result, c.tokens_per_step[0]) for result in found]
-    lines = over_seeds(found, c.in_domain)
-    table = sweep_table(lines)
+    lines = table.over_seeds(found, c.in_domain)
+    shown = table.sweep_table(lines)
     if c.best_of_epochs:
-        table += f"\n\n{epochs_table(found)}"
+        shown += f"\n\n{table.epochs_table(found)}"
     with disk.atomic_file(out / "results.json") as f:
         f.write(json.dumps(dict(rows=lines, runs=found, command=vars(c), versions=disk.versions()), indent=2) + "\n")
     with disk.atomic_file(out / "table.md") as f:
-        f.write(table + "\n")
-    print(table)
+        f.write(shown + "\n")
+    print(shown)
     return dict(out=str(out), runs=len(found), rows=lines)
 
 
@@ -149,11 +145,10 @@ def check_sweep(c, grid):
         there = epochs_of(training(c, settings))
         if c.epoch > there:
             raise ValueError(f"--epoch {c.epoch}: --epochs of {name} is {there}")
-    stems = set()
-    for source in c.test:
-        if source_name(source) in stems:
-            raise ValueError(f"--test has two sets called {source_name(source)}: rename one")
-        stems.add(source_name(source))
+    names = list(map(table.source_name, c.test))
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--test has two sets called {name}: rename one")
     if c.rounds > 1 and c.lora_rank == 0:
         raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
     prompts = not data.holds_trajectories(c.data)
@@ -180,92 +175,6 @@ def identity(c):
     return dict(command="sweep", **settings, **base, contents=contents, versions=disk.versions())
 
 
-def source_name(source):
-    """data/test_in.jsonl.gz -> test_in"""
-    return Path(source).name.split(".")[0]
-
-
-# -------------------------------------------------------------------------------- jobs and results
-
-
-def share(jobs, processes, alone, after=None):
-    """Do the jobs that have no result yet; a process that is free takes the next -> all results, on
-    the first process.
-
-    jobs: folder -> a function of the folder, whose result is a dict; it is kept in the folder's
-    result.json. after: folder -> the folders whose results it needs first. alone: the Processes that
-    the jobs work with, which also holds the lock of a job's folder; where the file system has no
-    locks, each process keeps to every count-th job."""
-    own, after = list(jobs)[processes.index :: processes.count], after or {}
-    while True:
-        missing = [folder for folder in jobs if not result_of(folder)]
-        if not missing:
-            break
-        worked = False
-        for folder in missing:
-            if all(map(result_of, after.get(folder, ()))):
-                worked |= attempt(folder, jobs[folder], folder in own, alone)
-        if not worked:  # other processes are at what is missing; torchrun ends all if one fails
-            time.sleep(0.5)
-    if not processes.first:
-        return None
-    return list(map(result_of, jobs))
-
-
-def attempt(folder, work, own, alone):
-    """Do a job, unless another process holds it or has done it -> whether it was done here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = alone.lock(folder)
-    except FileExistsError:  # another process is at it
-        return False
-    try:
-        if not (held or own) or result_of(folder):
-            return False
-        result = dict(name=folder.name, **work(folder))
-        with disk.atomic_file(folder / "result.json") as f:
-            f.write(json.dumps(result, indent=2) + "\n")
-    finally:
-        alone.unlock()
-    return True
-
-
-def result_of(folder):
-    """What a finished job wrote into its folder, or None. An old version may have written it: see
-    upgraded."""
-    file = folder / "result.json"
-    if not file.is_file():
-        return None
-    return data.read_json(file)
-
-
-OLD_NAMES = {"rank": "ranking", "rank_least": "ranking_least"}  # of scores
-
-
-def upgraded(result, tokens_per_step=1):
-    """The result of a run in today's form, whichever version wrote it.
-
-    Old results named a test "SOURCE", or "SOURCE, K a step" for K tokens per step, and the ranking
-    loss "rank". tokens_per_step: of a test whose name does not say it."""
-    result = dict(result)
-    if "training" in result:
-        result["training"] = renamed(result["training"])
-    if isinstance(result.get("tests"), dict):
-        tests = []
-        for name, scores in result["tests"].items():
-            # the source is a path, which may hold commas itself
-            old = re.fullmatch(r"(.*), (\d+) a step", name)
-            source, at_once = old.groups() if old else (name, tokens_per_step)
-            tests.append(dict(source=source, tokens_per_step=int(at_once), scores=renamed(scores)))
-        result["tests"] = tests
-    return result
-
-
-def renamed(scores):
-    """Scores with the names of today."""
-    return {OLD_NAMES.get(name, name): value for name, value in scores.items()}
-
-
 # -------------------------------------------------------------------------------------------- grid
 
 
@@ -290,9 +199,7 @@ def expand(c):
             if name in rows.ROWS[row]:
                 raise ValueError(f"--over {text}: --rows {row} sets {name} itself")
         given.add(name)
-        extra = ()
-        if name == "objective":
-            extra = (GROUND_TRUTH,)
+        extra = (GROUND_TRUTH,) if name == "objective" else ()
         axes[name] = [parse_value(known[name], value, extra) for value in values.split(",")]
     grid = {}
     for values in itertools.product(*axes.values()):
@@ -335,8 +242,7 @@ def why_not(name, known):
 
 def used_settings(c, settings):
     """The settings of one run without those that its objective does not use."""
-    _, unused = objective_options.chosen(training(c, settings))
-    unused = set(unused)
+    unused = set(objective_options.chosen(training(c, settings))[1])
     if settings["objective"] == GROUND_TRUTH:
         unused.add("keep")
     return {k: v for k, v in settings.items() if k not in unused}
@@ -459,11 +365,8 @@ def epochs_of(made):
 def validate_epochs(bench, made, number, folder):
     """The candidates of one round: its checkpoints with their scores on the validation set, or that of --epoch alone.
     made: its TrainOptions."""
-    c, last = bench.c, epochs_of(made)
-    chosen = {"best": range(1, last + 1), "last": [last]}.get(c.epoch, [c.epoch])
-    if c.best_of_epochs:
-        chosen = range(1, last + 1)
-    found = []
+    c, every, found = bench.c, range(1, epochs_of(made) + 1), []
+    chosen = every if c.best_of_epochs else dict(best=every, last=every[-1:]).get(c.epoch, [c.epoch])
     for epoch in chosen:
         checkpoint = str(Path(made.out) / f"epoch-{epoch}")
         where = folder / f"validation-{number}-{epoch}"
@@ -531,7 +434,7 @@ def answer_tests(bench, checkpoint, folder, seed):
 
 def test_folder(folder, source, at_once):
     """Where a run keeps its answers to a test set."""
-    return folder / (f"test-{source_name(source)}" + (f"-{at_once}" if at_once != 1 else ""))
+    return folder / (f"test-{table.source_name(source)}" + (f"-{at_once}" if at_once != 1 else ""))
 
 
 def answer_set(bench, checkpoint, source, folder, seed, at_once=None):
@@ -585,119 +488,3 @@ def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):
     at.update(tokens_per_step=at_once, check=c.check, raw=c.raw)
     at.update(prompt_field=c.prompt_field, answer_field=c.answer_field)
     return distill.DistillOptions(**model_of(c, checkpoint), **machine_of(c), **at)
-
-
-# ------------------------------------------------------------------------------------------- table
-
-
-def over_seeds(found, in_domain=()):
-    """Mean and standard deviation over the seeds of each configuration: a row for each, with its
-    name (release/rows.py), its settings, the number of runs, and a list of scores (see score_list), whose gain is the
-    difference to the model before training, the first of `found`."""
-    groups = {}
-    for result in found:
-        settings = dict(result["settings"])
-        settings.pop("seed", None)
-        groups.setdefault(json.dumps(settings), (settings, []))[1].append(result)
-    lines = []
-    for settings, group in groups.values():
-        scores = []
-        for column in zip(*(score_list(result, in_domain) for result in group)):  # one score of all runs
-            values = [score.pop("value") for score in column]
-            unchecked = [score.pop("unchecked") for score in column]
-            scores.append(dict(**column[0], **stats.mean_and_spread(values), unchecked=statistics.fmean(unchecked)))
-        lines.append(dict(row=rows.name_of(settings), **settings, runs=len(group), scores=scores))
-    for line in lines[1:]:
-        for score, before in zip(line["scores"], lines[0]["scores"]):
-            if None not in (score["mean"], before["mean"]):
-                score["gain"] = score["mean"] - before["mean"]
-    return lines
-
-
-def score_list(result, in_domain=()):
-    """What the table shows of one run, in order: dicts of measure, value, unchecked and, of a test, source and
-    tokens_per_step. Accuracies are in percent of all questions, and so are the unchecked answers; TDS is in nats
-    squared. With some test sets in_domain also the means of their accuracies and of the others'."""
-    found = []
-    if "accuracy" in result["chosen"]:
-        found.append(dict(measure="validation %", **in_percent(result["chosen"])))
-    for one in result["tests"]:
-        at = dict(source=one["source"], tokens_per_step=one["tokens_per_step"])
-        found.append(dict(measure="test %", **at, **in_percent(one["scores"])))
-    if in_domain:
-        found += domain_means(found, in_domain)
-    if result["tests"]:
-        found.append(dict(measure="TDS", value=result["tests"][0]["scores"]["tds"], unchecked=0))
-    return found
-
-
-def domain_means(scores, in_domain):
-    """The mean accuracy of the test sets in_domain, and of the others, for each number of tokens a step. scores: of
-    score_list."""
-    groups = {}
-    for one in scores:
-        if one["measure"] == "test %":
-            measure = "in-domain %" if one["source"] in in_domain else "OOD %"
-            groups.setdefault((measure, one["tokens_per_step"]), []).append(one)
-    found = []
-    for (measure, at_once), group in groups.items():
-        mean = dict(measure=measure, source=None, tokens_per_step=at_once)
-        for name in ("value", "unchecked"):
-            mean[name] = statistics.fmean(one[name] for one in group)
-        found.append(mean)
-    return found
-
-
-def in_percent(scores):
-    """The accuracy of an answer_set, and the share of answers that nobody could judge (older results have none)."""
-    unchecked = scores.get("unchecked", 0)
-    return dict(value=100 * scores["accuracy"], unchecked=unchecked and 100 * unchecked / scores["questions"])
-
-
-def sweep_table(lines):
-    """A line for each configuration: its row, what else it changes, the number of runs, mean ± standard deviation
-    over them, and the gain over the model before training."""
-    axes = []
-    for line in lines:
-        axes += [name for name in line if name not in (*axes, "row", "objective", "runs", "scores")]
-    shown = []
-    for line in lines:
-        cells = [str(line.get(name, "")) for name in axes]
-        shown.append([line["row"], *cells, str(line["runs"]), *map(score_cell, line["scores"])])
-    return stats.markdown_table(["row", *axes, "runs", *map(score_title, lines[0]["scores"])], shown)
-
-
-def score_title(score):
-    """The title of a column: validation %, test_in %, "test_in, 2 a step %", "in-domain, 2 a step %" or TDS."""
-    name = score["measure"].removesuffix(" %")
-    if name == score["measure"] or "tokens_per_step" not in score:  # TDS, validation
-        return score["measure"]
-    if score["source"] is not None:
-        name = source_name(score["source"])
-    return f"{name} %" if score["tokens_per_step"] == 1 else f"{name}, {score['tokens_per_step']} a step %"
-
-
-def score_cell(score):
-    """mean ± standard deviation, the gain, and the share of unchecked answers; what there is not is left out."""
-    digits = 3 if score["measure"] == "TDS" else 1
-    shown = [f"{x:.{digits}f}" for x in stats.present([score["mean"], score["sd"]])]
-    cell = " ± ".join(shown) or "-"
-    if score.get("gain") is not None:
-        cell += f" ({score['gain']:+.{digits}f})"
-    if score["unchecked"]:
-        cell += f" ({score['unchecked']:.1f} % unchecked)"
-    return cell
-
-
-def epochs_table(found):
-    """What the choice of an epoch does to a score, in percent: a line for each run and task."""
-    shown = []
-    for result in found:
-        for task, report in result.get("epochs", {}).items():  # of the model before training none
-            cells = [result["name"], source_name(task)]
-            for name in ("best", "last", "honest"):
-                one = report[name]
-                cells.append(f"{one['score']} (epoch {' and '.join(map(str, dict.fromkeys(one['epochs'])))})")
-            shown.append([*cells, report["honest"]["chosen_on"], str(report["questions"])])
-    titles = ["run", "test", "best on the test itself %", "last %", "chosen on held-out questions %"]
-    return stats.markdown_table([*titles, "held out", "n"], shown)

@@ -148,7 +148,7 @@ def retrain(folder, seed=0, kind=WHOLE, enough=None, processes=None, compile=Fal
     options = dict(objective="nelbo", lora_rank=0, global_batch=64, batch_size=64, lr=3e-3, warmup=50)
     options.update(weight_decay=0.0, seed=seed, compile=compile, epochs=kind.epochs)
     places = dict(model=str(folder / "start"), data=str(folder / "pretrain.jsonl"), out=str(folder / "run"))
-    for epoch in range(1, kind.epochs + 1):
+    for epoch in range(1 if enough else kind.epochs, kind.epochs + 1):
         last = folder / "run" / f"epoch-{epoch}"
         result = train.train(train.TrainOptions(**places, **options, stop_after=epoch), processes)
         if enough and enough(last, epoch):

@@ -2,36 +2,51 @@
 
 python -m pytest tests/test_claims.py"""
 
-import itertools
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import flags, last_json, shell, write_lines
 
 import data
+import distill
 import objectives
 import tabom
 import tokenizer
-from experiments import claims, puzzles, report, sweep, tiny
+import train
+from experiments import claims, jobs, puzzles, report, sweep, tiny
 from release.files import to_release_format
-from runs import objective_options
+from runs import loading, objective_options
+
+MADE = sorted({row for number in (1, 2) for row, _, _ in claims.runs_of(claims.ClaimsOptions(), number)})
 
 
-@pytest.mark.parametrize("name", claims.ROWS)
-def test_a_row_is_a_training_run_that_uses_all_it_sets(name, tmp_path):
-    settings = claims.settings_of(name, 3, 0.01)
-    draws = claims.draws_of(settings)
-    made = sweep.training(claims.of_base(claims.ClaimsOptions(), tmp_path, draws), settings)
+@pytest.mark.parametrize("name", MADE)
+def test_a_row_is_a_training_run_that_uses_all_it_sets(name, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(claims.train, "train", lambda made, *_: asked.append(made) or dict(steps=1, ce=0.5))
+    monkeypatch.setattr(claims.lora, "load", lambda *_: None)
+    monkeypatch.setattr(claims, "test", lambda base, task, folder, whole: dict(whole=whole))
+    monkeypatch.setattr(claims, "trained_on", lambda base, task, draws, truth: f"{task} {draws} {truth}")
+    base = claims.Base(tmp_path, 5, None, loading.Loaded(None, None, None), distilling(), {}, {}, {}, {})
+    run = claims.one_run(base, name, 3e-4, "in")
+    assert [one["whole"] for one in run["epochs"]] == [False, False, True]
+    (made,), settings = asked, claims.settings_of(name)
     parameters, unused = objective_options.chosen(made)
-    assert not unused
+    assert not unused and (made.seed, made.lr, made.weight_decay) == (5, 3e-4, 0)
     for k, v in settings.items():
-        assert parameters.get(k, v) == v and (k == "objective" or getattr(made, k) == v)
-    assert (made.seed, made.lr, made.weight_decay) == (3, 0.01, 0)
+        if k == "objective":
+            assert made.objective == ("nelbo" if name == "SFT-GT" else v)
+        else:
+            assert parameters.get(k, v) == v and getattr(made, k) == v
+    draws = claims.draws_of(settings)
     assert made.epochs == claims.TRAINING["epochs"] and made.global_batch == claims.EXAMPLES * draws
-    assert made.cut_eos == (name == "TABOM, padding cut")
+    assert made.data == f"in {draws} {name == 'SFT-GT'}" and made.adapter == str(tmp_path / "adapter")
+
+
+def distilling():
+    return distill.DistillOptions(model="M", data="D", out="T", device="cpu")
 
 
 class Counter:
@@ -52,15 +67,17 @@ def tiny_config():
     return Config
 
 
-@pytest.mark.parametrize("name", claims.ROWS)
+@pytest.mark.parametrize("name", MADE)
 def test_a_step_has_the_same_number_of_supervised_tokens_in_every_row(name):
-    settings = claims.settings_of(name, 0)
-    made = sweep.training(claims.of_base(claims.ClaimsOptions(), Path("x")), settings)
+    settings = dict(claims.settings_of(name))
+    if settings["objective"] == sweep.GROUND_TRUTH:
+        settings["objective"] = "nelbo"
+    made = train.TrainOptions(model="M", data="D", out="R", **settings)
     parameters, _ = objective_options.chosen(made)
     more = {}
     if made.objective == "t3d":
         more["reference"] = Counter()
-    n, draws, counts = tiny.SHORT.answer, claims.draws_of(settings), 0
+    n, draws, counts = tiny.SHORT.answer, claims.draws_of(claims.settings_of(name)), 0
     for i in range(400):
         order = list(range(n))
         random.Random(i).shuffle(order)
@@ -73,7 +90,7 @@ def test_a_step_has_the_same_number_of_supervised_tokens_in_every_row(name):
         # TABOM's first pass has the cross-entropy; those after it are each token's own step.
         counts += sum(m.asked) if made.objective == "dparallel" else m.asked[0]
     assert draws * counts / 400 == pytest.approx(claims.TARGETS, rel=0.1)
-    assert draws * claims.targets_of(settings) == pytest.approx(claims.TARGETS, rel=0.05)
+    assert draws * claims.targets_of(claims.settings_of(name)) == pytest.approx(claims.TARGETS, rel=0.1)
 
 
 def test_a_row_with_more_supervised_tokens_is_refused(monkeypatch, tmp_path, capsys):
@@ -83,13 +100,63 @@ def test_a_row_with_more_supervised_tokens_is_refused(monkeypatch, tmp_path, cap
     assert not (tmp_path / "F").exists()
 
 
-def test_the_order_is_measured_alike_in_every_row(tmp_path):
-    bench = claims.bench_of(claims.ClaimsOptions(), None, tmp_path)
-    assert (bench.window, bench.margin) == (8, 0.2)
-    assert claims.settings_of("TABOM, no ranking", 0) == dict(
-        objective="tabom", window=8, margin=0.2, weight=0.0, seed=0
+def test_a_row_of_ones_own_is_made_on_all_base_models(monkeypatch):
+    monkeypatch.setitem(claims.ROWS, "TABOM, window 16", dict(objective="tabom", window=16))
+    c = claims.ClaimsOptions(rows=("TABOM, window 16",))
+    assert claims.runs_of(c, 2) == [("TABOM, window 16", 3e-4, "in"), ("TABOM, window 16", 1e-3, "in")]
+    claims.check_targets("TABOM, window 16")
+
+
+def test_the_runs_are_those_that_were_registered():
+    c = claims.ClaimsOptions()
+    even, odd = claims.runs_of(c, 2), claims.runs_of(c, 1)
+    assert len(even) == 8 and len(odd) == 8 + 4 + 7 + 4 and set(even) < set(odd)
+    assert sum(run[2] == claims.SEVERAL for run in odd) == 4
+    assert sum(map(claims.is_primary, odd)) == 4 == sum(map(claims.is_primary, even))
+    only = claims.ClaimsOptions(rows=("TABOM", "SFT-GT"), rates=claims.rate_list("1e-4, 0.0003"))
+    assert claims.runs_of(only, 2) == [("TABOM", 3e-4, "in")]
+    names = ["TABOM 0.0003", "TABOM 0.0001", "SFT-GT 0.0003", "TABOM 0.0003 several"]
+    assert list(map(claims.key_of, claims.runs_of(only, 1))) == names
+    assert claims.key_of(("base", 0, "in")) == "base" and claims.key_of(("base", 0, "several")) == "base several"
+
+
+def test_what_the_first_look_needs_comes_first():
+    order = list(claims.order_of_work(24))
+    assert order[:12] == [(i, True) for i in range(1, 13)] and order[12:24] == [(i, False) for i in range(13, 25)]
+    assert order[24:] == [*((i, False) for i in range(1, 13)), (0, True)]
+    assert list(claims.order_of_work(1)) == [(1, True), (1, False), (0, True)]
+
+
+def test_an_early_epoch_is_tested_on_the_first_puzzles_and_two_tokens_after_the_first_look(monkeypatch, tmp_path):
+    asked = []
+
+    def solve(base, these, tokens_per_step=1):
+        asked.append((these[0]["task"], len(these), tokens_per_step))
+        return [dict(correct=i % 2 == 0) for i in range(len(these))]
+
+    monkeypatch.setattr(claims, "solve", solve)
+    monkeypatch.setattr(claims.diagnose, "own_order", lambda *_: dict(tds=0.5))
+    monkeypatch.setattr(claims.mechanism, "against_base", lambda *_: dict(correlation=0.5))
+    tests = {task: [dict(task=task)] * claims.SIZES[task] for task in ("in", "near", "far")}
+    for number, whole, expected in (
+        (1, False, [("in", 500, 1), ("near", 250, 1), ("far", 250, 1)]),
+        (1, True, [("in", 1500, 1), ("near", 500, 1), ("far", 500, 1)]),
+        (13, True, [("in", 1500, 1), ("near", 500, 1), ("far", 500, 1), ("in", 1500, 2)]),
+    ):
+        asked.clear()
+        base = claims.Base(tmp_path, number, None, None, distilling(), tests, {}, {}, {})
+        found = claims.test(base, "in", tmp_path / "R", whole)
+        assert asked == expected and ("order" in found) == whole
+        assert found["right"]["near"][0] == expected[1][1] and ("in-2" in found["right"]) == (len(expected) == 4)
+
+
+def test_what_is_kept_has_a_line_for_each_run():
+    found = dict(number=3, tried=[[3, 2 / 3]], runs={"base": dict(epochs=[dict(kl=0.1234567890)]), "TABOM 0.0003": {}})
+    text = claims.as_lines(found)
+    assert json.loads(text) == dict(
+        found, tried=[[3, 0.666667]], runs={"base": {"epochs": [{"kl": 0.123457}]}, "TABOM 0.0003": {}}
     )
-    assert claims.settings_of("SFT-SD", 4, 0.1) == dict(objective="nelbo", seed=4, lr=0.1)
+    assert sum("epochs" in line or "TABOM" in line for line in text.splitlines()) == 2
 
 
 def test_a_recipe_sets_the_rows_on_given_trajectories(monkeypatch):
@@ -130,7 +197,7 @@ def test_rows_on_the_authors_trajectories(tiny, trajectories, puzzles, tmp_path,
         folder = tmp_path / "C" / "runs" / f"{name}+seed=0"
         made = json.loads((folder / "R-1" / "meta.json").read_text())
         assert (made["recipe"], made["examples"]) == ("llada-prm12k", 8)
-        assert [one["tokens_per_step"] for one in sweep.result_of(folder)["tests"]] == [1, 2]
+        assert [one["tokens_per_step"] for one in jobs.result_of(folder)["tests"]] == [1, 2]
 
 
 def test_trajectories_need_a_model_and_something_to_answer(tmp_path):
@@ -150,40 +217,13 @@ def test_puzzles_have_their_own_check_and_say_so(given, tmp_path):
     assert not (tmp_path / "C").exists()
 
 
-def test_the_best_rate_is_that_of_the_highest_validation_accuracy_and_the_lowest_of_equal_ones(tmp_path):
-    folders = []
-    for lr, accuracy in ((0.3, 0.5), (0.1, 0.5), (0.01, 0.4)):
-        folders.append(tmp_path / str(lr))
-        folders[-1].mkdir()
-        (folders[-1] / "result.json").write_text(json.dumps(dict(settings=dict(lr=lr), chosen=dict(accuracy=accuracy))))
-    assert claims.best_rate(folders) == 0.1
-
-
-def test_base_0_has_no_run_in_the_results_and_every_row_waits_for_its_rates(tmp_path):
-    c = claims.ClaimsOptions(bases=2)
-    jobs, needs = claims.jobs_of(c, None, tmp_path, ["TABOM", "TABOM, kl"])
-    order = [str(folder.relative_to(tmp_path)) for folder in jobs]
-    rates = [f"base-0/rates/TABOM/{lr}" for lr in claims.RATES]
-    assert order[:3] == ["base-0", *rates]
-    assert order[3:7] == ["base-1", "base-1/runs/base", "base-1/runs/TABOM/seed-0", "base-1/reported/1"]
-    assert order.index("base-2/reported/1") < order.index("base-1/runs/TABOM, kl/seed-0")
-    assert needs[tmp_path / "base-1/runs/TABOM, kl/seed-0"] == [
-        tmp_path / name for name in ["base-1/runs/base", *rates]
-    ]  # it takes TABOM's
-    assert not any(name.startswith("base-0/runs") for name in order)
-    needed = needs[tmp_path / "base-2/runs/TABOM/seed-0"]
-    assert needed == [tmp_path / name for name in ["base-2/runs/base", *rates]]
-
-
 # --------------------------------------------------------------------------------------------------------- end to end
-
-ROWS = ("SFT-GT", "TABOM")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("F") / "F"
-    line = ["claims", "--quick", "--bases", "1", "--rows", "; ".join(ROWS), "--out", out]
+    line = ["claims", "--quick", "--bases", "1", "--rows", "SFT-GT;TABOM", "--rates", "3e-4", "--out", out]
     done = shell(*line)
     assert done.returncode == 0, done.stderr
     return out, line, done
@@ -191,79 +231,93 @@ def small(tmp_path_factory):
 
 @pytest.mark.slow
 def test_no_puzzle_is_in_two_datasets_and_sft_gt_trains_on_what_was_distilled(small):
-    base = small[0] / "base-1"
+    place = small[0] / "base-1" / "seed-1"
+    loaded = loading.Loaded(None, tokenizer.load(place / "tiny"), place / "tiny")
+    base = claims.Base(place, 1, None, loaded, distilling(), {}, {}, {}, {})
     prompts = []
-    for name in claims.SIZES:
-        for r in data.read_examples(base / "data" / f"{name}.jsonl"):
-            prompts.append(r["prompt"])
-    assert len(prompts) == len(set(prompts)) == 24 + 6 * 6
-    tok, task = tokenizer.load(base / "tiny"), puzzles.TASKS["short-latin"]
-    answers = {r["id"]: r["answer"] for r in data.read_trajectories(base / "T")}
-    for draws in (2, 4):
-        copies = data.read_trajectories(base / f"kept-{draws}.jsonl")
-        truth = data.read_trajectories(base / f"truth-{draws}.jsonl")
-        assert [r["id"] for r in copies] == [r["id"] for r in truth] and len(truth) == draws * 24
-        for r in truth:
-            answer = puzzles.restyled(answers[r["id"].rpartition("-")[0]], task)
-            ids = tok.encode(answer)
-            assert r["response_ids"] == ids + [tok.eos_id] * (31 - len(ids))
+    for name, task, count in (
+        ("train", "in", 24),
+        ("validation", "in", 6),
+        *((f"test_{t}", t, 6) for t in claims.TASKS),
+    ):
+        prompts += [e["prompt"] for e in claims.puzzles_of(base, name, task, count)]
+    assert len(prompts) == len(set(prompts)) == 24 + 6 + 4 * 6
+    task = puzzles.TASKS["short-latin"]
+    answers = {e["id"]: e["answer"][0] for e in claims.puzzles_of(base, "train", "in", 24)}
+    copies = data.read_trajectories(place / "kept-in-4.jsonl")  # TABOM's windows, and SFT's masks
+    truth = data.read_trajectories(place / "truth-in-2.jsonl")
+    assert (len(copies), len(truth)) == (4 * 24, 2 * 24) and {r["id"] for r in truth} < {r["id"] for r in copies}
+    for r in truth:
+        ids = loaded.tok.encode(puzzles.restyled(answers[r["id"].rpartition("-")[0]], task))
+        assert r["response_ids"] == ids + [loaded.tok.eos_id] * (31 - len(ids))
 
 
 @pytest.mark.slow
-def test_the_tables_hold_what_the_trajectories_say(small):
+def test_what_is_kept_is_what_the_answers_say(small):
     out, _, done = small
-    saved = json.loads((out / "results" / "results.json").read_text())
-    assert {r["row"] for r in saved["runs"]} == {"base", *ROWS} and {r["base"] for r in saved["runs"]} == {"base-1"}
-    for r in saved["runs"]:
-        folder = out / "base-1" / "runs" / r["row"] / ("" if r["row"] == "base" else "seed-0")
-        for name, at_once in (("in", 1), ("in", 2), ("near", 1), ("far", 2)):
-            records = data.read_trajectories(folder / f"test-test_{name}{'' if at_once == 1 else '-2'}")
-            right = sum(x["correct"] for x in records)
-            assert report.scores_of(r, f"test_{name}", at_once)["accuracy"] == pytest.approx(right / 6, abs=1e-5)
-            assert len(records) == 6 and max(max(x["step"]) for x in records) == (30 if at_once == 1 else 15)
-        ends = [len(x["text"]) == len(x["answer"][0]) and x["finished"] for x in records]
-        assert 0 <= r["answers"]["far"]["ends_right"] <= 1 and len(ends) == 6
-        assert len(r["mechanism"]["thirds"]) == 3 and -1 <= r["mechanism"]["correlation"] <= 1
-        assert str(out) not in json.dumps(r)
-    base = next(r for r in saved["runs"] if r["row"] == "base")
-    assert base["mechanism"]["correlation"] == 1 and base["mechanism"]["kl"] == pytest.approx(0, abs=1e-5)
-    assert base["mechanism"]["entropy"] == pytest.approx(base["mechanism"]["entropy_before"], rel=1e-4)
-    assert len({r["steps"] for r in saved["runs"] if "steps" in r}) == 1
-    assert set(saved["tried"]) == set(ROWS) and set(saved["tried"]["TABOM"]) == {str(lr) for lr in claims.RATES}
+    bases = report.read(out / "results")
+    assert set(bases) == {0, 1} and set(bases[0]["runs"]) == {"base", "TABOM 0.0003"}
+    runs = bases[1]["runs"]
+    assert set(runs) == {"base", "base several", "TABOM 0.0003", "TABOM 0.0003 several", "SFT-GT 0.0003"}
+    for key, run in runs.items():
+        task = "several" if key.endswith("several") else "in"
+        assert len(run["epochs"]) == (1 if key.startswith("base") else 3)
+        last = run["epochs"][-1]
+        assert set(last["right"]) == {task, "near", "far"}
+        records = data.read_trajectories(out / "base-1" / "seed-1" / "runs" / key / "answers.jsonl")
+        assert report.unpack(last["right"][task]).tolist() == [r["correct"] for r in records] and len(records) == 6
+        for r in records:
+            right = r["finished"] and puzzles.solves(puzzles.TASKS[claims.TASKS[task]], r["prompt"], r["text"])
+            assert r["correct"] == right and max(r["step"]) == 30
+        assert last["order"]["correlation"] <= 1
+    assert (
+        runs["base"]["epochs"][0]["kl"] == dict(near=0, far=0)
+        and runs["base"]["epochs"][0]["order"]["correlation"] == 1
+    )
+    assert all(value > 0 for value in runs["TABOM 0.0003"]["epochs"][-1]["kl"].values())
     tables = (out / "results" / "tables.md").read_text()
-    assert tables in done.stdout
-    for name in ("tds", "order", "accuracy"):
-        assert (out / "results" / f"{name}.png").stat().st_size > 3000
+    assert tables in done.stdout and "Differences are shown at 12 and 24" in tables
 
 
 @pytest.mark.slow
-def test_a_second_start_adds_rows_and_makes_nothing_again(small):
+def test_a_second_start_adds_rows_and_makes_nothing_again(small, monkeypatch):
     out, line, _ = small
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
-    line = [part if part != "; ".join(ROWS) else "SFT-SD" for part in line]
-    done = shell(*line)
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout)["rows"] == 4
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert len(list(out.rglob("result.json"))) == len(before) + len(claims.RATES) + 1
+    before = report.read(out / "results")
+    line = [str(part) if part != "SFT-GT;TABOM" else "TABOM;naive TD" for part in line]
+    trained, real = [], claims.train.train
+    monkeypatch.setattr(claims.train, "train", lambda made, *more: trained.append(made.objective) or real(made, *more))
+    assert tabom.main(line) == 0
+    assert trained == ["traj"]
+    after = report.read(out / "results")
+    assert after[1]["runs"].pop("naive TD 0.0003") and after[1].pop("minutes") >= before[1].pop("minutes")
+    assert after[1]["runs"] == before[1]["runs"] and after[0] == before[0]
 
 
 @pytest.mark.slow
-def test_a_row_that_means_something_else_now_is_refused(small, monkeypatch, capsys):
-    monkeypatch.setitem(claims.ROWS, "TABOM", dict(objective="tabom", margin=0.5))
-    assert tabom.main([str(word) for word in small[1]]) == 1
-    assert "seed-0 was made with {'window': 8, 'margin': 0.2" in capsys.readouterr().err
+def test_runs_of_another_base_model_are_not_added_to(small, monkeypatch, capsys):
+    out, line, _ = small
+    file = out / "results" / "bases" / "base-1.json"
+    kept = file.read_text()
+    try:
+        file.write_text(kept.replace(json.loads(kept)["model"], "0" * 64))
+        line = [str(part) if part != "SFT-GT;TABOM" else "dInfer" for part in line]
+        assert tabom.main(line) == 1
+        assert "base-1 is another model, 000000000000, than its seed gives" in capsys.readouterr().err
+    finally:
+        file.write_text(kept)
 
 
-def test_every_row_has_its_turn():
-    assert sorted(itertools.chain(*claims.TURNS)) == sorted(claims.ROWS)
+def test_a_rate_that_is_no_number_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tabom.main(["claims", "--rates", "3e-4,fast", "--out", str(tmp_path / "F")])
+    assert "--rates" in capsys.readouterr().err and not (tmp_path / "F").exists()
 
 
 def test_an_unknown_row_is_one_line(tmp_path, capsys):
     assert tabom.main(["claims", "--rows", "TABOM;Tabom", "--out", str(tmp_path / "F")]) == 1
     assert not (tmp_path / "F").exists()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --rows Tabom: none of SFT-GT; SFT-SD; TABOM;")
+    assert line.startswith("error: --rows Tabom: none of No-SFT; SFT-GT; SFT-SD; TABOM;")
 
 
 @pytest.mark.parametrize("tasks", [["latin", "shear"], ["short-latin", "short-shear", "short-far"]])

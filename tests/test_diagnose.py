@@ -16,7 +16,7 @@ import model
 import objectives
 import tabom
 import tokenizer
-from experiments import diagnose, plots
+from experiments import diagnose, pictures, plots
 from runs import loading, torchrun
 
 LIMIT = 6  # trajectories that are looked at, of 12
@@ -106,7 +106,7 @@ def test_pictures_are_drawn(found):
 def test_a_trajectory_is_drawn_token_by_token(tiny, trajectories):
     tok = tokenizer.load(tiny)
     ids = tok.encode("123") + [tok.eos_id] + tok.encode("456")
-    drawing = plots.draw_trajectory(tok, dict(response_ids=ids, order=[6, 1, 4, 0, 2, 3, 5]))
+    drawing = pictures.draw_trajectory(tok, dict(response_ids=ids, order=[6, 1, 4, 0, 2, 3, 5]))
     axes = drawing.axes[0]
     assert [t.get_text() for t in axes.texts] == ["1", "2", "3", "<|endoftext|>"]  # and nothing after the first EOS
     colours = [patch.get_facecolor()[:3] for patch in axes.patches]

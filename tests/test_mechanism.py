@@ -54,3 +54,26 @@ def test_a_model_against_itself_and_against_another_order(tmp_path):
     assert found["thirds"][0] == [pytest.approx(-1), 1.0, 1.0]  # rows 2 and 4: right with both
     assert found["thirds"][1] == [1.0, 0.0, 0.0]  # rows 1 and 3
     assert found["thirds"][2][1:] == [0.0, 0.5]  # rows 0 and 5
+
+
+def test_the_kl_along_trajectories_is_that_of_the_masked_positions():
+    processes = torchrun.Processes("cpu", alone=True)
+    loaded = loading.load_model(loading.ModelOptions(model=str(tiny.TINY5), device="cpu"), processes)
+    rng, rows = random.Random(0), []
+    for i in range(3):
+        response = [6 + rng.randrange(5) for _ in range(4)]
+        rows.append(dict(id=i, prompt_ids=[4, 5, 6], response_ids=response, order=rng.sample(range(4), 4)))
+    before = mechanism.states(loaded, processes, rows)
+    assert mechanism.kl_to(before, loaded) == pytest.approx(0, abs=1e-7)
+    with torch.no_grad():
+        loaded.m.head.weight.mul_(0.5)
+    found, values = mechanism.kl_to(before, loaded), []
+    for r in rows:  # the same, position by position
+        for step in range(4):
+            seen = [t if o < step else loaded.m.config.mask_id for t, o in zip(r["response_ids"], r["order"])]
+            with torch.no_grad():
+                now = loaded.m(torch.tensor([r["prompt_ids"] + seen]))[0, 3:]
+            p, q = (2 * now).log_softmax(-1), now.log_softmax(-1)
+            kl = (p.exp() * (p - q)).sum(-1)
+            values += [kl[i].item() for i, o in enumerate(r["order"]) if o >= step]
+    assert found == pytest.approx(sum(values) / len(values), rel=1e-4) and found > 0

@@ -4,11 +4,8 @@ import builtins
 
 import matplotlib
 import pytest
-from PIL import Image
 
-import tokenizer
 from experiments import plots
-from experiments import tiny as tiny_model
 
 
 def tds_rows(models, steps=3):
@@ -17,6 +14,10 @@ def tds_rows(models, steps=3):
         for step in range(steps):
             rows.append(dict(model=model, step=step, base_models=4 + i, tds=0.1 * step + i, tds_se=None if i else 0.05))
     return rows
+
+
+def frontier_point(row, gain, loss, gain_se=None, loss_se=None):
+    return dict(row=row, rate=1e-4, epoch=1, gain=gain, loss=loss, gain_se=gain_se, loss_se=loss_se)
 
 
 def test_a_picture_is_saved_as_png_and_pdf_without_a_date(tmp_path):
@@ -51,14 +52,12 @@ def test_colour_is_the_model_and_dash_the_dataset():
 
 def test_a_model_has_one_colour_in_all_pictures():
     models = ["base", "SFT-SD", "TABOM"]
-    gains = []
-    for model in models[1:]:
-        gains.append(dict(row=model, x=0.9, y=1.0))
+    gains = [frontier_point(model, 1.0, 2.0) for model in models[1:]]
     colours = {}
-    for drawing in (plots.draw_tds(tds_rows(models), models), plots.draw_scatter(gains, "x", "y", models)):
-        for line in drawing.axes[0].get_lines():
+    for drawing in (plots.draw_tds(tds_rows(models), models), plots.draw_frontier(gains)):
+        for line in drawing.axes[0].get_legend().get_lines():
             colours.setdefault(line.get_label().split(" ")[0], set()).add(line.get_color())
-    assert colours["TABOM"] == {plots.STRONG}
+    assert colours["TABOM"] == {plots.STRONG} and colours["base"] == {plots.GREY}
     assert len(colours["SFT-SD"]) == 1 and not colours["SFT-SD"] & {plots.STRONG, plots.GREY}
     found = plots.looks(map(str, range(15)))
     assert len({(look["color"], look["linestyle"]) for look in found.values()}) == 15
@@ -91,10 +90,9 @@ def test_a_step_that_few_base_models_have_is_left_out():
 
 
 def test_what_lies_apart_is_found():
-    spans = dict(a=(-3, 1), b=(-2, 4), c=(0, 5), far=(-90, -70))
-    assert plots.without_outliers(spans) == ((-3, 5), ["far"])
-    assert plots.without_outliers(dict(a=(0, 1), b=(2, 3), c=(4, 5)))[1] == []
-    assert plots.without_outliers(dict(a=(0, 1), b=(90, 91)))[1] == []  # which of two is it
+    assert plots.apart(dict(a=1, b=3, c=5, far=-70)) == ["far"]
+    assert plots.apart(dict(a=1, b=3, c=5)) == []
+    assert plots.apart(dict(a=1, b=91)) == []  # which of two is it
 
 
 def test_a_band_is_one_standard_error_and_a_missing_value_no_point():
@@ -107,25 +105,48 @@ def test_a_band_is_one_standard_error_and_a_missing_value_no_point():
     assert min(heights) == pytest.approx(-0.05) and max(heights) == pytest.approx(0.25)
 
 
-def test_differences_are_intervals_in_a_panel_for_each_measure():
-    rows = []
-    for measure, row, mean in (("in %", "base", -2.0), ("in %", "TABOM", 1.0), ("far %", "TABOM", 0.0)):
-        rows.append(dict(measure=measure, row=row, mean=mean, low=mean - 1, high=mean + 2, bases=dict(a=1, b=2)))
-    inside, far = plots.draw_differences(rows, "SFT-SD").axes
-    found = [(list(line.get_xdata()), line.get_ydata()[0]) for line in inside.get_lines()[1::2]]
-    assert found == [([-3.0, 0.0], 0), ([0.0, 3.0], 1)]  # a row has the same line in both panels
-    assert [list(line.get_ydata()) for line in far.get_lines()[1:]] == [[1, 1], [1]]
-    assert inside.get_xlabel() == "in %, less SFT-SD's"
-    assert [label.get_text() for label in inside.get_yticklabels()] == ["base (2)", "TABOM (2)"]
+def named(axes):
+    """The lines of the legend: name -> its line in the axes."""
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_a_difference_far_off_is_marked_at_the_edge_with_its_value():
-    rows = []
-    for row, mean in (("a", -2.0), ("b", 1.0), ("c", 3.0), ("far", -80.0)):
-        rows.append(dict(measure="in %", row=row, mean=mean, low=mean - 1, high=mean + 1))
-    (axes,) = plots.draw_differences(rows, "SFT-SD").axes
-    assert axes.get_xlim()[0] > -4
-    assert [text.get_text() for text in axes.texts] == ["-80.0 [-81.0, -79.0]"]
+def test_a_frontier_goes_from_the_base_model_through_the_points_of_a_row():
+    found = [frontier_point("TABOM", 5, 2, 0.5, 0.25), frontier_point("TABOM", 3, 1), frontier_point("SFT-SD", 4, 6)]
+    faint = [("TABOM", 4.0, 3.0), ("SFT-SD", 2.0, 8.0), ("SFT-SD", 3.0, 9.0), ("SFT-GT", 1.0, 1.0)]
+    (axes,) = plots.draw_frontier(found, faint, "Title").axes
+    lines = named(axes)
+    assert list(lines) == ["base", "TABOM", "SFT-SD"] and lines["base"].get_xydata().tolist() == [[0, 0]]
+    assert lines["TABOM"].get_xydata().tolist() == [[0, 0], [3, 1], [5, 2]]
+    assert lines["SFT-SD"].get_xydata().tolist() == [[0, 0], [4, 6]]
+    assert lines["TABOM"].get_color() == plots.STRONG != lines["SFT-SD"].get_color()
+    across, up = (bars.get_segments()[0].tolist() for bars in axes.collections)  # of the only point with errors
+    assert across == [[4.5, 2], [5.5, 2]] and up == [[5, 1.75], [5, 2.25]]
+    dots = [line for line in axes.get_lines() if line.get_alpha()]
+    assert [dot.get_xydata().tolist() for dot in dots] == [[[4, 3]], [[2, 8]], [[3, 9]]]
+    assert dots[0].get_color() == plots.STRONG and dots[1].get_color() == lines["SFT-SD"].get_color()
+    assert axes.get_xlabel() == "gain in-domain (points)" and axes.get_ylabel() == "loss near and far (points)"
+    assert axes.get_title() == "Title"
+
+
+def test_a_frontier_of_many_rows_has_panels_with_the_same_limits():
+    found = [frontier_point(row, 3 * i, -i) for i, row in enumerate(["TABOM", *map(str, range(12))])]
+    panels = plots.draw_frontier(found).axes
+    assert len(panels) > 1 and all("TABOM" in named(axes) and len(named(axes)) <= 1 + plots.MOST for axes in panels)
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in panels}) == 1
+    assert panels[0].get_xlim()[1] > 36 and panels[0].get_ylim()[0] < -12
+
+
+def test_regimes_are_intervals_below_one_another():
+    found = [dict(label="small", mean=-2.0, low=-3.0, high=0.5, n=4), dict(label="TABOM", mean=1, low=0, high=2, n=9)]
+    (axes,) = plots.draw_regimes(found, "TABOM less SFT-SD").axes
+    zero, *lines = axes.get_lines()
+    assert list(zero.get_xdata()) == [0, 0]
+    values = [(list(line.get_xdata()), line.get_ydata()[0]) for line in lines]
+    assert values == [([-3.0, 0.5], 0), ([-2.0], 0), ([0, 2], 1), ([1], 1)]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first is at the top
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["small (4)", "TABOM (9)"]
+    assert axes.get_xlabel() == "TABOM less SFT-SD"
+    assert [line.get_color() for line in lines] == [plots.BLUE] * 2 + [plots.STRONG] * 2
 
 
 def test_pictures_have_the_width_of_a_column_and_leave_the_settings_alone():
@@ -137,42 +158,9 @@ def test_pictures_have_the_width_of_a_column_and_leave_the_settings_alone():
     assert dict(matplotlib.rcParams) == before
 
 
-PUZZLE = "L12..5" + "." * 20  # 5x5
-
-
-def puzzle_record(tok):
-    ids = tok.encode("1234512345") + [tok.eos_id] * 21
-    steps = [*range(21, 31), *range(21)]
-    entropy = [0.01 * (i + 1) for i in range(31)]
-    return dict(prompt=PUZZLE, response_ids=ids, order=steps, step=steps, entropy=entropy)
-
-
-def test_a_puzzle_is_drawn_as_its_grid():
-    tok = tokenizer.load(tiny_model.TINY5)
-    axes = plots.draw_trajectory(tok, puzzle_record(tok)).axes[0]
-    assert [patch.get_xy() for patch in axes.patches][1] == (1.04, 0.04)  # given: framed, a little smaller
-    assert [patch.get_xy() for patch in axes.patches][5:7] == [(0, 1), (1, 1)]
-    shown = [text.get_text() for text in axes.texts]
-    assert shown[:4] == ["1", "21", "2", "22"] and shown[-2:] == ["end", "20"]
-
-
-def test_an_animation_has_a_picture_for_each_step_and_holds_the_last(tmp_path):
-    tok = tokenizer.load(tiny_model.TINY5)
-    record = puzzle_record(tok)
-    plots.save_frames(tok, record, tmp_path / "a.gif")
-    with Image.open(tmp_path / "a.gif") as drawn:
-        assert drawn.n_frames == 1 + 31 or drawn.n_frames == 2 + 31  # nothing yet, each step; equal ones may be one
-        drawn.seek(drawn.n_frames - 1)
-        assert drawn.info["duration"] >= plots.HELD
-    assert (tmp_path / "a.gif").stat().st_size < 300_000
-    text = dict(record, prompt="a question", order=[*range(30), -1], step=[*range(30), 31])  # one was never decoded
-    plots.save_frames(tok, text, tmp_path / "b.gif")
-    assert (tmp_path / "b.gif").stat().st_size > 1000
-
-
 def test_no_rows_make_an_empty_picture():
-    assert not plots.draw_scatter([], "x", "y").axes[0].get_lines()[1:]
-    assert not plots.draw_differences([], "SFT-SD").axes[0].get_lines()
+    assert list(named(plots.draw_frontier([]).axes[0])) == ["base"]
+    assert not plots.draw_regimes([], "x").axes[0].get_lines()[1:]
     assert not plots.draw_tds([]).axes[0].get_lines()
     assert not plots.draw_loss([]).axes[0].get_lines()
     assert not plots.draw_training({"R": [dict(step=1)]}).axes[0].get_lines()
@@ -180,7 +168,7 @@ def test_no_rows_make_an_empty_picture():
 
 def test_a_long_training_curve_is_smoothed_and_a_short_one_is_not():
     def metrics(count):
-        return [dict(step=i + 1, loss=float(i % 2), rank=0.5, in_order=None) for i in range(count)]
+        return [dict(step=i + 1, loss=float(i % 2), ranking=0.5, in_order=None) for i in range(count)]
 
     drawing = plots.draw_training({"R": metrics(10)})
     assert [axes.get_title() for axes in drawing.axes if axes.get_lines()] == ["loss", "ranking"]
@@ -194,13 +182,6 @@ def test_a_long_training_curve_is_smoothed_and_a_short_one_is_not():
 def test_a_running_mean_is_over_what_is_near():
     assert plots.running_mean([1.0, 2.0, 6.0, 7.0], 1) == [1.5, 3.0, 5.0, 6.5]
     assert plots.running_mean([1.0, 2.0], 0) == [1.0, 2.0]
-
-
-def test_invisible_characters_are_made_visible():
-    assert plots.visible_text("a\n") == ("a↵", 2)
-    assert plots.visible_text("\t\x00") == ("→·", 2)
-    assert plots.visible_text("数") == ("数", 2)
-    assert plots.visible_text("") == ("", 1)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

@@ -183,3 +183,32 @@ def test_a_prompt_that_is_a_puzzle_is_known():
         assert puzzle_tasks.side(prompt) == len(task.symbols), name
     for text in ("", "L", "L12", "2 + 2 =", "L" + "." * 24, "X" + "." * 25, "L" + "z" * 25):
         assert puzzle_tasks.side(text) is None, text
+
+
+def test_any_square_that_a_puzzle_allows_solves_it_in_either_style():
+    rng = random.Random(3)
+    for name, task in puzzle_tasks.TASKS.items():
+        prompt, answer = puzzle_tasks.make(task, rng, True)
+        foreign = puzzle_tasks.restyled(answer, task)
+        assert puzzle_tasks.solves(task, prompt, answer) and puzzle_tasks.solves(task, prompt, foreign), name
+        mixed = foreign[0] + answer[1:]
+        for wrong in (
+            "",
+            answer[:-1],
+            answer + answer[0],
+            answer[1] + answer[0] + answer[2:],
+            mixed,
+            "?" * len(answer),
+        ):
+            assert not puzzle_tasks.solves(task, prompt, wrong), (name, wrong)
+
+
+def test_a_puzzle_with_several_solutions_takes_each_of_them():
+    rng, task, found = random.Random(5), puzzle_tasks.TASKS["short-several"], 0
+    for _ in range(60):
+        prompt, answer = puzzle_tasks.make(task, rng, True)
+        assert prompt[0] == "L" and puzzle_tasks.solves(task, prompt, answer)
+        for i, other in enumerate(itertools.islice(solve(prompt[1:], "short-latin"), 30)):
+            assert puzzle_tasks.solves(task, prompt, other[: len(answer)])
+            found += i > 0
+    assert found > 100

@@ -20,7 +20,7 @@ import lora
 import model
 import objectives
 import tabom
-from experiments import report, sweep
+from experiments import jobs, sweep, table
 from runs import torchrun
 
 SMALL = dict(check="exact", keep="all", epochs=2, global_batch=6, batch_size=6, lr=1e-2, warmup=0, decode_batch=16)
@@ -133,8 +133,8 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
         result(0.8, 0.4, objective="tabom", window=8, seed=1),
         result(0.1, None, objective="nelbo", seed=0),
     ]
-    rows = sweep.over_seeds(found)
-    assert sweep.sweep_table(rows).splitlines() == [
+    rows = table.over_seeds(found)
+    assert table.sweep_table(rows).splitlines() == [
         "| row | window | runs | validation % | x % | x, 2 a step % | TDS |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| No-SFT |  | 1 | 25.0 | 50.0 | 12.5 | 0.250 |",
@@ -156,18 +156,18 @@ def test_domains_have_means_and_gains_over_the_model_before_training():
         for source, score in zip(names, scores):
             tests.append(dict(source=source, tokens_per_step=1, scores=dict(accuracy=score / 100, tds=None)))
         found.append(dict(settings=dict(objective=objective), chosen={}, tests=tests))
-    base, ours = sweep.over_seeds(found, ("gsm8k", "math500"))
+    base, ours = table.over_seeds(found, ("gsm8k", "math500"))
     means = {one["measure"]: one for one in ours["scores"] if one["measure"] in ("in-domain %", "OOD %")}
     assert means["in-domain %"]["mean"] == pytest.approx(62.705) and means["OOD %"]["mean"] == pytest.approx(
         57.9767, 1e-5
     )
     assert means["in-domain %"]["gain"] == pytest.approx(2.1) and means["OOD %"]["gain"] == pytest.approx(2.2367, 1e-4)
-    head, _, *_, last = sweep.sweep_table([base, ours]).splitlines()
+    head, _, *_, last = table.sweep_table([base, ours]).splitlines()
     assert head == "| row | runs | gsm8k % | math500 % | humaneval % | mbpp % | ifeval % | in-domain % | OOD % | TDS |"
     assert last.startswith("| TABOM | 1 | 84.3 (+2.9) | 41.1 (+1.3) |") and last.endswith(
         "| 62.7 (+2.1) | 58.0 (+2.2) | - |"
     )
-    assert not [one for one in sweep.over_seeds(found)[1]["scores"] if one["measure"] in means]  # none were named
+    assert not [one for one in table.over_seeds(found)[1]["scores"] if one["measure"] in means]  # none were named
 
 
 def test_rows_are_a_grid():
@@ -196,8 +196,8 @@ def test_unchecked_answers_stand_beside_the_score():
         chosen = dict(accuracy=accuracy, questions=20, unchecked=0)
         return dict(settings=dict(objective="tabom", seed=seed), chosen=chosen, tests=tests)
 
-    rows = sweep.over_seeds([result(0.5, 4, 0), result(0.6, 5, 1)])
-    *_, row = sweep.sweep_table(rows).splitlines()
+    rows = table.over_seeds([result(0.5, 4, 0), result(0.6, 5, 1)])
+    *_, row = table.sweep_table(rows).splitlines()
     assert row == "| TABOM | 2 | 55.0 ± 7.1 | 55.0 ± 7.1 (22.5 % unchecked) | 0.250 ± 0.000 |"
 
 
@@ -221,21 +221,6 @@ def test_an_accuracy_is_over_all_questions(monkeypatch, tiny, tmp_path):
     benchmark = dict(correct=3, n=12, not_graded=2)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: dict(scores=[benchmark]))
     assert sweep.answer_set(bench, None, "gsm8k", tmp_path / "b", 0) == dict(accuracy=0.25, questions=12, unchecked=2)
-
-
-def test_a_result_of_an_old_version_is_read():
-    old = dict(settings=dict(objective="tabom", seed=0), training=dict(loss=1.0, rank=0.5))
-    scores = dict(accuracy=0.5, rank=0.2, rank_least=0.1)
-    old["tests"] = {"a, b/x.jsonl": scores, "a, b/x.jsonl, 4 a step": dict(accuracy=0.25)}
-    new = sweep.upgraded(old)
-    assert new["training"] == dict(loss=1.0, ranking=0.5)
-    assert report.scores_of(new, "x") == dict(accuracy=0.5, ranking=0.2, ranking_least=0.1)
-    assert report.scores_of(new, "x", 4) == dict(accuracy=0.25)
-    assert new["tests"][1]["source"] == "a, b/x.jsonl"
-    assert sweep.upgraded(old, 2)["tests"][0]["tokens_per_step"] == 2  # a sweep that tested with two and four
-    assert sweep.upgraded(new) == new and "rank" in old["training"]
-    with pytest.raises(KeyError, match="x with 3 tokens per step"):
-        report.scores_of(new, "x", 3)
 
 
 # --------------------------------------------------------------------------------------------------- one loaded model
@@ -369,7 +354,7 @@ def test_a_second_start_makes_only_what_is_missing(swept, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_holds(tmp_path):
+def test_what_another_process_holds_is_left_alone_until_it_is_free(tmp_path):
     lock = "p = torchrun.Processes('cpu'); p.lock(sys.argv[1]); print('held', flush=True); input()"
     other = f"import sys; from runs import torchrun; {lock}"
     held, done = tmp_path / "held", []
@@ -385,11 +370,11 @@ def test_a_job_waits_for_what_it_needs_and_leaves_alone_what_another_process_hol
         [sys.executable, "-c", other, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stdout.readline() == "held\n"
-    jobs = {tmp_path / name: work for name in ("later", "held", "free")}
+    work_of = {tmp_path / name: work for name in ("held", "free", "last")}
     alone = torchrun.Processes("cpu", alone=True)
-    found = sweep.share(jobs, torchrun.Processes("cpu"), alone, {tmp_path / "later": [held]})
-    assert done == ["free", "held", "later"]
-    assert found == [dict(name="later", number=3), dict(name="held", number=2), dict(name="free", number=1)]
+    found = jobs.share(work_of, torchrun.Processes("cpu"), alone)
+    assert done == ["free", "last", "held"]
+    assert found == [dict(name="held", number=3), dict(name="free", number=1), dict(name="last", number=2)]
     assert not alone.locks
 
 
@@ -407,7 +392,7 @@ def test_without_locks_each_process_keeps_to_its_own_jobs(tmp_path):
 
     second = SimpleNamespace(index=1, count=2, first=False)
     without_locks = SimpleNamespace(lock=lambda folder: False, unlock=lambda: None)
-    assert sweep.share(dict.fromkeys(names, work), second, without_locks) is None
+    assert jobs.share(dict.fromkeys(names, work), second, without_locks) is None
     assert done == ["b", "d"]
 
 

@@ -140,12 +140,12 @@ def answer_turn(c, processes, loaded, settings, talk, turn):
 
 def save_frames(file, loaded, prompt, t):
     """Write the animation of a response. t: the decode.Trajectory of one row."""
-    from experiments import plots
+    from experiments import pictures
 
     names = dict(response_ids=t.response, step=t.step, order=t.order, entropy=t.entropy)
     record = {name: x[0].tolist() for name, x in names.items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    plots.save_frames(loaded.tok, dict(record, prompt=prompt), file)
+    pictures.save_frames(loaded.tok, dict(record, prompt=prompt), file)
 
 
 def chat_turns():
