@@ -43,7 +43,7 @@ from runs.options import flag, name_list, opt, row_list
 # TABOM's own settings, with which the order of answers is measured too; and what every row trains with.
 SETTING = dict(window=reach.WINDOW, margin=0.2, weight=1.0)
 TRAINING = dict(epochs=3, warmup=20, weight_decay=0.0)
-EXAMPLES = 8  # of a step
+EXAMPLES = 8  # of a step, times how often its objective draws each: copies, which an epoch shuffles one by one
 TARGETS = 32  # tokens of each example on which a step has a loss, on average
 KIND = dataclasses.replace(tiny.SHORT, count=7200)
 KEPT = (0.55, 0.92)  # the share of validation puzzles that a base model solves
@@ -63,7 +63,7 @@ RATES = (3e-4, 1e-3)
 ALL = tuple(itertools.product(("SFT-SD", "TABOM", "naive TD", "TABOM, no ranking"), RATES))
 ON_ODD = ("SFT-GT", "T3D", "dInfer", "dParallel", "TABOM, kl", "any reach", "naive TD's weights")
 ODD = (*itertools.product(report.PRIMARY, (1e-4, 3e-3)), *itertools.product(ON_ODD, (3e-4,)))
-PRIMARY = tuple(itertools.product(report.PRIMARY, RATES))  # made first; on SEVERAL too
+PRIMARY = tuple(itertools.product(report.PRIMARY, RATES))  # made first, and on SEVERAL on odd base models
 FIRST_LOOK = min(report.LOOKS)  # base models
 ROWS = rows.ROWS | {
     "dParallel": dict(objective="dparallel", block_length=8),
@@ -101,7 +101,7 @@ class ClaimsOptions:
     recipe: str | None = opt(None, "with --data: settings of all rows, as in train", choices=tuple(RECIPES))
     methods: tuple | None = opt(None, "with --data: as in train", parse=name_list)
     raw: bool = opt(False, "with --data: prompts as they are, without the chat template")
-    check: str | None = opt(None, "with --data: as in sweep (auto); the puzzles' is exact", choices=answers.CHECKS)
+    check: str | None = opt(None, "with --data: as in sweep (auto)", choices=answers.CHECKS)
     keep: str | None = opt(
         None, "with --data: as in train (correct), as for the puzzles", choices=("correct", "finished", "all")
     )
@@ -125,11 +125,15 @@ def claims(c):
         return on_trajectories(c)
     for name in (*OF_SWEEP, "recipe", "ground_truth", "benchmarks"):
         if getattr(c, name):
-            raise ValueError(f"{flag(name)} is for --data: puzzles are compared exactly, and the right ones are kept")
+            raise ValueError(
+                f"{flag(name)} is for --data: puzzles have a check of their own, and the right ones are kept"
+            )
     for name in c.rows or ():
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
         check_targets(name)
+    if not runs_of(c, 1):  # which has all that others have
+        raise ValueError(f"--rows {'; '.join(c.rows or ())} --rates {c.rates}: no base model has such a run")
     out = Path(c.out or "out/experiment")
     results = Path(c.results or out / "results")
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
@@ -214,14 +218,15 @@ def targets_of(settings, answer=tiny.SHORT.answer):
     if objective in ("tabom", "balanced"):
         return window or reach.WINDOW
     if objective == "reach":
-        return (answer + 3) / 4  # of each of 1..N that are left, half and a half more
+        return (answer + 3) / 4  # the mean of (n + 1) / 2 over n = 1..N
     if objective == "dparallel":  # both passes together ask for a block
         return answer / math.ceil(answer / settings["block_length"])
     return (answer + 1) / 2  # uniform in 1..N
 
 
 def draws_of(settings):
-    """How often each example of a step is drawn, so that it has TARGETS targets."""
+    """How many copies of each example an epoch has, so that EXAMPLES times as many make a step of TARGETS targets for
+    each of EXAMPLES."""
     return round(TARGETS / targets_of(settings))
 
 
@@ -261,7 +266,8 @@ def identity(c):
     kind = dataclasses.asdict(kind_of(c))
     return dict(
         command="claims", setting=SETTING, training=TRAINING, examples=EXAMPLES, targets=TARGETS, kept=KEPT,
-        sizes=sizes_of(c), kind=kind, tasks=TASKS, versions=disk.versions(),
+        sizes=sizes_of(c), early=EARLY, measured=MEASURED, batch=BATCH, kind=kind, tasks=TASKS, compile=c.compile,
+        versions=disk.versions(),
     )  # fmt: skip
 
 
@@ -285,11 +291,12 @@ def one_base(c, alone, number, runs, results, folder):
     if set(map(key_of, runs)) <= found["runs"].keys():
         return
     base, about = make_base(c, alone, number, folder, set(list(zip(*runs))[2]))
-    if found.get("model", about["model"]) != about["model"]:
-        raise ValueError(
-            f"{results}: base-{number} is another model, {found['model'][:12]}, than its seed gives on this machine, "
-            f"{about['model'][:12]}: choose another --results"
-        )
+    for name in about.keys() & found.keys() - {"versions"}:
+        if found[name] != json.loads(json.dumps(about[name])):
+            there, here = str(found[name])[:40], str(about[name])[:40]
+            line = f"base-{number} has {name} {there}, made again it has {here}: its other runs are left out"
+            torchrun.warner(alone)(f"{results}: {line}; give another --results, or the machine and options of then")
+            return
     spent = found.get("minutes", 0)
     (results / "bases").mkdir(parents=True, exist_ok=True)
     found.update(number=number, **about)
@@ -340,7 +347,7 @@ def make_base(c, alone, number, folder, tasks):
         about[f"kept {task}"] = [len(kept), len(records)]
         about[f"early EOS {task}"] = early_eos(kept)
         base.kept[task] = kept
-    if not (place / "adapter").is_dir():
+    if not (place / "adapter" / "adapter_config.json").is_file():
         lora.inject(loaded.m, generator=data.generator(seed, "lora"))
         lora.save(loaded.m, place / "adapter")
     lora.load(loaded.m, place / "adapter")
@@ -431,8 +438,8 @@ def test(base, task, folder, whole, known=None):
     """Test the model as it is -> dict(right: test -> packed verdicts; kl: to the base model's distributions on its own
     near and far trajectories, nats a token; and with `whole` order: see mechanism.py and diagnose.own_order).
 
-    The tests are task, near and far; without `whole` the first EARLY of each. After the first look's base models, where
-    only time was short, there is also task-2, two tokens a step. known: answers that need not be made again."""
+    The tests are task, near and far; without `whole` the first EARLY of each. Base models after those of the first look
+    also have task-2, two tokens a step; before there was no time. known: answers that need not be made again."""
     found = dict(right={}, kl={})
     for name in (task, "near", "far"):
         asked = base.tests[name][: None if whole else EARLY[name]]

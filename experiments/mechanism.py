@@ -1,6 +1,6 @@
 """How training changed what decoding does: a trained model against its base model, on the same puzzles.
 
-    mechanism.against_base(loaded, processes, "R/test-test_in", "base/test-test_in")    # -> a dict
+    mechanism.against_base(loaded, processes, "R/answers.jsonl", "base/in.jsonl")    # -> a dict
 
 Both have answered the same puzzles, one token a step. The order of the cells is compared up to where the
 right answer ends; and the trained model replays trajectories of the base model, whose entropies it
@@ -16,32 +16,23 @@ from experiments import diagnose
 from runs import loading
 
 TRAJECTORIES = 64  # of the base model, that are replayed
-THIRDS = 3  # groups of puzzles, by how much their order changed
 
 
 def against_base(loaded, processes, answers, before):
     """A trained model against its base model -> a dict:
 
     correlation     Spearman's correlation of the order in which the two decode a puzzle, its mean
-    thirds          the puzzles by this correlation, the lowest third first: the mean correlation, the
-                    share that the trained model has right, and the share that the base model has right
     kl              KL of Eq. 6 (beta 1) on the base model's trajectories, nats a token
     entropy, entropy_before     of the trained and of the base model at each token's own step, on the
                     base model's trajectories, nats a token
 
-    loaded: the trained model (loading.Loaded). answers, before: folders of the trajectories of both."""
-    theirs = data.read_trajectories(before)
-    pairs = []
+    loaded: the trained model (loading.Loaded). answers, before: folders or files of the trajectories of both."""
+    theirs, correlations = data.read_trajectories(before), []
     for ours, base in zip(data.read_trajectories(answers), theirs, strict=True):
         n = len(base["answer"][0])
-        pairs.append((rank_correlation(ours["order"][:n], base["order"][:n]), ours["correct"], base["correct"]))
-    pairs.sort()
-    thirds = []
-    for i in range(THIRDS):
-        part = pairs[i * len(pairs) // THIRDS : (i + 1) * len(pairs) // THIRDS]
-        thirds.append([sum(column) / len(part) for column in zip(*part)])
-    correlation = sum(pair[0] for pair in pairs) / len(pairs)
-    return dict(correlation=correlation, thirds=thirds, **entropies(loaded, processes, theirs[:TRAJECTORIES]))
+        correlations.append(rank_correlation(ours["order"][:n], base["order"][:n]))
+    correlation = sum(correlations) / len(correlations)
+    return dict(correlation=correlation, **entropies(loaded, processes, theirs[:TRAJECTORIES]))
 
 
 def rank_correlation(a, b):

@@ -52,7 +52,7 @@ STYLE = {
     "lines.linewidth": 1.0,
     "lines.markersize": 3.0,
 }
-STRONG, GREY, BLUE = "#d55e00", "#555555", "#4477aa"  # TABOM, the base model, an interval
+STRONG, GREY = "#d55e00", "#555555"  # TABOM, the base model
 # Paul Tol's palette "muted", without its reds.
 MUTED = ("#88ccee", "#117733", "#332288", "#ddcc77", "#aa4499", "#44aa99", "#999933")
 
@@ -331,7 +331,8 @@ def draw_inversions(rows):
 
 @styled
 def draw_frontier(points, faint=(), title=None):
-    """What each row gains in-domain against what it loses elsewhere: a line from the base model, at the origin.
+    """What each row gains in-domain against what it loses elsewhere: a line in order of the gain. The base model, at
+    the origin, is a point of each.
 
     points: dicts of row, rate, epoch, gain and loss (in points), and gain_se and loss_se: their standard errors over
     base models, or None. faint: (row, gain, loss) of single base models, which are pale dots."""
@@ -343,10 +344,9 @@ def draw_frontier(points, faint=(), title=None):
         axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.plot(0, 0, "o", color=GREY, label="base", zorder=4)
         for name in panel:
-            mine = sorted((point for point in points if point["row"] == name), key=lambda point: point["gain"])
-            colour = look_of[name]["color"]
-            style = dict(look_of[name], linewidth=1.8 if colour == STRONG else 1.0, markevery=slice(1, None))
-            axes.plot([0, *column(mine, "gain")], [0, *column(mine, "loss")], label=name, **style)
+            mine, colour = [point for point in points if point["row"] == name], look_of[name]["color"]
+            line = sorted(zip([0, *column(mine, "gain")], [0, *column(mine, "loss")]))
+            axes.plot(*zip(*line), label=name, **dict(look_of[name], linewidth=1.8 if colour == STRONG else 1.0))
             for one in mine:
                 error = dict(xerr=one["gain_se"], yerr=one["loss_se"], elinewidth=0.5)
                 axes.errorbar(one["gain"], one["loss"], **error, fmt="none", ecolor=colour)
@@ -362,21 +362,6 @@ def draw_frontier(points, faint=(), title=None):
     axes_of[0].autoscale()
     if title:
         axes_of[0].set_title(title)
-    return drawing
-
-
-@styled
-def draw_regimes(rows, xlabel):
-    """An interval for each row, below one another, and a line at 0. rows: dicts of label, mean, low, high, and n, the
-    number of values."""
-    drawing, (axes,) = figure(height=0.45 + 0.15 * len(rows))
-    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-    for y, row in enumerate(rows):
-        style = dict(color=STRONG, linewidth=1.8) if is_ours(row["label"]) else dict(color=BLUE)
-        axes.plot([row["low"], row["high"]], [y, y], **style)
-        axes.plot(row["mean"], y, "o", **style)
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel)
-    axes.set_yticks(range(len(rows)), [f"{row['label']} ({row['n']})" for row in rows])
     return drawing
 
 

@@ -5,8 +5,7 @@
 
     bases/base-N.json    a base model and its runs, see claims.py
     tables.md            the primary measures, the paper's claims by learning rate, and a table for every question
-    *.png, *.pdf         frontier: gain in-domain against loss elsewhere; rates: TABOM less SFT-SD at each learning
-                         rate; tds: TDS over steps (Figure 2)
+    *.png, *.pdf         frontier: gain in-domain against loss elsewhere; tds: TDS over steps (Figure 2)
 
 Differences between rows are shown at the looks alone (LOOKS), on the base models that each look has: see
 results/registered.md. The unit of the statistics is the base model: the runs on one share its weights, trajectories
@@ -36,7 +35,7 @@ FRONTIER_RATES = ("0.0003", "0.001")
 EPOCHS, QUESTIONS = 3, (164, 500, 1319)  # the last: of HumanEval, MATH500 and GSM8K
 LAST = 8  # decode steps
 LOST = 2.0  # points of (near + far) / 2 that both rows may lose on average, so that P1 is like the paper's
-SMALL, SMALL_NATS = 1.5, 0.005  # an interval within this of zero shows that there is nothing to see
+SMALL, SMALL_FINE = 1.5, 0.005  # an interval within this of zero shows that there is nothing to see
 FEWEST = 3  # base models of a verdict: two differences may agree by chance
 SEVERAL = "several"
 LIMIT = """\
@@ -47,12 +46,12 @@ TITLES = {
     "kl": "KL to the base model, near and far", "tds": "TDS", "correlation": "order", SEVERAL: "several",
     f"{SEVERAL}-2": "several, 2 a step",
 }  # fmt: skip
-IN_NATS = ("kl", "tds", "correlation")  # have three digits
+FINE = ("kl", "tds", "correlation")  # measures with three digits
 # What the paper claims: (claim, row, row that it is compared with, measure, sign that confirms it).
 CLAIMS = (
-    ("gains in-domain over SFT-SD (P1)", "TABOM", "SFT-SD", "in", 1),
+    ("gains in-domain over SFT-SD", "TABOM", "SFT-SD", "in", 1),
     ("gains in-domain over the base model", "TABOM", "base", "in", 1),
-    ("does not forget: over the base model", "TABOM", "base", "elsewhere", 1),
+    ("transfers: over the base model", "TABOM", "base", "elsewhere", 1),
     ("forgets less than SFT-SD", "TABOM", "SFT-SD", "elsewhere", 1),
     ("SFT on ground truth loses in-domain", "SFT-GT", "base", "in", -1),
     ("SFT on ground truth forgets", "SFT-GT", "base", "elsewhere", -1),
@@ -95,7 +94,7 @@ def of_epoch(tested, name, like=None):
         return statistics.fmean(of_epoch(tested, where, like) for where in ("near", "far"))
     if name == "kl":
         return statistics.fmean(tested["kl"].values())
-    if name in IN_NATS:
+    if name in FINE:
         return tested["order"][name]
     if name not in tested["right"]:
         return None
@@ -159,9 +158,9 @@ def points_of(base, row, rates=FRONTIER_RATES, loss="elsewhere"):
 def loss_at(points, gain):
     """The loss on a frontier at a gain: points of equal gain are one, the lines between neighbours are straight, and
     (0, 0) is one of the points."""
-    x, y = np.array([(0.0, 0.0), *points]).T
+    x, y = np.round([(0.0, 0.0), *points], 9).T  # equal shares of 500 and of 1,500 puzzles are equal
     xs, which = np.unique(x, return_inverse=True)
-    return float(np.interp(gain, xs, np.bincount(which, y) / np.bincount(which)))
+    return float(np.interp(round(gain, 9), xs, np.bincount(which, y) / np.bincount(which)))
 
 
 def loss_at_equal_gain(bases, row, other, loss="elsewhere"):
@@ -170,7 +169,7 @@ def loss_at_equal_gain(bases, row, other, loss="elsewhere"):
     ours, theirs, without = {}, {}, []
     for number, base in bases.items():
         of_row, of_other = points_of(base, row, loss=loss), points_of(base, other, loss=loss)
-        if of_row and of_other:
+        if len(of_row) == len(of_other) == EPOCHS * len(FRONTIER_RATES):
             gain = min(max(of_row.values())[0], max(of_other.values())[0])
             if gain > 0:
                 ours[number, 0], theirs[number, 0] = loss_at(of_row.values(), gain), loss_at(of_other.values(), gain)
@@ -183,13 +182,13 @@ def loss_at_equal_gain(bases, row, other, loss="elsewhere"):
 
 
 def looked_at(bases):
-    """The base models that the last look has: the first 12 or 24, in the order of their numbers; before, none."""
-    ready = {}
-    for number, base in sorted(bases.items()):
-        if number > 0 and complete(base):
-            ready[number] = base
-    count = max(filter(len(ready).__ge__, LOOKS), default=0)
-    return dict(list(ready.items())[:count])
+    """The base models that the last look has: base-1 to base-12, or to base-24; before these are complete, none."""
+    ready = set(filter(lambda number: complete(bases[number]), bases))
+    for look in sorted(LOOKS, reverse=True):
+        numbers = range(1, look + 1)
+        if ready.issuperset(numbers):
+            return dict(zip(numbers, map(bases.get, numbers)))
+    return {}
 
 
 def complete(base):
@@ -208,7 +207,12 @@ def verdict(found, name, sign=1):
         return "confirmed"
     if high < 0:
         return "contradicted"
-    return "not seen" if max(-low, high) <= (SMALL_NATS if name in IN_NATS else SMALL) else "not resolved"
+    return "not seen" if max(-low, high) <= (SMALL_FINE if name in FINE else SMALL) else "not resolved"
+
+
+def runs_of(difference):
+    """A difference as values once more, to take its interval at another level or a difference of differences."""
+    return dict(zip(itertools.product(difference["bases"], [0]), difference["bases"].values()))
 
 
 def primary(bases):
@@ -228,8 +232,7 @@ def primary(bases):
     names, lines = ("P1: TABOM - SFT-SD, in-domain", "P2: loss of TABOM - SFT-SD at equal gain"), []
     for name, one, at, note in zip(names, found, levels, notes):
         if one is not None:
-            values = dict(zip(itertools.product(one["bases"], [0]), one["bases"].values()))
-            one = {**stats.interval(values, 1 - at), "p": one["p"]}
+            one = {**stats.interval(runs_of(one), 1 - at), "p": one["p"]}
         lines.append((name, one, at, verdict(one, "in", 1 if name.startswith("P1") else -1), note))
     return lines
 
@@ -241,7 +244,7 @@ def shown(value, name="in", sign="+", each=False):
     """A mean with its interval, "-" for None. each: also the value on each base model."""
     if value is None:
         return "-"
-    digits = 3 if name in IN_NATS else 1
+    digits = 3 if name in FINE else 1
     text = f"{value['mean']:{sign}.{digits}f}"
     if value["low"] is not None:
         text += f" [{value['low']:{sign}.{digits}f}, {value['high']:{sign}.{digits}f}]"
@@ -261,12 +264,14 @@ def markdown(bases):
     looked = looked_at(bases)
     sections = [("The base models", bases_table(bases))]
     if looked:
-        numbers = list(looked)
-        where = f"{len(numbers)} base models, base-{numbers[0]} to base-{numbers[-1]}"
+        for look in LOOKS:
+            if look <= len(looked):
+                title = f"The primary measures: the look at {look} base models"
+                sections.append((title, primary_table(dict(list(looked.items())[:look]))))
         sections += [
-            (f"The primary measures: {where}", primary_table(looked)),
             ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(looked)}"),
             ("All rows, after the last epoch", rows_table(looked)),
+            ("TABOM - SFT-SD by learning rate, on the odd base models", rates_table(looked)),
             ("Loss at equal gain", equal_gain_table(looked)),
             ("Gain and loss of each epoch", epochs_table(looked)),
             ("The best epoch on the test puzzles, against the last", best_table(looked)),
@@ -319,7 +324,8 @@ def claims_table(bases):
         cells = []
         for rate in rates:
             one = difference(bases, row, other, rate, name)
-            cells.append("-" if one is None else f"{verdict(one, name, sign)}: {counted(one, name, len(bases))}")
+            told = "-" if one is None else f"{verdict(one, name, sign)}: {counted(one, name, len(bases))}"
+            cells.append(f"(P1) {shown(one)}" if (row, other, name) == (*PRIMARY, "in") and rate == RATE else told)
         lines.append([claim, f"{row} - {other}, {TITLES[name]}", *cells])
     return markdown_table(["claim", "difference", *rates], lines)
 
@@ -328,16 +334,32 @@ def rows_table(bases):
     """Every row at every rate: gains over the base model, differences to SFT-SD, and what else changed."""
     lines, names = [], ("in", "near", "far", "in-2", "kl", "tds", "correlation")
     for row, rate in rows_of(bases):
-        cells = [shown(difference(bases, row, "base", rate, name), name) for name in names]
+        count = len(values_of(bases, row, rate, "in"))
+        cells = [counted(difference(bases, row, "base", rate, name), name, count) for name in names]
         against = "-" if row == "SFT-SD" else shown(difference(bases, row, "SFT-SD", rate, "in"))
-        lines.append([row, rate, str(len(values_of(bases, row, rate, "in"))), cells[0], against, *cells[1:]])
+        lines.append([row, rate, str(count), cells[0], against, *cells[1:]])
     titles = [f"{TITLES[name]} - base" for name in names]
     return markdown_table(["row", "rate", "base models", titles[0], "in-domain - SFT-SD", *titles[1:]], lines)
 
 
+def odd(bases):
+    """The base models that have all learning rates."""
+    return {number: base for number, base in bases.items() if number % 2}
+
+
+def rates_table(bases):
+    lines = []
+    for rate in rates_of(bases):
+        lines.append([rate, shown(difference(odd(bases), *PRIMARY, rate, "in"), each=True)])
+    low, high = (runs_of(difference(bases, *PRIMARY, rate, "in")) for rate in FRONTIER_RATES)
+    change = stats.paired(high, low)
+    lines.append([f"{FRONTIER_RATES[1]} less {FRONTIER_RATES[0]}, all base models", shown(change, each=True)])
+    return markdown_table(["rate", "in-domain"], lines)
+
+
 def equal_gain_table(bases):
-    """Losses at equal gain of pairs of rows, points and KL."""
-    pairs = [PRIMARY, ("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD")]
+    """Losses at equal gain of pairs of rows, points and KL: the pairs beside that of P2."""
+    pairs = [("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD")]
     pairs += [("TABOM", "TABOM, no ranking")]
     lines = []
     for row, other in pairs:
@@ -423,25 +445,14 @@ def write_report(folder):
     with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
     if looked:
-        points = frontier(looked)
+        points = [point for point in frontier(looked) if point["rate"] in FRONTIER_RATES]
         single = []
         for row, base in itertools.product(PRIMARY, looked.values()):
             single += zip(itertools.repeat(row), *zip(*points_of(base, row).values()))
         plots.save(plots.draw_frontier(points, single), folder / "frontier.png")
-        plots.save(plots.draw_regimes(regimes(looked), "TABOM - SFT-SD, in-domain (points)"), folder / "rates.png")
         plots.save(plots.draw_tds(tds_curves(looked), ["base", *PRIMARY[::-1]]), folder / "tds.png")
     print(tables)
     return dict(results=str(folder), bases=len(bases), looked_at=len(looked))
-
-
-def regimes(bases):
-    """TABOM less SFT-SD at each learning rate: what plots.draw_regimes draws."""
-    found = []
-    for rate in rates_of(bases):
-        one = difference(bases, *PRIMARY, rate, "in")
-        if one is not None and one["low"] is not None:
-            found.append(dict(label=f"rate {rate}", n=len(one["bases"]), **one))
-    return found
 
 
 def tds_curves(bases):
@@ -452,7 +463,7 @@ def tds_curves(bases):
         for step in range(max(map(len, curves))):
             means = []
             for curve in curves:
-                means += curve[step : step + 1]
+                means += stats.present(curve[step : step + 1])
             found.append(dict(model=row, step=step, base_models=len(means), **stats.mean_and_error("tds", means)))
     return found
 

@@ -212,7 +212,7 @@ def test_trajectories_need_a_model_and_something_to_answer(tmp_path):
     [dict(check="math"), dict(keep="all"), dict(epoch=3), dict(methods=("all",)), dict(recipe="llada-prm12k")],
 )
 def test_puzzles_have_their_own_check_and_say_so(given, tmp_path):
-    with pytest.raises(ValueError, match="is for --data: puzzles are compared exactly"):
+    with pytest.raises(ValueError, match="is for --data: puzzles have their own check"):
         claims.claims(claims.ClaimsOptions(out=str(tmp_path / "C"), **given))
     assert not (tmp_path / "C").exists()
 
@@ -301,10 +301,17 @@ def test_runs_of_another_base_model_are_not_added_to(small, monkeypatch, capsys)
     try:
         file.write_text(kept.replace(json.loads(kept)["model"], "0" * 64))
         line = [str(part) if part != "SFT-GT;TABOM" else "dInfer" for part in line]
-        assert tabom.main(line) == 1
-        assert "base-1 is another model, 000000000000, than its seed gives" in capsys.readouterr().err
+        assert tabom.main(line) == 0
+        assert "base-1 has model 0000" in capsys.readouterr().err
+        assert "dInfer" not in file.read_text()
     finally:
         file.write_text(kept)
+
+
+def test_runs_that_no_base_model_has_are_one_line(tmp_path, capsys):
+    assert tabom.main(["claims", "--rows", "T3D", "--rates", "3e-3", "--out", str(tmp_path / "F")]) == 1
+    assert capsys.readouterr().err == "error: --rows T3D --rates (0.003,): no base model has such a run\n"
+    assert not (tmp_path / "F").exists()
 
 
 def test_a_rate_that_is_no_number_is_one_line(tmp_path, capsys):

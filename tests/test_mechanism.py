@@ -21,8 +21,7 @@ def test_the_rank_correlation_is_spearmans(a, b):
 
 
 def test_a_model_against_itself_and_against_another_order(tmp_path):
-    """The base model's own trajectories have KL 0; reversed orders have the correlation -1, and the puzzles
-    whose order changed most come first."""
+    """The base model's own trajectories have KL 0; reversed orders have the correlation -1."""
     processes = torchrun.Processes("cpu", alone=True)
     loaded = loading.load_model(loading.ModelOptions(model=str(tiny.TINY), device="cpu"), processes)
     rng, rows = random.Random(0), []
@@ -51,9 +50,6 @@ def test_a_model_against_itself_and_against_another_order(tmp_path):
     assert same["entropy"] == pytest.approx(same["entropy_before"], rel=1e-5) and same["entropy"] > 0
     found = mechanism.against_base(loaded, processes, tmp_path / "after", tmp_path / "before")
     assert found["correlation"] == pytest.approx(1 / 3)
-    assert found["thirds"][0] == [pytest.approx(-1), 1.0, 1.0]  # rows 2 and 4: right with both
-    assert found["thirds"][1] == [1.0, 0.0, 0.0]  # rows 1 and 3
-    assert found["thirds"][2][1:] == [0.0, 0.5]  # rows 0 and 5
 
 
 def test_the_kl_along_trajectories_is_that_of_the_masked_positions():

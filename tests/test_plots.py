@@ -136,19 +136,6 @@ def test_a_frontier_of_many_rows_has_panels_with_the_same_limits():
     assert panels[0].get_xlim()[1] > 36 and panels[0].get_ylim()[0] < -12
 
 
-def test_regimes_are_intervals_below_one_another():
-    found = [dict(label="small", mean=-2.0, low=-3.0, high=0.5, n=4), dict(label="TABOM", mean=1, low=0, high=2, n=9)]
-    (axes,) = plots.draw_regimes(found, "TABOM less SFT-SD").axes
-    zero, *lines = axes.get_lines()
-    assert list(zero.get_xdata()) == [0, 0]
-    values = [(list(line.get_xdata()), line.get_ydata()[0]) for line in lines]
-    assert values == [([-3.0, 0.5], 0), ([-2.0], 0), ([0, 2], 1), ([1], 1)]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first is at the top
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["small (4)", "TABOM (9)"]
-    assert axes.get_xlabel() == "TABOM less SFT-SD"
-    assert [line.get_color() for line in lines] == [plots.BLUE] * 2 + [plots.STRONG] * 2
-
-
 def test_pictures_have_the_width_of_a_column_and_leave_the_settings_alone():
     before = dict(matplotlib.rcParams)
     for drawing in (plots.draw_tds(tds_rows(["base"])), plots.draw_training({"R": [dict(step=1, loss=1.0)]})):
@@ -160,7 +147,6 @@ def test_pictures_have_the_width_of_a_column_and_leave_the_settings_alone():
 
 def test_no_rows_make_an_empty_picture():
     assert list(named(plots.draw_frontier([]).axes[0])) == ["base"]
-    assert not plots.draw_regimes([], "x").axes[0].get_lines()[1:]
     assert not plots.draw_tds([]).axes[0].get_lines()
     assert not plots.draw_loss([]).axes[0].get_lines()
     assert not plots.draw_training({"R": [dict(step=1)]}).axes[0].get_lines()

@@ -23,7 +23,8 @@ def an_epoch(right, near=0.5, far=0.5, whole=True, kl=0.01, two=0.25, name="in")
         return claims.pack([int((i + 1) * share + 1e-9) > int(i * share + 1e-9) for i in range(count)])
 
     found = dict(right={name: verdicts(right, PUZZLES if whole else PUZZLES // 2)}, kl=dict(near=kl, far=3 * kl))
-    found["right"].update(near=verdicts(near, PUZZLES if whole else PUZZLES // 4), far=verdicts(far))
+    elsewhere = PUZZLES if whole else PUZZLES // 4
+    found["right"].update(near=verdicts(near, elsewhere), far=verdicts(far, elsewhere))
     if whole:
         found["right"][f"{name}-2"] = verdicts(two)
         found["order"] = dict(tds=0.1, correlation=0.9, per_step=[0.1, 0.2])
@@ -67,8 +68,7 @@ def test_an_epoch_is_compared_with_the_base_model_on_its_own_puzzles():
     assert len(first) == PUZZLES / 2 and set(points) == {("0.0003", e) for e in (1, 2, 3)}
     assert points["0.0003", 1][0] == pytest.approx(100 * (first.mean() - before[: PUZZLES // 2].mean()))
     near, first = (report.unpack(base["runs"][key]["epochs"][0]["right"]["near"]) for key in ("base", "TABOM 0.0003"))
-    far = [report.unpack(base["runs"][key]["epochs"][0]["right"]["far"]).mean() for key in ("base", "TABOM 0.0003")]
-    loss = (near[: PUZZLES // 4].mean() - first.mean() + far[0] - far[1]) / 2
+    loss = (near[: PUZZLES // 4].mean() - first.mean()) / 2  # far loses nothing
     assert len(first) == PUZZLES / 4 and points["0.0003", 1][1] == pytest.approx(100 * loss)
     assert points["0.0003", 3] == pytest.approx((12.0, 1.5))  # far loses nothing
     assert report.points_of(base, "TABOM", loss="kl")["0.0003", 3][1] == pytest.approx(2 * 0.03 - 2 * 0.01)
@@ -79,14 +79,16 @@ def test_a_frontier_is_straight_between_its_points_and_begins_at_zero():
     points = [(4.0, 2.0), (2.0, 0.0), (4.0, 4.0)]
     assert [report.loss_at(points, gain) for gain in (0, 1, 2, 3, 4, 9)] == [0, 0, 0, 1.5, 3, 3]
     assert report.loss_at([(-1.0, 1.0), (3.0, 3.0)], 1.5) == 1.5
+    assert report.loss_at([(100 * (6 / 500), 0.0), (100 * (0.8 + 18 / 1500) - 80, 4.0)], 1.2) == 2.0
 
 
 def test_forgetting_is_compared_at_the_smaller_of_the_largest_gains():
-    bases = {
-        1: a_base(1, {"TABOM 0.0003": (0.06, 0.06), "SFT-SD 0.0003": (0.12, 0.06)}),
-        2: a_base(2, {"TABOM 0.0003": (-0.06, 0.06), "SFT-SD 0.0003": (0.12, 0.06)}),
-        3: a_base(3, {"TABOM 0.0003": (0.06, 0.06)}),
-    }
+    good, bad, dear = (0.12, 0.06), (-0.06, 0.06), (0.06, 0.06)  # gain and loss, at both rates
+    bases = {}
+    for i, (ours, theirs) in enumerate([(dear, good), (bad, good), (dear, None)], 1):
+        gains = {f"TABOM {rate}": ours for rate in report.FRONTIER_RATES}
+        gains |= {f"SFT-SD {rate}": theirs for rate in report.FRONTIER_RATES if theirs}
+        bases[i] = a_base(i, gains)
     found, without = report.loss_at_equal_gain(bases, "TABOM", "SFT-SD")
     assert without == "base-2" and set(found["bases"]) == {1}
     ours, theirs = (list(report.points_of(bases[1], row).values()) for row in ("TABOM", "SFT-SD"))
@@ -101,9 +103,18 @@ def test_nothing_is_compared_between_two_looks():
     assert "Differences are shown at 12 and 24 base models." in text and "SFT-SD" not in text
     assert list(report.looked_at(bases)) == list(range(1, 13))
     assert list(report.looked_at(bases | {0: bases[1]})) == list(range(1, 13))  # base-0 has no part
-    del bases[5]["runs"]["TABOM 0.001"]  # not finished: the thirteenth takes no one's place before its turn
-    assert list(report.looked_at(bases)) == [1, 2, 3, 4, *range(6, 14)]
-    assert len(report.looked_at(many(30))) == 24
+    assert (
+        report.markdown(bases).split("###")[2:] == report.markdown({i: bases[i] for i in range(1, 13)}).split("###")[2:]
+    )
+    del bases[5]["runs"]["TABOM 0.001"]  # not finished, and the thirteenth does not take its place
+    assert report.looked_at(bases) == {} and len(report.looked_at(many(30))) == 24
+
+
+def test_at_the_second_look_the_first_stays():
+    first, second = many(12), many(12, ahead=0.3, seed=1)
+    bases = first | {number + 12: base for number, base in second.items()}
+    text = report.markdown(bases)
+    assert report.primary_table(first) in text and text.count("| P1: ") == 2 == text.count("the look at ")
 
 
 def test_the_primary_measures_have_the_level_of_their_look_after_holm():
@@ -112,11 +123,11 @@ def test_the_primary_measures_have_the_level_of_their_look_after_holm():
     differences = [report.measure(b["runs"]["TABOM 0.0003"], "in") for b in bases.values()]
     differences = np.array(differences) - [report.measure(b["runs"]["SFT-SD 0.0003"], "in") for b in bases.values()]
     low, high = scipy_stats.t.interval(1 - level, 11, differences.mean(), scipy_stats.sem(differences))
-    assert said == "confirmed" and "valid" in note and name.startswith("P1")
+    assert said == "confirmed" and ": valid" in note and name.startswith("P1")
     assert (found["low"], found["high"]) == pytest.approx((low, high))
     # The smaller p has half of the level; the other, once that holds, has all of it.
     assert sorted((level, second[2])) == [0.0026, 0.0052] and (level < second[2]) == (found["p"] < second[1]["p"])
-    assert [one[2] for one in report.primary(many(24, ahead=0.0))] in ([0.024, 0.048], [0.048, 0.024], [0.024, 0.024])
+    assert [one[2] for one in report.primary(many(24, ahead=0.0))] == [0.024, 0.024]  # none holds
 
 
 def test_where_both_rows_lose_much_p1_takes_the_lower_rate():
@@ -127,6 +138,11 @@ def test_where_both_rows_lose_much_p1_takes_the_lower_rate():
     (_, found, _, _, note), _ = report.primary(bases)
     assert "rate 0.0001" in note and "TABOM -10.5" in note and "not valid there" in note
     assert found["mean"] == pytest.approx(1.0)
+
+
+def test_p1_is_not_measured_where_the_lower_rate_is_not_there():
+    (_, found, _, said, _), _ = report.primary(many(12, cost=0.2))
+    assert found is None and said == "not measured"
 
 
 def test_a_verdict_needs_an_interval_on_one_side_of_zero_or_close_around_it():
@@ -158,7 +174,7 @@ def test_the_tables_hold_every_row_at_every_rate():
     assert "| better than naive trajectory distillation | TABOM - naive TD, in-domain | not resolved: " in text
     assert "| base-3 | seed 3: 70.0 | 50.0 | 50.0 | 50.0 | 25.0 | - | 7 of 9 | 90 | 9 | 5 | 3 |" in text
     titles = [line for line in text.splitlines() if line.startswith("### ")]
-    assert len(titles) == len(set(titles)) == 8
+    assert len(titles) == len(set(titles)) == 9
 
 
 # ----------------------------------------------------------------------------------------------------------- a folder
@@ -171,12 +187,17 @@ def write(folder, bases):
 
 
 def test_a_folder_is_made_again_from_its_base_models(tmp_path, capsys):
-    write(tmp_path, many(12))
+    bases = many(13)
+    write(tmp_path / "few", {i: bases[i] for i in range(1, 12)})
+    report.write_report(tmp_path / "few")
+    assert {file.name for file in (tmp_path / "few").iterdir()} == {"bases", "tables.md"}
+    write(tmp_path / "twelve", many(12))
+    report.write_report(tmp_path / "twelve")
+    write(tmp_path, bases)
     assert report.main([str(tmp_path)]) == 0
+    assert (tmp_path / "frontier.png").read_bytes() == (tmp_path / "twelve" / "frontier.png").read_bytes()
     first = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
-    assert set(first) == {"tables.md"} | {
-        f"{n}.{kind}" for n in ("frontier", "rates", "tds") for kind in ("png", "pdf")
-    }
+    assert set(first) == {"tables.md"} | {f"{n}.{kind}" for n in ("frontier", "tds") for kind in ("png", "pdf")}
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["looked_at"] == 12
     for name in first:
         (tmp_path / name).unlink()
@@ -198,6 +219,6 @@ def test_the_committed_tables_are_those_of_the_committed_base_models():
     bases = report.read(RESULTS)
     assert report.markdown(bases) + "\n" == (RESULTS / "tables.md").read_text()
     for number, base in bases.items():
-        asked = len(base["runs"]["base"]["epochs"][-1]["right"]["in"][1]) * 6
-        assert asked >= 1500 and claims.KEPT[0] <= base["tried"][-1][1] <= claims.KEPT[1], number
+        assert base["runs"]["base"]["epochs"][-1]["right"]["in"][0] == claims.SIZES["in"]
+        assert claims.KEPT[0] <= base["tried"][-1][1] <= claims.KEPT[1], number
     assert sum(file.stat().st_size for file in RESULTS.glob("bases/*")) < 3_000_000
