@@ -125,9 +125,7 @@ def claims(c):
         return on_trajectories(c)
     for name in (*OF_SWEEP, "recipe", "ground_truth", "benchmarks"):
         if getattr(c, name):
-            raise ValueError(
-                f"{flag(name)} is for --data: puzzles have a check of their own, and the right ones are kept"
-            )
+            raise ValueError(f"{flag(name)} is for --data: puzzles have their own check, and the right ones are kept")
     for name in c.rows or ():
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
