@@ -215,12 +215,17 @@ def runs_of(difference):
     return dict(zip(itertools.product(difference["bases"], [0]), difference["bases"].values()))
 
 
+def rate_of_p1(bases):
+    """The rate of P1: RATE where both rows lose at most LOST points, else LOW_RATE; and what they lose."""
+    lost = [difference(bases, row, "base", RATE, "elsewhere")["mean"] for row in PRIMARY]
+    rate, said = (RATE, "valid") if min(lost) >= -LOST else (LOW_RATE, "not valid there")
+    return rate, f"{PRIMARY[0]} {lost[0]:+.1f}, {PRIMARY[1]} {lost[1]:+.1f}: {said}"
+
+
 def primary(bases):
     """The two primary measures at a look: [(name, difference with its interval at its level, level, verdict, note)].
     Holm: the smaller p has half of the look's level, the other, if that holds, all of it."""
-    lost = [difference(bases, row, "base", RATE, "elsewhere")["mean"] for row in PRIMARY]
-    rate, said = (RATE, "valid") if min(lost) >= -LOST else (LOW_RATE, "not valid there")
-    told = f"{PRIMARY[0]} {lost[0]:+.1f}, {PRIMARY[1]} {lost[1]:+.1f}: {said}"
+    rate, told = rate_of_p1(bases)
     first = difference(bases, *PRIMARY, rate, "in")
     second, without = loss_at_equal_gain(bases, *PRIMARY)
     notes = [f"rate {rate}; (near + far) / 2 at {RATE}: {told}", f"left out, without a gain: {without}"]
@@ -319,13 +324,13 @@ def rates_of(bases):
 
 
 def claims_table(bases):
-    rates, lines = rates_of(bases), []
+    rates, lines, p1 = rates_of(bases), [], (*PRIMARY, "in", rate_of_p1(bases)[0])
     for claim, row, other, name, sign in CLAIMS:
         cells = []
         for rate in rates:
             one = difference(bases, row, other, rate, name)
             told = "-" if one is None else f"{verdict(one, name, sign)}: {counted(one, name, len(bases))}"
-            cells.append(f"(P1) {shown(one)}" if (row, other, name) == (*PRIMARY, "in") and rate == RATE else told)
+            cells.append(f"(P1) {shown(one)}" if (row, other, name, rate) == p1 else told)
         lines.append([claim, f"{row} - {other}, {TITLES[name]}", *cells])
     return markdown_table(["claim", "difference", *rates], lines)
 
@@ -439,8 +444,7 @@ def lead_table(bases):
 
 def write_report(folder):
     """Make the tables and pictures of a folder from its base models, and print the tables -> where they are."""
-    folder = Path(folder)
-    bases = read(folder)
+    bases, folder = read(folder), Path(folder)
     looked, tables = looked_at(bases), markdown(bases)
     with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
