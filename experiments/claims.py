@@ -425,7 +425,8 @@ def one_run(base, row, lr, task):
         adapter=str(base.folder / "adapter"), global_batch=EXAMPLES * draws, batch_size=EXAMPLES * draws, save_every=0,
         seed=base.number, device="cpu", compile=base.c.compile, keep="all", **TRAINING, **settings,
     )  # fmt: skip
-    last, epochs = train.train(made, base.processes, base.loaded), []
+    with reach.offered():
+        last, epochs = train.train(made, base.processes, base.loaded), []
     for epoch in range(1, made.epochs + 1):
         lora.load(base.loaded.m, folder / "R" / f"epoch-{epoch}")
         epochs.append(test(base, task, folder, whole=epoch == made.epochs))

@@ -1,11 +1,13 @@
 """Two objectives of the experiments, which ask why naive trajectory distillation leads: whether by how far ahead it
-predicts, or by how much the last decode steps weigh in its loss. Importing this file adds them to --objective's table.
+predicts, or by how much the last decode steps weigh in its loss. offered() adds them to the table of objectives.
 
     reach.reach(m, batch)             # a stretch of random reach, in place of a window of W steps
     reach.balanced(m, batch)          # windows of 8 steps, each step with the weight that it has in naive TD
 
 The batch, m and the dimensions are those of objectives.py. Every row of a batch has the same number of steps.
 """
+
+import contextlib
 
 import torch
 
@@ -63,7 +65,18 @@ def weights_of_reach(S):
     return found / S
 
 
-objectives.OBJECTIVES.update(
-    reach=Objective(reach, "naive trajectory distillation with a random end"),
-    balanced=Objective(balanced, "windows with the weights of naive trajectory distillation"),
-)
+OBJECTIVES = {
+    "reach": Objective(reach, "naive TD with a random end"),
+    "balanced": Objective(balanced, "windows with naive TD's weights"),
+}
+
+
+@contextlib.contextmanager
+def offered():
+    """In this context objectives.OBJECTIVES has these two as well: no command offers them."""
+    objectives.OBJECTIVES.update(OBJECTIVES)
+    try:
+        yield
+    finally:
+        for name in OBJECTIVES:
+            del objectives.OBJECTIVES[name]
