@@ -188,17 +188,18 @@ def runs_of(c, number):
 
 
 def order_of_work(bases):
-    """(number of a base model, whether only the primary runs are made) in turn: what the first look needs; all of the
-    base models that it leaves out; the rest of its own."""
-    first = range(1, min(bases, FIRST_LOOK) + 1)
-    yield from itertools.product(first, [True])
-    yield from itertools.product((*range(FIRST_LOOK + 1, bases + 1), *first), [False])
+    """(number of a base model, whether only the primary runs are made) in turn: what the looks need; the rest of the
+    base models that the first look leaves out; the rest of its own."""
+    first, later = range(1, min(bases, FIRST_LOOK) + 1), range(FIRST_LOOK + 1, bases + 1)
+    yield from itertools.product((*first, *later), [True])
+    yield from itertools.product((*later, *first), [False])
     yield 0, True  # which has no part in the results: it shows what the rates do
 
 
 def is_primary(run):
-    """Whether a run is one of those that the primary measures compare."""
-    return run[:2] in PRIMARY and run[2] == "in"
+    """Whether a run is one of those that the primary measures compare, at 1e-4 too, where P1 may have to be read."""
+    row, lr, task = run
+    return row in report.PRIMARY and lr in (*RATES, float(report.LOW_RATE)) and task == "in"
 
 
 def key_of(run):
