@@ -291,8 +291,8 @@ def one_base(c, alone, number, runs, results, folder):
         return
     base, about = make_base(c, alone, number, folder, set(list(zip(*runs))[2]))
     for name in about.keys() & found.keys() - {"versions"}:
-        if found[name] != json.loads(json.dumps(about[name])):
-            there, here = str(found[name])[:40], str(about[name])[:40]
+        if found[name] != short(about[name]):  # as it would be read again
+            there, here = str(found[name])[:40], str(short(about[name]))[:40]
             line = f"base-{number} has {name} {there}, made again it has {here}: its other runs are left out"
             torchrun.warner(alone)(f"{results}: {line}; give another --results, or the machine and options of then")
             return
@@ -460,18 +460,19 @@ def test(base, task, folder, whole, known=None):
 
 def as_lines(found):
     """What is kept of a base model, as JSON with a line for each run and numbers of six digits."""
-
-    def short(x):
-        if isinstance(x, float):
-            return float(f"{x:.6g}")
-        if isinstance(x, (list, tuple)):
-            return list(map(short, x))
-        return dict(zip(x, map(short, x.values()))) if isinstance(x, dict) else x
-
     whole = short(found)
     runs = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in whole.pop("runs").items()]
     head = json.dumps(whole, indent=1).removesuffix("\n}")
     return head + ',\n "runs": {\n' + ",\n".join(runs) + "\n }\n}\n"
+
+
+def short(x):
+    """JSON's values with numbers of six digits."""
+    if isinstance(x, float):
+        return float(f"{x:.6g}")
+    if isinstance(x, (list, tuple)):
+        return list(map(short, x))
+    return dict(zip(x, map(short, x.values()))) if isinstance(x, dict) else x
 
 
 def pack(verdicts):

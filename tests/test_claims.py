@@ -164,6 +164,21 @@ def test_what_is_kept_has_a_line_for_each_run():
     assert sum("epochs" in line or "TABOM" in line for line in text.splitlines()) == 2
 
 
+def test_a_base_model_that_is_made_again_the_same_goes_on(monkeypatch, tmp_path):
+    """Also where what is told of it has more digits than its file."""
+    about = dict(tried=[(3, 2 / 3)], model="abc")
+    monkeypatch.setattr(claims, "make_base", lambda *_: (None, dict(about)))
+    monkeypatch.setattr(claims, "one_run", lambda base, row, lr, task: dict(epochs=[], lr=lr))
+    warned = []
+    monkeypatch.setattr(claims.torchrun, "warner", lambda _: warned.append)
+    for rates, model in (((3e-4,), "abc"), ((1e-3,), "abc"), ((3e-3,), "another")):
+        about["model"] = model
+        runs = [("TABOM", lr, "in") for lr in rates]
+        claims.one_base(None, None, 3, runs, tmp_path, tmp_path / "base-3")
+    assert set(claims.known(tmp_path, 3)["runs"]) == {"base", "TABOM 0.0003", "TABOM 0.001"}
+    assert len(warned) == 1 and "base-3 has model abc, made again it has another" in warned[0]
+
+
 def test_a_recipe_sets_the_rows_on_given_trajectories(monkeypatch):
     asked = []
     monkeypatch.setattr(sweep, "sweep", asked.append)
