@@ -41,9 +41,7 @@ class EvaluateOptions(loading.ModelOptions, loading.DecodeOptions):
     """what is asked"""
 
     tasks: tuple = opt(("gsm8k",), f"{', '.join(TASKS)}, comma-separated", parse=name_list)
-    protocol: str = opt(
-        "paper", "; ".join(f"{name}: {about}" for name, (about, _) in PROTOCOLS.items()), choices=tuple(PROTOCOLS)
-    )
+    protocol: str = opt("paper", ABOUT, choices=tuple(PROTOCOLS))
     out: str | None = opt(None, "folder for responses and results, continued if unfinished (out/evaluate-HASH)")
     data: str | None = opt(None, "folder with the benchmarks' files; without it they come from the Hub")
     adapter: str | None = opt(None, "adapter folder")

@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         attention_mask [B, L]: 1 = real token, 0 = padding, on either side. Rows of padding have no
         meaning, nor has Dream's first real token after left padding (its logits come from the
         padding before it).
-        positions [B, P]: the output head runs only there, and the result is [B, P, V].
+        positions [B, P]: places (columns of ids), where alone the output head runs; the result is [B, P, V].
         head: False = what the output head gets, [B, L or P, D], for unembed() of some at a time.
         """
         if self.config.shifted:
@@ -217,12 +217,12 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
             positions = (positions - 1).clamp(min=0)
-        place, mask = self.places(ids, attention_mask), self.visible(attention_mask)
-        x = self.hidden(ids, place, mask, positions)  # [B, L or P, D]
+        pos, mask = self.pos_of(ids, attention_mask), self.visible(attention_mask)
+        x = self.hidden(ids, pos, mask, positions)  # [B, L or P, D]
         return self.unembed(x) if head else x
 
-    def places(self, ids, attention_mask):
-        """The place of each token in its row, [1 or B, L]."""
+    def pos_of(self, ids, attention_mask):
+        """The position of each token in its row, for RoPE: among the real ones, or its place, [1 or B, L]."""
         if attention_mask is None or not self.config.skip_padding:
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -233,13 +233,13 @@ class Transformer(nn.Module):
         # empty row is NaN.
         return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
 
-    def hidden(self, ids, place, mask, at=None, caches=None):
-        """What the output head gets: of ids [B, n] at these places [1 or B, n] of their rows, [B, n, D], or
-        [B, P, D] of the columns at [B, P]. caches: one for each block, see Attention."""
+    def hidden(self, ids, pos, mask, at=None, caches=None):
+        """What the output head gets: of ids [B, n] at pos [1 or B, n], [B, n, D], or [B, P, D] of the places
+        at [B, P]. caches: one for each block, see Attention."""
         x = self.embed(ids)  # [B, n, D]
-        cos, sin = self.rope(place, x.dtype)  # [1 or B, n, E]
+        cos, sin = self.rope(pos, x.dtype)  # [1 or B, n, E]
         for i, block in enumerate(self.layers):
-            # The last block computes only the columns where the head runs.
+            # The last block computes only the places where the head runs.
             last = at if i == len(self.layers) - 1 else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, last, caches and caches[i], use_reentrant=False)
@@ -251,13 +251,12 @@ class Transformer(nn.Module):
         """The output head: [..., D] -> logits [..., V]."""
         return self.head(x) if self.head is not None else F.linear(x, self.embed.weight)
 
-    def rope(self, place, dtype):
-        """cos and sin [1 or B, L, E] for the places [1 or B, L], in the dtype that the family
-        rotates in."""
+    def rope(self, pos, dtype):
+        """cos and sin [1 or B, L, E] of pos [1 or B, L], in the dtype that the family rotates in."""
         c, E = self.config, self.config.head_width
-        frequency = 1.0 / c.rope_theta ** (torch.arange(0, E, 2, device=place.device, dtype=torch.float32) / E)
-        # Angles are float32 even for a bfloat16 model: bfloat16 cannot tell place 257 from 256.
-        angle = place[..., None].float() * frequency  # [1 or B, L, E / 2]
+        frequency = 1.0 / c.rope_theta ** (torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)
+        # Angles are float32 even for a bfloat16 model: bfloat16 cannot tell 257 from 256.
+        angle = pos[..., None].float() * frequency  # [1 or B, L, E / 2]
         angle = torch.cat((angle, angle), dim=-1)  # [1 or B, L, E]
         dtype = torch.float32 if c.rope_float32 else dtype
         return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -311,7 +310,7 @@ def parse_config(raw, where="config.json"):
         importlib.import_module(ELSEWHERE[kind])
     known = {family.model_type: name for name, family in FAMILIES.items()}
     if kind not in known:
-        more = "".join(f", and {other} with the folder {folder} beside model.py" for other, folder in ELSEWHERE.items())
+        more = "".join(f", {other} (with {folder}/)" for other, folder in ELSEWHERE.items() if other not in known)
         raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; this code knows {', '.join(known)}{more}")
     if strange := [key for key in NOT_HERE if raw.get(key)]:
         raise ValueError(f"{where}: {', '.join(strange)}: no mixture of experts and no quantized weights are supported")
@@ -416,11 +415,11 @@ def resolve(path):
         raise FileNotFoundError(f"no folder {path}, and no download from the Hub: {type(e).__name__}: {reason}") from e
 
 
-def load(path, dtype=torch.float32, device="cpu", place=None, fill=None):
+def load(path, dtype=torch.float32, device="cpu", spread=None, fill=None):
     """Transformer in eval mode from a Hugging Face folder or Hub repo id, one tensor at a time;
     dtype None keeps the dtype of each stored tensor.
 
-    place: a function that spreads the model, still without storage, over several processes. fill(target,
+    spread: a function that spreads the model, still without storage, over several processes. fill(target,
     file, name) then copies a tensor of an open safetensors file into a parameter -> the part of it that
     this process holds.
 
@@ -432,7 +431,7 @@ def load(path, dtype=torch.float32, device="cpu", place=None, fill=None):
     """
     folder = resolve(path)
     m = empty(parse_config(read_json(folder / "config.json"), folder / "config.json"))
-    m = m if place is None else place(m.to(dtype)).to_empty(device=device)
+    m = m if spread is None else spread(m.to(dtype)).to_empty(device=device)
     stored = find_tensors(folder)
     m.files = {official: file for official, (file, _) in stored.items()}
     check_manifest(folder, {"config.json", *m.files.values()})
@@ -445,7 +444,7 @@ def load(path, dtype=torch.float32, device="cpu", place=None, fill=None):
             wrong.append(f"unexpected {official}")
         elif shape != list(m.get_parameter(names[official]).shape):
             wrong.append(f"{official} is {shape}, the config wants {list(m.get_parameter(names[official]).shape)}")
-    wrong = wrong or fill_all(m, folder, names, dtype, device, fill if place else None)
+    wrong = wrong or fill_all(m, folder, names, dtype, device, fill if spread else None)
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{folder}: {'; '.join(wrong[:20])}{more}")

@@ -31,7 +31,7 @@ Dimensions: B batch, P prompt, N response, S decode steps, W steps of a window, 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -276,7 +276,7 @@ class Option(NamedTuple):
     kind: Callable = float  # text -> value; ValueError says what the text must be
     low: float | None = None
     high: float | None = None
-    choices: tuple | None = None
+    choices: Iterable | None = None  # a table, whose later entries count too
 
 
 class Objective(NamedTuple):
@@ -319,9 +319,9 @@ TABOM_OPTIONS = dict(
     weight=Option("lambda, the weight of the ranking loss", low=0),
     ce_weight=Option("weight of the cross-entropy; 0 = ranking alone", low=0),
     entropy_context=Option("where the ranked entropies are taken: all at the window's start, or each at its token's "
-        "own step (default: window; step with --ranking kl)", choices=("window", "step")),
+        "own step (default: window; step with --ranking kl)", choices=CONTEXTS),
     starts=Option("windows begin at any step, or at tokens not decoded left to right", choices=("uniform", "non-ltr")),
-    ranking=Option("ranking loss: Eq. 8, Plackett-Luce, or the KL of Eq. 6", choices=("margin", "listwise", "kl")),
+    ranking=Option("ranking loss: Eq. 8, Plackett-Luce, or the KL of Eq. 6", choices=RANKINGS),
     beta=Option("inverse temperature of Eq. 5, of --ranking listwise and kl", low=0),
 )  # fmt: skip
 OBJECTIVES = {

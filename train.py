@@ -382,11 +382,11 @@ def prepare(c, processes, loaded=None):
     check_options(c, entry, parameters)
 
     # 2. the model. Where all weights are trained they are float32, for bfloat16 is too coarse for AdamW's small steps.
-    last, place = resume.last_checkpoint(Path(c.out), say), spreading(c, processes)
+    last, spread = resume.last_checkpoint(Path(c.out), say), spreading(c, processes)
     full, prefer = c.lora_rank == 0, "float32" if c.lora_rank == 0 else "auto"
-    stored = dataclasses.replace(c, dtype=prefer) if full and place else c  # with --shard, --dtype is what computes
-    load = functools.partial(loading.load_model, stored, processes, dtype=prefer, place=place)
-    if loaded is None or full or place:
+    stored = dataclasses.replace(c, dtype=prefer) if full and spread else c  # with --shard, --dtype is what computes
+    load = functools.partial(loading.load_model, stored, processes, dtype=prefer, spread=spread)
+    if loaded is None or full or spread:
         loaded = load(weights=last if full else None)
     loading.set_grid(c, loaded.m)
 

@@ -94,7 +94,7 @@ class BlockTransformer(model.Transformer):
     ):  # fmt: skip
         """Transformer.forward, and
 
-        origin: the place in its row, an int or [B], at which a block begins; the blocks before and after
+        origin: the position in its row, an int or [B], at which a block begins; the blocks before and after
             follow from it.
         cache: of new_cache().of(rows, first, n), for decoding. Only these n columns are computed, and
             logits are [B, n, V] without positions. Keys and values of the tokens before come from
@@ -106,43 +106,43 @@ class BlockTransformer(model.Transformer):
         Raises ValueError for a clean copy where attention is not block-causal."""
         if clean is not None and self.config.block_length is None:
             raise ValueError(f"no clean copy for {self.config.family} without blocks: set config.block_length")
-        place = self.places(ids, attention_mask)  # [1 or B, L]
+        pos = self.pos_of(ids, attention_mask)  # [1 or B, L]
         columns, first, layers = None, start, None
         if cache is not None:
             columns, first, layers = cache.columns, cache.first, cache.layers(ids.shape[1])
-        mask = self.visible(attention_mask, place, origin, first, columns, clean is not None)
+        mask = self.visible(attention_mask, pos, origin, first, columns, clean is not None)
         at = positions
-        if clean is not None:  # one row of both copies, with the same places
+        if clean is not None:  # one row of both copies, at the same positions
             # Attention adds a bias in place of a mask: made here, once, and not by each block of the network.
             dtype = self.embed.weight.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -torch.inf)
             if at is None:
                 at = torch.arange(start, ids.shape[1], device=ids.device).expand(len(ids), -1)
-            ids, place = torch.cat((ids[:, start:], clean), dim=1), torch.cat((place[:, start:], place), dim=1)
+            ids, pos = torch.cat((ids[:, start:], clean), dim=1), torch.cat((pos[:, start:], pos), dim=1)
             at = at - start
         elif cache is not None:
-            ids, place = pick_columns(ids, columns), pick_columns(place, columns)
+            ids, pos = pick_columns(ids, columns), pick_columns(pos, columns)
             at = None if at is None else at - columns[:, :1]
-        x = self.hidden(ids, place, mask, at, layers)  # [B, n or P, D]
+        x = self.hidden(ids, pos, mask, at, layers)  # [B, n or P, D]
         return self.unembed(x) if head else x
 
-    def visible(self, attention_mask, place, origin=0, first=0, columns=None, clean=False):
+    def visible(self, attention_mask, pos, origin=0, first=0, columns=None, clean=False):
         """Which keys the queries at these columns see, the first of a row: None for all, [B, 1, 1, L]
         the real ones, [1 or B, 1, n, L] where blocks count; with a clean copy see visible_copies().
 
-        place [1 or B, L]: of each token in its row."""
+        pos [1 or B, L]: of each token in its row, see pos_of()."""
         real, block_length = super().visible(attention_mask), self.config.block_length
         if block_length is None:
             return real
         if isinstance(origin, torch.Tensor):
             origin = origin[:, None]
         elif real is None and isinstance(first, int) and not clean:
-            # Without padding a token's place is its column. Queries that are all in the last block
+            # Without padding a token's position is its column. Queries that are all in the last block
             # see everything, and attention is faster without a mask.
-            last = place.shape[1] - 1
+            last = pos.shape[1] - 1
             if (first - origin) // block_length == (last - origin) // block_length:
                 return None
-        block = (place - origin) // block_length  # [1 or B, L]; below 0 before the origin
+        block = (pos - origin) // block_length  # [1 or B, L]; below 0 before the origin
         if clean:
             return self.visible_copies(block, real, first)
         # A query sees its own block and those before it.

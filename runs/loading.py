@@ -124,19 +124,19 @@ def disagreements(tok, config):
     return lines
 
 
-def load_model(c, processes, adapter=None, weights=None, dtype="auto", place=None):
+def load_model(c, processes, adapter=None, weights=None, dtype="auto", spread=None):
     """Loaded: the model of the options c on this process's device, its tokenizer and its folder.
 
     adapter: a folder to take an adapter from. weights: another folder with the same model's tensors, such as a
-    checkpoint. place: see model.load. Raises ValueError for a tokenizer that has more ids than the model has rows."""
+    checkpoint. spread: see model.load. Raises ValueError for a tokenizer that has more ids than the model has rows."""
     folder = model.resolve(c.model)
     dtype = model.DTYPES[resolve_dtype(c, processes, dtype)]
     fill = None
-    if place is not None:
+    if spread is not None:
         from runs import shard  # torch's FSDP2 takes two seconds to import
 
         fill = shard.fill
-    m = model.load(weights or folder, dtype=dtype, device=processes.device, place=place, fill=fill)
+    m = model.load(weights or folder, dtype=dtype, device=processes.device, spread=spread, fill=fill)
     if c.block_causal is not None:
         if m.config.family not in ("sdar", "a2d"):
             raise ValueError(f"--block-causal {c.block_causal}: {m.config.family} models see everything; leave it out")

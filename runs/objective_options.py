@@ -39,7 +39,7 @@ def field_of(name, declared):
         help = f"{help} (default: {shown})"
     more = {limit: getattr(first, limit) for limit in ("low", "high", "choices") if getattr(first, limit) is not None}
     if first.choices:
-        kind = str
+        kind, more["choices"] = str, tuple(first.choices)
     elif isinstance(first.kind, type):
         kind = first.kind
     else:

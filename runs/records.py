@@ -11,7 +11,9 @@ from pathlib import Path
 import data
 import objectives
 import tokenizer
+from release import recipes
 from runs import torchrun
+from runs.options import flag
 
 
 def training_records(c, loaded, parameters, processes):
@@ -91,8 +93,10 @@ def usable_trajectories(c, path, loaded, processes, say):
             f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong): "
             "take another --keep, or distill with a larger --max-new-tokens"
         )
-    if (c.methods or c.max_prompt_tokens) and "method" not in kept[0]:
-        say("--methods and --max-prompt-tokens act on the authors' files: these have their prompts already")
+    recipe = recipes.settings(c.recipe)  # whose settings nobody asked for one by one
+    asked = [name for name in ("methods", "max_prompt_tokens") if getattr(c, name) not in (None, recipe.get(name))]
+    if asked and "method" not in kept[0]:
+        say(f"{' and '.join(map(flag, asked))}: for the authors' files only, these have their prompts already")
     if c.max_answer_tokens:
         say("--max-answer-tokens acts on the answers of a dataset: trajectories are as long as they were decoded")
     wrong = sum(r.get("correct") is False for r in kept)

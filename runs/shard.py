@@ -1,7 +1,7 @@
 """One model spread over processes: each holds a part of every weight, gradient and optimizer state (torch's FSDP2).
 
     spread = functools.partial(shard.spread, compute=torch.bfloat16)
-    m = model.load(folder, place=spread, fill=shard.fill)                   # on every process, which reads its part
+    m = model.load(folder, spread=spread, fill=shard.fill)                  # on every process, which reads its part
     model.save(m, "out/model", whole=shard.whole, write=processes.first)                     # likewise
     shard.save(state, "out/state")                                          # name -> tensor, each process its part
     shard.load(state, "out/state")                              # in place, on any number of processes

@@ -567,8 +567,8 @@ for folder in sys.argv[1:]:
     folders = [str(GOLDEN / f"{family}-tiny") for family in ("llada", "dream", "sdar", "a2d")]
     done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    beside = "with the folder blocks beside model.py"
-    told = f"this code knows llada, dream, and sdar {beside}, and a2d-qwen3 {beside}, and a2d-qwen2 {beside}"
+    blocks = ", ".join(f"{kind} (with blocks/)" for kind in ("sdar", "a2d-qwen3", "a2d-qwen2"))
+    told = f"this code knows llada, dream, {blocks}"
     assert done.stdout.splitlines() == ["llada", "dream", told, told]
 
 

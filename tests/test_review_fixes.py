@@ -65,10 +65,17 @@ def test_a_prompt_may_begin_with_two_dashes(bytes_model, capsys):
 def test_a_recipe_takes_more_epochs_too(tiny, trajectories, tmp_path, capsys):
     options = dict(model=tiny, data=trajectories, out=tmp_path / "R", recipe="llada-prm12k", warmup=0)
     assert tabom.main(["train", *flags(**options, epochs=1)]) == 0
+    assert "for the authors' files" not in capsys.readouterr().err  # nobody gave --methods: the recipe has it
     assert tabom.main(["train", *flags(**options, epochs=2)]) == 0
     assert last_json(capsys.readouterr().out)["epoch"] == 2
     assert tabom.main(["train", *flags(**options, epochs=3, lr=1.0)]) == 1
     assert "lr was 2e-05 and is now 1.0" in error_line(capsys)
+
+
+def test_options_for_the_authors_files_are_named_where_there_are_none(tiny, trajectories, tmp_path, capsys):
+    options = dict(model=tiny, data=trajectories, out=tmp_path / "R", methods="entropy", **TRAIN)
+    assert tabom.main(["train", *flags(**options)]) == 0
+    assert "--methods: for the authors' files only, these have their prompts already" in capsys.readouterr().err
 
 
 def test_targets_that_contradict_the_adapter_are_refused(tiny, trajectories, tmp_path, capsys):

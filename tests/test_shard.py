@@ -168,11 +168,11 @@ import model
 from runs import resume, torchrun, shard
 from experiments import speed
 processes = torchrun.Processes("cpu")
-place = None
+spread = None
 if processes.count > 1:
-    place = functools.partial(shard.spread, device="cpu")
+    spread = functools.partial(shard.spread, device="cpu")
 before = speed.resident()
-m = model.load(sys.argv[1], place=place, fill=shard.fill)
+m = model.load(sys.argv[1], spread=spread, fill=shard.fill)
 found = processes.gather([speed.peak_resident() - before])
 if processes.first:
     print(json.dumps(found))
@@ -263,7 +263,7 @@ import torch
 import model
 from runs import shard, torchrun
 processes = torchrun.Processes("cpu")
-m = model.load(sys.argv[1], place=functools.partial(shard.spread, device="cpu"), fill=shard.fill)
+m = model.load(sys.argv[1], spread=functools.partial(shard.spread, device="cpu"), fill=shard.fill)
 assert torch.equal(shard.whole(m.embed.weight), model.load(sys.argv[1]).embed.weight)
 print("loaded")
 torchrun.leave(0)
