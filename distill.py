@@ -63,7 +63,7 @@ def distill(c, processes=None, loaded=None):
     loaded = loaded or loading.load_model(c, processes, c.adapter)
     settings = loading.decoder_settings(c, loaded)
     tokenizer.encode_examples(loaded.tok, examples, c.raw)
-    check_context(examples, settings, loaded.m.config, say)
+    check_context(examples, settings["max_new_tokens"], loaded.m.config, say)
     meta = dict(
         command="distill",
         model=c.model,
@@ -163,12 +163,10 @@ def record_of(e, tok, response, step, order, entropy, confidence):
     return record
 
 
-def check_context(examples, settings, config, warn):
-    """Warn of prompts that, with their response, are longer than the context that the model was trained with."""
-    if config.max_length is None:
-        return
-    longest = max(len(e["prompt_ids"]) for e in examples) + settings["max_new_tokens"]
-    if longest > config.max_length:
+def check_context(examples, new, config, warn):
+    """Warn of prompts that, with a response of `new` tokens (None: their own), are longer than the model's context."""
+    longest = max(len(e["prompt_ids"]) + (new or len(e["response_ids"])) for e in examples)
+    if config.max_length is not None and longest > config.max_length:
         warn(f"prompt and response have up to {longest} tokens; the model was trained with {config.max_length}")
 
 

@@ -34,7 +34,7 @@ import objectives
 from release import recipes
 from runs import adapters, disk, loading, logs, objective_options, resume, shard, torchrun
 from runs.options import flag, name_list, opt
-from runs.records import check_context, training_records
+from runs.records import training_records
 
 
 @dataclass
@@ -392,7 +392,7 @@ def prepare(c, processes, loaded=None):
 
     # 3. what to train on
     records = training_records(c, loaded, parameters, processes)
-    check_context(records, loaded, processes)
+    distill.check_context(records, None, loaded.m.config, say)
     held_out, records = split_held_out(records, c)
     blocks = loaded.m.config.block_length
     sampling = loading.decoder_settings(loading.DecodeOptions(block_length=blocks), loaded) if held_out else {}

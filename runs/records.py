@@ -64,14 +64,6 @@ def without_long_answers(examples, most, path, say):
     return kept
 
 
-def check_context(records, loaded, processes):
-    """Warn of prompts that, with their response, are longer than what the model was made for."""
-    longest, context = max(len(r["prompt_ids"]) + len(r["response_ids"]) for r in records), loaded.m.config.max_length
-    if context is not None and longest > context:
-        line = f"a prompt and its response have up to {longest} tokens, the model's context has {context}"
-        torchrun.warner(processes)(line)
-
-
 def usable_trajectories(c, path, loaded, processes, say):
     """The trajectories that --keep lets through. Raises ValueError where none is left, for another vocabulary, and for
     a distillation that is not finished."""

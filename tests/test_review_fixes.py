@@ -10,11 +10,12 @@ import pytest
 from helpers import ROOT, flags, last_json
 
 import data
+import distill
 import evaluate
 import lora
 import tabom
 import tokenizer
-from runs import disk, loading, records, resume, torchrun
+from runs import disk, loading, resume, torchrun
 
 TRAIN = dict(keep="all", window=8, epochs=1, global_batch=4, lr=1e-2, warmup=0)
 
@@ -183,16 +184,12 @@ def test_a_file_without_prompts_is_an_error(bytes_model, tmp_path, capsys):
     assert "p.txt: no prompts" in error_line(capsys)
 
 
-def test_a_record_beyond_the_context_is_named_in_training(golden, tmp_path, capsys):
+def test_a_record_beyond_the_context_is_named_in_training(golden):
     row = dict(id=0, prompt_ids=[3] * 5000, response_ids=[4, 5], order=[0, 1])
-    m = golden.load()
-    m.config = dataclasses.replace(m.config, max_length=4096)
-    records.check_context([row], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True))
-    assert "up to 5002 tokens, the model's context has 4096" in error_line(capsys)
-    records.check_context(
-        [dict(row, prompt_ids=[3])], loading.Loaded(m, None, None), torchrun.Processes("cpu", alone=True)
-    )
-    assert capsys.readouterr().err == ""
+    config, said = dataclasses.replace(golden.load().config, max_length=4096), []
+    distill.check_context([row, dict(row, prompt_ids=[3])], None, config, said.append)
+    distill.check_context([dict(row, prompt_ids=[3])], None, config, said.append)
+    assert said == ["prompt and response have up to 5002 tokens; the model was trained with 4096"]
 
 
 def test_a_strangers_meta_json_beside_trajectories_is_no_traceback(tiny, trajectories, tmp_path, capsys):

@@ -119,7 +119,8 @@ def say(line):
 def answer_turn(c, processes, loaded, settings, talk, turn):
     """The answer to a conversation -> dict(text, tokens, seconds, tokens_per_second)."""
     ids = tokenizer.encode_prompt(loaded.tok, talk, c.raw)
-    distill.check_context([dict(prompt_ids=ids)], settings, loaded.m.config, torchrun.warner(processes))
+    one, new = dict(prompt_ids=ids), settings["max_new_tokens"]
+    distill.check_context([one], new, loaded.m.config, torchrun.warner(processes))
     ids = torch.tensor([ids], device=processes.device)  # [1, P]
     watch = None
     if c.watch:

@@ -103,7 +103,7 @@ class Answers:
         bar = tqdm(total=len(requests), unit="prompt", disable=not self.processes.shows)
         for settings, stops, examples in groups.values():
             distill.cut_prompts(examples, self.c.prompt_tokens, self.warn, "the harness")
-            distill.check_context(examples, settings, self.loaded.m.config, self.warn)
+            distill.check_context(examples, settings["max_new_tokens"], self.loaded.m.config, self.warn)
             examples.sort(key=lambda e: -len(e["prompt_ids"]))  # little padding
             how = (self.c.seed, self._device, self.c.batch_size)
             for numbers, records in distill.answers(self.loaded, examples, settings, *how):
