@@ -273,17 +273,17 @@ class Transformer(nn.Module):
 
 # What the checkpoints of a family of models mean:
 #   model_type: what config.json calls the family, in lower case
-#   start: field of Config -> what all its models do, and what holds where a file leaves a key out
+#   defaults: field of Config -> what all its models do, and what holds where a file leaves a key out
 #   names: our name of a part -> that of the official class, where they differ; "" = it has none
 #   required: key -> the value that is computed here: with another one it is a different network
 #   network: the class of the model
-Family = namedtuple("Family", "model_type start names required network", defaults=[Transformer])
+Family = namedtuple("Family", "model_type defaults names required network", defaults=[Transformer])
 # Keys that ask for what no family here has (mixtures of experts, quantized weights), and for blocks of tokens.
 NOT_HERE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "quantization_config")
 NO_BLOCKS = dict(block_size=None, block_length=None)
 # fmt: off
 LLADA = Family(
-    "llada", start=dict(rope_float32=True),
+    "llada", defaults=dict(rope_float32=True),
     names=dict(embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
         layers="model.transformer.blocks", attn="", mlp="", o_proj="attn_out", mlp_norm="ff_norm", gate_proj="ff_proj",
         down_proj="ff_out"),  # the same last name as the output head
@@ -292,7 +292,7 @@ LLADA = Family(
         attention_dropout=0, embedding_dropout=0, residual_dropout=0, input_emb_norm=False, scale_logits=False))
 DREAM = Family(
     # Whether there are biases is not read from attention_bias by the official code either.
-    "dream", start=dict(qkv_bias=True, shifted=True, skip_padding=True),
+    "dream", defaults=dict(qkv_bias=True, shifted=True, skip_padding=True),
     names=dict(embed="model.embed_tokens", norm="model.norm", head="lm_head", layers="model.layers", attn="self_attn",
         attn_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
     required=dict(hidden_act="silu", attention_dropout=0, use_mrope=False, use_sliding_window=False) | NO_BLOCKS)
@@ -338,7 +338,7 @@ def parse_config(raw, where="config.json"):
 def read_values(raw, family):
     """(the fields of Config that a config.json gives; what is wrong with them)"""
     theta, wrong = read_rope(raw)
-    values, raw = dict(family.start), raw | dict(rope_theta=theta)
+    values, raw = dict(family.defaults), raw | dict(rope_theta=theta)
     for f in fields(Config):
         there = [key for key in f.metadata.get("keys", ()) if raw.get(key) is not None]
         value = raw[there[0]] if there else values.get(f.name)

@@ -196,19 +196,19 @@ class BlockTransformer(model.Transformer):
 NAMES = model.DREAM.names
 REQUIRED = dict(hidden_act="silu", attention_dropout=0, use_mrope=False, use_sliding_window=False)
 NO_BIAS = dict(attention_bias=False)
-START = dict(skip_padding=True, qk_norm=True, mask_id=151669, head_width=128)
+DEFAULTS = dict(skip_padding=True, qk_norm=True, mask_id=151669, head_width=128)
 
 model.FAMILIES["sdar"] = model.Family(
     "sdar",
     names=NAMES,
-    start=START | dict(weight_first=True, block_length=4, grid="start"),
+    defaults=DEFAULTS | dict(weight_first=True, block_length=4, grid="start"),
     required=REQUIRED | NO_BIAS,
     network=BlockTransformer,
 )
 model.FAMILIES["a2d"] = model.Family(
     "a2d-qwen3",
     names=NAMES,
-    start=START | dict(pad_id=151643, grid="prompt"),
+    defaults=DEFAULTS | dict(pad_id=151643, grid="prompt"),
     required=REQUIRED | NO_BIAS,
     network=BlockTransformer,
 )
@@ -217,7 +217,7 @@ model.FAMILIES["a2d"] = model.Family(
 model.FAMILIES["a2d-qwen2"] = model.Family(
     "a2d-qwen2",
     names=NAMES,
-    start=dict(family="a2d", qkv_bias=True, skip_padding=True, mask_id=151665, pad_id=151643, grid="prompt"),
+    defaults=dict(family="a2d", qkv_bias=True, skip_padding=True, mask_id=151665, pad_id=151643, grid="prompt"),
     required=REQUIRED,
     network=BlockTransformer,
 )
