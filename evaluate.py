@@ -155,7 +155,8 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
 def paper_scores(c, loaded, task, settings, n):
     """What to show beside a score on n questions: the paper's, where everything is as in the paper; else nothing."""
     of_protocol = task_settings(EvaluateOptions(protocol=c.protocol), task, loaded)
-    if not room(c) or settings != of_protocol or c.shots is not None:
+    other_prompts = c.raw or not (c.shots is c.prompt_tokens is None)
+    if not room(c) or settings != of_protocol or other_prompts:
         return {}
     return room(c).published(c, loaded.m.config, task, n)
 

@@ -158,6 +158,7 @@ def measure_model(c, processes, checkpoint):
     rows.update(inversions=inversions_by_distance(counts), loss=mean_losses(losses, sources))
     summary = dict(model=name, trajectories=len(replayed))
     summary.update(stats.mean_and_error("tds", [r["tds"] for r in replayed]))
+    summary["tds_of"] = sum(r["tds"] is not None for r in replayed)  # one that begins with EOS may have none
     summary.update(inversion_rates(rows["inversions"]))
     result = dict(summary=summary, picture=(loaded.tok, records[0]), shape=loading.shape(loaded.m.config))
     result["sha256"] = disk.fingerprint(loaded.folder if checkpoint is None else checkpoint)
@@ -380,6 +381,8 @@ def summary_table(summary, window):
             cells[-1] = f"{s['tds']:.4f}"
             if s["tds_se"] is not None:
                 cells[-1] += f" ± {s['tds_se']:.4f}"
+            if s["tds_of"] < s["trajectories"]:
+                cells[-1] += f" (of {s['tds_of']})"
         for context in plots.CONTEXTS:
             rate = s[f"inversions_{context}"]
             cells.append("-" if rate is None else f"{100 * rate:.1f}")

@@ -187,13 +187,27 @@ def looked_at(bases):
     for look in sorted(LOOKS, reverse=True):
         numbers = range(1, look + 1)
         if ready.issuperset(numbers):
-            return dict(zip(numbers, map(bases.get, numbers)))
+            return made_by_all(dict(zip(numbers, map(bases.get, numbers))))
     return {}
 
 
+def made_by_all(bases):
+    """These base models without the runs that are still being made: each is made on all odd ones, and on all even ones
+    or none of them."""
+    odd, even = [], []
+    for number, base in bases.items():
+        (odd if number % 2 else even).append(base["runs"].keys())
+    whole = set.intersection(*map(set, odd)) - (set().union(*even) - set.intersection(*map(set, even)))
+    found = {}
+    for number, base in bases.items():
+        found[number] = dict(base, runs=dict(filter(lambda run: run[0] in whole, base["runs"].items())))
+    return found
+
+
 def complete(base):
-    """Whether a base model has the runs of the primary measures."""
-    return not set(itertools.starmap(key_of, itertools.product(PRIMARY, FRONTIER_RATES))) - base["runs"].keys()
+    """Whether a base model has the runs of the primary measures, those that P1 may have to be read from too."""
+    rates = (*FRONTIER_RATES, *[LOW_RATE] * (base["number"] % 2))
+    return not set(itertools.starmap(key_of, itertools.product(PRIMARY, rates))) - base["runs"].keys()
 
 
 def verdict(found, name, sign=1):
@@ -478,8 +492,10 @@ def read(folder):
     found = {}
     for file in sorted(Path(folder).glob("bases/base-*.json")):
         base = data.read_json(file)
-        if not {"number", "tried", "runs"} <= base.keys() or "base" not in base["runs"]:
+        if not {"number", "tried", "runs"} <= base.keys() or not base["runs"].get("base", {}).get("epochs"):
             raise ValueError(f"{file}: this is not what claims keeps of a base model")
+        if file.name != f"base-{base['number']}.json":
+            raise ValueError(f"{file}: it is of base-{base['number']}: two files of one base model would be one")
         found[base["number"]] = base
     if not found:
         raise FileNotFoundError(f"no bases/base-*.json in {folder}: give the results folder of an experiment of claims")

@@ -151,6 +151,10 @@ def check_sweep(c, grid):
             raise ValueError(f"--test has two sets called {name}: rename one")
     if c.rounds > 1 and c.lora_rank == 0:
         raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
+    for source in filter(None, (c.ground_truth, c.validation, *c.test)):
+        if source not in evaluate.TASKS:
+            # Before anything is made, so that a wrong name costs nothing. What there is to say is said when it is used.
+            data.read_examples(source, c.prompt_field, c.answer_field, warn=lambda line: None)
     prompts = not data.holds_trajectories(c.data)
     truth = c.ground_truth is None and any(s["objective"] == GROUND_TRUTH for s in grid.values())
     if not prompts and (c.rounds > 1 or truth):

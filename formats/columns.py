@@ -103,13 +103,16 @@ def find_prompt(row):
     raise ValueError(f"no known prompt field ({known}) among {has}; name yours")
 
 
+WITH_PROMPT = ("context", "input")  # columns whose text, or number, stands beside the prompt
+
+
 def full_prompt(row, column, choices):
     """The prompt column's text with its context (behind an instruction, before a question), input
     and lettered choices."""
     prompt = field(row, column)
     if not isinstance(prompt, str):
         raise ValueError(f"field {column!r} is missing or not text; the row has {', '.join(row)}")
-    context, more = text_of(row.get("context")), text_of(row.get("input"))
+    context, more = (text_of(str(row[name]) if is_number(row.get(name)) else row.get(name)) for name in WITH_PROMPT)
     if context and column == "instruction":
         prompt = f"{prompt}\n\n{context}"
     elif context and column != "context":
@@ -167,9 +170,13 @@ def find_answer(row, column, name, choices):
         return list(filter(has_text, value)) or None
     if isinstance(value, str):
         return value
-    if type(value) is int or (type(value) is float and math.isfinite(value)):
+    if is_number(value):
         return str(value)
     raise ValueError(f"field {name!r} must be text, a number or a list of texts, found {value!r:.80}")
+
+
+def is_number(value):
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def is_blank(value):

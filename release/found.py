@@ -190,7 +190,7 @@ def read_diagnosis(c, folder, runs):
 
 def cells_of_model(c, folder, meta, model, sha256, runs):
     """Yield the TDS of one model."""
-    options, value, error = meta["options"], model["tds"], Z * (model["tds_se"] or 0)
+    options, value, error = meta["options"], model["tds"], model["tds_se"]
     checkpoint = None if model["model"] == "base" else model["model"]
     hashes = dict(model_sha256=meta["model_sha256"], adapter_sha256=checkpoint and sha256)
     who = identify(c, options["model"], checkpoint, meta["shape"], hashes, runs)
@@ -202,7 +202,8 @@ def cells_of_model(c, folder, meta, model, sha256, runs):
     same = dict(who["same"], decoder=decoder, questions=meta["made_by"]["questions_sha256"])
     same.update(limit=options["limit"], tds_eos=options["tds_eos"])
     where = dict(who["where"], task=meta["made_by"]["task"], measure="tds")
-    measured = (value, value - error, value + error, model["trajectories"], str(folder))
+    low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
+    measured = (value, low, high, model.get("tds_of", model["trajectories"]), str(folder))
     yield Cell(where, *measured, same=same, **who["run"])
 
 
@@ -215,6 +216,8 @@ def check_questions(c, score, meta, base):
         raise Misfit(f"protocol {score['protocol']}, and these tables are of {protocol}: see --protocol")
     if score["shots"] or meta["raw"]:
         raise Misfit(f"asked with {score['shots']} examples, raw {meta['raw']}; the paper has 0 and the chat template")
+    if meta.get("prompt_tokens") is not None:
+        raise Misfit(f"asked with --prompt-tokens {meta['prompt_tokens']}; the paper's prompts are the protocol's")
     if (meta["decoder"], meta["protocol"]) != (score["decoder"], score["protocol"]):
         raise Misfit(f"results.json and {score['task']}/meta.json have other decoders: not of one run")
 

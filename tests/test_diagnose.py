@@ -213,8 +213,11 @@ def test_curves_are_named_by_where_their_paths_differ():
 
 def test_the_table_has_the_tds_of_each_model():
     one = dict(model="base", trajectories=1, tds=0.5, tds_se=None, inversions_step=0.25, inversions_window=None)
+    one["tds_of"] = 1
     none = dict(one, model="out/R/epoch-1", trajectories=64, tds=None)
-    *_, first, second = diagnose.summary_table([one, none], 32).splitlines()
+    part = dict(one, trajectories=4, tds_se=0.01, tds_of=3)  # one of them begins with EOS
+    *_, first, second, third = diagnose.summary_table([one, none, part], 32).splitlines()
+    assert third == "| base | 4 | 0.5000 ± 0.0100 (of 3) | 25.0 | - |"
     assert first == "| base | 1 | 0.5000 | 25.0 | - |"
     assert second == "| out/R/epoch-1 | 64 | - | 25.0 | - |"
 

@@ -127,6 +127,8 @@ def test_wilson_interval():
         (2, 1319, {}, "-"),  # a name is not enough
         (32, 1319, dict(model="GSAI-ML/LLaDA-1.5"), "-"),
         (32, 1319, dict(model="GSAI-ML/LLaDA-8B-Base"), "-"),
+        (32, 1319, dict(raw=True), "-"),
+        (32, 1319, dict(prompt_tokens=16), "-"),
     ],
 )
 def test_the_papers_score_stands_beside_the_same_checkpoint_and_questions(layers, n, options, shown, tmp_path):

@@ -65,6 +65,7 @@ ROWS = [
     (dict(messages=[dict(role="user", content=[dict(type="text", text="q")])]), "q", None),
     (dict(prompt=[dict(role="user", content="q")], answer="a"), "q", "a"),
     (dict(instruction="do", context="this", response="a"), "do\n\nthis", "a"),
+    (dict(instruction="double", input=21, output="42"), "double\n21", "42"),
     (dict(question="q", context="c", answers=dict(text=["a", "b"], answer_start=[1, 2])), "c\n\nq", ["a", "b"]),
     (dict(question="q", context=["c", "d"], answer=["a", "b"]), "c\nd\n\nq", ["a", "b"]),
     (dict(question="q", answer=18), "q", "18"),

@@ -160,6 +160,7 @@ def evaluation(out, base, checkpoint=None, scores=(("gsm8k", 1000),), n=None, pa
     for task, right in scores:
         settings, questions = evaluate.task_settings(c, task, loaded), n or published.QUESTIONS[task]
         meta = dict(command="evaluate", task=task, protocol=c.protocol, decoder=settings, raw=c.raw, limit=c.limit)
+        meta["prompt_tokens"] = c.prompt_tokens
         sha256 = disk.fingerprint(checkpoint) if adapter else None
         meta.update(model_sha256=base, adapter_sha256=sha256, questions_sha256=task)
         (out / task).mkdir(parents=True)
@@ -347,6 +348,7 @@ def test_t3ds_tables_are_of_models_trained_as_a_whole(tmp_path, capsys):
         (dict(protocol="release"), "gsm8k: protocol release, and these tables are of paper: see --protocol"),
         (dict(steps=64), "decoded with steps 64 for 256: a decoder of no table"),
         (dict(raw=True), "asked with 0 examples, raw True; the paper has 0 and the chat template"),
+        (dict(prompt_tokens=16), "asked with --prompt-tokens 16; the paper's prompts are the protocol's"),
         (
             dict(model="out/M"),
             "out/M (layers 28, width 3584, vocab_size 152064, family dream) is no checkpoint of the",

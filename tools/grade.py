@@ -132,7 +132,8 @@ def say(line):
 
 def filter_of(row):
     """The harness's filter that a line is of, or None."""
-    return row.get("filter") if isinstance(row, dict) and "doc_id" in row else None
+    name = row.get("filter") if isinstance(row, dict) and "doc_id" in row else None
+    return name if name is None or isinstance(name, str) else json.dumps(name)
 
 
 def choose_filter(c, source, rows):
