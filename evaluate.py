@@ -155,7 +155,7 @@ def run_task(c, processes, loaded, task, questions, shots, about, out):
 def paper_scores(c, loaded, task, settings, n):
     """What to show beside a score on n questions: the paper's, where everything is as in the paper; else nothing."""
     of_protocol = task_settings(EvaluateOptions(protocol=c.protocol), task, loaded)
-    other_prompts = c.raw or not (c.shots is c.prompt_tokens is None)
+    other_prompts = c.raw or c.shots is not None or c.prompt_tokens is not None
     if not room(c) or settings != of_protocol or other_prompts:
         return {}
     return room(c).published(c, loaded.m.config, task, n)

@@ -661,10 +661,11 @@ def encode(x, opaque):
             return encode(exact(x), opaque)
     if kind is ModuleType and x.__name__ in PURE:
         return ["module", x.__name__]
-    home = getattr(x if kind is type else kind, "__module__", "")  # what type() makes in a program may have none
-    if kind is type and home == "builtins" and x is getattr(builtins, x.__name__, None):
+    # A class that type() makes in a program may have no __module__.
+    if kind is type and getattr(x, "__module__", "") == "builtins" and x is getattr(builtins, x.__name__, None):
         return ["type", x.__name__]
-    if home == "numpy" and hasattr(x, "item") and not getattr(x, "shape", True):  # a NumPy number
+    # A NumPy number
+    if getattr(kind, "__module__", "") == "numpy" and hasattr(x, "item") and not getattr(x, "shape", True):
         item = x.item()
         if type(item) is kind:  # of a precision that Python does not have
             item = complex(x) if x.dtype.kind == "c" else float(x)

@@ -137,7 +137,9 @@ def claims(c):
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
     out = disk.open_run(out, identity(c), processes)
     for number, primary in order_of_work(c.bases):
-        runs = list(filter(is_primary if primary else None, runs_of(c, number)))
+        runs = runs_of(c, number)
+        if primary:
+            runs = list(filter(lambda run: key_of(run) in report.needed(number), runs))
         folder = out / f"base-{number}"
         folder.mkdir(exist_ok=True)
         try:
@@ -188,18 +190,12 @@ def runs_of(c, number):
 
 
 def order_of_work(bases):
-    """(number of a base model, whether only the primary runs are made) in turn: what the looks need; the rest of the
-    base models that the first look leaves out; the rest of its own."""
+    """(number of a base model, whether only report.needed() is made) in turn: what the looks need; the rest of the base
+    models that the first look leaves out; the rest of its own."""
     first, later = range(1, min(bases, FIRST_LOOK) + 1), range(FIRST_LOOK + 1, bases + 1)
     yield from itertools.product((*first, *later), [True])
     yield from itertools.product((*later, *first), [False])
     yield 0, True  # which has no part in the results: it shows what the rates do
-
-
-def is_primary(run):
-    """Whether a run is one of those that the primary measures compare, at 1e-4 too, where P1 may have to be read."""
-    row, lr, task = run
-    return row in report.PRIMARY and lr in (*RATES, float(report.LOW_RATE)) and task == "in"
 
 
 def key_of(run):

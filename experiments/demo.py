@@ -183,7 +183,7 @@ def table(rows, sizes):
 ON_THIS_BASE = """\
 ± is one standard error; "- before" is paired, over the same puzzles. near and far puzzles were not trained on.
 On this base model: it was stopped half-way, and the amount of training was chosen after looking at what gains.
-docs/results.md has ten seeds in this setting, and twelve base models on which SFT-SD gains more than TABOM."""
+docs/results.md has ten seeds in this setting, and twelve other base models in such large steps: SFT-SD gains more."""
 
 
 def percent(p, n):

@@ -181,33 +181,35 @@ def loss_at_equal_gain(bases, row, other, loss="elsewhere"):
 # ------------------------------------------------------------------------------------------ verdicts
 
 
+def needed(number):
+    """The runs of the primary measures on a base model, those that P1 may have to be read from among them."""
+    rates = (*FRONTIER_RATES, *[LOW_RATE] * (number % 2))
+    return set(itertools.starmap(key_of, itertools.product(PRIMARY, rates)))
+
+
 def looked_at(bases):
-    """The base models that the last look has: base-1 to base-12, or to base-24; before these are complete, none."""
-    ready = set(filter(lambda number: complete(bases[number]), bases))
+    """The base models that the last look has: base-1 to base-12, or to base-24; before these are complete, none. They
+    are without the runs that are still being made, each of whose tables would be one more look."""
+    ready = set(filter(lambda number: needed(number) <= bases[number]["runs"].keys(), bases))
     for look in sorted(LOOKS, reverse=True):
         numbers = range(1, look + 1)
         if ready.issuperset(numbers):
-            return made_by_all(dict(zip(numbers, map(bases.get, numbers))))
+            found, hidden = dict(zip(numbers, map(bases.get, numbers))), being_made(bases, look)
+            for number, base in found.items():
+                runs = filter(lambda run: run[0] not in hidden, base["runs"].items())
+                found[number] = dict(base, runs=dict(runs))
+            return found
     return {}
 
 
-def made_by_all(bases):
-    """These base models without the runs that are still being made: each is made on all odd ones, and on all even ones
-    or none of them."""
-    odd, even = [], []
-    for number, base in bases.items():
-        (odd if number % 2 else even).append(base["runs"].keys())
-    whole = set.intersection(*map(set, odd)) - (set().union(*even) - set.intersection(*map(set, even)))
-    found = {}
-    for number, base in bases.items():
-        found[number] = dict(base, runs=dict(filter(lambda run: run[0] in whole, base["runs"].items())))
-    return found
-
-
-def complete(base):
-    """Whether a base model has the runs of the primary measures, those that P1 may have to be read from too."""
-    rates = (*FRONTIER_RATES, *[LOW_RATE] * (base["number"] % 2))
-    return not set(itertools.starmap(key_of, itertools.product(PRIMARY, rates))) - base["runs"].keys()
+def being_made(bases, look):
+    """The runs that are not on all base models of a look that get them, {name: how many have it}. A row is made on all
+    odd ones, or on all."""
+    made, odd = {}, range(1, look + 1, 2)
+    for number in filter(lambda number: 1 <= number <= look, bases):
+        for key in bases[number]["runs"]:
+            made.setdefault(key, set()).add(number)
+    return {key: len(on) for key, on in made.items() if on not in (set(odd), set(range(1, look + 1)))}
 
 
 def verdict(found, name, sign=1):
@@ -287,7 +289,9 @@ def markdown(bases):
             if look <= len(looked):
                 title = f"The primary measures: the look at {look} base models"
                 sections.append((title, primary_table(dict(list(looked.items())[:look]))))
+        hidden = ", ".join(f"{key} ({count})" for key, count in being_made(bases, len(looked)).items())
         sections += [
+            ("Not shown until all of these base models have it (how many do)", hidden or "none"),
             ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(looked)}"),
             ("All rows, after the last epoch", rows_table(looked)),
             ("TABOM - SFT-SD by learning rate, on the odd base models", rates_table(looked)),

@@ -103,16 +103,13 @@ def find_prompt(row):
     raise ValueError(f"no known prompt field ({known}) among {has}; name yours")
 
 
-WITH_PROMPT = ("context", "input")  # columns whose text, or number, stands beside the prompt
-
-
 def full_prompt(row, column, choices):
     """The prompt column's text with its context (behind an instruction, before a question), input
     and lettered choices."""
     prompt = field(row, column)
     if not isinstance(prompt, str):
         raise ValueError(f"field {column!r} is missing or not text; the row has {', '.join(row)}")
-    context, more = (text_of(str(row[name]) if is_number(row.get(name)) else row.get(name)) for name in WITH_PROMPT)
+    context, more = text_or_number(row.get("context")), text_or_number(row.get("input"))
     if context and column == "instruction":
         prompt = f"{prompt}\n\n{context}"
     elif context and column != "context":
@@ -200,6 +197,11 @@ def text_of(value):
     """A text, or a list of texts joined; "" for anything else."""
     text = "\n".join(value) if are_texts(value) else value
     return text if has_text(text) else ""
+
+
+def text_or_number(value):
+    """text_of(), with a number written out."""
+    return str(value) if is_number(value) else text_of(value)
 
 
 def unused(row, messages, answer, named=()):

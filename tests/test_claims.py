@@ -116,8 +116,9 @@ def test_the_runs_are_those_that_were_registered():
     even, odd = claims.runs_of(c, 2), claims.runs_of(c, 1)
     assert len(even) == 8 and len(odd) == 8 + 4 + 7 + 4 and set(even) < set(odd)
     assert sum(run[2] == claims.SEVERAL for run in odd) == 4
-    assert sum(map(claims.is_primary, odd)) == 6 and sum(map(claims.is_primary, even)) == 4
-    assert ("TABOM", 1e-4, "in") in filter(claims.is_primary, odd)
+    assert len(report.needed(1)) == 6 and report.needed(1) < set(map(claims.key_of, odd))
+    assert len(report.needed(2)) == 4 and report.needed(2) < set(map(claims.key_of, even))
+    assert claims.key_of(("TABOM", 1e-4, "in")) in report.needed(1)
     only = claims.ClaimsOptions(rows=("TABOM", "SFT-GT"), rates=claims.rate_list("1e-4, 0.0003"))
     assert claims.runs_of(only, 2) == [("TABOM", 3e-4, "in")]
     names = ["TABOM 0.0003", "TABOM 0.0001", "SFT-GT 0.0003", "TABOM 0.0003 several"]

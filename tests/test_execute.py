@@ -551,6 +551,7 @@ HONEST = {  # name: (program, tests)
     "module of the program": ("import math\ndef f(): return math.pi", "assert math.isclose(f(), 3.14, rel_tol=0.01)"),
     "function of a module": ("from math import isclose\ndef f(): return 1.0", "assert isclose(f(), 1.0)"),
     "type": ("def f(x): return type(x)", "assert f('a') is str and f(1) == int"),
+    "class without a module": ("X = type('X', (), {})\ndef f(): return X()", "assert f() is not None"),
     "keywords": ("def f(a, *b, c=0, **d): return a, b, c, d", "assert f(1, 2, c=3, e=4) == (1, (2,), 3, {'e': 4})"),
     "prints": ("print('x' * 10**6)\ndef f(): print('y'); return 1", "print(f())\nassert f() == 1"),
     "own folder": ("def f():\n    open('a', 'w').write('b')\n    return open('a').read()", "assert f() == 'b'"),

@@ -157,6 +157,11 @@ def sample(doc_id, answer, *texts, filter="flexible-extract"):
     return dict(doc_id=doc_id, doc=dict(question="q", answer=answer), resps=[list(texts)], filter=filter, target="")
 
 
+def test_a_filter_that_is_no_text_is_a_name_too(tmp_path, capsys):
+    result, _, _ = run("gsm8k", [sample(0, "#### 5", "She has 5.", filter=["a"])], tmp_path, capsys)
+    assert (result["n"], result["correct"], result["filter"]) == (1, 1, '["a"]')
+
+
 def test_a_question_counts_once_whatever_filters_it_was_logged_with(tmp_path, capsys):
     rows = []
     for name in ("strict-match", "flexible-extract"):

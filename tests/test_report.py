@@ -51,7 +51,8 @@ def many(count, ahead=0.03, cost=0.0, seed=0):
             gains[f"SFT-SD {rate}"] = (0.06 * more, 0.01 * more)
             gains[f"TABOM {rate}"] = (0.06 * more + ahead + random.choice((-0.01, 0, 0.01)), 0.01 * more + cost)
         if i % 2:
-            gains.update({"TABOM 0.0001": (0.02 + ahead / 2, 0.0), "SFT-SD 0.0001": (0.02, 0.0)})
+            low = 0.02 + i % 3 / 50
+            gains.update({"TABOM 0.0001": (low + ahead / 2, 0.0), "SFT-SD 0.0001": (low, 0.0)})
         bases[i] = a_base(i, gains)
     return bases
 
@@ -164,14 +165,14 @@ def test_the_best_epoch_is_above_the_last_and_one_chosen_on_others():
 def test_the_tables_hold_every_row_at_every_rate():
     bases = many(12)
     for i in range(1, 13):
-        bases[i]["runs"]["naive TD 0.0003"] = a_base(1, {"x": (0.3 + i / 50, 0.0)})["runs"]["x"]
+        bases[i]["runs"]["naive TD 0.0003"] = a_base(1, {"x": (0.3 + i / 100, 0.0)})["runs"]["x"]
     text = report.markdown(bases)
     rows = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith(("| TABOM |", "| naive TD |"))]
     assert ["| TABOM", "0.0003", "12"] in rows and ["| naive TD", "0.0003", "12"] in rows
     assert "| better than naive trajectory distillation | TABOM - naive TD, in-domain | - | contradicted: " in text
     assert "| base-3 | seed 3: 70.0 | 50.0 | 50.0 | 50.0 | 25.0 | - | 7 of 9 | 90 | 9 | 8 | 3 |" in text
     titles = [line for line in text.splitlines() if line.startswith("### ")]
-    assert len(titles) == len(set(titles)) == 9
+    assert len(titles) == len(set(titles)) == 10
 
 
 def test_a_row_is_shown_when_all_base_models_that_get_it_have_it():
@@ -188,11 +189,25 @@ def test_a_row_is_shown_when_all_base_models_that_get_it_have_it():
             bases[number]["runs"][key] = run
         looked = report.looked_at(bases)
         assert [key in base["runs"] for base in looked.values()].count(True) == (len(numbers) if seen else 0)
+    text = report.markdown(bases)
+    assert "### Not shown until all of these base models have it (how many do)\n\ndInfer 0.0003 (7)\n" in text
     del bases[11]["runs"]["SFT-SD 0.0001"]
     assert report.looked_at(bases) == {}  # P1 may have to be read there
 
 
 # ----------------------------------------------------------------------------------------------------------- a folder
+
+
+def test_a_file_of_another_base_model_or_without_its_tests_is_one_line(tmp_path, capsys):
+    write(tmp_path, many(1))
+    file, damaged = tmp_path / "bases" / "base-1.json", many(1)[1]
+    file.rename(file.with_name("base-2.json"))
+    assert report.main([str(tmp_path)]) == 1
+    assert "base-2.json: it is of base-1" in capsys.readouterr().err
+    damaged["runs"]["base"]["epochs"] = []
+    write(tmp_path / "D", {1: damaged})
+    assert report.main([str(tmp_path / "D")]) == 1
+    assert "base-1.json: this is not what claims keeps of a base model" in capsys.readouterr().err
 
 
 def write(folder, bases):

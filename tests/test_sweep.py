@@ -170,6 +170,13 @@ def test_domains_have_means_and_gains_over_the_model_before_training():
     assert not [one for one in table.over_seeds(found)[1]["scores"] if one["measure"] in means]  # none were named
 
 
+@pytest.mark.parametrize("name", ["test", "validation", "ground_truth"])
+def test_a_dataset_that_is_not_there_is_found_before_anything_is_made(name, tiny, puzzles, tmp_path, capsys):
+    words = {"model": tiny, "data": puzzles, "test": puzzles, name: tmp_path / "none.jsonl", "out": tmp_path / "S"}
+    assert tabom.main(["sweep", *flags(**words, epoch="last")]) == 1
+    assert "none.jsonl" in capsys.readouterr().err and not (tmp_path / "S").exists()
+
+
 def test_rows_are_a_grid():
     rows_of_paper = ("No-SFT", "SFT-SD", "SFT-GT", "TABOM, no ranking")
     grid = sweep.expand(sweep_options(rows=rows_of_paper, over=("seed=0,1", "window=8,16")))

@@ -502,7 +502,7 @@ def test_folders_of_the_real_commands(bytes_model, tmp_path, capsys):
     assert shown["folder"].startswith(str(out / "S" / "runs")) and shown["epoch"] == "1"
 
 
-def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False, **changes):
+def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False, tds_se=0.1, tds_of=64, **changes):
     """A folder as diagnose leaves it. answers_of: the checkpoint whose answers to GSM8K are replayed, else its own."""
     from experiments.diagnose import DiagnoseOptions
 
@@ -511,7 +511,7 @@ def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False,
     hashes = [disk.fingerprint(one) if one else None for one in (checkpoint, answers_of or checkpoint)]
     models = []
     for name in ["base", *([str(checkpoint)] if checkpoint else [])]:
-        models.append(dict(model=name, trajectories=64, tds=tds, tds_se=0.1))
+        models.append(dict(model=name, trajectories=64, tds=tds, tds_se=tds_se, tds_of=tds_of))
     made_by = dict(task="gsm8k", model_sha256=base, adapter_sha256=hashes[1], questions_sha256="q", decoder={})
     options = dict(vars(DiagnoseOptions(model=known["hub"], out=str(out), fresh=fresh)), **changes)
     about = dict(command="diagnose", options=options, shape=shape, model_sha256=base, made_by=made_by, models=models)
@@ -538,6 +538,13 @@ def test_the_tds_is_of_a_models_own_answers(tmp_path, capsys):
     assert f"does not compare with {tmp_path / 'D'}, other limit" in reasons(result)
     text, _ = show(capsys, tmp_path, "--table", "6")
     assert "| TABOM | 1.469 (+0.302) | 1.500 [1.30, 1.70] (+0.300 [" in text
+
+
+def test_the_tds_of_one_trajectory_has_no_interval_and_its_own_number(tmp_path, capsys):
+    diagnosis(tmp_path / "D", "Dream", tds=1.2, tds_se=None, tds_of=1)
+    rows, _ = rows_of(capsys, tmp_path, "--table", "6")
+    shown = rows["6", "Dream", "No-SFT", "GSM8K"]
+    assert (shown["ours"], shown["low"], shown["high"], shown["n"]) == ("1.2", "", "", "1")
 
 
 def test_one_token_a_step_is_full_decoding_and_is_said(tmp_path, capsys):
