@@ -327,6 +327,7 @@ def score(task, found, questions=None):
         result["not_graded"] = not_judged
     if task == "ifeval":
         result["prompt_loose"] = percent(prompts_loose, n)
+        result["instructions"] = int(instructions)  # that the next two are shares of
         result["instruction_strict"] = percent(strict, instructions)
         result["instruction_loose"] = percent(loose, instructions)
     return result

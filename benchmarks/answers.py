@@ -144,22 +144,25 @@ INTRODUCTION = re.compile(r"\banswer\s*(?:is|:)\s*:?", re.IGNORECASE)
 def says(response, asked):
     """Whether a response is just the reference, but for space, case, delimiters and a final point: all of it, what it
     marks, or else its last line or what follows its last "answer is"."""
-    asked, final = bare(asked), [response]
+    mathematics, final = is_mathematics(asked), [response]
     marked = marked_answer(response)
     if marked is not None:
         final.append(marked)
     elif response.strip():
         final += [response.strip().splitlines()[-1], INTRODUCTION.split(response)[-1]]
-    return bool(asked) and asked in map(bare, final)
+    same = [bare(text, mathematics) for text in (asked, *final)]
+    return bool(same[0]) and same[0] in same[1:]
 
 
 DELIMITERS = re.compile(r"\\[()\[\]]|\$|\*\*|<\|[^|<>]*\|>")
 
 
-def bare(text):
-    """A text as says() compares it: no case, no delimiters, no final point, no space but between two words."""
+def bare(text, mathematics=False):
+    """A text as says() compares it: no case, no delimiters, no final point, no space but between two words. In
+    mathematics 5! is not 5, and f' not f."""
+    quotes, ends = ('*`"', ' *`".\u3002') if mathematics else ("*`\"'", " *`\"'.\u3002!")
     text = DELIMITERS.sub("", spelled_plainly(unicodedata.normalize("NFC", text)))
-    text = " ".join(text.split()).strip("*`\"'").rstrip(" *`\"'.\u3002!")
+    text = " ".join(text.split()).strip(quotes).rstrip(ends)
     return re.sub(r"(?<!\w) | (?!\w)", "", text).casefold()
 
 
@@ -172,12 +175,16 @@ DENIED = re.compile(  # not D; D is wrong
     rf"(?i:\b(?:not|than|eliminate|reject)\s+(?:option\s+|choice\s+)?)\(?{LETTER}"
     rf"|{LETTER}[\W_]{{0,3}}\s*(?:{IS}\s+(?:not|wrong|incorrect|false)\b|(?:isn|can|doesn)'t\b|cannot\b)"
 )
-TOKEN = re.compile(  # C is correct; the answer ...; any letter
-    rf"(?P<right>{LETTER})[\W_]{{0,3}}\s*{IS}\s+(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|true|best|answer)\b"
+ANY, GAP = r"(?<![\w'])[A-Z](?![\w'])", r"[\W_]{0,3}"
+OR = rf"{GAP}(?:[/&]|\b(?:and|or)\b){GAP}{ANY}"
+TOKEN = re.compile(  # A, B or C; C is correct; the answer ...; any letter
+    rf"(?P<several>{ANY}(?:(?:{GAP},{GAP}{ANY}){{2,}}(?:{OR})?|(?:{GAP},{GAP}{ANY})?,?{OR}))"
+    rf"|(?P<right>{LETTER})[\W_]{{0,3}}\s*{IS}\s+(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|true|best|answer)\b"
     rf"(?:\s+(?:answer|option|choice))?"
     rf"|(?i:\b(?P<answer>answer|(?:correct|right|best)\s+(?:option|choice))\b)"
     rf"|(?P<letter>{LETTER})"
 )
+FIRST = re.compile(r"\(?([A-Z])[.):]")  # of a marked answer: B. Vitamin C
 
 
 def sole_letter(asked):
@@ -189,17 +196,20 @@ def sole_letter(asked):
 def final_choice(response):
     """The letter that a response to a multiple-choice question chooses: that of its marked answer, else the last that
     it calls right ("C is correct", "the answer is C"), else its last one; None without any. A letter that it denies
-    ("D is not", "not D") does not count."""
+    ("D is not", "not D") does not count, and "A or B" is no choice."""
     marked = marked_answer(response)
-    text = DENIED.sub(" ", response if marked is None else marked)
+    if marked is not None and (first := FIRST.match(marked)):
+        return first[1]
+    text = DENIED.sub(" ", response if marked is None else marked.replace(",", " or "))
     chosen, last, expected = None, None, False
     for token in TOKEN.finditer(text):
         letter = token["right"] or token["letter"]
         if token["answer"]:
             expected = True
-        elif token["right"] or expected:  # behind the word "answer" the first letter counts
+        elif token["right"] or letter and expected:  # behind the word "answer" the first letter counts
             chosen, expected = letter, False
-        last = letter or last
+        if not token["answer"]:
+            last = letter
     return chosen or last
 
 
@@ -213,12 +223,14 @@ UNIT = r"[mghslL](?![A-Za-z])"  # one letter behind a number: 18m, and not 3x
 # What follows a number that is only a part of the answer: of a fraction, a power, a product, a time, a list.
 PART = re.compile(
     rf"\s*/\s*(?:[\d(\\]|(?!{UNIT})[A-Za-z](?![A-Za-z]))|\s*[\u00d7\u00b7\u00f7\u2044\u2215\u221a\u03c0]|\s*\^|_"
-    rf"|\s*\\(?:sqrt|pi|d?frac|cdot|times)|\s*\*\s*\d|\s*pi\b|[:,]\d|(?!{UNIT})[A-Za-z](?![A-Za-z])|\("
+    rf"|\s*\\(?:sqrt|pi|d?frac|cdot|times)|\s*\*\s*\d|\*\*\d|\s*pi\b|[:,]\d|(?!{UNIT})[A-Za-z](?![A-Za-z])|\("
     r"|[\u00b2\u00b3\u00b9\u2070-\u2079\u00bc-\u00be]"
 )
-# And what stands before one: the signs of a quotient, a power, an index, a command, a time, a product, a list.
+# And what stands before one: the signs of a quotient, a power, two values, an index, a command, a time, a product, a
+# list.
 PART_BEFORE = re.compile(
-    r"(?:[/^_\\\u00d7\u00b7\u00f7\u2044\u2215\u221a]\s*|[A-Za-z}^_]\{|\d:|\d\s+:\s*|\d\s*\*\s*|\d,\s*|[A-Za-z]\(?)\Z"
+    r"(?:[/^_\\\u00d7\u00b7\u00f7\u2044\u2215\u221a\u00b1]\s*|\\pm\s*|[A-Za-z}^_]\{|\d:|\d\s+:\s*"
+    r"|\d\s*\*\s*|\d\s*x\s+|\d\*\*|\d,\s*|[A-Za-z]\(?)\Z"
 )
 PLAINLY = {"{,}": ",", "\\,": "", "\\!": "", "\\;": " ", "\\ ": " ", "\u2212": "-", "\u2013": "-", "\\$": "$"}
 PLAINLY |= {"\\approx": "\u2248", "^\\circ": "\u00b0", "^{\\circ}": "\u00b0"}
@@ -281,6 +293,8 @@ def marked_number(text):
         return None
     before, after = text[: found[0].start()], text[found[0].end() :]
     if not (AROUND.fullmatch(before) and AROUND.fullmatch(after)) or MINUS.search(before) or TIMES.search(after):
+        return None
+    if after.startswith("!"):  # a factorial
         return None
     return number_at(text, found[0])
 

@@ -14,6 +14,7 @@ A2D's prompts are the harness's, in every protocol.
 """
 
 import re
+from decimal import Decimal
 
 NAME = "gsm8k"
 FILE = "gsm8k_test.jsonl.gz"
@@ -72,20 +73,21 @@ STRICT = (re.compile(r"#### (-?[0-9.,]+)"), re.compile(r"The answer is (-?[0-9.,
 
 def grade(record, response, family="dream", protocol="paper", strict=False):
     """dict(correct, reason, extracted): the last number of the response is its answer (the
-    harness's flexible-extract).
+    harness's flexible-extract), compared as text.
 
     strict: the first number after ####, else after "The answer is". In T3D's way (SDAR, official) only
-    the last \\boxed{} counts."""
-    if family == "sdar" and protocol == "official":
-        found = boxed_number(response)
-    else:
-        found = strict_number(response) if strict else flexible_number(response)
+    the last \\boxed{} counts, by its value."""
     gold = plain_number(record["answer"].rsplit("####", 1)[-1].strip())
+    if family == "sdar" and protocol == "official":
+        return grade_box(response, gold)
+    return verdict(strict_number(response) if strict else flexible_number(response), gold)
+
+
+def verdict(found, gold):
     if found is None:
         return dict(correct=False, reason="no answer in the response", extracted=None)
-    if found == gold:
-        return dict(correct=True, reason=f"{found} = {gold}", extracted=found)
-    return dict(correct=False, reason=f"{found} is not {gold}", extracted=found)
+    relation = "=" if found == gold else "is not"
+    return dict(correct=found == gold, reason=f"{found} {relation} {gold}", extracted=str(found))
 
 
 def flexible_number(text):
@@ -94,19 +96,19 @@ def flexible_number(text):
     return plain_number(found[-1][0]) if found else None
 
 
-def boxed_number(text):
-    """The number of the last \\boxed{}, whose braces may be nested, or None: the first one behind its last "="; a
-    unit may follow."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth, end = 1, 0
-    while box and depth and end < len(rest):
-        depth += {"{": 1, "}": -1}.get(rest[end], 0)
-        end += 1
-    if not box or depth:
-        return None
-    inside = rest[: end - 1].replace("{,}", ",").rsplit("=", 1)[-1]
-    found = FLEXIBLE.search(inside)
-    return plain_number(found[0]) if found else None
+def grade_box(text, gold):
+    """The verdict on the last \\boxed{}, whose braces may be nested and must close: by the value of its number, which
+    may have a name and a unit, or else by math-verify."""
+    from benchmarks import answers, math500  # which the other ways do not need
+
+    start = answers.last_box(text)
+    end = len(text) if start is None else answers.box_end(text, start)
+    if text[end : end + 1] != "}":
+        return verdict(None, gold)
+    number = answers.marked_number(text[start:end])
+    if number is None:
+        return math500.grade(dict(answer=gold), f"\\boxed{{{text[start:end]}}}")
+    return verdict(number, Decimal(gold))
 
 
 def strict_number(text):

@@ -90,8 +90,10 @@ def program(record, response, family="dream", protocol="paper", whole=False):
     whole: the response is a program with the asked function, not a text that continues the prompt;
     it is run as it is, behind what the prompt defines besides. The checks start with what the prompt
     defines besides the asked function: three records' checks call such a helper, which a program
-    could otherwise define anew as it likes."""
+    could otherwise define anew as it likes. Raises ValueError for a record without a check."""
     prompt, entry = record["prompt"], record["entry_point"]
+    if "def check(" not in record["test"]:
+        raise ValueError("its test defines no check()")
     tests = f"{helpers(prompt, entry, record['test'])}{record['test']}\ncheck({entry})\n"
     if whole:
         return with_prompt(prompt, entry, response), tests, [entry]
@@ -103,9 +105,10 @@ def program(record, response, family="dream", protocol="paper", whole=False):
 
 
 def continues(response):
-    """Whether a response goes on with the body of the function: its first line is indented."""
+    """Whether a response goes on with the body of the function: its first line is indented. One space is what some
+    tokenizers put before a word."""
     line = response.lstrip("\r\n").split("\n", 1)[0]
-    return line[:1] in (" ", "\t") and not line.lstrip().startswith(("```", "~~~"))
+    return line.startswith(("  ", "\t")) and not line.lstrip().startswith(("```", "~~~"))
 
 
 def defines(record, code):

@@ -98,8 +98,11 @@ def trim(response, family="dream", protocol="paper"):
 
 def program(record, response, family="dream", protocol="paper", whole=False):
     """(program, tests, names): a program, the checks that it must pass, and the names that these
-    take from it. whole: the response is a program, and nothing is cut off it."""
+    take from it. whole: the response is a program, and nothing is cut off it. Raises ValueError for a
+    record without tests."""
     tests = record["test_list"]
+    if not any(map(str.strip, tests)):
+        raise ValueError("it has no tests")
     if protocol == "release":
         tests = tests[:3]
     else:

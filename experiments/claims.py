@@ -58,13 +58,22 @@ MEASURED = 64  # trajectories on which entropies and distributions are compared
 BATCH = 50  # puzzles decoded together
 TOKENS_PER_STEP = (1, 2)  # with --data
 
-# The rows and their learning rates: on all base models; and on those with an odd number, on SEVERAL too.
+
+def run_list(names, rates, task="in"):
+    """Runs as (row, learning rate, task)."""
+    return list(itertools.product(names, rates, [task]))
+
+
+# The runs of the primary measures are made on all base models, the others on those with an odd number, where each of
+# these stages is made on all before the next.
 RATES = (3e-4, 1e-3)
-ALL = tuple(itertools.product(("SFT-SD", "TABOM", "naive TD", "TABOM, no ranking"), RATES))
-ON_ODD = ("SFT-GT", "T3D", "dInfer", "dParallel", "TABOM, kl", "any reach", "naive TD's weights")
-ODD = (*itertools.product(report.PRIMARY, (1e-4, 3e-3)), *itertools.product(ON_ODD, (3e-4,)))
-PRIMARY = tuple(itertools.product(report.PRIMARY, RATES))  # made first, and on SEVERAL on odd base models
-FIRST_LOOK = min(report.LOOKS)  # base models
+SECOND = ("naive TD", "TABOM, no ranking")
+ON_ODD = (
+    run_list(SECOND, [3e-4]),
+    run_list(("any reach", "naive TD's weights"), [3e-4]) + run_list(SECOND, [1e-3]),
+    run_list(("SFT-GT", "T3D", "dInfer", "dParallel", "TABOM, kl"), [3e-4]),
+    run_list(report.PRIMARY, [3e-3]) + run_list(report.PRIMARY, RATES, SEVERAL),
+)
 ROWS = rows.ROWS | {
     "dParallel": dict(objective="dparallel", block_length=8),
     "any reach": dict(objective="reach"),
@@ -130,16 +139,13 @@ def claims(c):
         if name not in ROWS:
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
         check_targets(name)
-    if not runs_of(c, 1):  # which has all that others have
+    if not any(runs_of(c, 1)):  # which has all that others have
         raise ValueError(f"--rows {'; '.join(c.rows or ())} --rates {c.rates}: no base model has such a run")
     out = Path(c.out or "out/experiment")
     results = Path(c.results or out / "results")
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
     out = disk.open_run(out, identity(c), processes)
-    for number, primary in order_of_work(c.bases):
-        runs = runs_of(c, number)
-        if primary:
-            runs = list(filter(lambda run: key_of(run) in report.needed(number), runs))
+    for number, runs in order_of_work(c):
         folder = out / f"base-{number}"
         folder.mkdir(exist_ok=True)
         try:
@@ -179,23 +185,21 @@ def on_trajectories(c):
 
 
 def runs_of(c, number):
-    """The runs on a base model, as (row, learning rate, task), of those that --rows and --rates ask for. Rows of one's
-    own are made at RATES on all base models."""
-    asked = [*ALL, *(ODD if number % 2 else ())]
-    asked += [(row, lr) for row in c.rows or () for lr in RATES if row not in (*dict(ALL), *dict(ODD), rows.NO_SFT)]
-    runs = [(*run, "in") for run in asked] + [(*run, SEVERAL) for run in PRIMARY * (number % 2)]
-    if c.rows:
-        runs = [run for run in runs if run[0] in c.rows]
-    return [run for run in runs if run[1] in c.rates] if c.rates else runs
+    """The runs on a base model in stages: those of the primary measures, ON_ODD's, and rows of one's own at RATES; of
+    those that --rows and --rates ask for."""
+    odd = number % 2
+    stages = [run_list(report.PRIMARY, (*RATES, *[1e-4] * odd)), *(stage * odd for stage in ON_ODD)]
+    ours = {*report.PRIMARY, rows.NO_SFT, *(row for row, _, _ in itertools.chain(*ON_ODD))}
+    stages.append(run_list([row for row in c.rows or () if row not in ours], RATES))
+    return [[r for r in stage if r[0] in (c.rows or [r[0]]) and r[1] in (c.rates or [r[1]])] for stage in stages]
 
 
-def order_of_work(bases):
-    """(number of a base model, whether only report.needed() is made) in turn: what the looks need; the rest of the base
-    models that the first look leaves out; the rest of its own."""
-    first, later = range(1, min(bases, FIRST_LOOK) + 1), range(FIRST_LOOK + 1, bases + 1)
-    yield from itertools.product((*first, *later), [True])
-    yield from itertools.product((*later, *first), [False])
-    yield 0, True  # which has no part in the results: it shows what the rates do
+def order_of_work(c):
+    """(number of a base model, runs) in turn: a stage on all base models, then the next. At the end the first stage on
+    base-0, which has no part in the results: it shows what the rates do."""
+    for stage in zip(*(runs_of(c, number) for number in range(1, c.bases + 1))):
+        yield from enumerate(stage, 1)
+    yield 0, runs_of(c, 0)[0]
 
 
 def key_of(run):
@@ -443,7 +447,7 @@ def test(base, task, folder, whole, known=None):
         found["right"][name] = pack([r["correct"] for r in records])
         if name == task and whole:
             write_records(folder / "answers.jsonl", records)
-    if whole and base.number > FIRST_LOOK:
+    if whole and base.number > min(report.LOOKS):
         found["right"][f"{task}-2"] = pack([r["correct"] for r in solve(base, base.tests[task], 2)])
     for name, states in base.states.items():
         found["kl"][name] = mechanism.kl_to(states, base.loaded)

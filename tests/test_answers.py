@@ -43,6 +43,12 @@ def read(path):
         ("10^2", "2", False),
         ("so 3x", "3", False),
         ("at 10:30", "30", False),
+        ("10**2", "2", False),
+        ("5 x 3", "3", False),
+        ("\u00b12", "2", False),
+        ("\\boxed{\\pm 2}", "2", False),
+        ("\\boxed{10!}", "10", False),
+        ("She has 18!", "18", True),
         ("anything", "no number either", None),
         ("3/4", "\\boxed{\\frac{3}{4}}", None),  # not one number
         ("72", "72 apples", None),
@@ -75,6 +81,15 @@ def test_number_check(response, answer, verdict):
 )
 def test_auto_check_takes_what_can_tell(response, answer, verdict):
     assert answers.check("auto", response, answer) is verdict
+
+
+@pytest.mark.parametrize("kind", ["math", "auto"])
+def test_a_factorial_and_a_derivative_are_their_own(kind):
+    assert answers.check(kind, "\\boxed{5}", "5!") is False
+    assert answers.check(kind, "The answer is 5!", "5!") is True
+    assert answers.check(kind, "\\boxed{5!}", "120") is True
+    assert answers.check(kind, "f", "f'") is not True
+    assert answers.check("auto", "'No!'", "no") is True
 
 
 def test_exact_and_no_check():
@@ -124,8 +139,17 @@ def test_checks_agree_with_math_verify_on_real_answers(kind):
         ("A is right.", "A"),
         (r"\boxed{\text{D}}", "D"),
         ("B is my answer", "B"),
+        ("\\boxed{B. Vitamin C}", "B"),
+        ("#### (B) both A and C", "B"),
+        ("The answer is B, C would be too much.", "B"),
+        ("Options A and B are wrong, so C.", "C"),
         ("A dog", None),
         ("Paris", None),
+        ("B or C", None),
+        ("The answer is A or B.", None),
+        ("\\boxed{A, B, C, D}", None),
+        ("\\boxed{B, C}", None),
+        ("The answer is either A or B. I choose B.", "B"),
     ],
 )
 def test_a_letter_is_checked_as_a_choice(response, letter):

@@ -2,6 +2,7 @@
 
 python -m pytest tests/test_claims.py"""
 
+import itertools
 import json
 import random
 
@@ -19,7 +20,7 @@ from experiments import claims, jobs, puzzles, reach, report, sweep, tiny
 from release.files import to_release_format
 from runs import loading, objective_options
 
-MADE = sorted({row for number in (1, 2) for row, _, _ in claims.runs_of(claims.ClaimsOptions(), number)})
+MADE = sorted({row for row, _, _ in itertools.chain(*claims.runs_of(claims.ClaimsOptions(), 1))})
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -107,30 +108,30 @@ def test_a_row_with_more_supervised_tokens_is_refused(monkeypatch, tmp_path, cap
 def test_a_row_of_ones_own_is_made_on_all_base_models(monkeypatch):
     monkeypatch.setitem(claims.ROWS, "TABOM, window 16", dict(objective="tabom", window=16))
     c = claims.ClaimsOptions(rows=("TABOM, window 16",))
-    assert claims.runs_of(c, 2) == [("TABOM, window 16", 3e-4, "in"), ("TABOM, window 16", 1e-3, "in")]
+    own = [("TABOM, window 16", 3e-4, "in"), ("TABOM, window 16", 1e-3, "in")]
+    assert [list(filter(None, claims.runs_of(c, number))) for number in (1, 2)] == [[own], [own]]
     claims.check_targets("TABOM, window 16")
 
 
 def test_the_runs_are_those_that_were_registered():
     c = claims.ClaimsOptions()
     even, odd = claims.runs_of(c, 2), claims.runs_of(c, 1)
-    assert len(even) == 8 and len(odd) == 8 + 4 + 7 + 4 and set(even) < set(odd)
-    assert sum(run[2] == claims.SEVERAL for run in odd) == 4
-    assert len(report.needed(1)) == 6 and report.needed(1) < set(map(claims.key_of, odd))
-    assert len(report.needed(2)) == 4 and report.needed(2) < set(map(claims.key_of, even))
+    assert list(map(len, even)) == [4, 0, 0, 0, 0, 0] and list(map(len, odd)) == [6, 2, 4, 5, 6, 0]
+    assert sum(run[2] == claims.SEVERAL for run in odd[4]) == 4
+    for number, stages in ((1, odd), (2, even)):  # what the looks need comes first
+        assert set(map(claims.key_of, stages[0])) == report.needed(number)
     assert claims.key_of(("TABOM", 1e-4, "in")) in report.needed(1)
     only = claims.ClaimsOptions(rows=("TABOM", "SFT-GT"), rates=claims.rate_list("1e-4, 0.0003"))
-    assert claims.runs_of(only, 2) == [("TABOM", 3e-4, "in")]
+    assert sum(claims.runs_of(only, 2), []) == [("TABOM", 3e-4, "in")]
     names = ["TABOM 0.0003", "TABOM 0.0001", "SFT-GT 0.0003", "TABOM 0.0003 several"]
-    assert list(map(claims.key_of, claims.runs_of(only, 1))) == names
+    assert list(map(claims.key_of, sum(claims.runs_of(only, 1), []))) == names
     assert claims.key_of(("base", 0, "in")) == "base" and claims.key_of(("base", 0, "several")) == "base several"
 
 
-def test_what_the_looks_need_comes_first():
-    order = list(claims.order_of_work(24))
-    assert order[:24] == [(i, True) for i in range(1, 25)] and order[24:36] == [(i, False) for i in range(13, 25)]
-    assert order[36:] == [*((i, False) for i in range(1, 13)), (0, True)]
-    assert list(claims.order_of_work(1)) == [(1, True), (1, False), (0, True)]
+def test_a_stage_is_made_on_all_base_models_before_the_next():
+    order = list(claims.order_of_work(claims.ClaimsOptions(bases=3)))
+    assert [number for number, _ in order] == [1, 2, 3] * 6 + [0]
+    assert [len(runs) for _, runs in order] == [6, 4, 6, 2, 0, 2, 4, 0, 4, 5, 0, 5, 6, 0, 6, 0, 0, 0, 4]
 
 
 def test_an_early_epoch_is_tested_on_the_first_puzzles_and_two_tokens_after_the_first_look(monkeypatch, tmp_path):

@@ -182,6 +182,14 @@ def test_t3d_asks_for_a_box_and_grades_it():
     for box in (r"\text{1072 dollars}", "1{,}072", r"x = 1072", r"1072\ \text{km}^2"):  # braces in braces, units
         assert gsm8k.grade(dict(answer="#### 1072"), rf"\boxed{{3}} \boxed{{{box}}}", "sdar", "official")["correct"]
     assert not gsm8k.grade(dict(answer="#### 1072"), r"\boxed{1072", "sdar", "official")["correct"]  # cut short
+    for box, correct in (
+        (r"\frac{36}{2}", True),
+        ("18.0", True),
+        ("10 + 8", True),
+        (r"\frac{18}{4}", False),
+        ("18 - x", False),
+    ):
+        assert gsm8k.grade(dict(answer="#### 18"), rf"\boxed{{{box}}}", "sdar", "official")["correct"] is correct, box
     assert gsm8k.grade(dict(answer="#### 1072"), "1072", "sdar")["correct"]
     assert math500.trim("a Problem: b", "sdar", "official") == "a Problem: b"
 

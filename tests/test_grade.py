@@ -242,6 +242,7 @@ WHOLE = {
     "open fence": f"```python\n{PLAIN}",
     "closed on the line": f"```python\n{PLAIN.rstrip()}```",
     "text and fence": f"Here it is:\n\n```python\n{PLAIN}```\nIt adds.",
+    "a space first": f" Here it is:\n```python\n{PLAIN}```",
     "text and code": f"Here it is:\n\n{PLAIN}",
     "heading": f"Sure.\n# Solution\n```python\n{PLAIN}```",
     "heading first": f"# Solution\n```python\n{PLAIN}```",
@@ -299,8 +300,15 @@ def test_what_the_cut_leaves_without_a_function_is_counted_and_said(tmp_path, ca
 
 def test_a_record_of_mbpp_that_makes_no_sense_is_its_own_fault(tmp_path, capsys):
     rows = [dict(MBPP, code=5, response="Here: def add(a): pass"), dict(MBPP, response=MBPP["code"])]
-    result, _, _ = run("mbpp", rows, tmp_path, capsys)
-    assert (result["n"], result["correct"], result["not_graded"]) == (2, 1, 1)
+    rows.append(dict(rows[1], test_list=[" "]))
+    result, lines, _ = run("mbpp", rows, tmp_path, capsys)
+    assert (result["n"], result["correct"], result["not_graded"]) == (3, 1, 2)
+    assert lines[2]["reason"] == "not graded (ValueError: it has no tests)"
+
+
+def test_a_record_of_humaneval_without_a_check_is_not_graded(tmp_path, capsys):
+    result, _, _ = run("humaneval", [dict(HUMANEVAL, response="    return a + b", test="")], tmp_path, capsys)
+    assert (result["n"], result["correct"], result["not_graded"]) == (1, 0, 1)
 
 
 CONTINUES = ("body", "wrong return", "wrong pass", "truncated body", "code", "infinite", "syntax", "tabs", "nested def")
