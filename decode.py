@@ -13,7 +13,7 @@ entropy as the score). To read: generate(), Run.advance() and Run.step(), in thi
 Sources: DreamLM/Dream generation_utils.py (`_sample`, `sample_tokens`); ML-GSAI/LLaDA generate.py;
 tonyckc/TABOM (`ExtendedDreamModel._sample`, `llada_generate_with_tracking`); Fast-dLLM (arXiv
 2505.22618) for thresholds. Their tokens and steps are reproduced exactly at temperature 0, and with
-greedy at any temperature.
+greedy at any temperature; with top_p or top_k in float32 (they filter in the model's dtype).
 
 `m` is any callable m(ids [B, L], attention_mask=None, positions=None) -> logits [B, L, V], or those
 at positions [B, P] alone, [B, P, V], in which logits[:, i] predicts token i. One that has the class
@@ -531,24 +531,25 @@ def nucleus(logits, temperature, s, n=None, short=None):
     """The tokens that top_p and top_k leave of softmax(logits / temperature), best first.
 
     -> probabilities (0 where removed) and ids, [K, n] each. top_p removes what lies beyond the best
-    tokens whose sum exceeds it; the token that crosses it stays. The vocabulary is not sorted: only the
-    best n (None = all) are looked at, and short [K] is set where they do not cross it."""
-    logits = logits.float()
-    limit = min(s.top_k or logits.shape[-1], logits.shape[-1])
-    whole = logits
-    if s.top_p_after_top_k and limit < logits.shape[-1]:
-        whole = logits.topk(limit, dim=-1).values
-    best, ids = best_of(logits, min(n or limit, limit))  # [K, n]
+    tokens whose sum exceeds it; the token that crosses it stays, and so does what equals the top_k-th.
+    The vocabulary is not sorted: only the best n (None = all) are looked at, and short [K] is set where
+    more may be left."""
+    whole, V = logits.float(), logits.shape[-1]
+    least = best_of(whole, min(s.top_k, V))[0][:, -1:] if s.top_k else -torch.inf
+    if s.top_p_after_top_k:
+        whole = whole.masked_fill(whole < least, -torch.inf)
+    best, ids = best_of(whole, min(n or V, V))  # [K, n]
     p = ((best - best[:, :1]) / temperature).exp()
     total = p.sum(-1, keepdim=True)
     # Where so many as the last of these would not change a float32, nor do the others. A GPU would have to be asked.
-    if logits.device.type != "cpu" or (p[:, -1:] * whole.shape[-1] > total * 2**-24).any():
+    if logits.device.type != "cpu" or (p[:, -1:] * V > total * 2**-24).any():
         # Less than exp(-80) adds nothing, and numbers that underflow are slow on CPUs.
         total = (whole - best[:, :1]).div_(temperature).clamp_(min=-80).exp_().sum(-1, keepdim=True)
     p /= total
     keep = p.cumsum(-1) - p <= (s.top_p or 1)  # the sum before the token
     keep[:, 0] = True
-    if ids.shape[-1] < limit:
+    keep &= best >= least
+    if ids.shape[-1] < V:
         short |= keep[:, -1]
     p = p.masked_fill(~keep, 0.0)
     return p / p.sum(-1, keepdim=True), ids

@@ -125,7 +125,8 @@ def find(m, targets, every=True):
     string is a pattern for the whole name, as in PEFT. Raises ValueError for targets that match
     nothing: any of them, or without `every` all together."""
     whole, found, used = isinstance(targets, str), {}, set()
-    known = {name: layer for name, layer in m.named_modules() if isinstance(layer, nn.Linear)}
+    inside = (".lora_A", ".lora_B")  # of an adapter that is there: a pattern may fit them
+    known = {name: x for name, x in m.named_modules() if isinstance(x, nn.Linear) and not name.endswith(inside)}
     targets = [targets] if whole else targets
     try:
         patterns = {target: re.compile(target if whole else rf"(.*\.)?{re.escape(target)}") for target in targets}
@@ -407,7 +408,7 @@ def load(m, path):
         wrap(m, targeted, s)
     unmerge(m)
     for name, layer in layers(m).items():
-        layer.alpha, layer.rslora = s.of(official(m, name))[1], s.rslora
+        layer.alpha, layer.rslora, layer.dropout = s.of(official(m, name))[1], s.rslora, s.dropout
     with torch.no_grad():
         for name, p in tensors(m).items():
             p.copy_(stored[name])

@@ -118,8 +118,7 @@ def share_with_pairs(batch, window=32, start=None, starts="uniform", generator=N
     Raises ValueError without start and generator: the windows could not be drawn again."""
     if start is None and None in per_row(generator, len(batch["length"])):
         raise ValueError("share_with_pairs needs the start or the generator that tabom is given")
-    first, size = draw_windows(batch, window, start, starts, copy.deepcopy(generator))
-    _, _, real = context_and_targets(batch, first, size)
+    _, _, real = context_and_targets(batch, *draw_windows(batch, window, start, starts, copy.deepcopy(generator)))
     return (real.sum(1) >= 2).float().mean().item()
 
 
@@ -311,6 +310,7 @@ def check_tabom(parameters):
     ranking_and_context(parameters["ranking"], parameters["entropy_context"])
     if parameters["weight"] == 0 and parameters["ce_weight"] == 0:
         raise ValueError("weight 0 and ce_weight 0 train nothing: leave one of them above 0")
+    return ("beta",) if parameters["ranking"] == "margin" else ("margin",)
 
 
 TABOM_OPTIONS = dict(

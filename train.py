@@ -68,7 +68,7 @@ class TrainOptions(
     cut_eos: bool = opt(False, "drop the tokens after the first EOS")
     lora_rank: int | None = opt(None, "0 = train all weights (16, or as --adapter has it)", low=0)
     lora_alpha: float | None = opt(None, "the adapter is scaled by alpha / rank (16, or as --adapter has it)", low=0)
-    lora_dropout: float = opt(0.0, "dropout before the adapter", low=0)
+    lora_dropout: float | None = opt(None, "dropout before the adapter (0, or as --adapter has it)", low=0)
     lora_targets: tuple | None = opt(
         None, "layers with an adapter, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list
     )
@@ -100,7 +100,7 @@ class TrainOptions(
 
     def __post_init__(self):
         """What no flag gives is the recipe's, or else our default. Raises ValueError for a recipe that there is not."""
-        recipe = recipes.settings(self.recipe)
+        recipe = recipes.settings(self.recipe, self.objective)
         for f in dataclasses.fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, recipe.get(f.name, f.metadata.get("otherwise")))
@@ -158,7 +158,9 @@ def train(c, processes=None, loaded=None):
     first, metrics = run.processes.first, last_metrics(run)
     also_log = logs.opened(c.log if first else None, run.out, data.read_json(run.out / "meta.json"), run.done)
     with (
-        open(run.out / "metrics.jsonl", "a", encoding="utf-8") if first else contextlib.nullcontext() as log,
+        open(run.out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        if first
+        else contextlib.nullcontext() as log,
         tqdm(total=run.end, initial=run.done, desc="train", unit="step", disable=not run.processes.shows) as bar,
         resume.stop_signals() as signals,
     ):
@@ -172,7 +174,6 @@ def train(c, processes=None, loaded=None):
                 metrics.update(on_held_out(run))
             if first:
                 log.write(json.dumps(metrics) + "\n")
-                log.flush()
                 also_log(metrics)
                 show(bar, metrics)
             stop = run.processes.sum([len(signals)])[0] > 0  # one process was asked to stop: all do, after this step
@@ -180,6 +181,7 @@ def train(c, processes=None, loaded=None):
                 save_checkpoint(run, step + 1, f"epoch-{epoch + 1}" if whole else f"step-{step + 1}")
             if stop and step + 1 < run.end:
                 raise KeyboardInterrupt
+    run.loaded.m.eval()  # as it was given
     steps = max(run.done, run.end)
     return dict(out=str(run.out), checkpoint=str(run.last), steps=steps, examples=len(run.records), **metrics)
 

@@ -21,4 +21,6 @@ def whole_blocks(record, block_length, grid, eos_id):
     for name in ("response_ids", "order", "entropy"):
         if record.get(name) is not None:
             changed[name] = record[name][: n + filling]
+    if record.get("non_ltr") is not None:
+        changed["non_ltr"] = list(filter((n + filling).__gt__, record["non_ltr"]))
     return changed

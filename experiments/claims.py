@@ -191,7 +191,11 @@ def runs_of(c, number):
     stages = [run_list(report.PRIMARY, (*RATES, *[1e-4] * odd)), *(stage * odd for stage in ON_ODD)]
     ours = {*report.PRIMARY, rows.NO_SFT, *(row for row, _, _ in itertools.chain(*ON_ODD))}
     stages.append(run_list([row for row in c.rows or () if row not in ours], RATES))
-    return [[r for r in stage if r[0] in (c.rows or [r[0]]) and r[1] in (c.rates or [r[1]])] for stage in stages]
+    return [list(filter(lambda run: asked_for(c, run), stage)) for stage in stages]
+
+
+def asked_for(c, run):
+    return (not c.rows or run[0] in c.rows) and (not c.rates or run[1] in c.rates)
 
 
 def order_of_work(c):

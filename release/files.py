@@ -79,7 +79,8 @@ def to_release_format(record, pad_id, method="entropy"):
     """A record of ours as a row that the authors' trainer takes: its last user turn (earlier turns
     have no place there), the response padded to 256 tokens, the decode step of every position."""
     missing = max(0, LENGTH - len(record["response_ids"]))
-    steps = record.get("step") or record["order"]
+    order = record["order"]
+    steps = list(map(lambda step, rank: step if rank >= 0 else -1, record.get("step") or order, order))
     row = dict(id=record["id"], prompt=record["prompt"], response=record.get("text", ""))
     row.update(response_token_ids=record["response_ids"] + [pad_id] * missing, decoding_order=steps + [-1] * missing)
     row.update(non_ltr_positions=non_ltr_positions(steps), method=method)

@@ -13,12 +13,13 @@ from runs.options import flag
 
 
 def with_adapter(c):
-    """c with the rank, alpha and targets of its adapter: of --adapter where no flag says otherwise, else 16, 16 and
-    q_proj, v_proj. Raises ValueError for a flag that contradicts the adapter."""
-    known = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj"))
+    """c with the rank, alpha, targets and dropout of its adapter: of --adapter where no flag says otherwise, else 16,
+    16, q_proj and v_proj, 0. Raises ValueError for a flag that contradicts the adapter; the dropout may be another."""
+    known, dropout = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj")), 0.0
     if c.adapter is not None and c.lora_rank != 0:
         stored = lora.settings(c.adapter)
         known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
+        dropout = stored.dropout
         for name, value in known.items():
             given = getattr(c, name)
             if given in (None, value) or (name == "lora_targets" and isinstance(value, str)):
@@ -27,14 +28,19 @@ def with_adapter(c):
                 continue
             way_out = "leave the flag out"
             if recipes.settings(c.recipe).get(name) == given:  # nobody gave the flag
-                as_flag = ",".join(value) if name == "lora_targets" else value
-                way_out = f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag}, or start from another adapter"
+                way_out = (
+                    f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag(value)}, or start from another adapter"
+                )
             raise ValueError(f"{flag(name)} {given}: {c.adapter} has {value}; {way_out}")
     changes = {}
-    for name, value in known.items():
+    for name, value in dict(known, lora_dropout=dropout).items():
         if getattr(c, name) is None:
             changes[name] = value
     return dataclasses.replace(c, **changes)
+
+
+def as_flag(value):
+    return ",".join(value) if isinstance(value, (list, tuple)) else value
 
 
 def trainable(c, m, last):
@@ -46,7 +52,7 @@ def trainable(c, m, last):
         if lora.find(m, c.lora_targets).keys() != lora.layers(m).keys():
             asked = f"--recipe {c.recipe}" if recipes.settings(c.recipe).get("lora_targets") else "the flag"
             raise ValueError(
-                f"--lora-targets {','.join(c.lora_targets)}: {last or c.adapter} has other layers; leave {asked} out"
+                f"--lora-targets {as_flag(c.lora_targets)}: {last or c.adapter} has other layers; leave {asked} out"
             )
         for layer in lora.layers(m).values():
             layer.dropout = c.lora_dropout

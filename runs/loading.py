@@ -95,7 +95,7 @@ class DatasetOptions:
     )
     prompt_field: str | None = opt(None, "name of the prompt's field, where it is not one of the usual names")
     answer_field: str | None = opt(None, "name of the answer's field, where it is not one of the usual names")
-    limit: int | None = opt(None, "use only the first LIMIT rows", low=1)
+    limit: int | None = opt(None, "use only the first LIMIT rows; of trajectories, by id", low=1)
     raw: bool = opt(False, "use prompts as they are, without the chat template")
 
 

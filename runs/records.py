@@ -39,13 +39,25 @@ def training_records(c, loaded, parameters, processes):
         )
     fields = dict.fromkeys(("id", "prompt_ids", "response_ids", "order", *needs))
     complete, records = getattr(loaded.m, "complete", dict), []
+    # What an entropy at its token's own step was given are the steps before: not a rank's, where some were decoded
+    # together.
+    own_step = "entropy" in needs or parameters.get("entropy_context") == "step"
     for record in kept:
+        if own_step and record.get("step"):
+            record = dict(record, order=whole_steps(record))
         records.append(complete({name: record.get(name) for name in fields}))
     if "entropy" in fields and any(record["entropy"] is None for record in records):
         raise ValueError(
             f"{path}: --ranking kl and --objective ideal need the entropies that distill logs, and some rows have none"
         )
     return records
+
+
+def whole_steps(record):
+    """The order of a trajectory in which tokens that were decoded together have the same number; -1 for none."""
+    decoded = [step for step, rank in zip(record["step"], record["order"]) if rank >= 0]
+    number = {step: i for i, step in enumerate(sorted(set(decoded)))}
+    return list(map(lambda step, rank: number[step] if rank >= 0 else -1, record["step"], record["order"]))
 
 
 def without_long_answers(examples, most, path, say):

@@ -508,8 +508,9 @@ def test_records_end_with_a_whole_block():
     assert whole_blocks(record, 3, "start", 9) == record
     # of a trajectory, the blocks in which nothing was decoded go
     order, ids = [0, 2, 1, -1, -1, -1, -1, -1], list(range(4, 12))
-    record = dict(id=0, prompt_ids=[1, 2, 3], response_ids=ids, order=order, entropy=[0.5] * 8)
+    record = dict(id=0, prompt_ids=[1, 2, 3], response_ids=ids, order=order, entropy=[0.5] * 8, non_ltr=[1, 7])
     shorter = whole_blocks(record, 4, "start", 9)
+    assert shorter["non_ltr"] == [1]
     assert (shorter["response_ids"], shorter["order"]) == (ids[:5], order[:5]) and len(shorter["entropy"]) == 5
     assert whole_blocks(record, 4, "prompt", 9)["order"] == order[:4]
     assert whole_blocks(record, 32, "start", 9) == record

@@ -65,8 +65,8 @@ def kept(logits, temperature, top_p, top_k):
             total += p[token]
             remove = total > top_p  # the token that crosses it stays
     if top_k is not None:
-        removed = sorted(range(len(logits)), key=logits.tolist().__getitem__)[:-top_k]
-        logits[removed] = torch.finfo(logits.dtype).min
+        least = sorted(logits.tolist())[-top_k]  # what equals it stays too
+        logits[logits < least] = torch.finfo(logits.dtype).min
     return logits
 
 
@@ -250,6 +250,29 @@ def test_top_p_over_a_large_flat_vocabulary(toy, top_p):
     options = dict(steps=4, top_p=top_p, temperature=0.9)
     t = decode.generate(m, PROMPT[None], max_new_tokens=6, generator=seeds(1)[0], **options)
     equal(t, naive(m, PROMPT, max_new_tokens=6, response=t.response[0], **options))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("top_p", [None, 0.7])
+@pytest.mark.parametrize("V", [10, 8192])
+def test_what_equals_the_top_k_th_logit_stays(V, top_p, after, monkeypatch):
+    """More equal ones than the best few that are looked at first, too: those places are looked at again."""
+    monkeypatch.setattr(decode.Settings, "top_p_after_top_k", after)
+    logits = torch.zeros(2, V)
+    logits[:, :4], logits[1, 4:] = torch.tensor([3.0, 2.0, 2.0, 1.0]), -5.0
+    s = decode.Settings(max_new_tokens=4, temperature=1.0, top_k=2 if top_p else 5, top_p=top_p)
+    short = torch.zeros(2, dtype=torch.bool)
+    decode.nucleus(logits, 1.0, s, 6, short)
+    p, ids = decode.nucleus(logits, 1.0, s, None, torch.zeros_like(short))
+    found = torch.zeros_like(logits).scatter(1, ids, p)
+    wanted = logits.clone()
+    if top_p and not after:  # a share of the whole vocabulary: of 8192 the best three are less than 0.7
+        wanted = torch.stack([kept(row, 1.0, top_p, None) for row in logits])
+    wanted = torch.stack([kept(row, 1.0, None, s.top_k) for row in wanted])
+    if top_p and after:
+        wanted = torch.stack([kept(row, 1.0, top_p, None) for row in wanted])
+    torch.testing.assert_close(found, wanted.softmax(-1))
+    assert short.tolist() == [not top_p, not top_p]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -232,6 +232,18 @@ def test_a_stored_dropout_does_not_act_in_eval_mode(golden, adapter):
     assert torch.equal(m(IDS), m(IDS))
 
 
+def test_an_adapter_loaded_into_another_brings_its_dropout(golden, adapter):
+    m = lora.load(golden.load(), adapter)
+    change_config(adapter, lora_dropout=0.5)
+    assert {layer.dropout for layer in lora.layers(lora.load(m, adapter)).values()} == {0.5}
+
+
+def test_a_pattern_does_not_fit_what_is_inside_of_an_adapter(golden):
+    pattern = r".*\.q_proj.*"
+    m = lora.inject(golden.load(), targets=pattern)
+    assert lora.find(m, pattern).keys() == lora.layers(m).keys()
+
+
 NUMBERS = [
     dict(lora_alpha=4),
     dict(lora_alpha=7, use_rslora=True),

@@ -2,15 +2,19 @@
 
 python -m pytest tests/test_rows.py"""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, meta
 
+import evaluate
 import tabom
 import train
 from experiments import sweep
@@ -64,16 +68,24 @@ def test_every_row_of_the_papers_tables_has_its_name():
         assert {name, f"TABOM, {name}"} & rows.ROWS.keys()
 
 
-# ------------------------------------------------------------------------------------------------- docs/recipes.md
+# ---------------------------------------------------------------------------- docs/recipes.md, and what tables prints
 
 MODELS = {"dream": "Dream-org/Dream-v0-Instruct-7B", "llada": "GSAI-ML/LLaDA-8B-Instruct"}
 DATA = {"prm12k": "prm12k.parquet", "ling-coder": "ling_coder.parquet"}
 
 
+def printed_commands():
+    """What `tables` prints of a folder without any run."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
+        assert tabom.main(["tables", folder]) == 0
+    return out.getvalue()
+
+
 def commands():
-    """(command, its options) of every line of the page that calls tabom.py, as the command line makes them."""
-    found = []
-    for line in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines():
+    """(command, its options) of every line of the page that calls tabom.py and of what tables prints, as the command
+    line makes them; those of both once."""
+    found, page = [], (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for line in dict.fromkeys((page + printed_commands()).splitlines()):
         if "tabom.py " in line and line.startswith(("python", "torchrun")):
             command, _, cls, given = parse(tabom.COMMANDS, "", argv=shlex.split(line.split("tabom.py", 1)[1]))
             c = cls(**given)
@@ -136,7 +148,10 @@ def test_what_a_command_reads_another_has_made():
     for command, c in COMMANDS:
         for path in (*(c.data or "").split(","), getattr(c, "adapter", None), *getattr(c, "checkpoints", ())):
             if path and path.startswith("out/"):
-                assert re.sub(r"/(epoch-\d|gsm8k|release.jsonl)$", "", path) in made, (command, path)
+                assert re.sub(rf"/(epoch-\d|{'|'.join(evaluate.TASKS)}|release.jsonl)$", "", path) in made, (
+                    command,
+                    path,
+                )
 
 
 def test_table_6_and_the_figures_replay_what_each_model_decoded():

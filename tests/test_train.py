@@ -31,6 +31,7 @@ from helpers import (
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 
+import baselines
 import data
 import distill
 import lora
@@ -42,7 +43,7 @@ import train
 from experiments import tiny as tiny_model
 from release import recipes
 from release.files import to_release_format
-from runs import loading, objective_options, records, resume, torchrun
+from runs import card, loading, objective_options, records, resume, torchrun
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
@@ -559,6 +560,36 @@ def test_a_recipe_sets_the_whole_table(name):
     assert (c.objective, c.cut_eos) == ("tabom", False)
 
 
+@pytest.mark.parametrize(
+    "objective, wanted", [("dparallel", dict(weight=2.0)), ("ideal", dict(window=None)), ("t3d", {})]
+)
+def test_what_is_tabom_s_of_a_recipe_is_no_other_objective_s(objective, wanted):
+    """Although it has options of these names."""
+    c = train.TrainOptions(recipe="llada-prm12k", objective=objective)
+    parameters, unused = objective_options.chosen(c)
+    assert wanted.items() <= parameters.items() and unused == [] and (c.lr, c.global_batch) == (2e-5, 32)
+    assert "changed_from_recipe" not in resume.identity(c, [])
+    assert not any(word in card.command(c, dict(global_batch=32), ()) for word in ("--weight", "--window", "--margin"))
+
+
+def test_the_other_rankings_say_that_they_have_no_margin():
+    for given, unused in ((dict(beta=2.0), ["beta"]), (dict(ranking="listwise", margin=0.2), ["margin"])):
+        assert objective_options.chosen(train.TrainOptions(**given))[1] == unused
+
+
+def test_training_continues_with_the_adapters_dropout_and_leaves_the_model_without(tiny, trajectories, tmp_path):
+    options = dict(model=str(tiny), data=str(trajectories), keep="all", epochs=1, warmup=0, device="cpu")
+    train.train(train.TrainOptions(out=str(tmp_path / "A"), lora_dropout=0.5, **options))
+    for given, dropout in ((None, 0.5), (0.25, 0.25)):
+        c = train.TrainOptions(
+            out=str(tmp_path / f"B{given}"), adapter=str(tmp_path / "A" / "epoch-1"), lora_dropout=given, **options
+        )
+        loaded = loading.load_model(c, torchrun.Processes("cpu"))
+        train.train(c, loaded=loaded)
+        assert not loaded.m.training
+        assert lora.settings(tmp_path / f"B{given}" / "epoch-1").dropout == dropout
+
+
 def test_a_recipe_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="--recipe dream: must be one of dream-prm12k, "):
         train.TrainOptions(recipe="dream")
@@ -652,6 +683,19 @@ def test_steps_in_which_nothing_was_decoded_are_counted_and_train_on_nothing(tin
     _, err = run(capsys, "train", out=tmp_path / "N", objective="nelbo", lr=0, **options)
     assert "nothing was decoded" not in err
     assert "warning: --lr 0 trains nothing" in err
+
+
+def test_entropies_at_their_own_step_see_what_decoding_saw(tiny, puzzles, tmp_path, capsys):
+    """Two tokens a step: by ranks the second would see the first. The base model is at no distance from itself."""
+    run(capsys, "distill", model=tiny, data=puzzles, out=tmp_path / "T", tokens_per_step=2, dtype="float32", limit=4)
+    by_step = prepared_records(tmp_path, model=str(tiny), data=str(tmp_path / "T"), ranking="kl")
+    by_rank = data.read_trajectories(tmp_path / "T")
+    assert prepared_records(tmp_path, model=str(tiny), data=str(tmp_path / "T"))[0]["order"] == by_rank[0]["order"]
+    m, found = model.load(tiny), []
+    for rows in (by_step, by_rank):
+        batch = data.collate(rows, m.config.pad_id)
+        found.append(baselines.ideal(m, batch, mask=torch.ones_like(batch["response_ids"], dtype=torch.bool))["kl"])
+    assert 20 * abs(found[0]) < found[1], found
 
 
 @pytest.mark.parametrize("ranking", ["margin", "listwise", "kl"])
