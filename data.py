@@ -86,12 +86,20 @@ def read_rows(path):
         yield f"{path}: row {number}", row
 
 
+def names_of(path):
+    """The file or folder that a path names, or several, with commas between them. Raises ValueError for an empty name,
+    which would be the current folder, and for one that is there twice."""
+    names = list(map(str.strip, [str(path)] if Path(path).exists() else str(path).split(",")))
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"the files {str(path)!r}: a name is empty or there twice")
+    return list(map(Path, names))
+
+
 def files_of(path):
-    """The files that a path names: itself; several, with commas between them; those in a folder in the order of their
-    names: its trajectories, else its .jsonl, .jsonl.gz and .parquet files, else its .json files."""
+    """The files that a path names (see names_of), of a folder those in the order of their names: its trajectories, else
+    its .jsonl, .jsonl.gz and .parquet files, else its .json files."""
     files = []
-    for name in [str(path)] if Path(path).exists() else str(path).split(","):
-        name = Path(name.strip())
+    for name in names_of(path):
         found = trajectory_files(name)
         if not found:
             inside = sorted(name.iterdir())
@@ -106,7 +114,8 @@ def files_of(path):
 def holds_json_lines(path):
     """Whether the first line of a file is a whole JSON object and not the file's only line."""
     with open(path, "rb") as f, contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(f.readline(MAX_LINE)), dict) and any(map(bytes.strip, f))
+        first = next(filter(bytes.strip, iter(lambda: f.readline(MAX_LINE), b"")), b"")
+        return isinstance(json.loads(first), dict) and any(map(bytes.strip, f))
     return False
 
 
@@ -226,11 +235,13 @@ def id_of(row):
     return next((row[key] for key in IDS if type(row.get(key)) in (str, int)), None)
 
 
-def give_ids(records, ids):
-    """Give the records these ids if each has one and all differ; else they keep their numbers."""
-    if None not in ids and len(set(map(str, ids))) == len(ids):
-        for record, key in zip(records, ids):
-            record["id"] = key
+def give_ids(records, ids, taken=()):
+    """Give the records these ids if each has one, all differ and none is taken; else numbers, from one above those that
+    are: what is drawn for a record depends on its id."""
+    if None in ids or len({*map(str, ids), *map(str, taken)}) < len(ids) + len(taken):
+        ids = itertools.count(1 + max([-1, *filter(lambda key: isinstance(key, int), taken)]))
+    for record, key in zip(records, ids):
+        record["id"] = key
 
 
 def has_text(value):
@@ -264,8 +275,7 @@ def read_trajectories(
     files = files_of(path)
     if not files[0].is_file():
         raise FileNotFoundError(f"no trajectories at {path}: give a folder of distill, or a file of it")
-    records, first = [], {}
-    others, ids, reader = [], [], None  # of another form; its rows need not all look like it
+    records, first, others, ids, reader = [], {}, [], [], None  # others: of another form; not all need look like it
     for where, row in itertools.chain.from_iterable(map(read_rows, files)):
         ours = is_ours(row)
         reader = reader or (None if ours else reader_of(row))
@@ -284,7 +294,7 @@ def read_trajectories(
                 warn(f"{where}: not used, {why}")
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}") from problem
-    give_ids(others, ids)
+    give_ids(others, ids, first)
     return sorted(records + others, key=by_id)
 
 
@@ -307,8 +317,6 @@ def reader_of(row):
 def holds_trajectories(path):
     """Whether a path is a trajectory folder, or names files whose first row is a trajectory."""
     file = files_of(path)[0]
-    if not file.is_file():
-        raise FileNotFoundError(f"no trajectories and no dataset at {file}")
     if Path(path).is_dir() and trajectory_files(path):
         return True
     _, row = next(read_rows(file), (None, None))

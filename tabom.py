@@ -49,7 +49,7 @@ def main(argv=None):
             print(json.dumps(result, ensure_ascii=False), flush=True)
         return int(bool(result and result.get("failed")))  # rows of check; only the first process has a result
     except KeyboardInterrupt:
-        torchrun.last_words("stopped" + ("" if command in ALONE else "; the same command continues"))
+        torchrun.last_words("stopped" + ("" if command in (*ALONE, "diagnose") else "; the same command continues"))
         return 130
     except torchrun.ERRORS as e:
         return torchrun.tell(e)

@@ -76,6 +76,7 @@ def diagnose(c, processes=None):
     if c.model is not None and c.data is None:
         raise ValueError("--data is missing: trajectories, or prompts to decode")
     disk.must_be_free(c.out)
+    check_inputs(c)
     metrics = {}
     for folder in c.runs:
         metrics[str(folder)] = read_metrics(folder)
@@ -95,6 +96,15 @@ def diagnose(c, processes=None):
     if summary:
         print(summary_table(summary, c.window))
     return dict(out=str(c.out), models=summary)
+
+
+def check_inputs(c):
+    """Raises FileNotFoundError or ValueError for what is read only after the base model is measured."""
+    for folder in map(Path, c.checkpoints):
+        if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"--checkpoints {folder}: no adapter_config.json and no config.json in there")
+    if c.ground_truth is not None:
+        data.read_examples(c.ground_truth, c.prompt_field, c.answer_field, c.limit, lambda line: None)
 
 
 def about(c, found):
@@ -206,7 +216,7 @@ def records_of(c, processes, loaded):
     if stored and not c.fresh and given:
         raise ValueError(f"{', '.join(given)} would decode anew: add --fresh, or leave them out")
     if stored:
-        how = dict(tok=loaded.tok, methods=c.methods, raw=c.raw)
+        how = dict(tok=loaded.tok, methods=c.methods, mask_id=loaded.m.config.mask_id, raw=c.raw)
         records = data.read_trajectories(c.data, loaded.m.config.vocab_size, **how)[: c.limit]
     else:
         records = data.read_examples(c.data, c.prompt_field, c.answer_field, c.limit)
@@ -363,7 +373,10 @@ def read_metrics(folder):
         file = file / "metrics.jsonl"
     metrics = []
     for where, row in data.read_rows(file):
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        numbers = (
+            isinstance(row, dict) and type(row.get("step")) is int and type(row.get("loss")) in (int, float, type(None))
+        )
+        if not numbers:
             raise ValueError(f"{where}: not the metrics of a training run")
         metrics.append(row)
     if not metrics:

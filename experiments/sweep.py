@@ -29,6 +29,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,12 +150,17 @@ def check_sweep(c, grid):
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--test has two sets called {name}: rename one")
-    if c.rounds > 1 and c.lora_rank == 0:
-        raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
+    for settings in grid.values() if c.rounds > 1 else ():
+        if settings.get("lora_rank", c.lora_rank) == 0:
+            raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
+    # Before anything is made, so that a wrong name costs nothing. What there is to say is said when it is used.
     for source in filter(None, (c.ground_truth, c.validation, *c.test)):
-        if source not in evaluate.TASKS:
-            # Before anything is made, so that a wrong name costs nothing. What there is to say is said when it is used.
-            data.read_examples(source, c.prompt_field, c.answer_field, warn=lambda line: None)
+        if source in evaluate.TASKS:
+            evaluate.read_questions(source, c.benchmarks)
+            continue
+        rows = data.read_examples(source, c.prompt_field, c.answer_field, warn=lambda line: None)
+        if source != c.ground_truth and set(map(operator.itemgetter("answer"), rows)) == {None}:
+            raise ValueError(f"{source}: no row has an answer to compare with: see --answer-field")
     prompts = not data.holds_trajectories(c.data)
     truth = c.ground_truth is None and any(s["objective"] == GROUND_TRUTH for s in grid.values())
     if not prompts and (c.rounds > 1 or truth):
@@ -483,7 +489,7 @@ def model_of(c, checkpoint):
 
 
 def machine_of(c):
-    return dict(device=c.device, dtype=c.dtype, compile=c.compile)
+    return dict(device=c.device, dtype=c.dtype, compile=c.compile, block_causal=c.block_causal)
 
 
 def decoding(c, checkpoint, source, folder, seed, limit, at_once=None):

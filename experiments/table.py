@@ -4,6 +4,7 @@ lines = table.over_seeds(results)       # results: the content of the runs' resu
 print(table.sweep_table(lines))
 """
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -33,6 +34,7 @@ def over_seeds(found, in_domain=()):
             values = [score.pop("value") for score in column]
             unchecked = [score.pop("unchecked") for score in column]
             scores.append(dict(**column[0], **stats.mean_and_spread(values), unchecked=statistics.fmean(unchecked)))
+            scores[-1]["runs"] = len(stats.present(values))
         lines.append(dict(row=rows.name_of(settings), **settings, runs=len(group), scores=scores))
     for line in lines[1:]:
         for score, before in zip(line["scores"], lines[0]["scores"]):
@@ -90,7 +92,8 @@ def sweep_table(lines):
     shown = []
     for line in lines:
         cells = [str(line.get(name, "")) for name in axes]
-        shown.append([line["row"], *cells, str(line["runs"]), *map(score_cell, line["scores"])])
+        scores = map(score_cell, line["scores"], itertools.repeat(line["runs"]))
+        shown.append([line["row"], *cells, str(line["runs"]), *scores])
     return stats.markdown_table(["row", *axes, "runs", *map(score_title, lines[0]["scores"])], shown)
 
 
@@ -104,13 +107,16 @@ def score_title(score):
     return f"{name} %" if score["tokens_per_step"] == 1 else f"{name}, {score['tokens_per_step']} a step %"
 
 
-def score_cell(score):
-    """mean ± standard deviation, the gain, and the share of unchecked answers; what there is not is left out."""
+def score_cell(score, runs):
+    """mean ± standard deviation, the gain, of how many runs where not all have it, and the share of unchecked answers;
+    what there is not is left out."""
     digits = 3 if score["measure"] == "TDS" else 1
     shown = [f"{x:.{digits}f}" for x in stats.present([score["mean"], score["sd"]])]
     cell = " ± ".join(shown) or "-"
     if score.get("gain") is not None:
         cell += f" ({score['gain']:+.{digits}f})"
+    if 0 < score["runs"] < runs:
+        cell += f" (of {score['runs']})"
     if score["unchecked"]:
         cell += f" ({score['unchecked']:.1f} % unchecked)"
     return cell

@@ -30,7 +30,7 @@ def report(verdicts, validation=None, seed=0):
     epochs, right = list(verdicts), table(verdicts)  # [E, Q]
     Q = right.shape[1]
     if validation is None:
-        mixed = np.random.default_rng(seed).permutation(Q)
+        mixed = np.random.default_rng(seed % 2**64).permutation(Q)
         one, other = mixed[: Q // 2], mixed[Q // 2 :]
         first, second = right[:, one].sum(1).argmax(), right[:, other].sum(1).argmax()
         correct = right[second, one].sum() + right[first, other].sum()
@@ -72,7 +72,7 @@ def simulate(epochs, questions, accuracy=0.6, correlation=0.0, runs=20000, seed=
 
     accuracy: of every epoch, on every question. correlation: between the verdicts of two epochs on one question. An
     epoch takes a draw that all share with probability sqrt(correlation), else one of its own."""
-    random, share = np.random.default_rng(seed), correlation**0.5
+    random, share = np.random.default_rng(seed % 2**64), correlation**0.5
     right = []  # of each half of the questions, [E, runs]
     for size in (questions // 2, questions - questions // 2):
         shared = random.binomial(size, accuracy, runs)  # [runs], questions whose shared draw is right

@@ -162,9 +162,13 @@ def atomic_folder(path, processes=None):
 
 
 def must_be_free(path):
-    """Raises FileExistsError for a path that is there already, unless it is an empty folder."""
+    """Raises FileExistsError for a path that is there already, unless it is an empty folder, and NotADirectoryError for
+    one below a file."""
     if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
         raise FileExistsError(f"{path} is there already: choose another --out")
+    above = next(filter(Path.exists, Path(path).absolute().parents))
+    if not above.is_dir():
+        raise NotADirectoryError(f"--out {path}: {above} is a file")
 
 
 def versions():

@@ -5,6 +5,7 @@
 Which trajectories are usable is data.usable's to say (--keep).
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def training_records(c, loaded, parameters, processes):
 
 def whole_steps(record):
     """The order of a trajectory in which tokens that were decoded together have the same number; -1 for none."""
-    decoded = [step for step, rank in zip(record["step"], record["order"]) if rank >= 0]
-    number = {step: i for i, step in enumerate(sorted(set(decoded)))}
-    return list(map(lambda step, rank: number[step] if rank >= 0 else -1, record["step"], record["order"]))
+    steps = list(map(lambda step, rank: step if rank >= 0 else -1, record["step"], record["order"]))
+    number = {-1: -1, **dict(zip(sorted({*steps} - {-1}), itertools.count()))}
+    return list(map(number.get, steps))
 
 
 def without_long_answers(examples, most, path, say):
@@ -85,10 +86,12 @@ def usable_trajectories(c, path, loaded, processes, say):
         methods = None
     how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
     records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
-    meta = data.read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
-    if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
-        raise ValueError(f"{path}: made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}")
-    check_finished(c, path, meta, len(records), processes)
+    for folder in filter(Path.is_dir, data.names_of(path)):
+        meta = data.read_json(folder / "meta.json", missing={})
+        if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
+            what = f"made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}"
+            raise ValueError(f"{folder}: {what}")
+        check_finished(c, folder, meta, answered(folder), processes)
     kept = [r for r in records if data.usable(r, c.keep)]
     if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
         finished = sum(bool(r.get("finished")) for r in records)
@@ -111,6 +114,11 @@ def usable_trajectories(c, path, loaded, processes, say):
     return kept
 
 
+def answered(folder):
+    """How many prompts are answered in a trajectory folder."""
+    return len(list(itertools.chain(*map(data.read_rows, data.trajectory_files(folder)))))
+
+
 def has_gap(record):
     """Whether a trajectory has steps, before its last one, in which nothing was decoded."""
     steps = set(record["order"]) - {-1}
@@ -119,7 +127,7 @@ def has_gap(record):
 
 def check_finished(c, path, meta, there, processes):
     """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
-    if path.is_dir() and processes.locked_by_another(path):
+    if processes.locked_by_another(path):
         raise ValueError(f"{path}: distill is still writing into it: wait for it")
     prompts = meta.get("prompts")
     wanted = min(prompts if type(prompts) is int else there, c.limit or math.inf)  # a stranger's may be anything

@@ -196,6 +196,15 @@ def test_trajectories_of_several_files_are_sorted_by_id(tmp_path):
     assert len(data.read_trajectories(tmp_path / "trajectories-00001.jsonl")) == 1
 
 
+def test_a_name_that_is_empty_or_there_twice_is_refused(tmp_path, monkeypatch):
+    """An empty one would be the current folder."""
+    write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"})
+    monkeypatch.chdir(tmp_path)
+    for name in ("", "a.jsonl,", "a.jsonl,,a.jsonl", "a.jsonl, a.jsonl"):
+        with pytest.raises(ValueError, match="a name is empty or there twice"):
+            data.read_examples(name)
+
+
 def test_what_holds_trajectories(tmp_path):
     write(tmp_path / "trajectories-00000.jsonl", RECORD)
     write(tmp_path / "prompts.jsonl", {"prompt": "a", "answer": "b"})
@@ -203,7 +212,7 @@ def test_what_holds_trajectories(tmp_path):
     assert data.holds_trajectories(tmp_path) and data.holds_trajectories(tmp_path / "trajectories-00000.jsonl")
     assert not data.holds_trajectories(tmp_path / "prompts.jsonl")
     assert not data.holds_trajectories(tmp_path / "empty.jsonl")
-    with pytest.raises(FileNotFoundError, match="no trajectories and no dataset at"):
+    with pytest.raises(FileNotFoundError, match="no dataset file"):
         data.holds_trajectories(tmp_path / "none")
 
 

@@ -245,8 +245,10 @@ def test_training_curves_need_no_model(run_folder, tmp_path, capsys):
         (dict(), "--model is missing"),
         (dict(data="T"), "--model is missing"),
         (dict(model="TINY"), "--data is missing"),
-        (dict(model="TINY", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
-        (dict(model="TINY", data="T", checkpoints="nowhere"), "nowhere"),
+        (dict(model="TINY", data="nowhere.jsonl"), "no dataset file nowhere.jsonl"),
+        (dict(model="TINY", data="T", checkpoints="nowhere"), "--checkpoints nowhere: no adapter_config.json"),
+        (dict(model="TINY", data="T", ground_truth="nowhere.jsonl"), "no dataset file nowhere.jsonl"),
+        (dict(model="TINY", data="T", out="TINY/config.json/D"), "--out .*config.json is a file"),
         (dict(model="TINY", data="T", window=1), "--window 1: must be a number of at least 2"),
         (dict(runs="nowhere"), "no dataset file nowhere"),
         (dict(runs="TINY/config.json"), "config.json"),
@@ -263,3 +265,27 @@ def test_bad_input_is_one_line(tiny, trajectories, tmp_path, capsys, options, me
     (line,) = [x for x in captured.err.splitlines() if x.startswith("error")]
     assert re.search(message, line), line
     assert not (tmp_path / "D").exists()
+
+
+def test_what_is_read_late_is_looked_at_before_a_model_is_loaded(tiny, trajectories, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_checkpoint", lambda *_: pytest.fail("a model is loaded"))
+    options = dict(model=str(tiny), data=str(trajectories), out=str(tmp_path / "D"), device="cpu")
+    for late in (dict(checkpoints=("nowhere",)), dict(ground_truth="nowhere.jsonl")):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            diagnose.diagnose(diagnose.DiagnoseOptions(**options, **late))
+
+
+def test_a_mask_that_counts_as_decoded_is_refused(tiny, trajectories, tmp_path):
+    record, mask_id = data.read_trajectories(trajectories)[0], model.load(tiny).config.mask_id
+    record["response_ids"][0] = mask_id
+    (tmp_path / "T.jsonl").write_text(json.dumps(record) + "\n")
+    options = dict(model=str(tiny), data=str(tmp_path / "T.jsonl"), out=str(tmp_path / "D"), device="cpu")
+    with pytest.raises(ValueError, match=f"mask token {mask_id}"):
+        diagnose.diagnose(diagnose.DiagnoseOptions(**options))
+
+
+@pytest.mark.parametrize("line", [dict(step=True, loss=1.0), dict(step=1, loss="x"), dict(step=1.5, loss=1.0)], ids=str)
+def test_what_is_no_metric_is_refused(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl:1: not the metrics"):
+        diagnose.read_metrics(tmp_path)

@@ -15,6 +15,7 @@ VERDICTS = {1: [True, True, False, False], 2: [True, True, True, False], 3: [Fal
 
 def test_the_best_is_the_first_of_the_highest_on_the_task_and_the_last_is_the_last():
     found = epochs.report(VERDICTS)
+    assert epochs.report(VERDICTS, seed=-1)["last"] == found["last"]  # as --seed -1 of a sweep
     assert found["questions"] == 4
     assert found["best"] == dict(epochs=[2], correct=3, n=4, score=75.0, chosen_on="the best of 3 on the test task")
     assert found["last"] == dict(epochs=[3], correct=3, n=4, score=75.0, chosen_on="nothing")

@@ -130,5 +130,9 @@ def test_our_records_can_be_written_in_the_authors_format(letters, tmp_path):
     assert row["decoding_order"][:5] == [3, 0, 4, 1, -1] and row["non_ltr_positions"] == [0, 1, 2, 3]
     (record,) = data.read_trajectories(write(tmp_path / "d.jsonl", row), tok=letters)
     assert record["prompt_ids"] == prompt and record["response_ids"][:4] == RECORD["response_ids"]
+    # beside rows of ours, of which one has its number, it has the next that is free: draws depend on the id
+    write_both = [json.dumps(dict(RECORD, id=key)) for key in (4, 0)] + [json.dumps({**row, "id": None})]
+    (tmp_path / "both.jsonl").write_text("\n".join(write_both) + "\n")
+    assert [r["id"] for r in data.read_trajectories(tmp_path / "both.jsonl", tok=letters)] == [0, 4, 5]
     row = to_release_format(dict(ours, order=[0, 1, -1, -1], step=[0, 1, 12, 12]), pad_id=256)
     assert row["decoding_order"][:4] == [0, 1, -1, -1] and row["non_ltr_positions"] == []

@@ -177,6 +177,19 @@ def test_a_dataset_that_is_not_there_is_found_before_anything_is_made(name, tiny
     assert "none.jsonl" in capsys.readouterr().err and not (tmp_path / "S").exists()
 
 
+def test_models_are_tested_with_the_attention_that_they_are_trained_with():
+    c = sweep_options(block_causal=4)
+    for options in (sweep.decoding(c, None, "D", "out", 0, None), sweep.training(c, dict(objective="tabom"))):
+        assert options.block_causal == 4
+    assert sweep.machine_of(c)["block_causal"] == 4  # with which benchmarks are answered, too
+
+
+def test_rounds_need_an_adapter_in_every_run(puzzles):
+    c = sweep_options(data=str(puzzles), test=(str(puzzles),), epoch="last", rounds=2, over=("lora_rank=0,4",))
+    with pytest.raises(ValueError, match="--rounds needs an adapter"):
+        sweep.check_sweep(c, sweep.expand(c))
+
+
 def test_rows_are_a_grid():
     rows_of_paper = ("No-SFT", "SFT-SD", "SFT-GT", "TABOM, no ranking")
     grid = sweep.expand(sweep_options(rows=rows_of_paper, over=("seed=0,1", "window=8,16")))
@@ -206,6 +219,10 @@ def test_unchecked_answers_stand_beside_the_score():
     rows = table.over_seeds([result(0.5, 4, 0), result(0.6, 5, 1)])
     *_, row = table.sweep_table(rows).splitlines()
     assert row == "| TABOM | 2 | 55.0 ± 7.1 | 55.0 ± 7.1 (22.5 % unchecked) | 0.250 ± 0.000 |"
+    without = result(0.5, 0, 2)
+    without["tests"][0]["scores"]["tds"] = None  # answers of EOS alone
+    *_, row = table.sweep_table(table.over_seeds([result(0.5, 0, 0), without])).splitlines()
+    assert row == "| TABOM | 2 | 50.0 ± 0.0 | 50.0 ± 0.0 | 0.250 (of 1) |"
 
 
 def test_an_accuracy_is_over_all_questions(monkeypatch, tiny, tmp_path):
@@ -509,15 +526,18 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
         (dict(test="P", epoch="1", in_domain="P,gsm8k"), "--in-domain gsm8k: none of --test "),
         (dict(test="P,sub/P", epoch="last"), "--test has two sets called"),
         (dict(test="P", epoch="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
+        (dict(test="P,gsm8k", epoch="last", benchmarks="nowhere"), "no dataset file nowhere/gsm8k"),
+        (dict(test="N", epoch="last"), "no row has an answer to compare with"),
         (dict(test="P", epoch="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
-        (dict(test="P", epoch="last", data="nowhere.jsonl"), "no dataset at nowhere.jsonl"),
+        (dict(test="P", epoch="last", data="nowhere.jsonl"), "no dataset file nowhere.jsonl"),
         (dict(test="P", epoch="last", check="none"), "no answer that --check none could compare with"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_line(tiny, puzzles, trajectories, tmp_path, capsys, changes, message):
     places = {"P": str(puzzles), "T": str(trajectories), "P,sub/P": f"{puzzles},sub/{puzzles.name}"}
-    places["P,gsm8k"] = f"{puzzles},gsm8k"
+    places.update({"P,gsm8k": f"{puzzles},gsm8k", "N": str(tmp_path / "N.jsonl")})
+    (tmp_path / "N.jsonl").write_text(json.dumps(dict(prompt="a")) + "\n")
     settings = {**SMALL, "data": puzzles, **{k: places.get(v, v) for k, v in changes.items()}}
     assert tabom.main(words(["seed=0"], model=tiny, out=tmp_path / "S", **settings)) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]

@@ -793,7 +793,7 @@ def test_nothing_to_train_on_is_one_line(tiny, trajectories, puzzles, tmp_path, 
     options = dict(model=tiny, out=tmp_path / "R", window=8)
     fails(capsys, "--keep correct keeps none of 12", "train", data=trajectories, **options)
     fails(capsys, "no trajectories, and tabom needs them", "train", data=puzzles, **options)
-    fails(capsys, "no dataset at", "train", data=tmp_path / "none", **options)
+    fails(capsys, "no dataset file", "train", data=tmp_path / "none", **options)
     bare = write_lines(tmp_path / "bare.jsonl", [dict(prompt="L1")])
     message = "bare.jsonl:1: the row has no answer to train on"
     fails(capsys, message, "train", data=bare, objective="nelbo", **options)
@@ -815,6 +815,19 @@ def test_an_unfinished_distillation_is_refused_unless_it_is_meant(tiny, unfinish
     fails(capsys, "10 of 11 prompts are answered", "train", limit=11, **options)
     result, _ = run(capsys, "train", unfinished=True, **options)
     assert result["examples"] == 10
+
+
+def test_each_of_several_folders_has_to_be_finished(tiny, trajectories, unfinished, tmp_path, capsys):
+    for line in data.trajectory_files(unfinished):  # other ids, or the two could not be read together
+        rows = [dict(json.loads(text), id=f"b{i}") for i, text in enumerate(line.read_text().splitlines())]
+        write_lines(line, rows)
+    options = dict(model=tiny, data=f"{trajectories},{unfinished}", out=tmp_path / "R", **{**TRAIN, "epochs": 1})
+    fails(capsys, "10 of 12 prompts are answered: .*--unfinished trains on what is there", "train", **options)
+    edit_json(unfinished / "meta.json", prompts=10, vocab_size=7)
+    fails(capsys, "made with a vocabulary of 7", "train", **options)
+    edit_json(unfinished / "meta.json", vocab_size=meta(trajectories)["vocab_size"])
+    result, _ = run(capsys, "train", **options)
+    assert result["examples"] == 22
 
 
 def test_a_limit_that_is_answered_is_finished(tiny, unfinished, tmp_path, capsys):
