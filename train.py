@@ -100,7 +100,7 @@ class TrainOptions(
 
     def __post_init__(self):
         """What no flag gives is the recipe's, or else our default. Raises ValueError for a recipe that there is not."""
-        recipe = recipes.settings(self.recipe, self.objective)
+        recipe = recipes.of(self)
         for f in dataclasses.fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, recipe.get(f.name, f.metadata.get("otherwise")))

@@ -34,7 +34,7 @@ import distill
 import lora
 import train
 from benchmarks import answers
-from experiments import diagnose, mechanism, puzzles, reach, report, sweep, tiny
+from experiments import diagnose, looks, mechanism, puzzles, reach, report, sweep, tiny
 from release import rows
 from release.recipes import RECIPES
 from runs import disk, loading, torchrun
@@ -72,7 +72,7 @@ ON_ODD = (
     run_list(SECOND, [3e-4]),
     run_list(("any reach", "naive TD's weights"), [3e-4]) + run_list(SECOND, [1e-3]),
     run_list(("SFT-GT", "T3D", "dInfer", "dParallel", "TABOM, kl"), [3e-4]),
-    run_list(report.PRIMARY, [3e-3]) + run_list(report.PRIMARY, RATES, SEVERAL),
+    run_list(looks.PRIMARY, [3e-3]) + run_list(looks.PRIMARY, RATES, SEVERAL),
 )
 ROWS = rows.ROWS | {
     "dParallel": dict(objective="dparallel", block_length=8),
@@ -188,8 +188,8 @@ def runs_of(c, number):
     """The runs on a base model in stages: those of the primary measures, ON_ODD's, and rows of one's own at RATES; of
     those that --rows and --rates ask for."""
     odd = number % 2
-    stages = [run_list(report.PRIMARY, (*RATES, *[1e-4] * odd)), *(stage * odd for stage in ON_ODD)]
-    ours = {*report.PRIMARY, rows.NO_SFT, *(row for row, _, _ in itertools.chain(*ON_ODD))}
+    stages = [run_list(looks.PRIMARY, (*RATES, *[1e-4] * odd)), *(stage * odd for stage in ON_ODD)]
+    ours = {*looks.PRIMARY, rows.NO_SFT, *(row for row, _, _ in itertools.chain(*ON_ODD))}
     stages.append(run_list([row for row in c.rows or () if row not in ours], RATES))
     return [list(filter(lambda run: asked_for(c, run), stage)) for stage in stages]
 
@@ -243,8 +243,10 @@ def check_targets(row):
 
 def settings_of(row):
     """What a row changes of the options of train."""
-    settings = ROWS[row]
-    return {**SETTING, **settings} if settings["objective"] == "tabom" else settings
+    settings, ours = ROWS[row], dict(SETTING)
+    if "ranking" in settings:
+        del ours["margin"]  # which Eq. 8 alone has
+    return {**ours, **settings} if settings["objective"] == "tabom" else settings
 
 
 # ------------------------------------------------------------------------------------- a base model
@@ -451,7 +453,7 @@ def test(base, task, folder, whole, known=None):
         found["right"][name] = pack([r["correct"] for r in records])
         if name == task and whole:
             write_records(folder / "answers.jsonl", records)
-    if whole and base.number > min(report.LOOKS):
+    if whole and base.number > min(looks.LOOKS):
         found["right"][f"{task}-2"] = pack([r["correct"] for r in solve(base, base.tests[task], 2)])
     for name, states in base.states.items():
         found["kl"][name] = mechanism.kl_to(states, base.loaded)
@@ -480,5 +482,5 @@ def short(x):
 
 
 def pack(verdicts):
-    """[True, False, ...] -> text, eight in a byte; see report.unpack."""
+    """[True, False, ...] -> text, eight in a byte; see looks.unpack."""
     return [len(verdicts), base64.b64encode(np.packbits(verdicts).tobytes()).decode()]

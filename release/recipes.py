@@ -8,7 +8,7 @@ weight decay 0.01, clipping at 1, 50 steps of warm-up. docs/recipes.md has the c
 
 SHARED = dict(window=32, lora_rank=16, lora_alpha=16, epochs=5, weight_decay=0.01, clip=1.0, warmup=50)
 SHARED |= dict(starts="uniform", max_prompt_tokens=256, keep="all", cut_eos=False, lora_targets=("q_proj", "v_proj"))
-OF_TABOM = ("window", "margin", "weight", "starts")
+OF_TABOM, OF_MARGIN = ("window", "margin", "weight", "starts"), ("margin",)
 ALL_METHODS_OF_LLADA = ("entropy", "default", "credit")
 RECIPES = {
     "dream-prm12k": dict(methods=("entropy",), margin=0.1, weight=1.0, lr=2e-5, global_batch=32),
@@ -18,14 +18,19 @@ RECIPES = {
 }
 
 
-def settings(name, objective="tabom"):
-    """{option of train: value} of a recipe; empty for None. For another objective it is without what is TABOM's: its
-    own options may have the same names. Raises ValueError for a recipe that there is not."""
+def settings(name):
+    """{option of train: value} of a recipe; empty for None. Raises ValueError for a recipe that there is not."""
     if name not in (None, *RECIPES):
         raise ValueError(f"--recipe {name}: must be one of {', '.join(RECIPES)}")
-    found = {} if name is None else SHARED | RECIPES[name]
-    if objective != "tabom":
-        found = dict(filter(lambda item: item[0] not in OF_TABOM, found.items()))
+    return {} if name is None else SHARED | RECIPES[name]
+
+
+def of(c):
+    """What c, options of train, has from its recipe: without what is TABOM's for another objective, whose options may
+    have the same names, and without the margin for another ranking."""
+    found = settings(c.recipe)
+    for name in OF_TABOM if c.objective != "tabom" else OF_MARGIN if c.ranking not in (None, "margin") else ():
+        found.pop(name, None)
     return found
 
 

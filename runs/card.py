@@ -98,7 +98,7 @@ def means_of_epoch(metrics):
 
 def command(c, meta, left_out):
     """The command line that makes the run again: the options that are neither the recipe's nor the default."""
-    words, recipe = ["python", "tabom.py", "train"], recipes.settings(c.recipe, c.objective)
+    words, recipe = ["python", "tabom.py", "train"], recipes.of(c)
     for f in dataclasses.fields(c):
         value, default = getattr(c, f.name), recipe.get(f.name, f.metadata.get("otherwise", f.default))
         if f.name == "global_batch":

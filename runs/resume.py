@@ -44,7 +44,7 @@ def identity(c, records):
     for name in field_names(type(c)):
         if name not in left_out:
             settings[name] = getattr(c, name)
-    for name, value in recipes.settings(c.recipe, c.objective).items():
+    for name, value in recipes.of(c).items():
         if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.

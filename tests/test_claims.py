@@ -16,7 +16,7 @@ import objectives
 import tabom
 import tokenizer
 import train
-from experiments import claims, jobs, puzzles, reach, report, sweep, tiny
+from experiments import claims, jobs, looks, puzzles, reach, report, sweep, tiny
 from release.files import to_release_format
 from runs import loading, objective_options
 
@@ -119,8 +119,8 @@ def test_the_runs_are_those_that_were_registered():
     assert list(map(len, even)) == [4, 0, 0, 0, 0, 0] and list(map(len, odd)) == [6, 2, 4, 5, 6, 0]
     assert sum(run[2] == claims.SEVERAL for run in odd[4]) == 4
     for number, stages in ((1, odd), (2, even)):  # what the looks need comes first
-        assert set(map(claims.key_of, stages[0])) == report.needed(number)
-    assert claims.key_of(("TABOM", 1e-4, "in")) in report.needed(1)
+        assert set(map(claims.key_of, stages[0])) == looks.needed(number)
+    assert claims.key_of(("TABOM", 1e-4, "in")) in looks.needed(1)
     only = claims.ClaimsOptions(rows=("TABOM", "SFT-GT"), rates=claims.rate_list("1e-4, 0.0003"))
     assert sum(claims.runs_of(only, 2), []) == [("TABOM", 3e-4, "in")]
     names = ["TABOM 0.0003", "TABOM 0.0001", "SFT-GT 0.0003", "TABOM 0.0003 several"]
@@ -287,7 +287,7 @@ def test_what_is_kept_is_what_the_answers_say(small):
         last = run["epochs"][-1]
         assert set(last["right"]) == {task, "near", "far"}
         records = data.read_trajectories(out / "base-1" / "seed-1" / "runs" / key / "answers.jsonl")
-        assert report.unpack(last["right"][task]).tolist() == [r["correct"] for r in records] and len(records) == 6
+        assert looks.unpack(last["right"][task]).tolist() == [r["correct"] for r in records] and len(records) == 6
         for r in records:
             right = r["finished"] and puzzles.solves(puzzles.TASKS[claims.TASKS[task]], r["prompt"], r["text"])
             assert r["correct"] == right and max(r["step"]) == 30

@@ -25,7 +25,7 @@ LEVELS = [
     ["experiments.sweep", "experiments.mechanism"],
     ["experiments.diagnose", "experiments.tiny", "experiments.speed", "tools.watch"],
     ["experiments.pictures"],
-    ["experiments.plots", "experiments.table"],
+    ["experiments.plots", "experiments.table", "experiments.looks"],
     ["experiments.stats", "experiments.puzzles", "experiments.cost", "experiments.jobs", "experiments.reach"],
     ["experiments.memory"],
     ["train"],

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from experiments import claims, report
+from experiments import claims, looks, report
 
 RESULTS = ROOT / "experiments" / "results"
 PUZZLES = 200
@@ -60,57 +60,57 @@ def many(count, ahead=0.03, cost=0.0, seed=0):
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_verdicts_are_packed_and_unpacked(verdicts):
     packed = json.loads(json.dumps(claims.pack(verdicts)))
-    assert report.unpack(packed).tolist() == verdicts
+    assert looks.unpack(packed).tolist() == verdicts
 
 
 def test_an_epoch_is_compared_with_the_base_model_on_its_own_puzzles():
     base = a_base(1, {"TABOM 0.0003": (0.12, 0.03)})
-    points = report.points_of(base, "TABOM")
-    before = report.unpack(base["runs"]["base"]["epochs"][0]["right"]["in"])
-    first = report.unpack(base["runs"]["TABOM 0.0003"]["epochs"][0]["right"]["in"])
+    points = looks.points_of(base, "TABOM")
+    before = looks.unpack(base["runs"]["base"]["epochs"][0]["right"]["in"])
+    first = looks.unpack(base["runs"]["TABOM 0.0003"]["epochs"][0]["right"]["in"])
     assert len(first) == PUZZLES / 2 and set(points) == {("0.0003", e) for e in (1, 2, 3)}
     assert points["0.0003", 1][0] == pytest.approx(100 * (first.mean() - before[: PUZZLES // 2].mean()))
-    near, first = (report.unpack(base["runs"][key]["epochs"][0]["right"]["near"]) for key in ("base", "TABOM 0.0003"))
+    near, first = (looks.unpack(base["runs"][key]["epochs"][0]["right"]["near"]) for key in ("base", "TABOM 0.0003"))
     loss = (near[: PUZZLES // 4].mean() - first.mean()) / 2  # far loses nothing
     assert len(first) == PUZZLES / 4 and points["0.0003", 1][1] == pytest.approx(100 * loss)
     assert points["0.0003", 3] == pytest.approx((12.0, 1.5))  # far loses nothing
-    assert report.points_of(base, "TABOM", loss="kl")["0.0003", 3][1] == pytest.approx(2 * 0.03 - 2 * 0.01)
-    assert report.points_of(base, "SFT-SD") == {}
+    assert looks.points_of(base, "TABOM", loss="kl")["0.0003", 3][1] == pytest.approx(2 * 0.03 - 2 * 0.01)
+    assert looks.points_of(base, "SFT-SD") == {}
 
 
 def test_a_frontier_is_straight_between_its_points_and_begins_at_zero():
     points = [(4.0, 2.0), (2.0, 0.0), (4.0, 4.0)]
-    assert [report.loss_at(points, gain) for gain in (0, 1, 2, 3, 4, 9)] == [0, 0, 0, 1.5, 3, 3]
-    assert report.loss_at([(-1.0, 1.0), (3.0, 3.0)], 1.5) == 1.5
-    assert report.loss_at([(100 * (6 / 500), 0.0), (100 * (0.8 + 18 / 1500) - 80, 4.0)], 1.2) == 2.0
+    assert [looks.loss_at(points, gain) for gain in (0, 1, 2, 3, 4, 9)] == [0, 0, 0, 1.5, 3, 3]
+    assert looks.loss_at([(-1.0, 1.0), (3.0, 3.0)], 1.5) == 1.5
+    assert looks.loss_at([(100 * (6 / 500), 0.0), (100 * (0.8 + 18 / 1500) - 80, 4.0)], 1.2) == 2.0
 
 
 def test_forgetting_is_compared_at_the_smaller_of_the_largest_gains():
     good, bad, dear = (0.12, 0.06), (-0.06, 0.06), (0.06, 0.06)  # gain and loss, at both rates
     bases = {}
     for i, (ours, theirs) in enumerate([(dear, good), (bad, good), (dear, None)], 1):
-        gains = {f"TABOM {rate}": ours for rate in report.FRONTIER_RATES}
-        gains |= {f"SFT-SD {rate}": theirs for rate in report.FRONTIER_RATES if theirs}
+        gains = {f"TABOM {rate}": ours for rate in looks.FRONTIER_RATES}
+        gains |= {f"SFT-SD {rate}": theirs for rate in looks.FRONTIER_RATES if theirs}
         bases[i] = a_base(i, gains)
-    found, without = report.loss_at_equal_gain(bases, "TABOM", "SFT-SD")
+    found, without = looks.loss_at_equal_gain(bases, "TABOM", "SFT-SD")
     assert without == "base-2" and set(found["bases"]) == {1}
-    ours, theirs = (list(report.points_of(bases[1], row).values()) for row in ("TABOM", "SFT-SD"))
-    assert found["mean"] == pytest.approx(3.0 - report.loss_at(theirs, max(x for x, _ in ours)))
+    ours, theirs = (list(looks.points_of(bases[1], row).values()) for row in ("TABOM", "SFT-SD"))
+    assert found["mean"] == pytest.approx(3.0 - looks.loss_at(theirs, max(x for x, _ in ours)))
     assert found["mean"] > 1  # SFT-SD pays as much for twice the gain
 
 
 def test_nothing_is_compared_between_two_looks():
     bases = many(13)
-    assert report.looked_at({i: bases[i] for i in range(1, 12)}) == {}
+    assert looks.looked_at({i: bases[i] for i in range(1, 12)}) == {}
     text = report.markdown({i: bases[i] for i in range(1, 12)})
     assert "Differences are shown at 12 and 24 base models." in text and "SFT-SD" not in text
-    assert list(report.looked_at(bases)) == list(range(1, 13))
-    assert list(report.looked_at(bases | {0: bases[1]})) == list(range(1, 13))  # base-0 has no part
+    assert list(looks.looked_at(bases)) == list(range(1, 13))
+    assert list(looks.looked_at(bases | {0: bases[1]})) == list(range(1, 13))  # base-0 has no part
     assert (
         report.markdown(bases).split("###")[2:] == report.markdown({i: bases[i] for i in range(1, 13)}).split("###")[2:]
     )
     del bases[5]["runs"]["TABOM 0.001"]  # not finished, and the thirteenth does not take its place
-    assert report.looked_at(bases) == {} and len(report.looked_at(many(30))) == 24
+    assert looks.looked_at(bases) == {} and len(looks.looked_at(many(30))) == 24
 
 
 def test_at_the_second_look_the_first_stays():
@@ -122,15 +122,15 @@ def test_at_the_second_look_the_first_stays():
 
 def test_the_primary_measures_have_the_level_of_their_look_after_holm():
     bases = many(12)
-    (name, found, level, said, note), second = report.primary(bases)
-    differences = [report.measure(b["runs"]["TABOM 0.0003"], "in") for b in bases.values()]
-    differences = np.array(differences) - [report.measure(b["runs"]["SFT-SD 0.0003"], "in") for b in bases.values()]
+    (name, found, level, said, note), second = looks.primary(bases)
+    differences = [looks.measure(b["runs"]["TABOM 0.0003"], "in") for b in bases.values()]
+    differences = np.array(differences) - [looks.measure(b["runs"]["SFT-SD 0.0003"], "in") for b in bases.values()]
     low, high = scipy_stats.t.interval(1 - level, 11, differences.mean(), scipy_stats.sem(differences))
     assert said == "confirmed" and ": valid" in note and name.startswith("P1")
     assert (found["low"], found["high"]) == pytest.approx((low, high))
     # The smaller p has half of the level; the other, once that holds, has all of it.
     assert sorted((level, second[2])) == [0.0026, 0.0052] and (level < second[2]) == (found["p"] < second[1]["p"])
-    assert [one[2] for one in report.primary(many(24, ahead=0.0))] == [0.024, 0.024]  # none holds
+    assert [one[2] for one in looks.primary(many(24, ahead=0.0))] == [0.024, 0.024]  # none holds
 
 
 def test_where_both_rows_lose_much_p1_takes_the_lower_rate():
@@ -138,21 +138,21 @@ def test_where_both_rows_lose_much_p1_takes_the_lower_rate():
     for base in bases.values():
         for row, gain in (("SFT-SD", 0.02), ("TABOM", 0.03)):
             base["runs"][f"{row} 0.0001"] = a_base(1, {"x": (gain, 0.0)})["runs"]["x"]
-    (_, found, _, _, note), _ = report.primary(bases)
+    (_, found, _, _, note), _ = looks.primary(bases)
     assert "rate 0.0001" in note and "TABOM -10.5" in note and "not valid there" in note
     assert found["mean"] == pytest.approx(1.0)
 
 
 def test_a_verdict_needs_an_interval_on_one_side_of_zero_or_close_around_it():
     def of(low, high, name="in", sign=1, bases=3):
-        return report.verdict(dict(low=low, high=high, bases=dict.fromkeys(range(bases))), name, sign)
+        return looks.verdict(dict(low=low, high=high, bases=dict.fromkeys(range(bases))), name, sign)
 
     assert of(0.1, 9.0) == "confirmed" == of(-9.0, -0.1, sign=-1)
     assert of(-9.0, -0.1) == "contradicted" == of(0.1, 9.0, sign=-1)
     assert of(-1.4, 1.5) == "not seen" == of(-0.004, 0.005, "tds")
     assert of(-1.6, 1.5) == "not resolved" == of(-0.004, 0.006, "tds") == of(-1.0, 1.6, sign=-1)
     assert of(0.4, 0.5, bases=2) == "not resolved"
-    assert of(None, None) == "not measured" == report.verdict(None, "tds", 1)
+    assert of(None, None) == "not measured" == looks.verdict(None, "tds", 1)
 
 
 def test_the_best_epoch_is_above_the_last_and_one_chosen_on_others():
@@ -187,12 +187,12 @@ def test_a_row_is_shown_when_all_base_models_that_get_it_have_it():
     ):
         for number in numbers:
             bases[number]["runs"][key] = run
-        looked = report.looked_at(bases)
+        looked = looks.looked_at(bases)
         assert [key in base["runs"] for base in looked.values()].count(True) == (len(numbers) if seen else 0)
     text = report.markdown(bases)
     assert "### Not shown until all of these base models have it (how many do)\n\ndInfer 0.0003 (7)\n" in text
     del bases[11]["runs"]["SFT-SD 0.0001"]
-    assert report.looked_at(bases) == {}  # P1 may have to be read there
+    assert looks.looked_at(bases) == {}  # P1 may have to be read there
 
 
 # ----------------------------------------------------------------------------------------------------------- a folder

@@ -573,7 +573,8 @@ def test_what_is_tabom_s_of_a_recipe_is_no_other_objective_s(objective, wanted):
 
 
 def test_the_other_rankings_say_that_they_have_no_margin():
-    for given, unused in ((dict(beta=2.0), ["beta"]), (dict(ranking="listwise", margin=0.2), ["margin"])):
+    cases = (dict(beta=2.0), ["beta"]), (dict(ranking="listwise", margin=0.2), ["margin"])
+    for given, unused in (*cases, (dict(ranking="listwise", recipe="dream-prm12k"), [])):
         assert objective_options.chosen(train.TrainOptions(**given))[1] == unused
 
 
