@@ -48,6 +48,7 @@ CLAIMS = (
     ("better than SFT-SD with two tokens a step", "TABOM", "SFT-SD", "in-2", 1),
     ("trajectory masking gains over SFT-SD", "TABOM, no ranking", "SFT-SD", "in", 1),
     ("ranking is needed", "TABOM", "TABOM, no ranking", "in", 1),
+    ("ranking raises the TDS", "TABOM", "TABOM, no ranking", "tds", 1),
     ("better than naive trajectory distillation", "TABOM", "naive TD", "in", 1),
     ("better than dInfer", "TABOM", "dInfer", "in", 1),
     ("better than T3D", "TABOM", "T3D", "in", 1),
@@ -58,7 +59,7 @@ CLAIMS = (
 )
 # Why naive TD leads, and what ranking does: (row, row that it is compared with).
 LEAD = (("naive TD", "SFT-SD"), ("naive TD", "TABOM"), ("naive TD", "TABOM, no ranking"))
-LEAD += (("TABOM", "TABOM, no ranking"), ("naive TD's weights", "TABOM, no ranking"))
+LEAD += (("TABOM, no ranking", "SFT-SD"), ("TABOM", "TABOM, no ranking"), ("naive TD's weights", "TABOM, no ranking"))
 LEAD += (("naive TD's weights", "naive TD"), ("any reach", "TABOM, no ranking"), ("any reach", "naive TD"))
 
 
