@@ -79,9 +79,7 @@ class SweepOptions(train.TrainOptions):
     )
     validation: str | None = opt(None, "dataset or benchmark that chooses the checkpoint of a run")
     test: tuple = opt((), "datasets or benchmarks that the chosen checkpoint answers, comma-separated", parse=name_list)
-    tokens_per_step: tuple = opt(
-        (1,), "test with these numbers of tokens a step, comma-separated", parse=number_list, low=1
-    )
+    tokens_per_step: tuple = opt((1,), "tokens a step to test with, comma-separated", parse=number_list, low=1)
     ground_truth: str | None = opt(None, "dataset whose answers sft-gt trains on, instead of those of --data")
     in_domain: tuple = opt((), "those of --test with a mean of their own, as the others have", parse=name_list)
     epoch: int | str = opt(
@@ -142,24 +140,23 @@ def check_sweep(c, grid):
     for name in ("in_domain", "best_of_epochs"):
         for source in set(getattr(c, name)) - set(c.test):
             raise ValueError(f"{flag(name)} {source}: none of --test {','.join(c.test)}")
-    for name, settings in grid.items() if type(c.epoch) is int else ():
-        there = epochs_of(training(c, settings))
-        if c.epoch > there:
-            raise ValueError(f"--epoch {c.epoch}: --epochs of {name} is {there}")
+    for name, settings in grid.items():
+        made = training(c, settings)
+        if type(c.epoch) is int and c.epoch > epochs_of(made):
+            raise ValueError(f"--epoch {c.epoch}: --epochs of {name} is {epochs_of(made)}")
+        if c.rounds > 1 and made.lora_rank == 0:
+            raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
     names = list(map(table.source_name, c.test))
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--test has two sets called {name}: rename one")
-    for settings in grid.values() if c.rounds > 1 else ():
-        if settings.get("lora_rank", c.lora_rank) == 0:
-            raise ValueError("--rounds needs an adapter to go on from: --lora-rank above 0")
     # Before anything is made, so that a wrong name costs nothing. What there is to say is said when it is used.
     for source in filter(None, (c.ground_truth, c.validation, *c.test)):
         if source in evaluate.TASKS:
             evaluate.read_questions(source, c.benchmarks)
             continue
         rows = data.read_examples(source, c.prompt_field, c.answer_field, warn=lambda line: None)
-        if source != c.ground_truth and set(map(operator.itemgetter("answer"), rows)) == {None}:
+        if set(map(operator.itemgetter("answer"), rows)) == {None}:
             raise ValueError(f"{source}: no row has an answer to compare with: see --answer-field")
     prompts = not data.holds_trajectories(c.data)
     truth = c.ground_truth is None and any(s["objective"] == GROUND_TRUTH for s in grid.values())
@@ -209,8 +206,8 @@ def expand(c):
             if name in rows.ROWS[row]:
                 raise ValueError(f"--over {text}: --rows {row} sets {name} itself")
         given.add(name)
-        extra = (GROUND_TRUTH,) if name == "objective" else ()
-        axes[name] = [parse_value(known[name], value, extra) for value in values.split(",")]
+        more = [GROUND_TRUTH] * (name == "objective")
+        axes[name] = [parse_value(known[name], value, more) for value in values.split(",")]
     grid = {}
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values))
@@ -218,9 +215,8 @@ def expand(c):
         if row == rows.NO_SFT:  # which every sweep has
             continue
         settings = used_settings(c, rows.ROWS.get(row, {}) | settings)
-        words = [f"{k}={v}" for k, v in settings.items() if k not in rows.ROWS.get(row, {})]
-        if row:
-            words.insert(0, row)
+        changed = [f"{k}={v}" for k, v in settings.items() if k not in rows.ROWS.get(row, {})]
+        words = [row, *changed] if row else changed
         grid.setdefault("+".join(words), settings)
     return grid
 
@@ -252,9 +248,7 @@ def why_not(name, known):
 
 def used_settings(c, settings):
     """The settings of one run without those that its objective does not use."""
-    unused = set(objective_options.chosen(training(c, settings))[1])
-    if settings["objective"] == GROUND_TRUTH:
-        unused.add("keep")
+    unused = {*objective_options.chosen(training(c, settings))[1], *["keep"] * (settings["objective"] == GROUND_TRUTH)}
     return {k: v for k, v in settings.items() if k not in unused}
 
 
