@@ -158,9 +158,7 @@ def train(c, processes=None, loaded=None):
     first, metrics = run.processes.first, last_metrics(run)
     also_log = logs.opened(c.log if first else None, run.out, data.read_json(run.out / "meta.json"), run.done)
     with (
-        open(run.out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
-        if first
-        else contextlib.nullcontext() as log,
+        open(run.out / "metrics.jsonl", "a", 1, "utf-8") if first else contextlib.nullcontext() as log,  # by lines
         tqdm(total=run.end, initial=run.done, desc="train", unit="step", disable=not run.processes.shows) as bar,
         resume.stop_signals() as signals,
     ):

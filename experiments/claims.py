@@ -19,6 +19,7 @@ draws them more often. Each epoch's checkpoint is tested. results/registered.md 
 
 import base64
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -191,7 +192,7 @@ def runs_of(c, number):
     stages = [run_list(looks.PRIMARY, (*RATES, *[1e-4] * odd)), *(stage * odd for stage in ON_ODD)]
     ours = {*looks.PRIMARY, rows.NO_SFT, *(row for row, _, _ in itertools.chain(*ON_ODD))}
     stages.append(run_list([row for row in c.rows or () if row not in ours], RATES))
-    return [list(filter(lambda run: asked_for(c, run), stage)) for stage in stages]
+    return [list(filter(functools.partial(asked_for, c), stage)) for stage in stages]
 
 
 def asked_for(c, run):

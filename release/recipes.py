@@ -8,7 +8,7 @@ weight decay 0.01, clipping at 1, 50 steps of warm-up. docs/recipes.md has the c
 
 SHARED = dict(window=32, lora_rank=16, lora_alpha=16, epochs=5, weight_decay=0.01, clip=1.0, warmup=50)
 SHARED |= dict(starts="uniform", max_prompt_tokens=256, keep="all", cut_eos=False, lora_targets=("q_proj", "v_proj"))
-OF_TABOM, OF_MARGIN = ("window", "margin", "weight", "starts"), ("margin",)
+OF_TABOM = ("window", "margin", "weight", "starts")
 ALL_METHODS_OF_LLADA = ("entropy", "default", "credit")
 RECIPES = {
     "dream-prm12k": dict(methods=("entropy",), margin=0.1, weight=1.0, lr=2e-5, global_batch=32),
@@ -28,8 +28,10 @@ def settings(name):
 def of(c):
     """What c, options of train, has from its recipe: without what is TABOM's for another objective, whose options may
     have the same names, and without the margin for another ranking."""
-    found = settings(c.recipe)
-    for name in OF_TABOM if c.objective != "tabom" else OF_MARGIN if c.ranking not in (None, "margin") else ():
+    found, left_out = settings(c.recipe), OF_TABOM
+    if c.objective == "tabom":
+        left_out = () if c.ranking in (None, "margin") else ("margin",)
+    for name in left_out:
         found.pop(name, None)
     return found
 

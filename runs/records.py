@@ -40,8 +40,7 @@ def training_records(c, loaded, parameters, processes):
         )
     fields = dict.fromkeys(("id", "prompt_ids", "response_ids", "order", *needs))
     complete, records = getattr(loaded.m, "complete", dict), []
-    # What an entropy at its token's own step was given are the steps before: not a rank's, where some were decoded
-    # together.
+    # An entropy at its token's own step is taken given whole steps; ranks would show it tokens of that same step.
     own_step = "entropy" in needs or parameters.get("entropy_context") == "step"
     for record in kept:
         if own_step and record.get("step"):
