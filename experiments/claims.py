@@ -82,6 +82,14 @@ ROWS = rows.ROWS | {
 }
 
 
+def task_list(text):
+    """ "in,several" -> ("in", "several"); raises ValueError for what is no task of a run."""
+    tasks = name_list(text)
+    if not {"in", SEVERAL}.issuperset(tasks):
+        raise ValueError(f"must be in, {SEVERAL} or both, separated by commas")
+    return tasks
+
+
 def rate_list(text):
     """ "3e-4,1e-3" -> (0.0003, 0.001); raises ValueError for anything else."""
     try:
@@ -100,6 +108,7 @@ class ClaimsOptions:
     bases: int = opt(24, "base models, trained from different seeds", low=1)
     rows: tuple | None = opt(None, "only these rows of the tables, separated by ;", parse=row_list)
     rates: tuple | None = opt(None, "only these learning rates, comma-separated", parse=rate_list)
+    tasks: tuple | None = opt(None, "only runs on these: in (in-domain), several (right answers)", parse=task_list)
     compile: bool = opt(False, "compile the blocks of the transformer; faster, equal but for rounding")
     seed: int = opt(0, "with --data: of the training")
     seeds: int = opt(1, "with --data: training runs of each row", low=1)
@@ -141,7 +150,8 @@ def claims(c):
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
         check_targets(name)
     if not any(runs_of(c, 1)):  # which has all that others have
-        raise ValueError(f"--rows {'; '.join(c.rows or ())} --rates {c.rates}: no base model has such a run")
+        asked = f"--rows {'; '.join(c.rows or ())} --rates {c.rates} --tasks {c.tasks}"
+        raise ValueError(f"{asked}: no base model has such a run")
     out = Path(c.out or "out/experiment")
     results = Path(c.results or out / "results")
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)
@@ -187,7 +197,7 @@ def on_trajectories(c):
 
 def runs_of(c, number):
     """The runs on a base model in stages: those of the primary measures, ON_ODD's, and rows of one's own at RATES; of
-    those that --rows and --rates ask for."""
+    those that --rows, --rates and --tasks ask for."""
     odd = number % 2
     stages = [run_list(looks.PRIMARY, (*RATES, *[1e-4] * odd)), *(stage * odd for stage in ON_ODD)]
     ours = {*looks.PRIMARY, rows.NO_SFT, *(row for row, _, _ in itertools.chain(*ON_ODD))}
@@ -196,7 +206,7 @@ def runs_of(c, number):
 
 
 def asked_for(c, run):
-    return (not c.rows or run[0] in c.rows) and (not c.rates or run[1] in c.rates)
+    return all(not chosen or value in chosen for value, chosen in zip(run, (c.rows, c.rates, c.tasks)))
 
 
 def order_of_work(c):
@@ -445,8 +455,9 @@ def test(base, task, folder, whole, known=None):
     """Test the model as it is -> dict(right: test -> packed verdicts; kl: to the base model's distributions on its own
     near and far trajectories, nats a token; and with `whole` order: see mechanism.py and diagnose.own_order).
 
-    The tests are task, near and far; without `whole` the first EARLY of each. Base models after those of the first look
-    also have task-2, two tokens a step; before there was no time. known: answers that need not be made again."""
+    The tests are task, near and far; without `whole` the first EARLY of each. With it task-2 is another, two tokens a
+    step; in-domain only on base models after those of the first look: before there was no time. known: answers that
+    need not be made again."""
     found = dict(right={}, kl={})
     for name in (task, "near", "far"):
         asked = base.tests[name][: None if whole else EARLY[name]]
@@ -454,7 +465,7 @@ def test(base, task, folder, whole, known=None):
         found["right"][name] = pack([r["correct"] for r in records])
         if name == task and whole:
             write_records(folder / "answers.jsonl", records)
-    if whole and base.number > min(looks.LOOKS):
+    if whole and (task == SEVERAL or base.number > min(looks.LOOKS)):
         found["right"][f"{task}-2"] = pack([r["correct"] for r in solve(base, base.tests[task], 2)])
     for name, states in base.states.items():
         found["kl"][name] = mechanism.kl_to(states, base.loaded)
