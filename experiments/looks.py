@@ -1,6 +1,7 @@
 """What is measured on the runs of claims.py, and what of it may be looked at when.
 
-    looked = looks.looked_at(bases)                                     # bases: what report.read() gives
+    bases = looks.on_task(report.read(folder), "in")                    # or "several"
+    looked = looks.looked_at(bases)
     looks.difference(looked, "TABOM", "SFT-SD", "0.0003", "in")         # paired over base models: see stats.paired
     looks.primary(looked)                                               # the two registered measures
 
@@ -57,9 +58,28 @@ def of_epoch(tested, name, like=None):
     return 100 * float(unpack(tested["right"][name])[:count].mean())
 
 
-def key_of(row, rate, name="in"):
-    """Under which name a base model has the run of a row at a rate that has this measure: see claims.key_of."""
-    return " ".join([row, *[rate] * (row != "base"), *[SEVERAL] * name.startswith(SEVERAL)])
+def on_task(bases, task):
+    """The base models with their runs on one task alone, under the names that runs in-domain have ("in" and "in-2" are
+    the measures of the task too): all that is measured in-domain can be measured on it. See claims.key_of."""
+    found = {}
+    for number, base in bases.items():
+        runs = {}
+        for key, run in base["runs"].items():
+            name = key.removesuffix(f" {SEVERAL}")
+            if (name != key) == (task == SEVERAL):
+                runs[name] = dict(run, epochs=list(map(as_in_domain, run["epochs"])))
+        found[number] = dict(base, runs=runs)
+    return found
+
+
+def as_in_domain(epoch):
+    right = {name.replace(SEVERAL, "in"): verdicts for name, verdicts in epoch["right"].items()}
+    return dict(epoch, right=right)
+
+
+def key_of(row, rate):
+    """Under which name a base model has the run of a row at a rate, of one task."""
+    return row if row == "base" else f"{row} {rate}"
 
 
 def each(bases, of_base):
@@ -74,7 +94,7 @@ def each(bases, of_base):
 
 def values_of(bases, row, rate, name):
     """A measure of a row on all base models that have the run."""
-    key = key_of(row, rate, name)
+    key = key_of(row, rate)
     return each(bases, lambda base: measure(base["runs"][key], name) if key in base["runs"] else None)
 
 
@@ -84,12 +104,12 @@ def difference(bases, row, other, rate, name):
 
 
 def rows_of(bases):
-    """The (row, rate) that have runs in-domain, in order of the rates and then as claims.py makes them."""
+    """The (row, rate) that have runs, in order of the rates and then as claims.py makes them."""
     found = {}
     for base in bases.values():
         for key in base["runs"]:
             row, _, rate = key.rpartition(" ")
-            if row and rate != SEVERAL:
+            if row:
                 found[row, rate] = float(rate)
     return sorted(found, key=found.get)
 
@@ -155,6 +175,14 @@ def looked_at(bases):
                 found[number] = dict(base, runs=dict(runs))
             return found
     return {}
+
+
+def looked_at_several(bases):
+    """The base models that show the task with several right answers: all odd ones, once they have its runs."""
+    odd = range(1, max(LOOKS) + 1, 2)
+    runs = set(itertools.starmap(key_of, itertools.product(PRIMARY, FRONTIER_RATES)))
+    made = set(filter(lambda number: runs <= bases[number]["runs"].keys(), bases))
+    return dict(zip(odd, map(bases.get, odd))) if made.issuperset(odd) else {}
 
 
 def being_made(bases, look):

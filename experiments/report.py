@@ -32,9 +32,11 @@ The puzzles do not test the paper: its claims are about language models, and a m
 answers have at most 25 characters is none. A verdict says what happened here."""
 TITLES = {
     "in": "in-domain", "near": "near", "far": "far", "in-2": "in-domain, 2 a step", "elsewhere": "(near + far) / 2",
-    "kl": "KL to the base model, near and far", "tds": "TDS", "correlation": "order", looks.SEVERAL: "several",
-    f"{looks.SEVERAL}-2": "several, 2 a step",
+    "kl": "KL to the base model, near and far", "tds": "TDS", "correlation": "order",
 }  # fmt: skip
+# What base models are tested with.
+TESTS = {"in": "in-domain", "near": "near", "far": "far", "in-2": "2 a step"}
+TESTS |= {looks.SEVERAL: "several", f"{looks.SEVERAL}-2": "several, 2 a step"}
 # What the paper claims: (claim, row, row that it is compared with, measure, sign that confirms it).
 CLAIMS = (
     ("gains in-domain over SFT-SD", "TABOM", "SFT-SD", "in", 1),
@@ -54,9 +56,10 @@ CLAIMS = (
     ("better than T3D", "TABOM", "T3D", "in", 1),
     ("better than dParallel", "TABOM", "dParallel", "in", 1),
     ("Eq. 8 better than the exact KL of Eq. 6", "TABOM", "TABOM, kl", "in", 1),
-    ("several right answers: over SFT-SD", "TABOM", "SFT-SD", looks.SEVERAL, 1),
-    ("several right answers, 2 a step: over SFT-SD", "TABOM", "SFT-SD", f"{looks.SEVERAL}-2", 1),
 )
+# Pairs whose loss at equal gain is compared, beside that of P2.
+BESIDE_P2 = (("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD"))
+BESIDE_P2 += (("TABOM", "TABOM, no ranking"),)
 # Why naive TD leads, and what ranking does: (row, row that it is compared with).
 LEAD = (("naive TD", "SFT-SD"), ("naive TD", "TABOM"), ("naive TD", "TABOM, no ranking"))
 LEAD += (("TABOM, no ranking", "SFT-SD"), ("TABOM", "TABOM, no ranking"), ("naive TD's weights", "TABOM, no ranking"))
@@ -87,27 +90,50 @@ def counted(value, name="in", most=None):
 
 def markdown(bases):
     """All tables. bases: {number: what is kept of it}."""
-    looked = looks.looked_at(bases)
     sections = [("The base models", bases_table(bases))]
-    if looked:
-        for look in looks.LOOKS:
-            if look <= len(looked):
-                title = f"The primary measures: the look at {look} base models"
-                sections.append((title, primary_table(dict(list(looked.items())[:look]))))
-        hidden = ", ".join(f"{key} ({count})" for key, count in looks.being_made(bases, len(looked)).items())
-        sections += [
-            ("Not shown until all of these base models have it (how many do)", hidden or "none"),
-            ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(looked)}"),
-            ("All rows, after the last epoch", rows_table(looked)),
-            ("TABOM - SFT-SD by learning rate, on the odd base models", rates_table(looked)),
-            ("Loss at equal gain", equal_gain_table(looked)),
-            ("Gain and loss of each epoch", epochs_table(looked)),
-            ("The best epoch on the test puzzles, against the last", best_table(looked)),
-            ("Why naive TD leads, and what ranking does", lead_table(looked)),
-        ]
-    else:
-        sections.append(("Rows", f"Differences are shown at {' and '.join(map(str, looks.LOOKS))} base models."))
+    for task, make in (("in", in_domain), (looks.SEVERAL, several)):
+        of_task = looks.on_task(bases, task)
+        if looks.rows_of(of_task):
+            sections += make(of_task)
     return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections)
+
+
+def in_domain(bases):
+    """The tables of the runs in-domain, [(title, content)]."""
+    looked, sections = looks.looked_at(bases), []
+    if not looked:
+        return [("Rows", f"Differences are shown at {' and '.join(map(str, looks.LOOKS))} base models.")]
+    for look in looks.LOOKS:
+        if look <= len(looked):
+            title = f"The primary measures: the look at {look} base models"
+            sections.append((title, primary_table(dict(list(looked.items())[:look]))))
+    hidden = ", ".join(f"{key} ({count})" for key, count in looks.being_made(bases, len(looked)).items())
+    return sections + [
+        ("Not shown until all of these base models have it (how many do)", hidden or "none"),
+        ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(looked)}"),
+        ("All rows, after the last epoch", rows_table(looked)),
+        ("TABOM - SFT-SD by learning rate, on the odd base models", rates_table(looked)),
+        ("Loss at equal gain", equal_gain_table(looked)),
+        ("Gain and loss of each epoch", epochs_table(looked)),
+        ("The best epoch on the test puzzles, against the last", best_table(looked)),
+        ("Why naive TD leads, and what ranking does", lead_table(looked)),
+    ]
+
+
+def several(bases):
+    """The tables of the runs on the task with several right answers, [(title, content)]: those of the runs in-domain,
+    with the task in its place."""
+    looked = looks.looked_at_several(bases)
+    if not looked:
+        return [("Several right answers", "Differences are shown when all odd base models have the primary rows.")]
+    pairs = list(itertools.product([looks.PRIMARY], looks.FRONTIER_RATES))
+    sections = [
+        ("TABOM - SFT-SD", pairs_table(looked, pairs)),
+        ("all rows, after the last epoch", rows_table(looked)),
+        ("loss at equal gain", equal_gain_table(looked, [looks.PRIMARY])),
+        ("gain and loss of each epoch", epochs_table(looked)),
+    ]
+    return [(f"Several right answers: {title}", content.replace("in-domain", "several")) for title, content in sections]
 
 
 def bases_table(bases):
@@ -116,14 +142,17 @@ def bases_table(bases):
     for number, base in sorted(bases.items()):
         runs, steps = base["runs"], set()
         tried = ", ".join(f"seed {seed}: {100 * share:.1f}" for seed, share in base["tried"])
-        right = [cell(looks.measure(runs["base"], name)) for name in ("in", "near", "far", "in-2")]
-        right.append(cell(looks.measure(runs.get(f"base {looks.SEVERAL}", runs["base"]), looks.SEVERAL)))
+        before = {}
+        for tested in filter(None, map(runs.get, ("base", f"base {looks.SEVERAL}"))):
+            before |= tested["epochs"][-1]["right"]
+        right = [cell(looks.of_epoch(dict(right=before), name)) for name in TESTS]
         for run in runs.values():
             steps.add(run.get("steps", 0))
-        kept, early = base["kept in"], 100 * base["early EOS in"]
+        task = "in" if "kept in" in base else looks.SEVERAL
+        kept, early = base[f"kept {task}"], 100 * base[f"early EOS {task}"]
         cells = [f"{kept[0]} of {kept[1]}", f"{early:.0f}", f"{max(steps)}", f"{len(runs)}", f"{base['minutes']:.0f}"]
         lines.append([f"base-{number}", tried, *right, *cells])
-    columns = ["model", "validation %", "in-domain %", "near %", "far %", "2 a step %", "several %"]
+    columns = ["model", "validation %", *map("{} %".format, TESTS.values())]
     columns += ["kept to train on", "EOS among the first 8 %", "steps", "runs", "minutes"]
     return markdown_table(columns, lines)
 
@@ -170,6 +199,18 @@ def rows_table(bases):
     return markdown_table(["row", "rate", "base models", titles[0], "in-domain - SFT-SD", *titles[1:]], lines)
 
 
+def pairs_table(bases, pairs):
+    """A row less another, for each ((row, other), rate), with what it says of a claim that the row is the larger."""
+    lines, names = [], ("in", "in-2", "elsewhere", "kl", "tds", "correlation")
+    for (row, other), rate in pairs:
+        cells = []
+        for name in names:
+            one = looks.difference(bases, row, other, rate, name)
+            cells.append(f"{looks.verdict(one, name)}: {counted(one, name, len(bases))}")
+        lines.append([f"{row} - {other}", rate, *cells])
+    return markdown_table(["rows", "rate", *map(TITLES.get, names)], lines)
+
+
 def odd(bases):
     """The base models that have all learning rates."""
     return {number: base for number, base in bases.items() if number % 2}
@@ -187,10 +228,8 @@ def rates_table(bases):
     return markdown_table(["rate", "in-domain"], lines)
 
 
-def equal_gain_table(bases):
-    """Losses at equal gain of pairs of rows, points and KL: the pairs beside that of P2."""
-    pairs = [("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD")]
-    pairs += [("TABOM", "TABOM, no ranking")]
+def equal_gain_table(bases, pairs=BESIDE_P2):
+    """Losses at equal gain of pairs of rows, points and KL."""
     lines = []
     for row, other in pairs:
         points, without = looks.loss_at_equal_gain(bases, row, other)
@@ -272,7 +311,7 @@ def lead_table(bases):
 def write_report(folder):
     """Make the tables and pictures of a folder from its base models, and print the tables -> where they are."""
     bases, folder = read(folder), Path(folder)
-    looked, tables = looks.looked_at(bases), markdown(bases)
+    looked, tables = looks.looked_at(looks.on_task(bases, "in")), markdown(bases)
     with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
     if looked:
@@ -307,7 +346,9 @@ def read(folder):
     found = {}
     for file in sorted(Path(folder).glob("bases/base-*.json")):
         base = data.read_json(file)
-        if not {"number", "tried", "runs"} <= base.keys() or not base["runs"].get("base", {}).get("epochs"):
+        runs = base.get("runs", {})
+        tested = runs.get("base", runs.get(f"base {looks.SEVERAL}", {}))
+        if not {"number", "tried", "runs"} <= base.keys() or not tested.get("epochs"):
             raise ValueError(f"{file}: this is not what claims keeps of a base model")
         if file.name != f"base-{base['number']}.json":
             raise ValueError(f"{file}: it is of base-{base['number']}: two files of one base model would be one")

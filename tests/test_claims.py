@@ -125,6 +125,10 @@ def test_the_runs_are_those_that_were_registered():
     assert sum(claims.runs_of(only, 2), []) == [("TABOM", 3e-4, "in")]
     names = ["TABOM 0.0003", "TABOM 0.0001", "SFT-GT 0.0003", "TABOM 0.0003 several"]
     assert list(map(claims.key_of, sum(claims.runs_of(only, 1), []))) == names
+    several = claims.ClaimsOptions(tasks=claims.task_list("several"))
+    assert sum(claims.runs_of(several, 1), []) == odd[4][2:] and not any(claims.runs_of(several, 2))
+    with pytest.raises(ValueError, match="must be in, several or both"):
+        claims.task_list("near")
     assert claims.key_of(("base", 0, "in")) == "base" and claims.key_of(("base", 0, "several")) == "base several"
 
 

@@ -170,7 +170,7 @@ def test_the_tables_hold_every_row_at_every_rate():
     rows = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith(("| TABOM |", "| naive TD |"))]
     assert ["| TABOM", "0.0003", "12"] in rows and ["| naive TD", "0.0003", "12"] in rows
     assert "| better than naive trajectory distillation | TABOM - naive TD, in-domain | - | contradicted: " in text
-    assert "| base-3 | seed 3: 70.0 | 50.0 | 50.0 | 50.0 | 25.0 | - | 7 of 9 | 90 | 9 | 8 | 3 |" in text
+    assert "| base-3 | seed 3: 70.0 | 50.0 | 50.0 | 50.0 | 25.0 | - | - | 7 of 9 | 90 | 9 | 8 | 3 |" in text
     titles = [line for line in text.splitlines() if line.startswith("### ")]
     assert len(titles) == len(set(titles)) == 10
 
@@ -193,6 +193,54 @@ def test_a_row_is_shown_when_all_base_models_that_get_it_have_it():
     assert "### Not shown until all of these base models have it (how many do)\n\ndInfer 0.0003 (7)\n" in text
     del bases[11]["runs"]["SFT-SD 0.0001"]
     assert looks.looked_at(bases) == {}  # P1 may have to be read there
+
+
+def of_several(count):
+    """Base models with runs on the task with several right answers alone."""
+    bases = {}
+    for i in range(1, 2 * count, 2):
+        runs = {}
+        for key, run in many(i)[i]["runs"].items():
+            if not key.endswith("0.0001"):
+                epochs = []
+                for epoch in run["epochs"]:
+                    right = {name.replace("in", "several"): x for name, x in epoch["right"].items()}
+                    epochs.append(dict(epoch, right=right))
+                runs[f"{key} several"] = dict(run, epochs=epochs)
+        about = {"kept several": [5, 9], "early EOS several": 0.8, "minutes": 3.2, "tried": [[i, 0.7]]}
+        bases[i] = dict(number=i, **about, runs=runs)
+    return bases
+
+
+def test_a_task_is_measured_as_in_domain():
+    several, in_domain = of_several(1)[1], many(1)[1]
+    del in_domain["runs"]["TABOM 0.0001"], in_domain["runs"]["SFT-SD 0.0001"]
+    both = dict(in_domain, runs=in_domain["runs"] | several["runs"])
+    for task in ("in", "several"):
+        (found,) = looks.on_task({1: both}, task).values()
+        assert found["runs"] == in_domain["runs"]  # which have the same verdicts
+    assert looks.on_task({1: several}, "in")[1]["runs"] == {} == looks.on_task({1: in_domain}, "several")[1]["runs"]
+
+
+def test_several_right_answers_are_shown_when_all_odd_base_models_have_the_primary_rows(tmp_path):
+    bases = of_several(12)
+    for missing in ("TABOM 0.001 several", "SFT-SD 0.0003 several"):
+        kept = bases[23]["runs"].pop(missing)
+        text = report.markdown(bases)
+        assert "Differences are shown when all odd base models have the primary rows." in text
+        assert "SFT-SD" not in text and "the look at" not in text
+        bases[23]["runs"][missing] = kept
+    text = report.markdown(bases)
+    gains = [looks.measure(base["runs"]["TABOM 0.0003"], "in") for base in looks.on_task(bases, "several").values()]
+    (line,) = [x for x in text.splitlines() if x.startswith("| TABOM | 0.0003 | 12 |")]
+    assert f"| TABOM | 0.0003 | 12 | {np.mean(gains) - 50:+.1f} [" in line
+    assert "several, 2 a step" in text and "in-domain -" not in text and "in-domain, 2" not in text
+    assert "| base-3 | seed 3: 70.0 | - | 50.0 | 50.0 | - | 50.0 | 25.0 | 5 of 9 | 80 |" in text
+    (line,) = [x for x in text.splitlines() if x.startswith("| TABOM - SFT-SD | 0.0003 | confirmed: +")]
+    assert line.count(" | ") == 7 and line.count(": +0.0") == 5  # two tokens a step, elsewhere, KL, TDS, order
+    write(tmp_path, bases)
+    assert report.write_report(tmp_path)["bases"] == 12
+    assert (tmp_path / "tables.md").read_text() == text + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------- a folder
