@@ -59,8 +59,8 @@ def of_epoch(tested, name, like=None):
 
 
 def on_task(bases, task):
-    """The base models with their runs on one task alone, under the names that runs in-domain have ("in" and "in-2" are
-    the measures of the task too): all that is measured in-domain can be measured on it. See claims.key_of."""
+    """The base models that have runs on a task, with these alone, under the names that runs in-domain have ("in" and
+    "in-2" are the measures of the task too): what is measured in-domain can be measured on it. See claims.key_of."""
     found = {}
     for number, base in bases.items():
         runs = {}
@@ -68,7 +68,8 @@ def on_task(bases, task):
             name = key.removesuffix(f" {SEVERAL}")
             if (name != key) == (task == SEVERAL):
                 runs[name] = dict(run, epochs=list(map(as_in_domain, run["epochs"])))
-        found[number] = dict(base, runs=runs)
+        if runs:
+            found[number] = dict(base, runs=runs)
     return found
 
 
@@ -163,36 +164,40 @@ def needed(number):
 
 
 def looked_at(bases):
-    """The base models that the last look has: base-1 to base-12, or to base-24; before these are complete, none. They
-    are without the runs that are still being made, each of whose tables would be one more look."""
+    """The base models that the last look has: base-1 to base-12, or to base-24; before these are complete, none. Where
+    there are odd ones alone, nothing is tested, and they are all 12 of them. They are without the runs that are still
+    being made, each of whose tables would be one more look."""
+    odd = odd_of(max(LOOKS))
+    if odd.issuperset(bases):
+        return shown(bases, max(LOOKS)) if odd == bases.keys() else {}
     ready = set(filter(lambda number: needed(number) <= bases[number]["runs"].keys(), bases))
     for look in sorted(LOOKS, reverse=True):
-        numbers = range(1, look + 1)
-        if ready.issuperset(numbers):
-            found, hidden = dict(zip(numbers, map(bases.get, numbers))), being_made(bases, look)
-            for number, base in found.items():
-                runs = filter(lambda run: run[0] not in hidden, base["runs"].items())
-                found[number] = dict(base, runs=dict(runs))
-            return found
+        if ready.issuperset(range(1, look + 1)):
+            return shown(bases, look)
     return {}
 
 
-def looked_at_several(bases):
-    """The base models that show the task with several right answers: all odd ones, once they have its runs."""
-    odd = range(1, max(LOOKS) + 1, 2)
-    runs = set(itertools.starmap(key_of, itertools.product(PRIMARY, FRONTIER_RATES)))
-    made = set(filter(lambda number: runs <= bases[number]["runs"].keys(), bases))
-    return dict(zip(odd, map(bases.get, odd))) if made.issuperset(odd) else {}
+def odd_of(look):
+    return set(range(1, look + 1, 2))
+
+
+def shown(bases, look):
+    """The base models of a look, without the runs that are still being made."""
+    found, hidden = {}, being_made(bases, look)
+    for number in sorted(filter(lambda number: 1 <= number <= look, bases)):
+        runs = filter(lambda run: run[0] not in hidden, bases[number]["runs"].items())
+        found[number] = dict(bases[number], runs=dict(runs))
+    return found
 
 
 def being_made(bases, look):
     """The runs that are not on all base models of a look that get them, {name: how many have it}. A row is made on all
     odd ones, or on all."""
-    made, odd = {}, range(1, look + 1, 2)
+    made = {}
     for number in filter(lambda number: 1 <= number <= look, bases):
         for key in bases[number]["runs"]:
             made.setdefault(key, set()).add(number)
-    return {key: len(on) for key, on in made.items() if on not in (set(odd), set(range(1, look + 1)))}
+    return {key: len(on) for key, on in made.items() if on not in (odd_of(look), set(range(1, look + 1)))}
 
 
 def verdict(found, name, sign=1):

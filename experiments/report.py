@@ -57,9 +57,9 @@ CLAIMS = (
     ("better than dParallel", "TABOM", "dParallel", "in", 1),
     ("Eq. 8 better than the exact KL of Eq. 6", "TABOM", "TABOM, kl", "in", 1),
 )
-# Pairs whose loss at equal gain is compared, beside that of P2.
-BESIDE_P2 = (("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD"))
-BESIDE_P2 += (("TABOM", "TABOM, no ranking"),)
+# Pairs that are compared at equal gain.
+PAIRS = (looks.PRIMARY, ("TABOM, no ranking", "SFT-SD"), ("naive TD", "SFT-SD"), ("TABOM", "naive TD"))
+PAIRS += (("TABOM", "TABOM, no ranking"),)
 # Why naive TD leads, and what ranking does: (row, row that it is compared with).
 LEAD = (("naive TD", "SFT-SD"), ("naive TD", "TABOM"), ("naive TD", "TABOM, no ranking"))
 LEAD += (("TABOM, no ranking", "SFT-SD"), ("TABOM", "TABOM, no ranking"), ("naive TD's weights", "TABOM, no ranking"))
@@ -91,49 +91,48 @@ def counted(value, name="in", most=None):
 def markdown(bases):
     """All tables. bases: {number: what is kept of it}."""
     sections = [("The base models", bases_table(bases))]
-    for task, make in (("in", in_domain), (looks.SEVERAL, several)):
+    for task, name in ((task, TESTS[task]) for task in ("in", looks.SEVERAL)):
         of_task = looks.on_task(bases, task)
-        if looks.rows_of(of_task):
-            sections += make(of_task)
+        looked = looks.looked_at(of_task)
+        if looks.rows_of(of_task) and not looks.rows_of(looked):
+            numbers = " and ".join(map(str, looks.LOOKS))
+            told = f"Differences are shown at {numbers} base models; of odd ones alone once all have a row."
+            sections.append((f"Rows, {name}", told))
+        elif looked:
+            hidden = looks.being_made(of_task, max(looked))
+            told = ", ".join(f"{key} ({count})" for key, count in hidden.items()) or "none"
+            sections.append((f"{name}: not shown until all of these base models have it (how many do)", told))
+            sections += with_looks(looked) if 2 in looked else described(looked, name)
     return "\n\n".join(f"### {title}\n\n{content}" for title, content in sections)
 
 
-def in_domain(bases):
-    """The tables of the runs in-domain, [(title, content)]."""
-    looked, sections = looks.looked_at(bases), []
-    if not looked:
-        return [("Rows", f"Differences are shown at {' and '.join(map(str, looks.LOOKS))} base models.")]
-    for look in looks.LOOKS:
-        if look <= len(looked):
-            title = f"The primary measures: the look at {look} base models"
-            sections.append((title, primary_table(dict(list(looked.items())[:look]))))
-    hidden = ", ".join(f"{key} ({count})" for key, count in looks.being_made(bases, len(looked)).items())
+def with_looks(bases):
+    """The tables of the base models of a look, [(title, content)]."""
+    sections = []
+    for look in filter(lambda look: look <= len(bases), looks.LOOKS):
+        title = f"The primary measures: the look at {look} base models"
+        sections.append((title, primary_table(dict(list(bases.items())[:look]))))
     return sections + [
-        ("Not shown until all of these base models have it (how many do)", hidden or "none"),
-        ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(looked)}"),
-        ("All rows, after the last epoch", rows_table(looked)),
-        ("TABOM - SFT-SD by learning rate, on the odd base models", rates_table(looked)),
-        ("Loss at equal gain", equal_gain_table(looked)),
-        ("Gain and loss of each epoch", epochs_table(looked)),
-        ("The best epoch on the test puzzles, against the last", best_table(looked)),
-        ("Why naive TD leads, and what ranking does", lead_table(looked)),
+        ("The paper's claims, by learning rate", f"{LIMIT}\n\n{claims_table(bases)}"),
+        ("All rows, after the last epoch", rows_table(bases)),
+        ("TABOM - SFT-SD by learning rate, on the odd base models", rates_table(bases)),
+        ("Loss at equal gain", equal_gain_table(bases)),
+        ("Gain and loss of each epoch", epochs_table(bases)),
+        ("The best epoch on the test puzzles, against the last", best_table(bases)),
+        ("Why naive TD leads, and what ranking does", lead_table(bases)),
     ]
 
 
-def several(bases):
-    """The tables of the runs on the task with several right answers, [(title, content)]: those of the runs in-domain,
-    with the task in its place."""
-    looked = looks.looked_at_several(bases)
-    if not looked:
-        return [("Several right answers", "Differences are shown when all odd base models have the primary rows.")]
-    pairs = list(itertools.product([looks.PRIMARY], looks.FRONTIER_RATES))
+def described(bases, name):
+    """The tables of runs on a task that test nothing, [(title, content)]: those of the runs in-domain, with the task in
+    its place."""
     sections = [
-        ("TABOM - SFT-SD", pairs_table(looked, pairs)),
-        ("all rows, after the last epoch", rows_table(looked)),
-        ("loss at equal gain", equal_gain_table(looked, [looks.PRIMARY])),
-        ("gain and loss of each epoch", epochs_table(looked)),
+        ("all rows, after the last epoch", rows_table(bases)),
+        ("differences between rows", pairs_table(bases)),
+        ("loss at equal gain", equal_gain_table(bases)),
+        ("gain and loss of each epoch", epochs_table(bases)),
     ]
-    return [(f"Several right answers: {title}", content.replace("in-domain", "several")) for title, content in sections]
+    return [(f"{name}: {title}", content.replace(TESTS["in"], name)) for title, content in sections]
 
 
 def bases_table(bases):
@@ -199,15 +198,13 @@ def rows_table(bases):
     return markdown_table(["row", "rate", "base models", titles[0], "in-domain - SFT-SD", *titles[1:]], lines)
 
 
-def pairs_table(bases, pairs):
-    """A row less another, for each ((row, other), rate), with what it says of a claim that the row is the larger."""
+def pairs_table(bases):
+    """Of PAIRS, a row less the other at each rate that both have."""
     lines, names = [], ("in", "in-2", "elsewhere", "kl", "tds", "correlation")
-    for (row, other), rate in pairs:
-        cells = []
-        for name in names:
-            one = looks.difference(bases, row, other, rate, name)
-            cells.append(f"{looks.verdict(one, name)}: {counted(one, name, len(bases))}")
-        lines.append([f"{row} - {other}", rate, *cells])
+    for (row, other), rate in itertools.product(PAIRS, rates_of(bases)):
+        found = [looks.difference(bases, row, other, rate, name) for name in names]
+        if any(found):
+            lines.append([f"{row} - {other}", rate, *(counted(*one, len(bases)) for one in zip(found, names))])
     return markdown_table(["rows", "rate", *map(TITLES.get, names)], lines)
 
 
@@ -228,14 +225,15 @@ def rates_table(bases):
     return markdown_table(["rate", "in-domain"], lines)
 
 
-def equal_gain_table(bases, pairs=BESIDE_P2):
-    """Losses at equal gain of pairs of rows, points and KL."""
+def equal_gain_table(bases):
+    """Losses at equal gain of PAIRS, points and KL."""
     lines = []
-    for row, other in pairs:
+    for row, other in PAIRS:
         points, without = looks.loss_at_equal_gain(bases, row, other)
         kl, _ = looks.loss_at_equal_gain(bases, row, other, "kl")
-        cells = [shown(points), shown(kl, "kl"), str(len(points["bases"]) if points else 0)]
-        lines.append([f"{row} - {other}", *cells, without])
+        if points:
+            cells = [shown(points), shown(kl, "kl"), str(len(points["bases"])), without]
+            lines.append([f"{row} - {other}", *cells])
     return markdown_table(["rows", "loss, points", "KL, nats", "base models", "left out, without a gain"], lines)
 
 
@@ -314,7 +312,7 @@ def write_report(folder):
     looked, tables = looks.looked_at(looks.on_task(bases, "in")), markdown(bases)
     with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
-    if looked:
+    if {(row, looks.RATE) for row in looks.PRIMARY}.issubset(looks.rows_of(looked)):
         points = [point for point in frontier(looked) if point["rate"] in looks.FRONTIER_RATES]
         single = []
         for row, base in itertools.product(looks.PRIMARY, looked.values()):

@@ -103,7 +103,7 @@ def test_nothing_is_compared_between_two_looks():
     bases = many(13)
     assert looks.looked_at({i: bases[i] for i in range(1, 12)}) == {}
     text = report.markdown({i: bases[i] for i in range(1, 12)})
-    assert "Differences are shown at 12 and 24 base models." in text and "SFT-SD" not in text
+    assert "Differences are shown at 12 and 24 base models;" in text and "SFT-SD" not in text
     assert list(looks.looked_at(bases)) == list(range(1, 13))
     assert list(looks.looked_at(bases | {0: bases[1]})) == list(range(1, 13))  # base-0 has no part
     assert (
@@ -190,7 +190,9 @@ def test_a_row_is_shown_when_all_base_models_that_get_it_have_it():
         looked = looks.looked_at(bases)
         assert [key in base["runs"] for base in looked.values()].count(True) == (len(numbers) if seen else 0)
     text = report.markdown(bases)
-    assert "### Not shown until all of these base models have it (how many do)\n\ndInfer 0.0003 (7)\n" in text
+    assert (
+        "### in-domain: not shown until all of these base models have it (how many do)\n\ndInfer 0.0003 (7)\n" in text
+    )
     del bases[11]["runs"]["SFT-SD 0.0001"]
     assert looks.looked_at(bases) == {}  # P1 may have to be read there
 
@@ -219,28 +221,38 @@ def test_a_task_is_measured_as_in_domain():
     for task in ("in", "several"):
         (found,) = looks.on_task({1: both}, task).values()
         assert found["runs"] == in_domain["runs"]  # which have the same verdicts
-    assert looks.on_task({1: several}, "in")[1]["runs"] == {} == looks.on_task({1: in_domain}, "several")[1]["runs"]
+    assert looks.on_task({1: several}, "in") == {} == looks.on_task({1: in_domain}, "several")
 
 
-def test_several_right_answers_are_shown_when_all_odd_base_models_have_the_primary_rows(tmp_path):
+def test_on_odd_base_models_alone_a_row_is_shown_when_all_have_it(tmp_path):
     bases = of_several(12)
     for missing in ("TABOM 0.001 several", "SFT-SD 0.0003 several"):
         kept = bases[23]["runs"].pop(missing)
         text = report.markdown(bases)
-        assert "Differences are shown when all odd base models have the primary rows." in text
-        assert "SFT-SD" not in text and "the look at" not in text
+        shown = [row in text for row in ("| TABOM | 0.0003 |", "| TABOM | 0.001 |", "| SFT-SD | 0.0003 |")]
+        assert shown == [row not in missing for row in ("TABOM 0.0003", "TABOM 0.001", "SFT-SD 0.0003")]
+        assert f"(how many do)\n\n{missing.removesuffix(' several')} (11)\n" in text and "the look at" not in text
         bases[23]["runs"][missing] = kept
+    text = report.markdown({number: bases[number] for number in range(1, 23, 2)})
+    assert "of odd ones alone once all have a row." in text and "SFT-SD" not in text
     text = report.markdown(bases)
     gains = [looks.measure(base["runs"]["TABOM 0.0003"], "in") for base in looks.on_task(bases, "several").values()]
     (line,) = [x for x in text.splitlines() if x.startswith("| TABOM | 0.0003 | 12 |")]
     assert f"| TABOM | 0.0003 | 12 | {np.mean(gains) - 50:+.1f} [" in line
     assert "several, 2 a step" in text and "in-domain -" not in text and "in-domain, 2" not in text
     assert "| base-3 | seed 3: 70.0 | - | 50.0 | 50.0 | - | 50.0 | 25.0 | 5 of 9 | 80 |" in text
-    (line,) = [x for x in text.splitlines() if x.startswith("| TABOM - SFT-SD | 0.0003 | confirmed: +")]
-    assert line.count(" | ") == 7 and line.count(": +0.0") == 5  # two tokens a step, elsewhere, KL, TDS, order
+    (line,) = [x for x in text.splitlines() if x.startswith("| TABOM - SFT-SD | 0.0003 | ")]
+    assert line.count(" | ") == 7 and line.count("| +0.0") == 5  # two tokens a step, elsewhere, KL, TDS, order
     write(tmp_path, bases)
     assert report.write_report(tmp_path)["bases"] == 12
     assert (tmp_path / "tables.md").read_text() == text + "\n"
+    for base in bases.values():
+        base["runs"].update(
+            {"base": base["runs"]["base several"], "naive TD 0.001": base["runs"]["TABOM 0.001 several"]}
+        )
+    text = report.markdown(bases)
+    assert "in-domain: all rows" in text and "several: all rows" in text
+    assert report.read(tmp_path).keys() == bases.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------- a folder
