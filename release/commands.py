@@ -1,6 +1,6 @@
 """The commands that fill a cell of the papers' tables, from nothing: distill, train, evaluate or diagnose.
 
-    commands.lines("tabom", where, ("gsm8k", "math500"), ())    # where: of a cell, see found.py -> a list of texts
+    commands.lines(c, where, ("gsm8k", "math500"), ())    # c: TablesOptions; where: of a cell, see found.py
 
 The names of data files are those of docs/recipes.md and docs/t3d.md, and so are the folders of TABOM's tables. A
 command whose folder is finished does nothing, so all of them may be run in turn.
@@ -52,9 +52,9 @@ T3D = {
 }
 
 
-def lines(paper, where, tasks, tds):
-    """The commands that fill the cells of some benchmarks in one row, and the TDS on those in `tds`."""
-    hub = CHECKPOINTS[where["base"]]["hub"]
+def lines(c, where, tasks, tds):
+    """The commands that fill the cells of some benchmarks in one row, and the TDS on those in `tds`, as texts."""
+    paper, hub = c.paper, CHECKPOINTS[where["base"]]["hub"]
     made, run, checkpoint = [], None, None
     if where["method"] == AUTHORS_ROW:
         run = f"{folder_of(paper, where)}/R-authors"
@@ -62,8 +62,9 @@ def lines(paper, where, tasks, tds):
         checkpoint = f"TABOM/checkpoints/{name}"  # of a clone of their repository
     elif where["data"]:
         made, run = training(paper, hub, where)
-        checkpoint = f"{run}/epoch-{PUBLISHED.get(run.removeprefix('out/').removesuffix('/R'), LAST[paper])}"
-    line, folder = evaluation(paper, hub, where, run, checkpoint, tasks)
+        last = PUBLISHED.get(run.removeprefix("out/").removesuffix("/R"), LAST[paper])
+        checkpoint = f"{run}/epoch-{last if c.epoch == 'last' else c.epoch}"
+    line, folder = evaluation(c, hub, where, run, checkpoint, tasks)
     made.append(line)
     for task in tds:
         made.append(diagnosis(hub, checkpoint, f"{folder}/{task}"))
@@ -110,16 +111,22 @@ def training(paper, hub, where):
     return [*made, " ".join(words.split())], f"{folder}/R{name}"
 
 
-def evaluation(paper, hub, where, run, checkpoint, tasks):
+def evaluation(c, hub, where, run, checkpoint, tasks):
     """(the evaluate command of a row, its folder). run, checkpoint: of its training, None for the base model."""
-    decoding = where["decoding"]
+    paper, decoding = c.paper, where["decoding"]
     model, more = f"--model {hub}", {**PAPERS[paper], **DECODINGS[decoding]}
+    if c.protocol != "paper" and "protocol" not in more:
+        more["protocol"] = c.protocol
     if run and paper == "tabom":
         model = f"{model} --adapter {checkpoint}"
     elif run:
         model = f"--model {checkpoint}"
     pace = {"full": "", "dynamic": "-dynamic"}.get(decoding, decoding.partition(" ")[0])
     name = f"E{pace}{run.rpartition('/R')[2] if run else ''}"
+    if paper == "tabom" and c.protocol != "paper":
+        name = f"{name}-{c.protocol}"
+    if str(checkpoint).endswith(f"epoch-{c.epoch}"):
+        name = f"{name}-epoch{c.epoch}"  # beside that of the last one
     if paper == "t3d":
         more, name = dict(more, block_causal=where["b"]), f"{name}-b{where['b']}"
     options = " ".join(f"{flag(option)} {value}" for option, value in more.items())

@@ -43,7 +43,15 @@ PAPERS = {  # paper -> what all its evaluations have in common
     "tabom": {},
     "t3d": dict(protocol="official", temperature=0.1, max_new_tokens=2000),
 }
+NO_SHOTS = evaluate.digest([])
 Z = 1.96  # standard errors on each side of a mean: its 95 % interval
+
+
+# What the authors' recipes have in common, and what else a training run may change: said where it is something else.
+USUAL = {name: recipes.SHARED[name] for name in ("lora_alpha", "weight_decay", "clip", "warmup", "max_prompt_tokens")}
+USUAL |= dict(lora_targets=", ".join(recipes.SHARED["lora_targets"]), lora_dropout=0.0, final_lr=0.0)
+USUAL |= dict.fromkeys(("keep", "methods", "limit", "max_answer_tokens", "block_causal", "grid"))
+USUAL |= dict.fromkeys(("raw", "unfinished", "cut_eos", "draw_once"), False)
 
 
 class Misfit(ValueError):
@@ -121,7 +129,7 @@ def walk(folders):
     seen = set()
     for top in folders:
         for path, inside, _ in os.walk(top):
-            inside[:] = sorted(name for name in inside if not re.match(r"\.|(epoch|step)-\d+", name))
+            inside[:] = sorted(name for name in inside if not re.match(r"\.|(epoch|step)-\d+$", name))
             if os.path.realpath(path) not in seen:
                 seen.add(os.path.realpath(path))
                 yield Path(path)
@@ -179,6 +187,7 @@ def read_diagnosis(c, folder, runs):
     meta = data.read_json(folder / "meta.json")
     if meta["made_by"].get("task") not in evaluate.TASKS:
         raise Misfit("its trajectories are of no benchmark: --data of diagnose must be a folder E/TASK of evaluate")
+    check_prompts(c, meta["made_by"])
     whose, own = meta["made_by"]["adapter_sha256"] or meta["made_by"]["model_sha256"], 0
     for model, sha256 in zip(meta["models"], (meta["model_sha256"], *meta["checkpoint_sha256"])):
         if meta["options"]["fresh"] or sha256 == whose:
@@ -196,12 +205,18 @@ def cells_of_model(c, folder, meta, model, sha256, runs):
     who = identify(c, options["model"], checkpoint, meta["shape"], hashes, runs)
     if value is None:
         raise Misfit("no trajectory has a TDS")
-    decoder = meta["made_by"]["decoder"]
+    decoder, task = meta["made_by"]["decoder"], meta["made_by"]["task"]
     if options["fresh"]:
         decoder = {name: options[name] for name in loading.DECODER_FIELDS}
+        given = [f"{name} {value}" for name, value in decoder.items() if value not in (None, False)]
+        who["run"]["about"] += f", decoded anew with {', '.join(given) or 'the decoder of its family'}"
+    else:
+        decoding = decoding_of(c, dict(task=task, decoder=decoder), options, meta["shape"]["family"])
+        if decoding not in ("full", ONE):
+            raise Misfit(f"its trajectories have {decoding}: the TDS is of one token a step")
     same = dict(who["same"], decoder=decoder, questions=meta["made_by"]["questions_sha256"])
     same.update(limit=options["limit"], tds_eos=options["tds_eos"])
-    where = dict(who["where"], task=meta["made_by"]["task"], measure="tds")
+    where = dict(who["where"], task=task, measure="tds")
     low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
     measured = (value, low, high, model.get("tds_of", model["trajectories"]), str(folder))
     yield Cell(where, *measured, same=same, **who["run"])
@@ -209,17 +224,23 @@ def cells_of_model(c, folder, meta, model, sha256, runs):
 
 def check_questions(c, score, meta, base):
     """Raises Misfit where a score is not of the whole benchmark, or was not asked as the paper asks."""
-    protocol, wanted = PAPERS[c.paper].get("protocol", c.protocol), QUESTIONS[score["task"]]
+    wanted = QUESTIONS[score["task"]]
     if base in CHECKPOINTS and score["n"] != wanted:
         raise Misfit(f"{score['n']} questions, and the benchmark has {wanted}")
-    if score["protocol"] != protocol:
-        raise Misfit(f"protocol {score['protocol']}, and these tables are of {protocol}: see --protocol")
-    if score["shots"] or meta["raw"]:
-        raise Misfit(f"asked with {score['shots']} examples, raw {meta['raw']}; the paper has 0 and the chat template")
-    if meta.get("prompt_tokens") is not None:
-        raise Misfit(f"asked with --prompt-tokens {meta['prompt_tokens']}; the paper's prompts are the protocol's")
+    check_prompts(c, meta)
     if (meta["decoder"], meta["protocol"]) != (score["decoder"], score["protocol"]):
         raise Misfit(f"results.json and {score['task']}/meta.json have other decoders: not of one run")
+
+
+def check_prompts(c, meta):
+    """Raises Misfit where a benchmark was not asked as the paper asks. meta: meta.json of its answers."""
+    protocol = PAPERS[c.paper].get("protocol", c.protocol)
+    if meta["protocol"] != protocol:
+        raise Misfit(f"protocol {meta['protocol']}, and these tables are of {protocol}: see --protocol")
+    if meta.get("shots_sha256", NO_SHOTS) != NO_SHOTS or meta["raw"]:
+        raise Misfit(f"asked with --shots or raw ({meta['raw']}); the paper has no examples and the chat template")
+    if meta.get("prompt_tokens") is not None:
+        raise Misfit(f"asked with --prompt-tokens {meta['prompt_tokens']}; the paper's prompts are the protocol's")
 
 
 def decoding_of(c, score, command, family):
@@ -273,11 +294,14 @@ def identify(c, model, adapter, shape, hashes, runs):
 
 
 def settings_of(run, epoch):
-    """The settings of a training run that a reader asks for, in words."""
-    said, names = [], (*field_names(ObjectiveOptions), "recipe", "lr", "global_batch", "lora_rank")
-    for name in names:
-        if run.get(name) is not None:
-            said.append(f"{name.replace('_', ' ')} {run[name]}")
+    """The settings of a training run that a reader asks for, in words: some always, others where they are not USUAL."""
+    always = (*field_names(ObjectiveOptions), "recipe", "lr", "global_batch", "lora_rank")
+    said = []
+    for name, usual in (dict.fromkeys(always) | USUAL).items():
+        value = run.get(name)
+        shown = ", ".join(value) if isinstance(value, (list, tuple)) else value
+        if value is not None and value is not False and shown != usual:
+            said.append(f"{name.replace('_', ' ')} {shown}")
     return f"{', '.join(said)}, {run['examples']} examples, seed {run['seed']}, epoch {epoch} of {run['epochs']}"
 
 
@@ -340,6 +364,8 @@ def method_of(run):
         raise Misfit("its run does not say whether on answers or trajectories: the same train command adds it")
     if run.get("trained_on") == "answers":
         settings["objective"] = rows.GROUND_TRUTH
+    if run.get("cut_eos") and run["objective"] != "tabom":
+        raise Misfit("it was trained with --cut-eos: the paper's rows keep what is decoded after EOS")
     if run["objective"] == "t3d":
         return method_of_t3d(run)
     name = rows.name_of(settings)

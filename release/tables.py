@@ -95,7 +95,7 @@ def tables(c):
         if os.path.realpath(cell.folder) not in used | told:
             left_out.append((cell.folder, f"{said(cell)}: no cell of these tables is left for it"))
     left_out = list(dict.fromkeys(left_out))  # what two tables say of a folder, once
-    missing = missing_commands(c.paper, entries)
+    missing = missing_commands(c, entries)
     text = WRITERS[c.format](c, known, made, list(map(": ".join, left_out)), missing)
     if c.out is None:
         print(text)
@@ -138,7 +138,23 @@ def fill(table, cells, c, left_out):
             for entry in row:
                 entry.cell = choose(cells, entry, c, f"{section.label}, {label}, {entry.column}", left_out)
         drop_other_questions(section, table["gains_over"], left_out)
+        say_empty_averages(section, table["averages"], left_out)
     return sections
+
+
+def say_empty_averages(section, averages, left_out):
+    """Say in left_out which averages are empty because their cells are of several models."""
+    for (label, row), (average, members) in itertools.product(section.rows.items(), averages.items()):
+        cells = [entry.cell for entry in row if entry.column in members]
+        if all(cells) and not of_one_model(cells):
+            where = f"{section.label}, {label}, {average}"
+            left_out.append((cells[-1].folder, f"{where}: empty, its cells are of other runs or epochs of a run"))
+
+
+def of_one_model(cells):
+    """Whether cells are of one checkpoint; where a row has models of two data sets, as T3D's Table 1 has, one each."""
+    models = {(cell.where["data"], cell.run, cell.epoch) for cell in cells}
+    return len(models) == len({kind for kind, _, _ in models})
 
 
 def by_base(table):
@@ -241,11 +257,12 @@ def combined(terms):
 
 
 def terms_of(entries, weight=1.0):
-    """Terms of combined(): the mean of some entries' cells times a weight; None where a cell is missing."""
-    if not entries or any(entry.cell is None for entry in entries):
+    """Terms of combined(): the mean of some entries' cells times a weight; None where a cell is missing, or where they
+    are not of one model."""
+    cells = [entry.cell for entry in entries]
+    if not cells or not all(cells) or not of_one_model(cells):
         return None
-    share = weight / len(entries)
-    return [(share, entry.cell.value, entry.cell.low, entry.cell.high) for entry in entries]
+    return [(weight / len(cells), cell.value, cell.low, cell.high) for cell in cells]
 
 
 def paper_mean(entries):
@@ -287,7 +304,7 @@ def places(table, section, label):
 # ------------------------------------------------------------------------------------------------ texts
 
 
-def missing_commands(paper, entries):
+def missing_commands(c, entries):
     """{row and decoding: [commands]} for the empty cells of the paper's models. A command names all benchmarks of its
     row, those that are there too: results.json has the scores of the last call."""
     groups = {}
@@ -305,7 +322,7 @@ def missing_commands(paper, entries):
     for key, group in groups.items():
         if group["empty"]:
             tds = [task for task, measure in group["empty"] if measure == "tds"]
-            made[key] = commands.lines(paper, group["where"], tuple(group["tasks"]), tds)
+            made[key] = commands.lines(c, group["where"], tuple(group["tasks"]), tds)
     return made
 
 

@@ -197,6 +197,45 @@ def test_a_number_stands_beside_the_papers(tmp_path, capsys):
     assert f"evaluate {command}\n" in text  # with the scores that are there: results.json has those of the last call
 
 
+def test_an_average_is_of_one_model(tmp_path, capsys):
+    checkpoint = adapter_run(tmp_path / "R", "Dream", recipe="dream-prm12k") / "epoch-1"
+    evaluation(tmp_path / "E1", "Dream", checkpoint, scores=(("gsm8k", 1000), ("math500", 200)))
+    rows, _ = rows_of(capsys, tmp_path, "--table", "3")
+    assert rows["3", "Dream", "TABOM", "in-domain"]["ours"] != ""
+    evaluation(tmp_path / "E2", "Dream", checkpoint.with_name("epoch-2"), scores=(("gsm8k", 1000),))
+    rows, result = rows_of(capsys, tmp_path, "--table", "3")
+    shown = [rows["3", "Dream", "TABOM", column] for column in ("GSM8K", "MATH500", "in-domain")]
+    assert [(line["epoch"], bool(line["ours"])) for line in shown] == [("2", True), ("1", True), ("", False)]
+    assert "Dream, TABOM, in-domain: empty, its cells are of other runs or epochs of a run" in reasons(result)
+
+
+def test_what_else_a_run_changed_is_said(tmp_path, capsys):
+    checkpoint = adapter_run(tmp_path / "R", "Dream", raw=True, weight_decay=9.0, lora_targets=("o_proj",)) / "epoch-2"
+    evaluation(tmp_path / "E", "Dream", checkpoint)
+    cut = adapter_run(tmp_path / "R2", "Dream", objective="nelbo", trained_on="trajectories", cut_eos=True) / "epoch-2"
+    evaluation(tmp_path / "E2", "Dream", cut)
+    text, result = show(capsys, tmp_path, "--table", "3")
+    (line,) = [line for line in text.splitlines() if line.startswith(f"- Dream, TABOM: {tmp_path / 'E'} (")]
+    assert "weight decay 9.0" in line and "lora targets o_proj" in line and "raw True" in line
+    assert "keep correct" in line and "lora alpha" not in line and "cut eos" not in line
+    assert f"{tmp_path / 'E2'}: gsm8k: it was trained with --cut-eos" in reasons(result)
+
+
+def test_commands_have_the_protocol_and_epoch_that_are_asked_for(tmp_path, capsys):
+    text, _ = show(capsys, tmp_path, "--table", "3", "--protocol", "release", "--epoch", "2")
+    listed = [line for line in text.splitlines() if " evaluate " in line]
+    assert all("--protocol release " in line for line in listed)
+    (line,) = [line for line in listed if line.endswith("--out out/dream-prm12k/E-release-epoch2")]
+    assert "--adapter out/dream-prm12k/R/epoch-2 " in line
+    assert len({line.split("--out ")[1] for line in listed}) == len(listed)
+
+
+def test_a_folder_whose_name_begins_like_a_checkpoints_is_read(tmp_path, capsys):
+    evaluation(tmp_path / "epoch-5-gsm8k", "Dream")
+    rows, _ = rows_of(capsys, tmp_path, "--table", "3")
+    assert rows["3", "Dream", "No-SFT", "GSM8K"]["folder"] == str(tmp_path / "epoch-5-gsm8k")
+
+
 def test_the_interval_of_a_gain_is_newcombes():
     """Example (a) of Newcombe (1998), method 10: 56/70 and 48/80, 0.0524 to 0.3339."""
     first, second = evaluate.wilson(56, 70, 1.959964), evaluate.wilson(48, 80, 1.959964)
@@ -347,7 +386,7 @@ def test_t3ds_tables_are_of_models_trained_as_a_whole(tmp_path, capsys):
         (dict(n=20, limit=20), "gsm8k: 20 questions, and the benchmark has 1319"),
         (dict(protocol="release"), "gsm8k: protocol release, and these tables are of paper: see --protocol"),
         (dict(steps=64), "decoded with steps 64 for 256: a decoder of no table"),
-        (dict(raw=True), "asked with 0 examples, raw True; the paper has 0 and the chat template"),
+        (dict(raw=True), "asked with --shots or raw (True); the paper has no examples and the chat template"),
         (dict(prompt_tokens=16), "asked with --prompt-tokens 16; the paper's prompts are the protocol's"),
         (
             dict(model="out/M"),
@@ -502,8 +541,11 @@ def test_folders_of_the_real_commands(bytes_model, tmp_path, capsys):
     assert shown["folder"].startswith(str(out / "S" / "runs")) and shown["epoch"] == "1"
 
 
-def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False, tds_se=0.1, tds_of=64, **changes):
-    """A folder as diagnose leaves it. answers_of: the checkpoint whose answers to GSM8K are replayed, else its own."""
+def diagnosis(
+    out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False, tds_se=0.1, tds_of=64, answers=None, **changes
+):
+    """A folder as diagnose leaves it. answers_of: the checkpoint whose answers to GSM8K are replayed, else its own;
+    answers: what the meta.json of these has other than the paper's."""
     from experiments.diagnose import DiagnoseOptions
 
     known = PAPER["checkpoints"][base]
@@ -512,7 +554,13 @@ def diagnosis(out, base, checkpoint=None, tds=1.0, answers_of=None, fresh=False,
     models = []
     for name in ["base", *([str(checkpoint)] if checkpoint else [])]:
         models.append(dict(model=name, trajectories=64, tds=tds, tds_se=tds_se, tds_of=tds_of))
-    made_by = dict(task="gsm8k", model_sha256=base, adapter_sha256=hashes[1], questions_sha256="q", decoder={})
+    made_by = dict(task="gsm8k", model_sha256=base, adapter_sha256=hashes[1], questions_sha256="q", raw=False)
+    made_by.update(protocol="paper", prompt_tokens=None, shots_sha256=evaluate.digest([]))
+    loaded = loading.Loaded(
+        SimpleNamespace(config=SimpleNamespace(family=known["family"], block_length=None)), None, Path("no folder")
+    )
+    made_by.update(decoder=evaluate.task_settings(evaluate.EvaluateOptions(), "gsm8k", loaded))
+    made_by.update(answers or {})
     options = dict(vars(DiagnoseOptions(model=known["hub"], out=str(out), fresh=fresh)), **changes)
     about = dict(command="diagnose", options=options, shape=shape, model_sha256=base, made_by=made_by, models=models)
     out.mkdir()
@@ -538,6 +586,35 @@ def test_the_tds_is_of_a_models_own_answers(tmp_path, capsys):
     assert f"does not compare with {tmp_path / 'D'}, other limit" in reasons(result)
     text, _ = show(capsys, tmp_path, "--table", "6")
     assert "| TABOM | 1.469 (+0.302) | 1.500 [1.30, 1.70] (+0.300 [" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (dict(protocol="official"), "protocol official, and these tables are of paper"),
+        (dict(raw=True), "asked with --shots or raw (True)"),
+        (dict(shots_sha256="x"), "asked with --shots or raw (False)"),
+        (dict(prompt_tokens=9), "asked with --prompt-tokens 9"),
+        (dict(tokens_per_step=8), "its trajectories have 8 a step"),
+        (dict(temperature=1.0), "decoded with temperature 1.0 for"),
+    ],
+)
+def test_the_tds_is_of_answers_to_the_papers_questions(tmp_path, capsys, changed, reason):
+    decoder = {name: changed.pop(name) for name in ("tokens_per_step", "temperature") if name in changed}
+    if decoder:
+        loaded = loading.Loaded(
+            SimpleNamespace(config=SimpleNamespace(family="dream", block_length=None)), None, Path("no folder")
+        )
+        changed["decoder"] = evaluate.task_settings(evaluate.EvaluateOptions(**decoder), "gsm8k", loaded)
+    diagnosis(tmp_path / "D", "Dream", answers=changed)
+    rows, result = rows_of(capsys, tmp_path, "--table", "6")
+    assert rows["6", "Dream", "No-SFT", "GSM8K"]["ours"] == "" and reason in reasons(result)
+
+
+def test_a_tds_of_fresh_answers_says_how_they_were_decoded(tmp_path, capsys):
+    diagnosis(tmp_path / "D", "Dream", fresh=True, tokens_per_step=2)
+    text, _ = show(capsys, tmp_path, "--table", "6")
+    assert f"{tmp_path / 'D'} (as published, decoded anew with tokens_per_step 2), in Table 6" in text
 
 
 def test_the_tds_of_one_trajectory_has_no_interval_and_its_own_number(tmp_path, capsys):
