@@ -11,9 +11,11 @@ train.py. Other commands answer prompts with the functions of this file, too.
 """
 
 import importlib
+import itertools
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -77,7 +79,7 @@ def distill(c, processes=None, loaded=None):
         decoder=settings,
         check=c.check,
         vocab_size=loaded.m.config.vocab_size,
-        prompts=len(examples),
+        prompts=max(len(examples), asked_before(c.out)),
         **loading.identity(c, processes, loaded),
     )
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
@@ -92,8 +94,9 @@ def distill(c, processes=None, loaded=None):
     unchecked = sum(r["correct"] is None for r in kept)
     if unchecked and c.check != "none":
         say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
-    if FORMATS[c.format] and processes.first:
-        importlib.import_module(FORMATS[c.format]).write(out, kept, settings, loaded)
+    for name, module in FORMATS.items():
+        if module and processes.first and (name == c.format or (out / f"{name}.jsonl").is_file()):
+            importlib.import_module(module).write(out, kept, settings, loaded)  # again, where it was asked for before
     return dict(
         out=str(out),
         trajectories=len(records),
@@ -104,6 +107,12 @@ def distill(c, processes=None, loaded=None):
         kept=len(kept),
         unchecked=sum(r["correct"] is None for r in records),
     )
+
+
+def asked_before(out):
+    """Of how many prompts a folder has answers, or is to have them: a smaller --limit makes none of these go."""
+    prompts = data.read_json(Path(out) / "meta.json", missing={}).get("prompts")
+    return prompts if type(prompts) is int else 0
 
 
 # ------------------------------------------------------------------------------------------------ answers to prompts
@@ -135,21 +144,30 @@ def answer_batch(loaded, examples, settings, seed, device):
 def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=None):
     """Decode examples, batch_size at a time -> yields (their numbers, their trajectory records) as they finish.
 
-    on_step: called after each decoding step, see queue.stream."""
+    on_step: called after each decoding step, see queue.stream. Raises ValueError for predictions that are not finite:
+    when the other prompts are answered, or at once where none has any."""
     m, prompts = loaded.m, [torch.tensor(e["prompt_ids"], device=device) for e in examples]
 
     def generator(i):
         return data.generator(seed, "decode", examples[i]["id"], device=device)
 
     how = dict(generator=generator, on_step=on_step, **loading.with_eos_rules(settings, loaded))
+    good, bad = 0, []  # numbers of prompts
     for numbers, t in queue.stream(m, prompts, batch_size, **how):
         decoded = t.response != m.config.mask_id  # [R, N]; behind a token that ends it, a response may be masked
-        if not t.entropy[decoded].isfinite().all():
-            raise ValueError("the model's predictions are not finite: NaN weights, or an overflow of its dtype")
+        finite = (t.entropy.isfinite() | ~decoded).all(1).tolist()
+        bad += [i for i, fine in zip(numbers, finite) if not fine]
+        good += sum(finite)
+        if not good:  # else the others are answered first
+            break
         t = t._replace(order=t.order.masked_fill(~decoded, -1))
         t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
-        rows = zip(*(field.tolist() for field in t))
-        yield numbers, [record_of(examples[i], loaded.tok, *row) for i, row in zip(numbers, rows)]
+        rows, fine = zip(*(field.tolist() for field in t)), list(itertools.compress(numbers, finite))
+        yield fine, [record_of(examples[i], loaded.tok, *row) for i, row in zip(fine, itertools.compress(rows, finite))]
+    if bad:
+        what = f"the model's predictions are not finite for {len(bad)} of {good + len(bad)} prompts"
+        ids = ", ".join(str(examples[i]["id"]) for i in bad[:3])
+        raise ValueError(f"{what}, such as those with the ids {ids}: NaN weights, or an overflow of its dtype")
 
 
 def record_of(e, tok, response, step, order, entropy, confidence):
@@ -222,8 +240,8 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
 def check_answered(out, examples, known):
     """Raises ValueError where the answers of a folder, id -> tokens of its prompt, are not to these prompts: with
     another --limit, rows may have the ids of the file or be numbered."""
-    asked = {json.dumps(e["id"]): e["prompt_ids"] for e in examples}
-    prompts, others = set(map(tuple, asked.values())), []
+    asked, others = {json.dumps(e["id"]): e["prompt_ids"] for e in examples}, []
+    prompts = {tuple(prompt) for key, prompt in asked.items() if key not in known}
     for key, prompt in known.items():
         under_another = key not in asked and tuple(prompt) in prompts
         if asked.get(key, prompt) != prompt or under_another:
@@ -237,7 +255,7 @@ def read_verdicts(out, more=()):
     """The records of a run folder with their verdicts. Raises ValueError for one that lacks any."""
     records = data.read_trajectories(out)
     for r in records:
-        for name in ("finished", "correct", *more):
+        for name in ("finished", "correct", "step", "text", *more):
             if name not in r:
                 raise ValueError(f"{out}: the line of id {r['id']} has no {name}: remove it, and it is made again")
     return records

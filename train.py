@@ -355,7 +355,7 @@ def save_checkpoint(run, step, name):
         with disk.atomic_folder(run.last, run.processes if together else None) as beside:
             resume.write_checkpoint(beside, run.loaded, run.c, run.weights, run.optimizer, step, run.reference, first)
     if first:
-        resume.prune(run.out, run.c.keep_last)
+        resume.prune(run.out, run.c.keep_last, step)
     run.processes.barrier()
 
 
@@ -382,13 +382,15 @@ def prepare(c, processes, loaded=None):
     check_options(c, entry, parameters)
 
     # 2. the model. Where all weights are trained they are float32, for bfloat16 is too coarse for AdamW's small steps.
-    last, spread = resume.last_checkpoint(Path(c.out), say), spreading(c, processes)
+    (last, *_), spread = processes.gather([resume.last_checkpoint(Path(c.out), say)]), spreading(c, processes)
     full, prefer = c.lora_rank == 0, "float32" if c.lora_rank == 0 else "auto"
     stored = dataclasses.replace(c, dtype=prefer) if full and spread else c  # with --shard, --dtype is what computes
     load = functools.partial(loading.load_model, stored, processes, dtype=prefer, spread=spread)
     if loaded is None or full or spread:
         loaded = load(weights=last if full else None)
     loading.set_grid(c, loaded.m)
+    if c.adapter:
+        loading.warn_of_another_base(c.adapter, loaded.folder, say)
 
     # 3. what to train on
     records = training_records(c, loaded, parameters, processes)
@@ -400,7 +402,7 @@ def prepare(c, processes, loaded=None):
     steps_per_epoch = math.ceil(len(records) / global_batch)
 
     # 4. which run it is: the one in --out, if there is one
-    meta = dict(resume.identity(c, records), **parameters, **disk.content_hashes(loaded.folder, c.adapter))
+    meta = dict(resume.identity(c, records, held_out), **parameters, **disk.content_hashes(loaded.folder, c.adapter))
     meta.update(dtype=loading.resolve_dtype(stored, processes, prefer), global_batch=global_batch)
     meta.update(grid=blocks and loaded.m.config.grid)
     if stored is not c and loading.resolve_dtype(c, processes) != meta["dtype"]:

@@ -150,8 +150,14 @@ def run_many(jobs, workers=None, **options):
 
     if unknown := set(options.get("without", ())) - set(WALLS):
         raise ValueError(f"without {sorted(unknown)}: the walls are {', '.join(WALLS)}")
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         return list(pool.map(result, jobs))
+
+
+def cores():
+    """How many cores there are for this process: of those that it may use, each process of torchrun has a part. More
+    programs at once would take each other's time, and right ones would run out of theirs."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def verdict(out, status, secret):

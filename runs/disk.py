@@ -212,11 +212,11 @@ def drop_torn_line(file):
 
 
 def keep_lines(file, count):
-    """Cut a log back to its first lines: those of the steps that the checkpoint knows."""
+    """Cut a log back to its first lines: those of the steps that the checkpoint knows. A torn last line is none."""
     if file.is_file():
         lines = data.read_text(file).splitlines(keepends=True)
         with atomic_file(file) as f:
-            f.writelines(lines[:count])
+            f.writelines(line for line in lines[:count] if line.endswith("\n"))
 
 
 def save_tensors(tensors, file):

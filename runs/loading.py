@@ -6,6 +6,7 @@
 Each family has a decoder (DECODERS), whose settings a model's folder and flags change.
 """
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -159,8 +160,9 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", spread=No
 def warn_of_another_base(adapter, folder, warn):
     """Warn where an adapter was trained on another model than the one in a folder, as the meta.json of its run says: in
     a model that it is merged into it would act twice."""
-    meta = Path(adapter).parent / "meta.json"
-    base = data.read_json(meta).get("model_sha256") if meta.is_file() else None
+    meta, base = Path(adapter).parent / "meta.json", None
+    with contextlib.suppress(ValueError):  # what is beside an adapter need not be of its run
+        base = data.read_json(meta, missing={}).get("model_sha256")
     if base is not None and base != disk.fingerprint(folder):
         line = f"{adapter} was trained on another model than {folder}"
         warn(f"{line}, as the hash in {meta} says; where it is merged in already it acts twice")

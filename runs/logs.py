@@ -33,7 +33,7 @@ def tensorboard(out, settings, done):
     from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
     # A killed run may have logged steps that its last checkpoint does not know: they are not shown twice.
-    writer = SummaryWriter(out / "tensorboard", purge_step=done + 1 if done else None)
+    writer = SummaryWriter(out / "tensorboard", purge_step=done + 1)
 
     def write(metrics):
         for name, value in metrics.items():

@@ -6,7 +6,6 @@ Which trajectories are usable is data.usable's to say (--keep).
 """
 
 import itertools
-import math
 from pathlib import Path
 
 import data
@@ -83,14 +82,14 @@ def usable_trajectories(c, path, loaded, processes, say):
     methods = c.methods
     if methods is not None and "all" in methods:
         methods = None
-    how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
-    records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
     for folder in filter(Path.is_dir, data.names_of(path)):
         meta = data.read_json(folder / "meta.json", missing={})
         if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
             what = f"made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}"
             raise ValueError(f"{folder}: {what}")
-        check_finished(c, folder, meta, answered(folder), processes)
+        check_finished(c, folder, meta, answered(folder), processes, say)
+    how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
+    records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
     kept = [r for r in records if data.usable(r, c.keep)]
     if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
         finished = sum(bool(r.get("finished")) for r in records)
@@ -114,8 +113,8 @@ def usable_trajectories(c, path, loaded, processes, say):
 
 
 def answered(folder):
-    """How many prompts are answered in a trajectory folder."""
-    return len(list(itertools.chain(*map(data.read_rows, data.trajectory_files(folder)))))
+    """How many prompts are answered in a trajectory folder. A kill may have torn a last line, which does not count."""
+    return sum(data.read_text(file).count("\n") for file in data.trajectory_files(folder))
 
 
 def has_gap(record):
@@ -124,12 +123,15 @@ def has_gap(record):
     return len(steps) <= max(steps)
 
 
-def check_finished(c, path, meta, there, processes):
+def check_finished(c, path, meta, there, processes, say):
     """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
     if processes.locked_by_another(path):
         raise ValueError(f"{path}: distill is still writing into it: wait for it")
     prompts = meta.get("prompts")
-    wanted = min(prompts if type(prompts) is int else there, c.limit or math.inf)  # a stranger's may be anything
+    prompts = prompts if type(prompts) is int else there  # a stranger's may be anything
+    wanted = min(prompts, c.limit or prompts)
     if there < wanted and not c.unfinished:
         how = "the same distill command continues it; --unfinished trains on what is there"
         raise ValueError(f"{path}: {there} of {wanted} prompts are answered: {how}")
+    if there < prompts:
+        say(f"{path}: {there} of {prompts} prompts are answered, the longest first: these are not the dataset's first")

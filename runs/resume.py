@@ -36,9 +36,9 @@ MAY_CHANGE_ON_RESUME += ("stop_after", "log", "unfinished", "shard")
 MAY_MOVE = ("model", "data", "adapter", "trained_on")  # the last is in the content of the records
 
 
-def identity(c, records):
+def identity(c, records, held_out=()):
     """What a training run is, for its meta.json: its options, but for MAY_CHANGE_ON_RESUME and those of its objective,
-    and the data by their content."""
+    and the data, also what is held out, by their content."""
     settings = dict(objective=c.objective)
     left_out = {*MAY_CHANGE_ON_RESUME, *field_names(objective_options.ObjectiveOptions)}
     for name in field_names(type(c)):
@@ -48,7 +48,7 @@ def identity(c, records):
         if getattr(c, name) not in (value, list(value) if isinstance(value, tuple) else value):
             settings.setdefault("changed_from_recipe", {})[name] = getattr(c, name)
     # What is trained on, and not the file: a run goes on where the same records have moved elsewhere.
-    sha256 = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+    sha256 = hashlib.sha256(json.dumps([*records, *held_out]).encode()).hexdigest()
     trained_on = "answers" if any(record["order"] is None for record in records) else "trajectories"
     about = dict(trained_on=trained_on, examples=len(records), data_sha256=sha256, versions=disk.versions())
     return dict(command="train", **settings, **about)
@@ -113,11 +113,11 @@ def optimizer_state(weights, optimizer):
 
 
 def intact(checkpoint):
-    """Whether the files of a checkpoint are those that were written."""
+    """Whether the files of a checkpoint are those that were written. Raises OSError where they cannot be read."""
     try:
         hashes = data.read_json(checkpoint / MANIFEST)
         return bool(hashes) and all(disk.fingerprint(checkpoint / name) == sha for name, sha in hashes.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return False
 
 
@@ -135,19 +135,23 @@ def checkpoints(out):
 
 
 def last_checkpoint(out, warn=None):
-    """The folder of the latest intact checkpoint in a run, or None. A damaged one is left alone, and named on stderr,
-    or by warn(line)."""
+    """The folder of the latest intact checkpoint in a run, None where there is none. A damaged one is left alone, and
+    named on stderr, or by warn(line). Raises ValueError where all are damaged: to begin anew would overwrite them."""
     warn = warn or torchrun.warner(torchrun.Processes("cpu", alone=True))
-    for _, folder in reversed(checkpoints(out)):
+    there = checkpoints(out)
+    for _, folder in reversed(there):
         if intact(folder):
             return folder
         warn(f"{folder} is damaged: the checkpoint before it is used")
+    if there:
+        raise ValueError(f"{out}: all its checkpoints are damaged: remove them to begin anew, or take another --out")
     return None
 
 
-def prune(out, keep):
-    """Remove all checkpoints between epochs but the last few."""
-    between = [folder for _, folder in checkpoints(out) if folder.name.startswith("step-")]
+def prune(out, keep, step):
+    """Remove all checkpoints between epochs up to a step but the last few. One behind it is damaged: the run continued
+    from one before."""
+    between = [folder for at, folder in checkpoints(out) if at <= step and folder.name.startswith("step-")]
     for folder in between[: max(len(between) - keep, 0)]:
         shutil.rmtree(folder)
 
@@ -188,8 +192,9 @@ def restore(checkpoint, weights, optimizer, reference=None):
     if about.get("reference"):
         kept = {f"reference.{name}": torch.zeros_like(p.detach()) for name, p in weights.items()}
     if (checkpoint / SPREAD).is_dir():
-        shard.load({**state, **kept}, checkpoint / SPREAD)
-        stored = state
+        stored = state if any((checkpoint / SPREAD).iterdir()) else {}  # none where no step was finite yet
+        if stored:
+            shard.load({**state, **kept}, checkpoint / SPREAD)
     else:
         stored = fill_from(checkpoint / TRAINER[0], state, wrong)
         if len(stored) not in (0, len(state)):  # empty where no step was finite yet

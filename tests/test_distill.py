@@ -15,7 +15,7 @@ import distill as answering
 import model
 import tokenizer
 from experiments import tiny as tiny_model
-from runs import loading
+from runs import loading, queue
 
 
 def distill(capsys, **options):
@@ -81,6 +81,43 @@ def test_predictions_that_are_not_finite_are_an_error(tiny):
         next(m.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="predictions are not finite"):
         answering.answer(m, tok, ["L1"], dict(max_new_tokens=4, steps=4))
+
+
+def test_a_prompt_with_predictions_that_are_not_finite_costs_no_other(tiny, puzzles, tmp_path, capsys, monkeypatch):
+    options = dict(
+        model=tiny, data=puzzles, limit=6, batch_size=2, max_new_tokens=8, block_length=8, out=tmp_path / "T"
+    )
+    stream = queue.stream
+
+    def broken(m, prompts, *more, **how):
+        bad = next(i for i, prompt in enumerate(prompts) if prompt.tolist() == asked["prompt_ids"])
+        for numbers, t in stream(m, prompts, *more, **how):
+            t.entropy[[number == bad for number in numbers]] = torch.nan
+            yield numbers, t
+
+    asked = distill_records(tiny, puzzles, tmp_path / "whole", capsys)[2]
+    monkeypatch.setattr(queue, "stream", broken)
+    message = f"predictions are not finite for 1 of 6 prompts, such as those with the ids {asked['id']}: "
+    fails(capsys, message, "distill", **options)
+    assert len(data.read_trajectories(tmp_path / "T")) == 5
+    fails(capsys, "predictions are not finite for 1 of 1 prompts", "distill", **options)  # the others are there
+    monkeypatch.setattr(queue, "stream", stream)
+    assert run(capsys, "distill", **options)[0]["new"] == 1
+
+
+def distill_records(tiny, puzzles, out, capsys):
+    distill(capsys, model=tiny, data=puzzles, limit=6, max_new_tokens=8, block_length=8, out=out)
+    return data.read_trajectories(out)
+
+
+def test_a_smaller_limit_keeps_what_is_there(tiny, tmp_path, capsys):
+    """Also where a prompt is there twice; and its number of prompts stays, for train to ask for them all."""
+    rows = [dict(prompt=text, answer="1") for text in ("L1", "L2", "L1", "L3")]
+    write_lines(tmp_path / "d.jsonl", rows)
+    options = dict(model=tiny, data=tmp_path / "d.jsonl", max_new_tokens=4, block_length=4, out=tmp_path / "T")
+    run(capsys, "distill", **options, format="release")
+    result, _ = run(capsys, "distill", **options, limit=2)
+    assert (result["new"], result["trajectories"]) == (0, 4) and meta(tmp_path / "T")["prompts"] == 4
 
 
 def test_batch_size_changes_nothing(tiny, puzzles, tmp_path, capsys):
@@ -235,7 +272,7 @@ def test_keep_says_what_counts_as_kept(tiny, prose, tmp_path, capsys, monkeypatc
     result, _ = run(capsys, "distill", **options, keep="finished")
     assert (result["kept"], result["unchecked"], result["correct"]) == (4, 2, 0)
     assert len((tmp_path / "T" / "release.jsonl").read_text().splitlines()) == 4
-    result, err = run(capsys, "distill", **options)  # nothing is decoded anew
+    result, err = run(capsys, "distill", **{**options, "format": "ours"})  # nothing is decoded anew, the other kept up
     assert (result["kept"], result["unchecked"], result["new"]) == (2, 2, 0)
     assert len((tmp_path / "T" / "release.jsonl").read_text().splitlines()) == 2
 

@@ -318,7 +318,7 @@ def test_a_log_is_cut_back_to_what_a_checkpoint_knows(tmp_path):
     disk.keep_lines(file, 3)  # no log yet
     assert not file.exists()
     file.write_text("1\n2\n3\n4")
-    for count, kept in ((3, "1\n2\n3\n"), (9, "1\n2\n3\n"), (0, "")):
+    for count, kept in ((9, "1\n2\n3\n"), (3, "1\n2\n3\n"), (0, "")):  # a kill has torn the fourth
         disk.keep_lines(file, count)
         assert file.read_text() == kept
 
@@ -439,11 +439,26 @@ def test_checkpoints_are_sorted_by_step_and_pruned_between_epochs(tmp_path):
     (tmp_path / "epoch-5").mkdir()
     names = [folder.name for _, folder in resume.checkpoints(tmp_path)]
     assert names == ["step-2", "epoch-1", "epoch-2", "step-9", "step-10"]
-    resume.prune(tmp_path, 1)
+    resume.prune(tmp_path, 1, 10)
     names = [folder.name for _, folder in resume.checkpoints(tmp_path)]
     assert names == ["epoch-1", "epoch-2", "step-10"]
-    resume.prune(tmp_path, 5)
+    resume.prune(tmp_path, 5, 10)
     assert len(resume.checkpoints(tmp_path)) == 3
+    fake_checkpoint(tmp_path / "step-6", 6)  # a run that continued from epoch-1: step-10 is damaged
+    fake_checkpoint(tmp_path / "step-7", 7)
+    resume.prune(tmp_path, 1, 7)
+    names = [folder.name for _, folder in resume.checkpoints(tmp_path)]
+    assert names == ["epoch-1", "step-7", "epoch-2", "step-10"]
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_begun_anew(tmp_path):
+    for name, step in (("step-9", 9), ("epoch-1", 4)):
+        fake_checkpoint(tmp_path / name, step)  # without hashes
+    with pytest.raises(ValueError, match="all its checkpoints are damaged: remove them"):
+        resume.last_checkpoint(tmp_path)
+    (tmp_path / "epoch-1" / resume.MANIFEST).mkdir()  # a file that cannot be read may be whole
+    with pytest.raises(IsADirectoryError):
+        resume.last_checkpoint(tmp_path)
 
 
 def test_no_run_has_no_checkpoint(tmp_path):

@@ -3,13 +3,14 @@
 import io
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FOLDER, fails, flags, last_json, meta, run, shell, write_lines
+from helpers import FOLDER, TRAIN, fails, flags, last_json, meta, run, shell, write_lines
 from safetensors.torch import load_file
 
 import data
@@ -202,7 +203,7 @@ def test_merge_gives_the_adapters_logits_in_the_bases_layout(family, tmp_path, c
     fails(capsys, "there already", "merge", model=base, adapter=base / "adapter", out=out)
 
 
-def test_an_adapter_on_another_base_is_said(tiny, trained, tmp_path, capsys):
+def test_an_adapter_on_another_base_is_said(tiny, trained, trajectories, tmp_path, capsys):
     """On the merged model it would act twice, and nothing else would tell."""
     adapter, merged = trained / "epoch-2", tmp_path / "M"
     run(capsys, "merge", model=tiny, adapter=adapter, out=merged)
@@ -210,6 +211,23 @@ def test_an_adapter_on_another_base_is_said(tiny, trained, tmp_path, capsys):
     _, err = run(capsys, "generate", model=merged, adapter=adapter, **short)
     assert f"{adapter} was trained on another model than {merged}" in err
     _, err = run(capsys, "generate", model=tiny, adapter=adapter, **short)
+    assert "another model" not in err
+    _, err = run(capsys, "merge", model=merged, adapter=adapter, out=tmp_path / "M2")
+    assert f"{adapter} was trained on another model than {merged}" in err
+    _, err = run(
+        capsys,
+        "train",
+        **{**TRAIN, "stop_after": 1},
+        model=merged,
+        data=trajectories,
+        adapter=adapter,
+        out=tmp_path / "R",
+    )
+    assert f"{adapter} was trained on another model than {merged}" in err
+    alone = tmp_path / "elsewhere" / "adapter"
+    shutil.copytree(adapter, alone)
+    (alone.parent / "meta.json").write_text("[]")  # of something else
+    _, err = run(capsys, "generate", model=merged, adapter=alone, **short)
     assert "another model" not in err
 
 

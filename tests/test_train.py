@@ -833,7 +833,8 @@ def test_each_of_several_folders_has_to_be_finished(tiny, trajectories, unfinish
 
 def test_a_limit_that_is_answered_is_finished(tiny, unfinished, tmp_path, capsys):
     options = dict(model=tiny, data=unfinished, out=tmp_path / "R", **{**TRAIN, "epochs": 1})
-    assert run(capsys, "train", limit=10, **options)[0]["examples"] == 10
+    result, said = run(capsys, "train", limit=10, **options)
+    assert result["examples"] == 10 and "10 of 12 prompts are answered, the longest first" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
@@ -925,6 +926,13 @@ def test_held_out_records_are_not_trained_on_and_their_loss_is_logged(tiny, traj
     again = tmp_path / "again"
     run_train(capsys, model=tiny, data=trajectories, out=again, held_out=4, batch_size=1)
     assert metrics(again)[-1]["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-3)
+    records = data.read_trajectories(trajectories)  # what is held out is a part of what the run is
+    record = records[data.epoch_order(len(records), TRAIN.get("seed", 0), "held out")[0]]
+    record["response_ids"][0], record["response_ids"][1] = record["response_ids"][1], record["response_ids"][0]
+    (tmp_path / "T").mkdir()
+    write_lines(tmp_path / "T" / "trajectories-00000.jsonl", records)
+    changed = dict(TRAIN, model=tiny, data=tmp_path / "T", out=again, held_out=4, batch_size=1)
+    fails(capsys, "holds another run: data_sha256 was", "train", **changed)
     options = dict(model=tiny, data=trajectories, keep="all", out=tmp_path / "S")
     fails(capsys, "--held-out 12: there are 12 records", "train", held_out=12, **options)
 
@@ -976,7 +984,7 @@ def test_metrics_go_to_other_libraries_too(tiny, trajectories, tmp_path, capsys,
 
     class Writer:
         def __init__(self, folder, purge_step):
-            assert (folder, purge_step) == (tmp_path / "tensorboard" / "tensorboard", None)
+            assert (folder, purge_step) == (tmp_path / "tensorboard" / "tensorboard", 1)
 
         def add_scalar(self, name, value, step):
             given.append((name, value, step))

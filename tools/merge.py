@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import lora
 import model
-from runs import disk, resume
+from runs import disk, loading, resume, torchrun
 from runs.options import opt
 
 
@@ -23,7 +23,8 @@ class MergeOptions:
 def merge(c):
     """Fold an adapter into its base model and write a model folder in the base's own layout and dtype."""
     disk.must_be_free(c.out)
-    folder = model.resolve(c.model)
+    folder, say = model.resolve(c.model), torchrun.warner(torchrun.Processes("cpu", alone=True))
+    loading.warn_of_another_base(c.adapter, folder, say)
     m = lora.load(model.load(folder, dtype=None), c.adapter)
     changed = len(lora.layers(m))
     with disk.atomic_folder(c.out) as beside:
