@@ -667,6 +667,15 @@ def test_many_keep_their_order():
     assert not left_behind()
 
 
+def test_processes_share_the_cores_that_they_may_use(monkeypatch):
+    for may, processes, share in ((8, None, 8), (8, "2", 4), (1, "4", 1)):
+        monkeypatch.setattr(execute.os, "sched_getaffinity", lambda _, may=may: set(range(may)))
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert execute.cores() == share
+
+
 # ---------------------------------------------------------------------------------------- the wire
 
 plain = st.recursive(
