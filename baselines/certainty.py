@@ -8,6 +8,7 @@ Source: the dParallel paper (arXiv 2509.26488). Dimensions: B batch, N response,
 import torch
 
 from baselines.common import bernoulli, nll
+from baselines.preference import begin_in_grid, block_length_of
 from objectives import (
     Objective,
     Option,
@@ -23,7 +24,7 @@ from objectives import (
 
 
 def dparallel(
-    m, batch, block_length=32, weight=2.0, temperature=0.5, block=None, mask=None, generator=None, mask_id=None
+    m, batch, block_length=None, weight=2.0, temperature=0.5, block=None, mask=None, generator=None, mask_id=None
 ):  # fmt: skip
     """In a random block of the response each position is masked with probability 1/2, in a second pass the others; all
     before the block is visible, all after it masked -> dict(loss, ce, certainty, right); the loss of a pass is
@@ -32,15 +33,22 @@ def dparallel(
         ce        = mean over the block's masked positions of -log p(x0)
         certainty = mean entropy, nats at this temperature, over those whose argmax is right
 
+    block_length: None means 32, or the attention's where that is less. Where it divides the attention's, blocks are
+    those of its grid.
     block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block.
     right: share of the masked positions whose argmax is right.
 
     Our reading of the paper: a pass that masks nothing (a short last block) does not count. Raises ValueError for a
-    block beyond the response."""
+    block beyond the response. A block_length that does not divide the attention's lets a token see what is masked: all
+    of the attention's blocks before its own are visible."""
     # 1. a block of each row, and what its first pass masks
     place, real, generators = place_of(batch["order"]), was_decoded(batch), per_row(generator, len(batch["length"]))
     length = batch["length"].cpu()  # a GPU waits here, once
-    begin = begin_of_blocks(length, block_length, block, generators).to(place.device)[:, None]  # [B, 1]
+    blocks, offset = block_length_of(m), torch.zeros_like(length)
+    block_length = block_length or min(blocks or 32, 32)
+    if blocks is not None and blocks % block_length == 0:
+        offset = begin_in_grid(batch).cpu() % block_length
+    begin = begin_of_blocks(length, block_length, block, generators, offset).to(place.device)[:, None]  # [B, 1]
     inside = (place >= begin) & (place < begin + block_length) & real  # [B, N]
     if mask is None:
         mask = draw_halves(length, place.shape[1], generators).to(place.device)  # [B, N]
@@ -65,11 +73,13 @@ def dparallel(
     return dict(loss=loss, ce=ce.detach(), certainty=certainty.detach(), right=right.detach())
 
 
-def begin_of_blocks(length, block_length, block, generators):
-    """Where a block of each response of so many tokens begins, the given or a random one: int64 [B], on the host."""
+def begin_of_blocks(length, block_length, block, generators, offset):
+    """Where a block of each response of so many tokens begins, the given or a random one: int64 [B], on the host.
+    offset [B]: how many tokens of the first block are of the prompt."""
     if block is None:
-        block = [uniform_int(0, (n - 1) // block_length, g) for n, g in zip(length.tolist(), generators)]
-    begin = torch.as_tensor(block).cpu() * block_length
+        last = (length - 1 + offset) // block_length
+        block = [uniform_int(0, n, g) for n, g in zip(last.tolist(), generators)]
+    begin = torch.as_tensor(block).cpu() * block_length - offset
     if (begin >= length).any():
         blocks = f"blocks {begin.tolist()} of {block_length}"
         raise ValueError(f"{blocks} begin beyond the end of responses of {length.tolist()} tokens")
@@ -88,7 +98,7 @@ DPARALLEL = Objective(
     loss=dparallel,
     source="dParallel",
     options=dict(
-        block_length=Option("block length in tokens", kind=int, low=1),
+        block_length=Option("block length in tokens (32, or the attention's where that is less)", kind=int, low=1),
         weight=Option("weight of the certainty", low=0),
         temperature=Option("temperature at which the certainty is taken", low=0.01),
     ),

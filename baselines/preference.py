@@ -173,12 +173,16 @@ def ranks_in_block(batch, block_length=None):
     decoded, rank = was_decoded(batch), decode_places(batch).argsort(1)  # [B, N]
     block = torch.zeros_like(rank)
     if block_length is not None:
-        origin = torch.as_tensor(batch.get("origin", 0), device=rank.device)
-        begin = batch["prompt_mask"].long().sum(1) - origin  # [B], of the response
-        block = (begin[:, None] + place_of(rank)) // block_length
+        block = (begin_in_grid(batch).to(rank.device)[:, None] + place_of(rank)) // block_length
     same = (block[:, :, None] == block[:, None, :]) & decoded[:, None, :]  # [B, N, N]
     earlier = rank[:, None, :] < rank[:, :, None]
     return (same & earlier).sum(-1), same.sum(-1)
+
+
+def begin_in_grid(batch):
+    """How far from the start of a grid of blocks each response begins: int64 [B]."""
+    begin = batch["prompt_mask"].long().sum(1)
+    return begin - torch.as_tensor(batch.get("origin", 0), device=begin.device)
 
 
 def shown_at_masks(m, batch, share, generator=None, mask_id=None):

@@ -144,6 +144,10 @@ def load_model(c, processes, adapter=None, weights=None, dtype="auto", spread=No
         m.config.block_length = c.block_causal
     one_thread_if_small(m)
     tok = tokenizer.load(folder, m.config.eos_id, m.config.mask_id)
+    masks = tok.ids.get(tok.special.get("mask_token"))
+    if masks is not None and "mask_token_id" not in m.config.raw:  # the family's is a guess
+        m.config.mask_id = masks
+        tok = tokenizer.load(folder, m.config.eos_id, masks)
     for line in disagreements(tok, m.config):
         torchrun.warner(processes)(f"{folder}: {line}")
     if tok.size > m.config.vocab_size:

@@ -307,6 +307,34 @@ def test_one_block_for_all_is_attention_over_everything(qwen3, family, name, opt
         assert float(value) == pytest.approx(float(found[1][key]), abs=1e-4), key
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grid", ["start", "prompt"])
+def test_a_block_of_dparallel_is_one_of_the_attentions(qwen3, family, grid, monkeypatch):
+    """What its pass masks is seen by no token that it asks for, wherever the response begins in the grid."""
+    m, batch, seen, asked = qwen3[family], with_origin(random_batch([11, 9, 10], 4), grid), [], []
+
+    def watched(m, batch, visible, positions, mask_id):
+        seen.append((visible, objectives.log_probs(m, batch, visible, positions, mask_id)))
+        return seen[-1][1]
+
+    def selected(masked, key):
+        positions, real = objectives.select(masked, key)
+        asked.append(real)
+        return positions, real
+
+    monkeypatch.setattr(baselines.certainty, "log_probs", watched)
+    monkeypatch.setattr(baselines.certainty, "select", selected)
+    m.config.block_length = 4
+    mask = torch.arange(batch["order"].shape[1]).expand(3, -1) % 2 == 0
+    with torch.no_grad():
+        baselines.dparallel(m, batch, mask=mask, generator=generators(1, 2, 3))
+        (visible, before), _ = seen
+        batch["response_ids"] = torch.where(visible, batch["response_ids"], batch["response_ids"] + 1)
+        baselines.dparallel(m, batch, mask=mask, generator=generators(1, 2, 3))
+    assert torch.equal(seen[2][0], visible) and torch.equal(asked[2], asked[0]) and asked[0].any()
+    assert torch.allclose(seen[2][1][asked[0]], before[asked[0]], atol=1e-5)
+
+
 def test_blocks_of_one_token_are_a_causal_model(qwen3):
     """Each token is predicted from a mask behind the true tokens before it."""
     m, batch = qwen3["sdar"], random_batch([7], 5)

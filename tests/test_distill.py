@@ -15,7 +15,7 @@ import distill as answering
 import model
 import tokenizer
 from experiments import tiny as tiny_model
-from runs import loading, queue
+from runs import loading, queue, torchrun
 
 
 def distill(capsys, **options):
@@ -299,6 +299,23 @@ def test_a_config_and_a_tokenizer_that_disagree_are_named(tiny, puzzles, tmp_pat
     other = changed_model(tmp_path, tiny, lambda f: edit_json(f / "config.json", pad_token_id=5))
     err = run(capsys, "distill", model=other, data=puzzles, out=tmp_path / "T", limit=1, max_new_tokens=37)[1]
     assert f"{other}: pad_token_id is 5 in config.json, the tokenizer has 2 (<|pad|>)" in err
+
+
+def test_a_mask_token_that_no_config_names_is_the_tokenizers(tiny, monkeypatch, capsys):
+    """A family's own is a guess."""
+    load, c = model.load, answering.DistillOptions(model=str(tiny), device="cpu")
+    named = load(tiny).config.mask_id
+
+    def without(*args, **more):
+        m = load(*args, **more)
+        del m.config.raw["mask_token_id"]
+        m.config.mask_id = 7
+        return m
+
+    monkeypatch.setattr(model, "load", without)
+    loaded = loading.load_model(c, torchrun.Processes("cpu"))
+    assert loaded.m.config.mask_id == named != 7 and named in loaded.never_chosen and 7 not in loaded.never_chosen
+    assert "mask_token_id" not in capsys.readouterr().err
 
 
 def test_the_authors_format_holds_the_kept_trajectories(tiny, prose, tmp_path, capsys, monkeypatch):
