@@ -87,7 +87,7 @@ def evaluate(c, processes=None, loaded=None):
         about = dict(same, decoder=settings[task])
         scores.append(run_task(c, processes, loaded, task, questions[task], shots[task], about, out / task))
     if processes.first:
-        command, versions = vars(c) | dict(tasks=tasks), grader_versions()
+        command, versions = vars(c) | dict(tasks=tasks), versions_of(out, scores)
         shown = dict(command=command, shape=loading.shape(loaded.m.config), scores=scores, versions=versions)
         with disk.atomic_file(out / "results.json") as f:
             f.write(json.dumps(shown, indent=2) + "\n")
@@ -253,6 +253,16 @@ def grader_versions():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def versions_of(out, scores):
+    """The versions that a folder's verdicts are of: where some are of an earlier call, that call's too."""
+    versions, old = grader_versions(), any(r["timed"] != r["n"] for r in scores)
+    before = data.read_json(out / "results.json", missing={}).get("versions", {}) if old else {}
+    for name, version in before.items():
+        if version not in (versions.get(name), None):
+            versions[name] = f"{version}; {versions.get(name)}"
+    return versions
 
 
 def digest(rows):

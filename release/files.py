@@ -33,7 +33,8 @@ def knows(row):
 def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
     """A row of the authors' files -> (record without id, None), (None, why it cannot be used), or
     (None, None) where it is of another method. A row without response_token_ids gets those of its
-    text; one without a decoding_order for every token counts as decoded from left to right."""
+    text, and EOS for what its decoding_order has beyond it; one without a decoding_order for every
+    token counts as decoded from left to right."""
     if tok is None:
         raise ValueError("the authors' files need the model's tokenizer for their prompts")
     if not isinstance(row, dict):
@@ -49,6 +50,8 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
     prompt_ids = encode_prompt(tok, messages, raw, max_tokens=max_prompt_tokens)
     if not response:
         response = encode_answer(tok, messages, text, raw)
+        if isinstance(order, list):  # of all positions that decoding had, of which the text lacks the EOS behind it
+            response += [tok.eos_id] * (len(order) - len(response))
     if not are_numbers(response, 0):
         raise ValueError(f"response_token_ids must be a list of ids, found {response!r:.80}")
     if not isinstance(order, list) or len(order) < len(response):
@@ -58,6 +61,9 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
         return None, "none of its tokens was ever decoded"
     record = dict(prompt=prompt, prompt_ids=prompt_ids, response_ids=response, order=order, text=text, correct=None)
     record.update(non_ltr=row.get("non_ltr_positions"), method=row.get("method"))
+    if are_numbers(record["non_ltr"], 0) and are_numbers(row.get("decoding_order"), -1):
+        there = range(max(len(response), len(row["decoding_order"])))  # of which those without a token are left out
+        record["non_ltr"] = [n for n in record["non_ltr"] if n < len(response) or n not in there]
     record["data_source"] = source.strip() if has_text(source) else None
     record["finished"] = first_end(response, tok.stop_ids) < len(response)
     return record, None

@@ -222,6 +222,14 @@ def test_evaluate_answers_grades_and_continues(bytes_model, tmp_path, capsys, mo
     assert "gsm8k_test.jsonl.gz:2: answer, question missing or of another type" in capsys.readouterr().err
 
 
+def test_verdicts_of_an_earlier_call_keep_its_versions(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text(json.dumps(dict(versions={"math-verify": "0.9.0", "torch": "1"})))
+    monkeypatch.setattr(evaluate, "grader_versions", lambda: {"math-verify": "99.0", "torch": "1"})
+    for timed, told in ((3, "99.0"), (2, "0.9.0; 99.0"), (0, "0.9.0; 99.0")):
+        found = evaluate.versions_of(tmp_path, [dict(n=3, timed=timed)])
+        assert found == {"math-verify": told, "torch": "1"}
+
+
 def test_an_adapter_with_the_authors_config_answers(bytes_model, tmp_path, capsys):
     m = lora.inject(model.load(bytes_model), generator=torch.Generator().manual_seed(0))
     for layer in lora.layers(m).values():

@@ -61,6 +61,13 @@ def test_the_authors_rows_without_ids_or_with_a_short_order(letters, tmp_path):
     assert letters.decode(first["response_ids"]) == "Four.<|im_end|><|endoftext|>"  # and not the answer "4"
     assert first["order"] == list(range(7)) and first["non_ltr"] is None
     assert column(others, "order") == [[0, 1, 2, 3]] * 2  # counts as decoded from left to right
+    order = list(range(9, -1, -1))  # of ten positions: the text's seven tokens, and EOS behind them
+    row = {**text, "decoding_order": order, "non_ltr_positions": [3, 9]}
+    ids = {**AUTHORS, "decoding_order": [3, 2, 1, 0, 4], "non_ltr_positions": [0, 4]}  # one without a token
+    long, cut = data.read_trajectories(write(tmp_path / "e.jsonl", row, ids), tok=letters)
+    assert long["response_ids"] == first["response_ids"] + [letters.eos_id] * 3
+    assert (long["order"], long["non_ltr"]) == (order, [3, 9])
+    assert (cut["order"], cut["non_ltr"]) == ([3, 2, 1, 0], [0])
 
 
 def test_the_authors_rows_that_cannot_be_used_say_why(letters, tmp_path):
