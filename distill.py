@@ -15,7 +15,6 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import data
 import tokenizer
 from benchmarks.answers import CHECKS, check
-from runs import disk, loading, queue, torchrun
+from runs import disk, loading, queue, records, torchrun
 from runs.options import opt
 
 FORMATS = {"ours": None, "release": "release.files"}  # --format -> the room that writes another one
@@ -79,7 +78,7 @@ def distill(c, processes=None, loaded=None):
         decoder=settings,
         check=c.check,
         vocab_size=loaded.m.config.vocab_size,
-        prompts=max(len(examples), asked_before(c.out)),
+        prompts=max(len(examples), records.prompts_of(c.out, 0)),  # a smaller --limit makes no answer go
         **loading.identity(c, processes, loaded),
     )
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same
@@ -89,30 +88,24 @@ def distill(c, processes=None, loaded=None):
         return [dict(correct=check(c.check, r["text"], e["answer"])) for e, r in zip(batch, records)]
 
     new = answer_all(c, processes, loaded, examples, settings, out, judge)
-    records = read_verdicts(out)
-    kept = [r for r in records if data.usable(r, c.keep)]
+    found = read_verdicts(out)
+    kept = [r for r in found if data.usable(r, c.keep)]
     unchecked = sum(r["correct"] is None for r in kept)
     if unchecked and c.check != "none":
-        say(f"{unchecked} of {len(records)} answers could not be checked and are kept: see --check and --keep")
+        say(f"{unchecked} of {len(found)} answers could not be checked and are kept: see --check and --keep")
     for name, module in FORMATS.items():
         if module and processes.first and (name == c.format or (out / f"{name}.jsonl").is_file()):
             importlib.import_module(module).write(out, kept, settings, loaded)  # again, where it was asked for before
     return dict(
         out=str(out),
-        trajectories=len(records),
+        trajectories=len(found),
         new=new,
-        finished=sum(r["finished"] for r in records),
-        checked=sum(r["correct"] is not None for r in records),
-        correct=sum(r["correct"] is True for r in records),
+        finished=sum(r["finished"] for r in found),
+        checked=sum(r["correct"] is not None for r in found),
+        correct=sum(r["correct"] is True for r in found),
         kept=len(kept),
-        unchecked=sum(r["correct"] is None for r in records),
+        unchecked=sum(r["correct"] is None for r in found),
     )
-
-
-def asked_before(out):
-    """Of how many prompts a folder has answers, or is to have them: a smaller --limit makes none of these go."""
-    prompts = data.read_json(Path(out) / "meta.json", missing={}).get("prompts")
-    return prompts if type(prompts) is int else 0
 
 
 # ------------------------------------------------------------------------------------------------ answers to prompts
@@ -155,19 +148,18 @@ def answers(loaded, examples, settings, seed, device, batch_size=None, on_step=N
     good, bad = 0, []  # numbers of prompts
     for numbers, t in queue.stream(m, prompts, batch_size, **how):
         decoded = t.response != m.config.mask_id  # [R, N]; behind a token that ends it, a response may be masked
-        finite = (t.entropy.isfinite() | ~decoded).all(1).tolist()
-        bad += [i for i, fine in zip(numbers, finite) if not fine]
-        good += sum(finite)
+        finite = (t.entropy.isfinite() | ~decoded).all(1)  # [R]
+        bad += itertools.compress(numbers, (~finite).tolist())
+        good += int(finite.sum())
         if not good:  # else the others are answered first
             break
         t = t._replace(order=t.order.masked_fill(~decoded, -1))
         t = t._replace(entropy=t.entropy.where(decoded, 0.0), confidence=t.confidence.where(decoded, 0.0))
-        rows, fine = zip(*(field.tolist() for field in t)), list(itertools.compress(numbers, finite))
-        yield fine, [record_of(examples[i], loaded.tok, *row) for i, row in zip(fine, itertools.compress(rows, finite))]
+        rows, fine = zip(*(field[finite].tolist() for field in t)), list(itertools.compress(numbers, finite.tolist()))
+        yield fine, [record_of(examples[i], loaded.tok, *row) for i, row in zip(fine, rows)]
     if bad:
         what = f"the model's predictions are not finite for {len(bad)} of {good + len(bad)} prompts"
-        ids = ", ".join(str(examples[i]["id"]) for i in bad[:3])
-        raise ValueError(f"{what}, such as those with the ids {ids}: NaN weights, or an overflow of its dtype")
+        raise ValueError(f"{what}, such as id {examples[bad[0]]['id']}: NaN weights, or an overflow of its dtype")
 
 
 def record_of(e, tok, response, step, order, entropy, confidence):
@@ -240,8 +232,12 @@ def answer_all(c, processes, loaded, examples, settings, out, judge):
 def check_answered(out, examples, known):
     """Raises ValueError where the answers of a folder, id -> tokens of its prompt, are not to these prompts: with
     another --limit, rows may have the ids of the file or be numbered."""
-    asked, others = {json.dumps(e["id"]): e["prompt_ids"] for e in examples}, []
-    prompts = {tuple(prompt) for key, prompt in asked.items() if key not in known}
+    asked, prompts, others = {}, set(), []
+    for e in examples:
+        key = json.dumps(e["id"])
+        asked[key] = e["prompt_ids"]
+        if key not in known:
+            prompts.add(tuple(e["prompt_ids"]))
     for key, prompt in known.items():
         under_another = key not in asked and tuple(prompt) in prompts
         if asked.get(key, prompt) != prompt or under_another:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 from dataclasses import dataclass
 from fractions import Fraction
@@ -257,10 +258,10 @@ def grader_versions():
 
 def versions_of(out, scores):
     """The versions that a folder's verdicts are of: where some are of an earlier call, that call's too."""
-    versions, old = grader_versions(), any(r["timed"] != r["n"] for r in scores)
-    before = data.read_json(out / "results.json", missing={}).get("versions", {}) if old else {}
-    for name, version in before.items():
-        if version not in (versions.get(name), None):
+    versions = grader_versions()
+    before = data.read_json(out / "results.json", missing={}).get("versions", {})
+    for r, (name, version) in itertools.product(scores, before.items()):
+        if r["timed"] != r["n"] and version not in str(versions.get(name)).split("; "):
             versions[name] = f"{version}; {versions.get(name)}"
     return versions
 

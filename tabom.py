@@ -11,9 +11,10 @@ TABOM_DEBUG=1 shows the traceback of an error.
 """
 
 import json
+import sys
 
 from runs import streams
-from runs.options import check_values, parse
+from runs.options import check_values, idle, parse
 
 COMMANDS = {  # name -> (module, what it does)
     "demo": ("experiments.demo", "distill, train and evaluate a tiny model on puzzles: the whole method on a CPU"),
@@ -44,6 +45,8 @@ def main(argv=None):
             return 0
         c = options_class(**given)  # only of the flags that are there: a recipe sets the others
         check_values(c)
+        for line in idle(c, given) if first else ():
+            print(f"warning: {line}", file=sys.stderr)
         result = run(c)
         if first:
             print(json.dumps(result, ensure_ascii=False), flush=True)

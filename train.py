@@ -67,10 +67,12 @@ class TrainOptions(
     unfinished: bool = opt(False, "accept a distill folder in which some prompts are not answered yet")
     cut_eos: bool = opt(False, "drop the tokens after the first EOS")
     lora_rank: int | None = opt(None, "0 = train all weights (16, or as --adapter has it)", low=0)
-    lora_alpha: float | None = opt(None, "the adapter is scaled by alpha / rank (16, or as --adapter has it)", low=0)
-    lora_dropout: float | None = opt(None, "dropout before the adapter (0, or as --adapter has it)", low=0)
+    lora_alpha: float | None = opt(None, "scale times rank (16, or as --adapter has it)", low=0, idle=dict(lora_rank=0))
+    lora_dropout: float | None = opt(
+        None, "before the adapter (0, or as --adapter has it)", low=0, idle=dict(lora_rank=0)
+    )
     lora_targets: tuple | None = opt(
-        None, "layers with an adapter, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list
+        None, "layers, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list, idle=dict(lora_rank=0)
     )
     epochs: int | None = opt(None, "passes over the data; a checkpoint after each", low=1, otherwise=5)
     stop_after: int | None = opt(
@@ -375,7 +377,7 @@ def prepare(c, processes, loaded=None):
     """The TrainingRun that c describes, new or as its last checkpoint left it. All that can be wrong with the input is
     found before anything is written."""
     # 1. the options
-    c, say = adapters.with_adapter(c), torchrun.warner(processes)
+    c, say = adapters.with_adapter(c, processes), torchrun.warner(processes)
     logs.check(c.log)
     parameters, unused = objective_options.chosen(c)
     entry = objectives.OBJECTIVES[c.objective]
@@ -389,8 +391,6 @@ def prepare(c, processes, loaded=None):
     if loaded is None or full or spread:
         loaded = load(weights=last if full else None)
     loading.set_grid(c, loaded.m)
-    if c.adapter:
-        loading.warn_of_another_base(c.adapter, loaded.folder, say)
 
     # 3. what to train on
     records = training_records(c, loaded, parameters, processes)

@@ -7,8 +7,7 @@ Source: the dParallel paper (arXiv 2509.26488). Dimensions: B batch, N response,
 
 import torch
 
-from baselines.common import bernoulli, nll
-from baselines.preference import begin_in_grid, block_length_of
+from baselines.common import begin_in_grid, bernoulli, block_length_of, nll
 from objectives import (
     Objective,
     Option,

@@ -19,3 +19,14 @@ def bernoulli(n, share, generator):
     """True with probability share, n times: bool [n]. n is a row's own length, so that its draws do
     not depend on the padding."""
     return torch.rand(n, generator=generator, device=device_of(generator)) < share
+
+
+def block_length_of(m):
+    """The block length of a model whose attention is block-causal, or None."""
+    return getattr(getattr(m, "config", None), "block_length", None)
+
+
+def begin_in_grid(batch):
+    """How far from the start of a grid of blocks each response begins: int64 [B]."""
+    begin = batch["prompt_mask"].long().sum(1)
+    return begin - torch.as_tensor(batch.get("origin", 0), device=begin.device)

@@ -20,7 +20,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from baselines.common import bernoulli, nll, pick_token
+from baselines.common import begin_in_grid, bernoulli, block_length_of, nll, pick_token
 from baselines.reference import Reference
 from baselines.timesteps import draw_state
 from objectives import (
@@ -179,12 +179,6 @@ def ranks_in_block(batch, block_length=None):
     return (same & earlier).sum(-1), same.sum(-1)
 
 
-def begin_in_grid(batch):
-    """How far from the start of a grid of blocks each response begins: int64 [B]."""
-    begin = batch["prompt_mask"].long().sum(1)
-    return begin - torch.as_tensor(batch.get("origin", 0), device=begin.device)
-
-
 def shown_at_masks(m, batch, share, generator=None, mask_id=None):
     """What masked positions show: the mask, an int; in training a random share of them a token uniform over the
     vocabulary, and the others the mask: int64 [B, N]."""
@@ -240,11 +234,6 @@ def path_by_levels(m, batch, ce, positions, real, k=4):
 
 
 # ------------------------------------------------------------------------------------------ the model and the table
-
-
-def block_length_of(m):
-    """The block length of a model whose attention is block-causal, or None."""
-    return getattr(getattr(m, "config", None), "block_length", None)
 
 
 def is_end(m, ids):

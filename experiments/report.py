@@ -202,9 +202,11 @@ def pairs_table(bases):
     """Of PAIRS, a row less the other at each rate that both have."""
     lines, names = [], ("in", "in-2", "elsewhere", "kl", "tds", "correlation")
     for (row, other), rate in itertools.product(PAIRS, rates_of(bases)):
-        found = [looks.difference(bases, row, other, rate, name) for name in names]
-        if any(found):
-            lines.append([f"{row} - {other}", rate, *(counted(*one, len(bases)) for one in zip(found, names))])
+        cells = []
+        for name in names:
+            cells.append(counted(looks.difference(bases, row, other, rate, name), name, len(bases)))
+        if set(cells) != {"-"}:
+            lines.append([f"{row} - {other}", rate, *cells])
     return markdown_table(["rows", "rate", *map(TITLES.get, names)], lines)
 
 

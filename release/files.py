@@ -56,14 +56,14 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
         raise ValueError(f"response_token_ids must be a list of ids, found {response!r:.80}")
     if not isinstance(order, list) or len(order) < len(response):
         order = range(len(response))
-    order = list(order[: len(response)])
+    steps, order = len(order), list(order[: len(response)])
     if order.count(-1) == len(order):
         return None, "none of its tokens was ever decoded"
     record = dict(prompt=prompt, prompt_ids=prompt_ids, response_ids=response, order=order, text=text, correct=None)
     record.update(non_ltr=row.get("non_ltr_positions"), method=row.get("method"))
-    if are_numbers(record["non_ltr"], 0) and are_numbers(row.get("decoding_order"), -1):
-        there = range(max(len(response), len(row["decoding_order"])))  # of which those without a token are left out
-        record["non_ltr"] = [n for n in record["non_ltr"] if n < len(response) or n not in there]
+    # Of the positions that have a step those without a token are left out.
+    if are_numbers(record["non_ltr"], 0, steps - 1):
+        record["non_ltr"] = list(filter(range(len(response)).__contains__, record["non_ltr"]))
     record["data_source"] = source.strip() if has_text(source) else None
     record["finished"] = first_end(response, tok.stop_ids) < len(response)
     return record, None

@@ -48,9 +48,8 @@ Z = 1.96  # standard errors on each side of a mean: its 95 % interval
 
 
 # What the authors' recipes have in common, and what else a training run may change: said where it is something else.
-USUAL = {name: recipes.SHARED[name] for name in ("lora_alpha", "weight_decay", "clip", "warmup", "max_prompt_tokens")}
-USUAL |= dict(lora_targets=", ".join(recipes.SHARED["lora_targets"]), lora_dropout=0.0, final_lr=0.0)
-USUAL |= dict.fromkeys(("keep", "methods", "limit", "max_answer_tokens", "block_causal", "grid"))
+USUAL = recipes.SHARED | dict(lora_targets=", ".join(recipes.SHARED["lora_targets"]), lora_dropout=0.0, final_lr=0.0)
+USUAL |= dict.fromkeys(("keep", "methods", "limit", "max_answer_tokens", "block_causal", "grid"))  # said where given
 USUAL |= dict.fromkeys(("raw", "unfinished", "cut_eos", "draw_once"), False)
 
 
@@ -73,6 +72,10 @@ class Cell:
     epoch: int | None
     recipe: dict  # margin and weight of the recipe that fits
     same: dict  # what all rows that are compared must share
+
+    @property
+    def run_and_epoch(self):
+        return self.run, self.epoch
 
     @property
     def measured(self):
@@ -297,8 +300,8 @@ def settings_of(run, epoch):
     """The settings of a training run that a reader asks for, in words: some always, others where they are not USUAL."""
     always = (*field_names(ObjectiveOptions), "recipe", "lr", "global_batch", "lora_rank")
     said = []
-    for name, usual in (dict.fromkeys(always) | USUAL).items():
-        value = run.get(name)
+    for name in dict.fromkeys((*always, *USUAL)):
+        value, usual = run.get(name), None if name in always else USUAL[name]
         shown = ", ".join(value) if isinstance(value, (list, tuple)) else value
         if value is not None and value is not False and shown != usual:
             said.append(f"{name.replace('_', ' ')} {shown}")

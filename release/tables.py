@@ -43,7 +43,10 @@ class TablesOptions:
     table: tuple | None = opt(None, "only these tables, comma-separated (all)", parse=name_list)
     format: str = opt("markdown", "how they are written; csv: a line for each cell", choices=FORMATS)
     protocol: str = opt(
-        "paper", "of tabom: the protocol of the evaluations that are shown", choices=("paper", "release")
+        "paper",
+        "of tabom: the protocol of the evaluations that are shown",
+        choices=("paper", "release"),
+        idle=dict(paper="t3d"),
     )
     epoch: int | str = opt(
         "last", "which epoch of a run is shown: a number, or the last that is evaluated", parse=epoch
@@ -153,8 +156,8 @@ def say_empty_averages(section, averages, left_out):
 
 def of_one_model(cells):
     """Whether cells are of one checkpoint; where a row has models of two data sets, as T3D's Table 1 has, one each."""
-    models = {(cell.where["data"], cell.run, cell.epoch) for cell in cells}
-    return len(models) == len({kind for kind, _, _ in models})
+    models = {}  # data -> the run and epoch
+    return all(models.setdefault(cell.where["data"], cell.run_and_epoch) == cell.run_and_epoch for cell in cells)
 
 
 def by_base(table):

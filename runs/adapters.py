@@ -1,6 +1,6 @@
 """The weights that a training run trains: an adapter, new or of a folder, or all of them.
 
-c = adapters.with_adapter(c)                # TrainOptions, with the rank, alpha and layers of --adapter
+c = adapters.with_adapter(c, processes)     # TrainOptions, with the rank, alpha and layers of --adapter
 weights = adapters.trainable(c, m, last)    # {name: parameter}
 """
 
@@ -8,15 +8,18 @@ import dataclasses
 
 import data
 import lora
+import model
 from release import recipes
+from runs import loading, torchrun
 from runs.options import flag
 
 
-def with_adapter(c):
+def with_adapter(c, processes):
     """c with the rank, alpha, targets and dropout of its adapter: of --adapter where no flag says otherwise, else 16,
     16, q_proj and v_proj, 0. Raises ValueError for a flag that contradicts the adapter; the dropout may be another."""
     known, dropout = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj")), 0.0
     if c.adapter is not None and c.lora_rank != 0:
+        loading.warn_of_another_base(c.adapter, model.resolve(c.model), torchrun.warner(processes))
         stored = lora.settings(c.adapter)
         known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
         dropout = stored.dropout

@@ -81,10 +81,18 @@ class DecodeOptions:
         None, "each step decodes every token of at least this probability, instead of following --schedule"
     )
     tokens_per_step: int | None = opt(None, "decode exactly this many tokens a step, instead of --steps", low=1)
-    greedy: bool = opt(False, "take the most probable token; --temperature then only affects which position is next")
+    greedy: bool = opt(
+        False,
+        "take the most probable token; --temperature then only affects which position is next",
+        idle=dict(sample=True),
+    )
     sample: bool = opt(False, "draw tokens even where a benchmark's protocol takes the most probable one")
     suppress_eos: bool = opt(False, "never choose a token that ends a response: each has its full length")
-    eos_last: bool = opt(False, "decode what ends a response last: positions that predict EOS or the like score lowest")
+    eos_last: bool = opt(
+        False,
+        "decode what ends a response last: positions that predict EOS or the like score lowest",
+        idle=dict(suppress_eos=True),
+    )
 
 
 @dataclass

@@ -11,7 +11,8 @@
 
 A field may state: low and high (the bounds of a number), choices, parse (text -> value; its ValueError says what the
 text must be), nargs, positional (its values stand without a flag), required, otherwise (what the help shows as the
-default of a field that is None where the flag is absent). The type is read from the annotation: `int | None` takes
+default of a field that is None where the flag is absent), idle (other fields, with the value of each beside which this
+one has no effect). The type is read from the annotation: `int | None` takes
 whole numbers and is None where the flag is absent.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DECLARED = re.compile(r"^\s+(\w+)(?:: [^=\n]+)? ?= ?(?:opt|Option)\(", re.MULTILINE)  # an option
-OURS = ("low", "high", "otherwise", "positional")  # metadata that argparse does not know
+OURS = ("low", "high", "otherwise", "positional", "idle")  # metadata that argparse does not know
 
 
 def opt(default, help, **more):
@@ -94,6 +95,18 @@ def check_values(c):
                 raise ValueError(f"{flag(f.name)} {value}: must be a number of at least {low}")
             if value > high:
                 raise ValueError(f"{flag(f.name)} {value}: must be at most {high}")
+
+
+def idle(c, given):
+    """Yield a line for each flag that is given and has no effect. given: the names of those that are."""
+    for f in dataclasses.fields(c):
+        for other, value in f.metadata.get("idle", {}).items():
+            if f.name in given and getattr(c, other) == value:
+                beside = {True: f"with {flag(other)}", False: f"without {flag(other)}"}
+                told = (
+                    beside[value] if value in (True, False) and type(value) is bool else f"with {flag(other)} {value}"
+                )
+                yield f"{flag(f.name)} has no effect {told}"
 
 
 def parse_value(f, text, extra=()):

@@ -30,6 +30,10 @@ def training_records(c, loaded, parameters, processes):
             what = f"{gaps} of {len(kept)} trajectories have steps in which nothing was decoded"
             say(f"{what}: a window of such steps has fewer tokens, and an empty one trains on nothing")
     elif "order" not in needs:
+        recipe = recipes.settings(c.recipe)  # whose settings nobody asked for one by one
+        for name in ("methods", "cut_eos", "unfinished"):
+            if getattr(c, name) not in (None, False, recipe.get(name)):
+                say(f"{flag(name)} acts on trajectories: {path} has answers")
         kept = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
         tokenizer.encode_examples(loaded.tok, kept, c.raw, c.max_prompt_tokens, answers=True)
         kept = without_long_answers(kept, c.max_answer_tokens, path, say)
@@ -87,7 +91,7 @@ def usable_trajectories(c, path, loaded, processes, say):
         if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
             what = f"made with a vocabulary of {meta['vocab_size']}; {c.model} has {config.vocab_size}"
             raise ValueError(f"{folder}: {what}")
-        check_finished(c, folder, meta, answered(folder), processes, say)
+        check_finished(c, folder, answered(folder), processes, say)
     how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
     records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
     kept = [r for r in records if data.usable(r, c.keep)]
@@ -102,8 +106,9 @@ def usable_trajectories(c, path, loaded, processes, say):
     asked = [name for name in ("methods", "max_prompt_tokens") if getattr(c, name) not in (None, recipe.get(name))]
     if asked and "method" not in kept[0]:
         say(f"{' and '.join(map(flag, asked))}: for the authors' files only, these have their prompts already")
-    if c.max_answer_tokens:
-        say("--max-answer-tokens acts on the answers of a dataset: trajectories are as long as they were decoded")
+    for name in ("max_answer_tokens", "prompt_field", "answer_field"):
+        if getattr(c, name) is not None:
+            say(f"{flag(name)} acts on the answers of a dataset: {path} has trajectories, as they were decoded")
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
@@ -114,7 +119,7 @@ def usable_trajectories(c, path, loaded, processes, say):
 
 def answered(folder):
     """How many prompts are answered in a trajectory folder. A kill may have torn a last line, which does not count."""
-    return sum(data.read_text(file).count("\n") for file in data.trajectory_files(folder))
+    return "".join(map(data.read_text, data.trajectory_files(folder))).count("\n")
 
 
 def has_gap(record):
@@ -123,12 +128,17 @@ def has_gap(record):
     return len(steps) <= max(steps)
 
 
-def check_finished(c, path, meta, there, processes, say):
+def prompts_of(folder, otherwise):
+    """How many prompts a trajectory folder answers once it is finished; a stranger's may not say it."""
+    prompts = data.read_json(Path(folder) / "meta.json", missing={}).get("prompts")
+    return prompts if type(prompts) is int else otherwise
+
+
+def check_finished(c, path, there, processes, say):
     """Raises ValueError for a distillation that is still running, or that ended before its last prompt."""
     if processes.locked_by_another(path):
         raise ValueError(f"{path}: distill is still writing into it: wait for it")
-    prompts = meta.get("prompts")
-    prompts = prompts if type(prompts) is int else there  # a stranger's may be anything
+    prompts = prompts_of(path, there)
     wanted = min(prompts, c.limit or prompts)
     if there < wanted and not c.unfinished:
         how = "the same distill command continues it; --unfinished trains on what is there"

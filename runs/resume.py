@@ -151,7 +151,10 @@ def last_checkpoint(out, warn=None):
 def prune(out, keep, step):
     """Remove all checkpoints between epochs up to a step but the last few. One behind it is damaged: the run continued
     from one before."""
-    between = [folder for at, folder in checkpoints(out) if at <= step and folder.name.startswith("step-")]
+    between = []
+    for at, folder in checkpoints(out):
+        if at <= step and folder.name.startswith("step-"):
+            between.append(folder)
     for folder in between[: max(len(between) - keep, 0)]:
         shutil.rmtree(folder)
 

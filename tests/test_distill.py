@@ -97,7 +97,7 @@ def test_a_prompt_with_predictions_that_are_not_finite_costs_no_other(tiny, puzz
 
     asked = distill_records(tiny, puzzles, tmp_path / "whole", capsys)[2]
     monkeypatch.setattr(queue, "stream", broken)
-    message = f"predictions are not finite for 1 of 6 prompts, such as those with the ids {asked['id']}: "
+    message = f"predictions are not finite for 1 of 6 prompts, such as id {asked['id']}: "
     fails(capsys, message, "distill", **options)
     assert len(data.read_trajectories(tmp_path / "T")) == 5
     fails(capsys, "predictions are not finite for 1 of 1 prompts", "distill", **options)  # the others are there

@@ -224,6 +224,24 @@ def test_a_value_may_look_like_an_option_or_a_command(parser):
     assert parse(parser, "wash --model cook --minutes-of-soaking 3")["command"] == "wash"
 
 
+@dataclass
+class OvenOptions:
+    """the oven"""
+
+    watch: bool = opt(False, "look")
+    delay: float = opt(0.0, "between looks", idle=dict(watch=False))
+    rank: int = opt(8, "of the oven")
+    alpha: float | None = opt(None, "scale", idle=dict(rank=0))
+
+
+def test_a_flag_without_effect_beside_others_is_said():
+    def said(**given):
+        return list(options.idle(OvenOptions(**given), given))
+
+    assert said(delay=2.0) == ["--delay has no effect without --watch"] and said(delay=2.0, watch=True) == []
+    assert said(alpha=1.0, rank=0) == ["--alpha has no effect with --rank 0"] and said(alpha=1.0) == said(rank=0) == []
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -33,7 +33,7 @@ class GenerateOptions(loading.ModelOptions, loading.DecodeOptions):
     watch: bool = opt(
         False, "redraw the response on stderr while it unmasks, coloured by entropy; a puzzle as its grid"
     )
-    delay: float = opt(0.0, "seconds between two pictures of --watch", low=0)
+    delay: float = opt(0.0, "seconds between two pictures of --watch", low=0, idle=dict(watch=False))
     save_frames: str | None = opt(None, "with --prompt: write an animation of the response, such as x.gif")
 
 
