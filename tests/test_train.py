@@ -352,8 +352,8 @@ def test_long_answers_are_left_out_and_counted(tiny, tmp_path, capsys):
     assert result["examples"] == 3  # 6 tokens and the EOS
     assert "1 of 4 answers are left out: they have more than --max-answer-tokens 7, up to 81" in err
     assert meta(tmp_path / "R")["max_answer_tokens"] == 7
-    result, err = run(capsys, "train", **settings, out=tmp_path / "all", max_answer_tokens=81)
-    assert result["examples"] == 4 and "left out" not in err
+    result, err = run(capsys, "train", **settings, out=tmp_path / "all", max_answer_tokens=81, cut_eos=True)
+    assert result["examples"] == 4 and "left out" not in err and "--cut-eos acts on trajectories" in err
     few = dict(settings, out=tmp_path / "none", max_answer_tokens=2)
     fails(capsys, "--max-answer-tokens 2 leaves none; the shortest answer has 3 tokens", "train", **few)
 
