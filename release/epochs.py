@@ -121,13 +121,14 @@ def main(argv=None):
             print(f"error: --{name} {value}: must be at least {low}", file=sys.stderr)
             return 1
     print(
-        f"| questions | correlation | standard error of a score | best of {c.epochs} | chosen on held-out questions |"
+        "| questions | accuracy | correlation | standard error | best of", c.epochs, "| chosen on held-out questions |"
     )
-    print("| --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for n, accuracy, correlation in itertools.product(c.questions, c.accuracy, c.correlation):
         off = simulate(c.epochs, n, accuracy, correlation, c.runs, c.seed)
         found.append(dict(questions=n, accuracy=accuracy, correlation=correlation, **off))
-        print(f"| {n} | {correlation:.1f} | {off['error']:.2f} | {off['best']:+.2f} | {off['honest']:+.2f} |")
+        errors = f"{off['error']:.2f} | {off['best']:+.2f} | {off['honest']:+.2f}"
+        print(f"| {n} | {accuracy:.2f} | {correlation:.1f} | {errors} |")
     print(json.dumps(dict(epochs=c.epochs, runs=c.runs, seed=c.seed, found=found)))
     return 0
 

@@ -21,6 +21,8 @@ def training_records(c, loaded, parameters, processes):
     id, prompt_ids, response_ids, order (None for an answer) and what else the objective's parameters ask for. A model
     that has a method `complete` gets each record as it needs it."""
     path, say = Path(c.data), torchrun.warner(processes)
+    if not data.trajectory_files(path) and prompts_of(path, 0):
+        raise ValueError(f"{path}: no prompt is answered yet: the same distill command continues it")
     # A dataset's answers have no decode order: only an objective like Eq. 1 does without one.
     needs = objectives.OBJECTIVES[c.objective].needs(parameters)
     if data.holds_trajectories(path):

@@ -837,6 +837,11 @@ def test_a_limit_that_is_answered_is_finished(tiny, unfinished, tmp_path, capsys
     assert result["examples"] == 10 and "10 of 12 prompts are answered, the longest first" in said
 
 
+def test_a_distillation_without_an_answer_is_refused(tiny, unfinished, tmp_path, capsys):
+    data.trajectory_files(unfinished)[0].unlink()
+    fails(capsys, "T: no prompt is answered yet", "train", model=tiny, data=unfinished, out=tmp_path / "R")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
 def test_a_distillation_that_is_still_running_is_refused(tiny, trajectories, tmp_path, capsys):
     folder = tmp_path / "T"
