@@ -67,12 +67,10 @@ class TrainOptions(
     unfinished: bool = opt(False, "accept a distill folder in which some prompts are not answered yet")
     cut_eos: bool = opt(False, "drop the tokens after the first EOS")
     lora_rank: int | None = opt(None, "0 = train all weights (16, or as --adapter has it)", low=0)
-    lora_alpha: float | None = opt(None, "scale times rank (16, or as --adapter has it)", low=0, idle=dict(lora_rank=0))
-    lora_dropout: float | None = opt(
-        None, "before the adapter (0, or as --adapter has it)", low=0, idle=dict(lora_rank=0)
-    )
+    lora_alpha: float | None = opt(None, "the adapter is scaled by alpha / rank (16, or as --adapter has it)", low=0)
+    lora_dropout: float | None = opt(None, "dropout before the adapter (0, or as --adapter has it)", low=0)
     lora_targets: tuple | None = opt(
-        None, "layers, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list, idle=dict(lora_rank=0)
+        None, "layers with an adapter, comma-separated (q_proj,v_proj, or as --adapter has it)", parse=name_list
     )
     epochs: int | None = opt(None, "passes over the data; a checkpoint after each", low=1, otherwise=5)
     stop_after: int | None = opt(

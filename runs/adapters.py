@@ -17,9 +17,13 @@ from runs.options import flag
 def with_adapter(c, processes):
     """c with the rank, alpha, targets and dropout of its adapter: of --adapter where no flag says otherwise, else 16,
     16, q_proj and v_proj, 0. Raises ValueError for a flag that contradicts the adapter; the dropout may be another."""
+    recipe, say = recipes.settings(c.recipe), torchrun.warner(processes)
+    for name in ("lora_alpha", "lora_dropout", "lora_targets") if c.lora_rank == 0 else ():
+        if getattr(c, name) not in (None, recipe.get(name)):
+            say(f"{flag(name)} has no effect with --lora-rank 0")
     known, dropout = dict(lora_rank=16, lora_alpha=16, lora_targets=("q_proj", "v_proj")), 0.0
     if c.adapter is not None and c.lora_rank != 0:
-        loading.warn_of_another_base(c.adapter, model.resolve(c.model), torchrun.warner(processes))
+        loading.warn_of_another_base(c.adapter, model.resolve(c.model), say)
         stored = lora.settings(c.adapter)
         known = dict(lora_rank=stored.rank, lora_alpha=stored.alpha, lora_targets=stored.targets)
         dropout = stored.dropout
@@ -30,7 +34,7 @@ def with_adapter(c, processes):
             if name == "lora_targets" and set(given) == set(value):
                 continue
             way_out = "leave the flag out"
-            if recipes.settings(c.recipe).get(name) == given:  # nobody gave the flag
+            if recipe.get(name) == given:  # nobody gave the flag
                 way_out = (
                     f"--recipe {c.recipe} asks for it: add {flag(name)} {as_flag(value)}, or start from another adapter"
                 )

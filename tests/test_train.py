@@ -339,7 +339,10 @@ def test_full_fine_tuning_on_reference_answers(tiny, puzzles, tmp_path, capsys):
         assert not torch.equal(w, after[name]), name
     tokenizer.load(out / "epoch-2")  # the checkpoint is a model folder of its own
     shutil.rmtree(out / "epoch-2")
-    run_train(capsys, **options)
+    _, err = run(capsys, "train", **{**TRAIN, **options})
+    assert "no effect" not in err
+    _, err = run(capsys, "train", **{**TRAIN, **options, "out": tmp_path / "S"}, lora_alpha=3, stop_after=1)
+    assert "--lora-alpha has no effect with --lora-rank 0" in err
     again = load_file(out / "epoch-2" / "model.safetensors")
     for name, w in after.items():
         assert torch.equal(w, again[name]), name
