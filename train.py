@@ -382,7 +382,7 @@ def prepare(c, processes, loaded=None):
     check_options(c, entry, parameters)
 
     # 2. the model. Where all weights are trained they are float32, for bfloat16 is too coarse for AdamW's small steps.
-    (last, *_), spread = processes.gather([resume.last_checkpoint(Path(c.out), say)]), spreading(c, processes)
+    last, spread = resume.where_to_continue(Path(c.out), processes), spreading(c, processes)
     full, prefer = c.lora_rank == 0, "float32" if c.lora_rank == 0 else "auto"
     stored = dataclasses.replace(c, dtype=prefer) if full and spread else c  # with --shard, --dtype is what computes
     load = functools.partial(loading.load_model, stored, processes, dtype=prefer, spread=spread)

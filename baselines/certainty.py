@@ -23,7 +23,7 @@ from objectives import (
 
 
 def dparallel(
-    m, batch, block_length=None, weight=2.0, temperature=0.5, block=None, mask=None, generator=None, mask_id=None
+    m, batch, block_length=32, weight=2.0, temperature=0.5, block=None, mask=None, generator=None, mask_id=None
 ):  # fmt: skip
     """In a random block of the response each position is masked with probability 1/2, in a second pass the others; all
     before the block is visible, all after it masked -> dict(loss, ce, certainty, right); the loss of a pass is
@@ -32,8 +32,7 @@ def dparallel(
         ce        = mean over the block's masked positions of -log p(x0)
         certainty = mean entropy, nats at this temperature, over those whose argmax is right
 
-    block_length: None means 32, or the attention's where that is less. Where it divides the attention's, blocks are
-    those of its grid.
+    block_length: at most the attention's counts; where it divides the attention's, blocks are those of its grid.
     block [B]: the block's number from 0. mask [B, N]: what the first pass masks inside the block.
     right: share of the masked positions whose argmax is right.
 
@@ -44,7 +43,7 @@ def dparallel(
     place, real, generators = place_of(batch["order"]), was_decoded(batch), per_row(generator, len(batch["length"]))
     length = batch["length"].cpu()  # a GPU waits here, once
     blocks, offset = block_length_of(m), torch.zeros_like(length)
-    block_length = block_length or min(blocks or 32, 32)
+    block_length = min(block_length, blocks or block_length)
     if blocks is not None and blocks % block_length == 0:
         offset = begin_in_grid(batch).cpu() % block_length
     begin = begin_of_blocks(length, block_length, block, generators, offset).to(place.device)[:, None]  # [B, 1]
@@ -97,7 +96,7 @@ DPARALLEL = Objective(
     loss=dparallel,
     source="dParallel",
     options=dict(
-        block_length=Option("block length in tokens (32, or the attention's where that is less)", kind=int, low=1),
+        block_length=Option("block length in tokens; at most the attention's", kind=int, low=1),
         weight=Option("weight of the certainty", low=0),
         temperature=Option("temperature at which the certainty is taken", low=0.01),
     ),

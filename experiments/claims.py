@@ -150,8 +150,8 @@ def claims(c):
             raise ValueError(f"--rows {name}: none of {'; '.join(ROWS)}")
         check_targets(name)
     if not any(runs_of(c, 1)):  # which has all that others have
-        asked = f"--rows {'; '.join(c.rows or ())} --rates {c.rates} --tasks {c.tasks}"
-        raise ValueError(f"{asked}: no base model has such a run")
+        tasks = f" --tasks {c.tasks}" if c.tasks else ""
+        raise ValueError(f"--rows {'; '.join(c.rows or ())} --rates {c.rates}{tasks}: no base model has such a run")
     out = Path(c.out or "out/experiment")
     results = Path(c.results or out / "results")
     processes, alone = torchrun.Processes("cpu"), torchrun.Processes("cpu", alone=True)

@@ -33,7 +33,8 @@ def tensorboard(out, settings, done):
     from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
     # A killed run may have logged steps that its last checkpoint does not know: they are not shown twice.
-    writer = SummaryWriter(out / "tensorboard", purge_step=done + 1)
+    begun = done or (out / "tensorboard").is_dir()
+    writer = SummaryWriter(out / "tensorboard", purge_step=done + 1 if begun else None)
 
     def write(metrics):
         for name, value in metrics.items():

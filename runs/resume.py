@@ -136,16 +136,22 @@ def checkpoints(out):
 
 def last_checkpoint(out, warn=None):
     """The folder of the latest intact checkpoint in a run, None where there is none. A damaged one is left alone, and
-    named on stderr, or by warn(line). Raises ValueError where all are damaged: to begin anew would overwrite them."""
+    named on stderr, or by warn(line)."""
     warn = warn or torchrun.warner(torchrun.Processes("cpu", alone=True))
-    there = checkpoints(out)
-    for _, folder in reversed(there):
+    for _, folder in reversed(checkpoints(out)):
         if intact(folder):
             return folder
         warn(f"{folder} is damaged: the checkpoint before it is used")
-    if there:
-        raise ValueError(f"{out}: all its checkpoints are damaged: remove them to begin anew, or take another --out")
     return None
+
+
+def where_to_continue(out, processes):
+    """The last checkpoint, on every process the one that the first sees. Raises ValueError where all are damaged: to
+    begin anew would overwrite them."""
+    last = processes.gather([last_checkpoint(out, torchrun.warner(processes))])[0]
+    if last is None and checkpoints(out):
+        raise ValueError(f"{out}: all its checkpoints are damaged: remove them to begin anew, or take another --out")
+    return last
 
 
 def prune(out, keep, step):

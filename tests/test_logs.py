@@ -23,6 +23,9 @@ def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):
     logs.opened("tensorboard", tmp_path, {}, done=15)(dict(step=16, loss=0.25))
     # All from step 16 on is forgotten: it was logged by a run that was killed behind its last checkpoint.
     assert started == [(tmp_path / "tensorboard", None), (tmp_path / "tensorboard", 16)]
+    (tmp_path / "tensorboard").mkdir()  # by a run that was killed before its first checkpoint
+    logs.opened("tensorboard", tmp_path, {})
+    assert started[-1] == (tmp_path / "tensorboard", 1)
     assert lines == [("step", 1, 1), ("loss", 0.5, 1), ("step", 16, 16), ("loss", 0.25, 16)]
 
 

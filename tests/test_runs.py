@@ -454,8 +454,11 @@ def test_checkpoints_are_sorted_by_step_and_pruned_between_epochs(tmp_path):
 def test_where_all_checkpoints_are_damaged_nothing_is_begun_anew(tmp_path):
     for name, step in (("step-9", 9), ("epoch-1", 4)):
         fake_checkpoint(tmp_path / name, step)  # without hashes
+    assert resume.last_checkpoint(tmp_path) is None
+    alone = torchrun.Processes("cpu", alone=True)
     with pytest.raises(ValueError, match="all its checkpoints are damaged: remove them"):
-        resume.last_checkpoint(tmp_path)
+        resume.where_to_continue(tmp_path, alone)
+    assert resume.where_to_continue(tmp_path / "nothing", alone) is None
     (tmp_path / "epoch-1" / resume.MANIFEST).mkdir()  # a file that cannot be read may be whole
     with pytest.raises(IsADirectoryError):
         resume.last_checkpoint(tmp_path)
