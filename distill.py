@@ -22,8 +22,9 @@ from tqdm import tqdm
 import data
 import tokenizer
 from benchmarks.answers import CHECKS, check
-from runs import disk, loading, queue, records, torchrun
+from runs import disk, loading, queue, torchrun
 from runs.options import opt
+from runs.records import prompts_of
 
 FORMATS = {"ours": None, "release": "release.files"}  # --format -> the room that writes another one
 
@@ -78,7 +79,7 @@ def distill(c, processes=None, loaded=None):
         decoder=settings,
         check=c.check,
         vocab_size=loaded.m.config.vocab_size,
-        prompts=max(len(examples), records.prompts_of(c.out, 0)),  # a smaller --limit makes no answer go
+        prompts=max(len(examples), prompts_of(c.out, 0)),  # a smaller --limit makes no answer go
         **loading.identity(c, processes, loaded),
     )
     by_content = ("model", "adapter", "data")  # these may be elsewhere, if they are the same

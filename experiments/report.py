@@ -91,8 +91,8 @@ def counted(value, name="in", most=None):
 def markdown(bases):
     """All tables. bases: {number: what is kept of it}."""
     sections = [("The base models", bases_table(bases))]
-    for task, name in ((task, TESTS[task]) for task in ("in", looks.SEVERAL)):
-        of_task = looks.on_task(bases, task)
+    for task in ("in", looks.SEVERAL):
+        name, of_task = TESTS[task], looks.on_task(bases, task)
         looked = looks.looked_at(of_task)
         if looks.rows_of(of_task) and not looks.rows_of(looked):
             numbers = " and ".join(map(str, looks.LOOKS))

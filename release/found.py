@@ -80,7 +80,7 @@ class Cell:
     @property
     def measured(self):
         """What is the same where the same model was measured twice, with the same result."""
-        return self.run, self.epoch, self.value, self.n, self.same
+        return *self.run_and_epoch, self.value, self.n, self.same
 
 
 def find(c):

@@ -211,15 +211,13 @@ def drop_torn_line(file):
         os.truncate(file, whole)
 
 
-WHOLE = re.compile(r"\n$")
-
-
 def keep_lines(file, count):
     """Cut a log back to its first lines: those of the steps that the checkpoint knows. A torn last line is none."""
     if file.is_file():
+        drop_torn_line(file)
         lines = data.read_text(file).splitlines(keepends=True)
         with atomic_file(file) as f:
-            f.writelines(filter(WHOLE.search, lines[:count]))
+            f.writelines(lines[:count])
 
 
 def save_tensors(tensors, file):

@@ -102,11 +102,9 @@ def idle(c, given):
     for f in dataclasses.fields(c):
         for other, value in f.metadata.get("idle", {}).items():
             if f.name in given and getattr(c, other) == value:
-                beside = {True: f"with {flag(other)}", False: f"without {flag(other)}"}
-                told = (
-                    beside[value] if value in (True, False) and type(value) is bool else f"with {flag(other)} {value}"
-                )
-                yield f"{flag(f.name)} has no effect {told}"
+                beside = "without" if value is False else "with"
+                shown = "" if type(value) is bool else f" {value}"
+                yield f"{flag(f.name)} has no effect {beside} {flag(other)}{shown}"
 
 
 def parse_value(f, text, extra=()):
