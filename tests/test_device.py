@@ -146,9 +146,10 @@ def test_the_waits_of_a_replay(family):
 # ------------------------------------------------------------------------------------------------------------- fakegpu
 
 FAKEGPU = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "fakegpu"
-# Runs a program of fakegpu, which knows some things by the names of other modules.
+# Runs a program of fakegpu, which knows some things by the names of other modules. It leaves without taking the
+# interpreter down: autograd's threads for a device that is none have aborted the process there, after all its work.
 CHILD = """
-import runpy, sys
+import os, runpy, sys
 from pathlib import Path
 
 program, root = sys.argv[1:3]
@@ -169,7 +170,13 @@ objectives.OBJECTIVES.update({name: Called(*entry) for name, entry in objectives
 for name in set(vars(measures)) - set(vars(objectives)):
     setattr(objectives, name, getattr(measures, name))
 sys.argv[:] = [program, root, *sys.argv[3:]]
-runpy.run_path(program, run_name="__main__")
+status = 0
+try:
+    runpy.run_path(program, run_name="__main__")
+except SystemExit as e:
+    status = e.code
+sys.stdout.flush()
+os._exit(status or 0)
 """
 
 
@@ -235,7 +242,7 @@ def test_only_gradients_go_from_gpu_to_gpu(tiny, trajectories, tmp_path):
 
 
 CHECKS_ON_FAKEGPU = """
-import sys
+import os, sys
 
 sys.path[:0] = sys.argv[1:3]
 import fakegpu  # before torch
@@ -243,7 +250,8 @@ import tabom
 
 with fakegpu.Watch(sys.argv[2]):
     status = tabom.main(["check", "--device", "cuda", "--only", "logits,batches,training"])
-sys.exit(status)
+sys.stdout.flush()
+os._exit(status)
 """
 
 
