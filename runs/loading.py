@@ -84,7 +84,7 @@ class DecodeOptions:
     greedy: bool = opt(
         False,
         "take the most probable token; --temperature then only affects which position is next",
-        idle=dict(sample=True),
+        idle=dict(sample=True, temperature=0),
     )
     sample: bool = opt(False, "draw tokens even where a benchmark's protocol takes the most probable one")
     suppress_eos: bool = opt(False, "never choose a token that ends a response: each has its full length")
@@ -278,6 +278,8 @@ def decoder_settings(c, loaded, preset=None):
     settings["block_length"] = settings.get("block_length") or blocks
     if c.sample:
         settings["greedy"] = False
+        if not settings.get("temperature"):
+            raise ValueError("--sample draws nothing at temperature 0: give --temperature above 0")
     if "tokens_per_step" not in settings:
         steps, length = settings["max_new_tokens"], settings["block_length"]
         if decode.find_schedule(settings["schedule"]).finishes_blocks and length is not None:

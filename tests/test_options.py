@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tabom
-from runs import options
+from runs import loading, options
 from runs.options import opt
 
 
@@ -240,6 +240,8 @@ def test_a_flag_without_effect_beside_others_is_said():
 
     assert said(delay=2.0) == ["--delay has no effect without --watch"] and said(delay=2.0, watch=True) == []
     assert said(alpha=1.0, rank=0) == ["--alpha has no effect with --rank 0"] and said(alpha=1.0) == said(rank=0) == []
+    sure = loading.DecodeOptions(greedy=True, temperature=0.0)
+    assert list(options.idle(sure, ["greedy", "temperature"])) == ["--greedy has no effect with --temperature 0"]
 
 
 @pytest.mark.parametrize(

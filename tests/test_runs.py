@@ -624,7 +624,9 @@ def test_ends_are_all_tokens_that_end_a_response_and_eos_is_one(tmp_path):
 def test_block_length_0_is_one_block_and_sample_is_not_greedy(tmp_path):
     assert settings(tmp_path, block_length=0)["block_length"] is None
     assert settings(tmp_path, preset=dict(greedy=True))["greedy"] is True
-    assert settings(tmp_path, preset=dict(greedy=True), sample=True)["greedy"] is False
+    assert settings(tmp_path, preset=dict(greedy=True), sample=True, temperature=0.5)["greedy"] is False
+    with pytest.raises(ValueError, match="--sample draws nothing at temperature 0"):
+        settings(tmp_path, sample=True)
     assert settings(tmp_path, suppress_eos=True)["suppress_eos"] is True
 
 
