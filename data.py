@@ -195,12 +195,12 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=w
 
 
 def is_plain(row):
-    """Whether a row is {prompt, answer} or {messages, answer} of texts; the answer, and an id, may be missing."""
+    """Whether a row is {prompt, answer} or {messages, answer} of texts, with one answer or none; an id may be there."""
     if not isinstance(row, dict) or not row.keys() <= COLUMNS or ("prompt" in row) == ("messages" in row):
         return False
     messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
     talk = isinstance(messages, list) and messages != [] and all(map(is_turn, messages))
-    return talk and (row.get("answer") is None or has_text(row["answer"]))
+    return talk and (row.get("answer") is None or (has_text(row["answer"]) and messages[-1]["role"] != "assistant"))
 
 
 def is_turn(turn):

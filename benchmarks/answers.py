@@ -91,23 +91,33 @@ def check_math(response, asked):
 # ------------------------------------------------------------------------------------- the answer of a response
 
 BOX = re.compile(r"(?:\\f?box|\\?\bboxed)\s*\{")  # some write boxed{27}
+JOINT = re.compile(r"}[$\s]*(?:,|,?\s*(?:and|or))[$\s]*")  # between two boxes of one answer
 HASHES = re.compile(r"####+[ \t]*\n?([^\n]*)")
 NUMBER_FIRST = re.compile(r"[-\s$]*\d[\d,]*(?:\.\d+)?(?![\d.)])")  # "18 km", and not "Step 3" or "3. Add"
 
 
 def marked_answer(text):
     """What a text marks as its answer: the line after the last ####, or the inside of the last \\boxed{}, whichever
-    comes later; None without either. A box that is cut short goes to the end of its line; an empty one marks nothing,
-    and neither does a heading of Markdown."""
+    comes later; None without either. Boxes that a comma, "and" or "or" joins are one mark: 18, 19. A box that is cut
+    short goes to the end of its line; an empty one marks nothing, and neither does a heading of Markdown."""
     start = last_box(text)
     for found in reversed(list(HASHES.finditer(text, start or 0))):
         ends = not text[found.end() :].strip()
         if found[1].strip() and (ends or NUMBER_FIRST.match(found[1])):
             return found[1]
-    if start is None:
-        return None
-    inside = text[start : box_end(text, start)]
-    return inside if inside.strip() else None
+    return ", ".join(filter(str.strip, joined_boxes(text))) or None
+
+
+def joined_boxes(text):
+    """The inside of the last \\boxed{} and of those joined to it, as MATH500's answers are; [] without one."""
+    found, later = [], None
+    for box in reversed(list(BOX.finditer(text))):
+        end = box_end(text, box.end())
+        if later is not None and not JOINT.fullmatch(text[end:later]):
+            break
+        found.insert(0, text[box.end() : end])
+        later = box.start()
+    return found
 
 
 def last_box(text):
@@ -142,8 +152,8 @@ INTRODUCTION = re.compile(r"\banswer\s*(?:is|:)\s*:?", re.IGNORECASE)
 
 
 def says(response, asked):
-    """Whether a response is just the reference, but for space, case, delimiters and a final point: all of it, what it
-    marks, or else its last line or what follows its last "answer is"."""
+    """Whether a response is just the reference, but for space, case (which math-verify ignores, too), delimiters and a
+    final point: all of it, what it marks, or else its last line or what follows its last "answer is"."""
     mathematics, final = is_mathematics(asked), [response]
     marked = marked_answer(response)
     if marked is not None:
@@ -154,7 +164,7 @@ def says(response, asked):
     return bool(same[0]) and same[0] in same[1:]
 
 
-DELIMITERS = re.compile(r"\\[()\[\]]|\$|\*\*|<\|[^|<>]*\|>")
+DELIMITERS = re.compile(r"\\[()\[\]]|\$|(?<!\w)\*\*|\*\*(?!\w)|<\|[^|<>]*\|>")
 
 
 def bare(text, mathematics=False):
@@ -169,14 +179,15 @@ def bare(text, mathematics=False):
 # ------------------------------------------------------------------------------------------------------ letters
 
 # A capital letter on its own, but for the article in "A dog" and the pronoun in "I think".
-LETTER = r"(?<![\w'])(?:[B-HJ-Z]|[AI](?!\s+(?!(?:is|are|was|must|would|seems)\b)[a-z]))(?![\w'])"
+# Characters of other scripts may stand beside it, which write no spaces.
+LETTER = r"(?<![A-Za-z0-9_'])(?:[B-HJ-Z]|[AI](?!\s+(?!(?:is|are|was|must|would|seems)\b)[a-z]))(?![A-Za-z0-9_'])"
 IS = r"(?:is|are|was|must be|would be|seems)"
 DENIED = re.compile(  # not D; D is wrong
     rf"(?i:\b(?:not|than|eliminate|reject)\s+(?:option\s+|choice\s+)?)\(?{LETTER}"
     rf"|{LETTER}[\W_]{{0,3}}\s*(?:{IS}\s+(?:not|wrong|incorrect|false)\b|(?:isn|can|doesn)'t\b|cannot\b)"
 )
-ANY, GAP = r"(?<![\w'])[A-Z](?![\w'])", r"[\W_]{0,3}"
-OR = rf"{GAP}(?:[/&]|\b(?:and|or)\b){GAP}{ANY}"
+ANY, GAP = r"(?<![A-Za-z0-9_'])[A-Z](?![A-Za-z0-9_'])", r"[\W_]{0,3}"
+OR = rf"{GAP}(?:[/&]|\b(?:and|or)\b|\u6216){GAP}{ANY}"
 TOKEN = re.compile(  # A, B or C; C is correct; the answer ...; any letter
     rf"(?P<several>{ANY}(?:(?:{GAP},{GAP}{ANY}){{2,}}(?:{OR})?|(?:{GAP},{GAP}{ANY})?,?{OR}))"
     rf"|(?P<right>{LETTER})[\W_]{{0,3}}\s*{IS}\s+(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|true|best|answer)\b"
@@ -200,6 +211,9 @@ def final_choice(response):
     marked = marked_answer(response)
     if marked is not None and (first := FIRST.match(marked)):
         return first[1]
+    said = INTRODUCTION.split(response)[-1] if marked is None else marked
+    if alone := sole_letter(said.strip().removesuffix(".").upper()):  # b, (b)
+        return alone
     text = DENIED.sub(" ", response if marked is None else marked.replace(",", " or "))
     chosen, last, expected = None, None, False
     for token in TOKEN.finditer(text):
@@ -236,22 +250,29 @@ PLAINLY = {"{,}": ",", "\\,": "", "\\!": "", "\\;": " ", "\\ ": " ", "\u2212": "
 PLAINLY |= {"\\approx": "\u2248", "^\\circ": "\u00b0", "^{\\circ}": "\u00b0"}
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")  # \text{18}
 BRACES = re.compile(r"(?<![\\A-Za-z}^_]){([^{}]*)}")  # {18}, and not the braces of a command
-AREA = re.compile(r"\b((?:[mck]?m|in|ft|yd|mi|units?|meters?|feet|inches)\s*)\^\s*(?:\{[23]\}|[23])")  # 18 cm^2
+AREA = re.compile(  # 18 cm^2, 9.8 m/s^2, and not the variable of m^2
+    r"(\d\s+(?:[ck]?m\s*/\s*s|[mck]?m|in|ft|yd|yards?|mi|miles?|units?|meters?|feet|inches)\s*)\^\s*(?:\{[23]\}|[23])"
+)
 
 
 def spelled_plainly(text):
-    """LaTeX's spellings of numbers, 1{,}000, 1\\,000, \\text{18} and 18 cm^2, and the minus signs U+2212 and U+2013, in
-    plain characters."""
+    """LaTeX's spellings of numbers, 1{,}000, 1\\,000 and \\text{18}, and the minus signs U+2212 and U+2013, in plain
+    characters."""
     for written, plain in PLAINLY.items():
         text = text.replace(written, plain)
-    return AREA.sub(r"\1", BRACES.sub(r"\1", TEXT.sub(r" \1 ", text)))
+    return BRACES.sub(r"\1", TEXT.sub(r" \1 ", text))
+
+
+def without_powers(text):
+    """The same without the powers of units: 18 cm^2 is the number 18 with a unit."""
+    return AREA.sub(r"\1", spelled_plainly(text))
 
 
 def sole_number(text):
     """The number that is all of a text, apart from space, a currency and a final point: Decimal, or None.
 
     "72 apples", "3/4" and "2x" are not plain numbers."""
-    text = spelled_plainly(text).replace("\\(", "").replace("\\)", "")
+    text = without_powers(text).replace("\\(", "").replace("\\)", "")
     text = text.strip().strip("*$").strip().removesuffix(".")
     if not PLAIN.fullmatch(text):
         return None
@@ -265,7 +286,7 @@ def final_number(response):
     marked = marked_answer(response)
     if marked is not None:
         return marked_number(marked)
-    text = spelled_plainly(response)
+    text = without_powers(response)
     found = list(re.finditer(DIGITS, text))
     return number_at(text, found[-1]) if found else None
 
@@ -287,7 +308,7 @@ def marked_number(text):
     number = sole_number(text)
     if number is not None:
         return number
-    name, equals, text = spelled_plainly(text).rpartition("=")
+    name, equals, text = without_powers(text).rpartition("=")
     found = list(re.finditer(DIGITS, text))
     if len(found) != 1 or LIST.search(name):
         return None
@@ -305,7 +326,7 @@ def number_at(text, found):
     if PART_BEFORE.search(before) or PART.match(text, found.end()):
         return None
     number = Decimal(found[0].replace(",", ""))
-    negative = re.search(r"(?<![\w)])-\Z", before)  # the minus of 5-3 subtracts
+    negative = re.search(r"(?:(?<![\w)])-|(?:=|\bis)[ \t]*-[ \t]+)\Z", before)  # the minus of 5-3 subtracts
     return number.copy_negate() if negative else number
 
 
@@ -315,8 +336,8 @@ LATEX = re.compile(r"\\[A-Za-z(\[]|\$")
 EXPRESSION = re.compile(rf"{LATEX.pattern}|\d\s*/\s*\d")  # what math-verify finds in a response
 WORD = re.compile(r"[^\W\d_]{2,}")  # of any script
 UNITS = {"mm", "cm", "km", "mg", "kg", "ml", "ft"}  # which math-verify leaves out
-# 12:30 and 2:3, 2024-01-02, H2O, N/A, 1e5, 5'11": math-verify would read a quotient, a difference or a product.
-READ_WRONGLY = re.compile(r"\d\s*:\s*\d|\d-\d+-\d|[A-Z]\d|^[Nn]/[Aa]$|\d[eE]\d|\d['\"]")
+# 12:30 and 2:3, 2024-01-02, H2O, N/A, 1e-5, 5'11": math-verify would read a quotient, a difference or a product.
+READ_WRONGLY = re.compile(r"\d\s*:\s*\d|\d-\d+-\d|[A-Z]\d|^[Nn]/[Aa]$|\d[eE][-+]?\d|\d['\"]")
 
 
 def is_mathematics(asked):

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import string
+from decimal import Decimal
 
 from data import IDS, has_text
 from formats import talks
@@ -56,6 +57,8 @@ def to_plain(row, prompt_field=None, answer_field=None):
     if isinstance(talk, list) or (column in CONVERSATIONS and prompt_field is None):
         messages = talks.to_messages(talk, say=lines.append)
         answer = talks.pop_answer(messages, talk, lines.append)
+        if answer is not None and answer_field is None:
+            lines += passed_over(row, answer)
     else:
         messages = [{"role": "user", "content": full_prompt(row, column, choices)}]
     if answer is None or answer_field is not None:
@@ -132,7 +135,7 @@ def find_choices(row):
     elif isinstance(value, dict) and are_texts(value.get("label")) and are_texts(value.get("text")):
         pairs = zip(value["label"], value["text"])
     elif isinstance(value, dict):
-        pairs = value.items()
+        pairs = [pair for pair in value.items() if pair[1] is not None]  # a letter that other rows of a table have
     choices = []
     for letter, text in pairs:
         if not isinstance(letter, str) or type(text) not in (str, int, float):
@@ -168,12 +171,17 @@ def find_answer(row, column, name, choices):
     if isinstance(value, str):
         return value
     if is_number(value):
-        return str(value)
+        return written_out(value)
     raise ValueError(f"field {name!r} must be text, a number or a list of texts, found {value!r:.80}")
 
 
 def is_number(value):
     return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def written_out(number):
+    """A number as text, without an exponent: 0.00005, and not 5e-05."""
+    return str(number) if type(number) is int else format(Decimal(repr(number)), "f")
 
 
 def is_blank(value):
@@ -193,6 +201,16 @@ def chosen_letter(value, choices, name):
     raise ValueError(f"field {name!r} is {value!r:.80}: none of the {len(letters)} choices")
 
 
+def passed_over(row, answer):
+    """Lines about columns with another answer than that with which a conversation ends."""
+    lines = []
+    for name in ("answer", "solution", *LAST_ANSWERS):
+        if not is_blank(row.get(name)) and row[name] != answer:
+            why = f"the conversation ends with an answer, which is taken; --answer-field {name} takes the column's"
+            lines.append(f"the column {name!r} is not used: {why}")
+    return lines
+
+
 def text_of(value):
     """A text, or a list of texts joined; "" for anything else."""
     text = "\n".join(value) if are_texts(value) else value
@@ -201,7 +219,7 @@ def text_of(value):
 
 def text_or_number(value):
     """text_of(), with a number written out."""
-    return str(value) if is_number(value) else text_of(value)
+    return written_out(value) if is_number(value) else text_of(value)
 
 
 def unused(row, messages, answer, named=()):

@@ -65,7 +65,8 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
     if are_numbers(record["non_ltr"], 0, steps - 1):
         record["non_ltr"] = list(filter(range(len(response)).__contains__, record["non_ltr"]))
     record["data_source"] = source.strip() if has_text(source) else None
-    record["finished"] = first_end(response, tok.stop_ids) < len(response)
+    end = first_end(response, tok.stop_ids)  # padding, or behind a mask, it ends nothing
+    record["finished"] = end < len(response) and -1 not in order[: end + 1]
     return record, None
 
 

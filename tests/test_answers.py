@@ -92,6 +92,39 @@ def test_a_factorial_and_a_derivative_are_their_own(kind):
     assert answers.check("auto", "'No!'", "no") is True
 
 
+@pytest.mark.parametrize(
+    "response, answer, verdict",
+    [
+        # boxes joined by a comma, "and" or "or" are one answer, as for MATH500
+        ("\\boxed{18} or \\boxed{19}", "19", False),
+        ("\\boxed{A} or \\boxed{B}", "B", False),
+        ("\\boxed{5}", "so \\boxed{3} and $\\boxed{5}$.", False),
+        ("\\boxed{5, 3}", "so $\\boxed{3}$, $\\boxed{5}$.", True),
+        ("not \\boxed{18}, so \\boxed{19}", "19", True),
+        # a variable keeps its power, a unit's does not count
+        ("\\boxed{m+1}", "m^2+1", False),
+        ("\\boxed{2 m}", "2 m^2", False),
+        ("9.8 m/s^2", "9.8", True),
+        ("12 yards^2", "12", True),
+        ("x**2", "x2", False),
+        ("**23**", "23", True),
+        # a minus with a space behind it
+        ("x = - 1", "-1", True),
+        ("The sum is - 1.", "1", False),
+        ("10 - 5", "-5", False),
+        ("0.001", "1e-3", None),
+        # letters beside scripts without spaces, and small ones
+        ("\u7b54\u6848\u662fB\u3002", "B", True),
+        ("\uc815\ub2f5\uc740 B\uc785\ub2c8\ub2e4", "B", True),
+        ("\u7b54\u6848\u662fA\u6216B", "B", False),
+        ("The answer is (b).", "B", True),
+        ("(c)", "B", False),
+    ],
+)
+def test_auto_check_of_what_once_had_another_verdict(response, answer, verdict):
+    assert answers.check("auto", response, answer) is verdict
+
+
 def test_exact_and_no_check():
     assert answers.check("exact", " abc\n", "abc") is True
     assert answers.check("exact", "abd", "abc") is False

@@ -23,7 +23,6 @@ PLAIN = [
     dict(prompt=""),
     dict(messages=[dict(role="system", content="s"), dict(role="user", content="q")], answer="b"),
     dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="a")], id=3),
-    dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="a")], answer="b"),
     dict(messages=[dict(role="assistant", content="a"), dict(role="user", content="q")]),
 ]
 
@@ -47,6 +46,7 @@ def test_a_plain_row_is_read_here_as_the_reader_of_all_forms_reads_it(row):
         dict(messages=[dict(role="human", content="q")]),
         dict(messages=[dict(role="user", content="q", name="x")]),
         dict(messages=[dict(role="user", content="q"), dict(role="assistant", content=" ")]),
+        dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="a")], answer="b"),
         dict(answer="a"),
         [1],
     ],

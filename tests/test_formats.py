@@ -70,6 +70,7 @@ ROWS = [
     (dict(question="q", context=["c", "d"], answer=["a", "b"]), "c\nd\n\nq", ["a", "b"]),
     (dict(question="q", answer=18), "q", "18"),
     (dict(question="q", answer=0.5), "q", "0.5"),
+    (dict(question="q", context=1e16, answer=0.00005), "10000000000000000\n\nq", "0.00005"),
     (dict(question="q", answer="", solution="s"), "q", "s"),
     (dict(prompt="q", code="def f(): pass", test_list=["assert f()"]), "q", "def f(): pass"),
     (dict(problem="q", generated_solution="s", expected_answer="4"), "q", "s"),
@@ -82,6 +83,7 @@ ROWS = [
     (dict(question="q", choices=["x", "y"], answer="x"), "q\nA. x\nB. y", "A"),
     (dict(question="q", choices=dict(text=["x", "y"], label=["1", "2"]), answerKey="2"), "q\n1. x\n2. y", "2"),
     (dict(question="q", options=dict(A="x", B="y"), answer="y"), "q\nA. x\nB. y", "B"),
+    (dict(question="q", options=dict(A="x", B="y", C=None), answer="B"), "q\nA. x\nB. y", "B"),  # of a table
     (dict(question="q", options=["A)x", "B)y"], answer="A"), "q\nA)x\nB)y", "A"),
     (dict(question="q", choices=[3, 4], answer=0), "q\nA. 3\nB. 4", "A"),
 ]
@@ -137,6 +139,16 @@ def test_what_looks_like_input_and_is_not_used_is_named_once(tmp_path):
     system = dict(messages=[dict(role="system", content="s"), *HI], system="t")
     data.read_examples(write(tmp_path / "f.jsonl", system), warn=said.append)
     assert "the column 'system' looks like input" in said[0]
+
+
+def test_an_answer_beside_that_of_a_conversation_is_said(tmp_path):
+    row, said = dict(messages=[*HI, dict(role="assistant", content="4")], answer="5"), []
+    file = write(tmp_path / "d.jsonl", row, row, dict(row, answer="4"))
+    assert column(data.read_examples(file, warn=said.append), "answer") == ["4", "4", "4"]
+    assert len(said) == 1 and "the column 'answer' is not used: the conversation ends with an answer" in said[0]
+    said.clear()
+    assert column(data.read_examples(file, answer_field="answer", warn=said.append), "answer") == ["5", "5", "4"]
+    assert said == []
 
 
 def test_named_fields_and_own_ids(tmp_path):

@@ -141,5 +141,10 @@ def test_our_records_can_be_written_in_the_authors_format(letters, tmp_path):
     write_both = [json.dumps(dict(RECORD, id=key)) for key in (4, 0)] + [json.dumps({**row, "id": None})]
     (tmp_path / "both.jsonl").write_text("\n".join(write_both) + "\n")
     assert [r["id"] for r in data.read_trajectories(tmp_path / "both.jsonl", tok=letters)] == [0, 4, 5]
+    # what pads an answer without an end, or stands behind a mask, does not end it
+    cut = to_release_format(dict(ours, response_ids=[7, 8, 9, 10], finished=False), pad_id=256)
+    masked = dict(AUTHORS, decoding_order=[2, -1, 1, 0])
+    for row, finished in ((cut, False), (masked, False), (AUTHORS, True)):
+        assert data.read_trajectories(write(tmp_path / "f.jsonl", row), tok=letters)[0]["finished"] is finished
     row = to_release_format(dict(ours, order=[0, 1, -1, -1], step=[0, 1, 12, 12]), pad_id=256)
     assert row["decoding_order"][:4] == [0, 1, -1, -1] and row["non_ltr_positions"] == []
