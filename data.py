@@ -135,7 +135,8 @@ def read_jsonl(path):
                 where = f"{path}:{number}"
                 if len(line) > MAX_LINE:
                     raise ValueError(f"{where}: the line is longer than {MAX_LINE} bytes")
-                if line.strip():
+                # A kill may have torn the last line of a trajectory file, which distill then makes anew.
+                if line.strip() and (line.endswith((b"\n", b"}")) or not path.match("trajectories*.jsonl")):
                     yield where, parse_json(line, where)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(f"{path}: a damaged gzip file ({e})") from e
@@ -190,6 +191,8 @@ def read_examples(path, prompt_field=None, answer_field=None, limit=None, warn=w
         ids.append(id_of(row))
     if not examples:
         raise ValueError(f"{path}: the dataset is empty")
+    if None not in ids and (same := len(ids) - len(set(map(str, ids)))):
+        warn(f"{path}: {same} of {len(ids)} rows have an id that another row has, so all rows are numbered instead")
     give_ids(examples, ids)
     return examples
 
@@ -343,8 +346,7 @@ def check_record(record, vocab_size=None, mask_id=None):
         raise ValueError(f"{what}, from 0, or -1 for one that was never decoded")
     for key in PER_TOKEN:
         values = record.get(key)
-        fits = values is None or (are_numbers(values, -MAX_STEP, kinds=(int, float)) and len(values) == N)
-        if not fits:
+        if values is not None and not (are_numbers(values, -MAX_STEP, kinds=(int, float)) and len(values) == N):
             raise ValueError(f"{key} must be a list of {N} numbers, one a response token")
     places = record.get("non_ltr")
     if places is not None and not are_numbers(places, 0, N - 1):
@@ -357,8 +359,7 @@ def check_record(record, vocab_size=None, mask_id=None):
         raise ValueError(f"token id {top}, but the model has {vocab_size}: trajectories of another model")
     for i, token in enumerate(response):
         if token == mask_id and order[i] >= 0:
-            what = f"response token {i} is the mask token {mask_id}"
-            raise ValueError(f"{what}, and yet decoded: its order is {order[i]}")
+            raise ValueError(f"response token {i} is the mask token {mask_id}, and yet its order is {order[i]}")
     return record
 
 

@@ -366,7 +366,11 @@ def score_table(scores):
         low, high = (f"{x:.1f}" for x in r["interval"])
         d = r["decoder"]
         pace = d.get("steps") or f"{d['tokens_per_step']} a step"
+        if d.get("threshold") is not None:
+            pace = f"threshold {d['threshold']:g}"
         decoding = f"{d['max_new_tokens']}, {pace}, {d['block_length'] or '-'}"
+        if d.get("temperature") and not d.get("greedy"):
+            decoding += ", sampled"
         paper = " / ".join(f"{x:.1f}" for x in r.get("paper", {}).values()) or "-"
         cells = [r["task"], r["n"], r["score"], f"{low} to {high}", paper, r["finished"], decoding]
         cells += [r["protocol"], r["shots"], r["seed"]]

@@ -189,7 +189,7 @@ def check_window(window, starts):
     if window != "global" and (not isinstance(window, int) or window < 2):
         raise ValueError(f"window {window!r}: needs at least 2 steps, or 'global'")
     if starts == "global" or (starts != "uniform" and window == "global"):
-        raise ValueError(f"starts {starts!r}, window {window!r}: 'uniform', or another rule and a number of steps")
+        raise ValueError(f"starts {starts!r}, window {window!r}: a global window has uniform starts and no others")
 
 
 def uniform_starts(batch, steps, window, generators):

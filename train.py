@@ -79,8 +79,9 @@ class TrainOptions(
     draw_once: bool = opt(False, "draw an example's window or state once, for all epochs, instead of anew in each")
     save_every: int = opt(200, "optimizer steps between checkpoints inside an epoch; 0 = none", low=0)
     keep_last: int = opt(
-        1, "how many of the latest checkpoints inside epochs are kept; those of epochs always are", low=1
-    )
+        1, "how many of the latest checkpoints inside epochs are kept; those of epochs always are", low=1,
+        idle=dict(save_every=0),
+    )  # fmt: skip
     held_out: int = opt(
         0, "records kept out of training; after each epoch their loss and an answer to the first are logged", low=0
     )

@@ -315,7 +315,7 @@ def write_report(folder):
     with disk.atomic_file(folder / "tables.md") as f:
         f.write(tables + "\n")
     if {(row, looks.RATE) for row in looks.PRIMARY}.issubset(looks.rows_of(looked)):
-        points = [point for point in frontier(looked) if point["rate"] in looks.FRONTIER_RATES]
+        points = list(filter(is_drawn, frontier(looked)))
         single = []
         for row, base in itertools.product(looks.PRIMARY, looked.values()):
             single += zip(itertools.repeat(row), *zip(*looks.points_of(base, row).values()))
@@ -323,6 +323,11 @@ def write_report(folder):
         plots.save(plots.draw_tds(tds_curves(looked), ["base", *looks.PRIMARY[::-1]]), folder / "tds.png")
     print(tables)
     return dict(results=str(folder), bases=len(bases), looked_at=len(looked))
+
+
+def is_drawn(point):
+    """Whether a point of a frontier is in the picture: of the rows of LEAD; others lose more than it has room for."""
+    return point["rate"] in looks.FRONTIER_RATES and point["row"] in itertools.chain(*LEAD)
 
 
 def tds_curves(bases):

@@ -119,7 +119,7 @@ def sweep(c):
     if not processes.first:
         return None
     lines = table.over_seeds(found, c.in_domain)
-    shown = table.sweep_table(lines)
+    shown = f"{table.sweep_table(lines)}\n\n{table.questions(found[0])}"
     if c.best_of_epochs:
         shown += f"\n\n{table.epochs_table(found)}"
     with disk.atomic_file(out / "results.json") as f:
@@ -156,12 +156,13 @@ def check_sweep(c, grid):
             evaluate.read_questions(source, c.benchmarks)
             continue
         rows = data.read_examples(source, c.prompt_field, c.answer_field, warn=lambda line: None)
-        if set(map(operator.itemgetter("answer"), rows)) == {None}:
+        if set(map(type, map(operator.itemgetter("answer"), rows))) == {type(None)}:
             raise ValueError(f"{source}: no row has an answer to compare with: see --answer-field")
     prompts = not data.holds_trajectories(c.data)
     truth = c.ground_truth is None and any(s["objective"] == GROUND_TRUTH for s in grid.values())
     if not prompts and (c.rounds > 1 or truth):
-        raise ValueError(f"{c.data} has trajectories: --rounds and {GROUND_TRUTH} need the dataset with answers")
+        named = f"--rounds needs the dataset, and {GROUND_TRUTH} one with answers: see --ground-truth"
+        raise ValueError(f"{c.data} has trajectories: {named}")
     return prompts
 
 

@@ -97,6 +97,16 @@ def sweep_table(lines):
     return stats.markdown_table(["row", *axes, "runs", *map(score_title, lines[0]["scores"])], shown)
 
 
+def questions(result):
+    """How many questions the accuracies of a run are of, as a line."""
+    counts = {}
+    if "accuracy" in result["chosen"]:
+        counts["validation"] = result["chosen"]["questions"]
+    for one in result["tests"]:
+        counts[source_name(one["source"])] = one["scores"]["questions"]
+    return f"questions: {', '.join(itertools.starmap('{} {}'.format, counts.items()))}"
+
+
 def score_title(score):
     """The title of a column: validation %, test_in %, "test_in, 2 a step %", "in-domain, 2 a step %" or TDS."""
     name = score["measure"].removesuffix(" %")

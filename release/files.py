@@ -34,7 +34,7 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
     """A row of the authors' files -> (record without id, None), (None, why it cannot be used), or
     (None, None) where it is of another method. A row without response_token_ids gets those of its
     text, and EOS for what its decoding_order has beyond it; one without a decoding_order for every
-    token counts as decoded from left to right."""
+    token counts as decoded from left to right, which `ordered` says."""
     if tok is None:
         raise ValueError("the authors' files need the model's tokenizer for their prompts")
     if not isinstance(row, dict):
@@ -54,13 +54,14 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
             response += [tok.eos_id] * (len(order) - len(response))
     if not are_numbers(response, 0):
         raise ValueError(f"response_token_ids must be a list of ids, found {response!r:.80}")
-    if not isinstance(order, list) or len(order) < len(response):
+    ordered = isinstance(order, list) and len(order) >= len(response)
+    if not ordered:
         order = range(len(response))
     steps, order = len(order), list(order[: len(response)])
     if order.count(-1) == len(order):
         return None, "none of its tokens was ever decoded"
     record = dict(prompt=prompt, prompt_ids=prompt_ids, response_ids=response, order=order, text=text, correct=None)
-    record.update(non_ltr=row.get("non_ltr_positions"), method=row.get("method"))
+    record.update(non_ltr=row.get("non_ltr_positions"), method=row.get("method"), ordered=ordered)
     # Of the positions that have a step those without a token are left out.
     if are_numbers(record["non_ltr"], 0, steps - 1):
         record["non_ltr"] = list(filter(range(len(response)).__contains__, record["non_ltr"]))

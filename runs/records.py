@@ -5,7 +5,9 @@
 Which trajectories are usable is data.usable's to say (--keep).
 """
 
+import collections
 import itertools
+import sys
 from pathlib import Path
 
 import data
@@ -38,6 +40,9 @@ def training_records(c, loaded, parameters, processes):
                 say(f"{flag(name)} acts on trajectories: {path} has answers")
         kept = data.read_examples(path, c.prompt_field, c.answer_field, c.limit, say)
         tokenizer.encode_examples(loaded.tok, kept, c.raw, c.max_prompt_tokens, answers=True)
+        several = sum(map(has_several, kept))
+        if several:
+            say(f"{several} of {len(kept)} rows have several answers: the first of each is trained on")
         kept = without_long_answers(kept, c.max_answer_tokens, path, say)
     else:
         raise ValueError(
@@ -56,6 +61,10 @@ def training_records(c, loaded, parameters, processes):
             f"{path}: --ranking kl and --objective ideal need the entropies that distill logs, and some rows have none"
         )
     return records
+
+
+def has_several(example):
+    return isinstance(example["answer"], list) and len(example["answer"]) > 1
 
 
 def whole_steps(record):
@@ -95,28 +104,52 @@ def usable_trajectories(c, path, loaded, processes, say):
             raise ValueError(f"{folder}: {what}")
         check_finished(c, folder, answered(folder), processes, say)
     how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
-    records = data.read_trajectories(path, config.vocab_size, *how)[: c.limit]
+    found = data.read_trajectories(path, config.vocab_size, *how)
+    if methods is not None and (not found or "method" in found[0]):
+        say_other_methods(path, methods, len(found), say)
+    records = found[: c.limit]
     kept = [r for r in records if data.usable(r, c.keep)]
-    if not kept:  # say why: an answer that is cut off and a wrong one want different remedies
-        finished = sum(bool(r.get("finished")) for r in records)
-        wrong = sum(r.get("correct") is False for r in records)
-        raise ValueError(
-            f"{path}: --keep {c.keep} keeps none of {len(records)} ({finished} finished, {wrong} wrong): "
-            "take another --keep, or distill with a larger --max-new-tokens"
-        )
+    # Say why: an answer that is cut off and a wrong one want different remedies.
+    finished = sum(bool(r.get("finished")) for r in records)
+    wrong = sum(r.get("correct") is False for r in records)
+    counts = f"{finished} finished, {wrong} wrong"
+    if not kept:
+        untold = records and all("finished" not in r for r in records)
+        how = "no row says `finished`: take --keep all" if untold else "take another --keep, or distill with a larger"
+        how += "" if untold else " --max-new-tokens"
+        raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({counts}): {how}")
+    if len(kept) < len(records) and processes.first:
+        told = f"{path}: --keep {c.keep} trains on {len(kept)} of {len(records)} trajectories ({counts})"
+        print(told, file=sys.stderr)
+    unordered = sum(r.get("ordered") is False for r in kept)
+    if unordered:
+        what = f"{unordered} of {len(kept)} rows have no step for each token"
+        say(f"{path}: {what}, and count as decoded from left to right")
     recipe = recipes.settings(c.recipe)  # whose settings nobody asked for one by one
-    asked = [name for name in ("methods", "max_prompt_tokens") if getattr(c, name) not in (None, recipe.get(name))]
+    names = ("methods", "max_prompt_tokens", "raw")
+    asked = [name for name in names if getattr(c, name) not in (None, False, recipe.get(name))]
     if asked and "method" not in kept[0]:
         say(f"{' and '.join(map(flag, asked))}: for the authors' files only, these have their prompts already")
     for name in ("max_answer_tokens", "prompt_field", "answer_field"):
         if getattr(c, name) is not None:
-            say(f"{flag(name)} acts on the answers of a dataset: {path} has trajectories, as they were decoded")
+            say(f"{flag(name)} acts on the rows of a dataset: {path} has trajectories, as they were decoded")
     wrong = sum(r.get("correct") is False for r in kept)
     if wrong:
         say(f"{wrong} of {len(kept)} trajectories are wrong and are trained on: --keep correct leaves them out")
     if c.cut_eos:
         kept = [data.cut_at_eos(r, tok.stop_ids) for r in kept]
     return kept
+
+
+def say_other_methods(path, methods, there, say):
+    """Say how many rows are left out because they were decoded by other methods. Raises ValueError where all are."""
+    rows = itertools.chain.from_iterable(map(data.read_rows, data.files_of(path)))
+    others = collections.Counter(row.get("method") for _, row in rows if row.get("method") not in methods)
+    named = ", ".join(f"{name} {count}" for name, count in others.items())
+    if others and not there:
+        raise ValueError(f"{path}: no row is of the methods {', '.join(methods)} ({named}): --methods all takes them")
+    if others:
+        say(f"{path}: {others.total()} rows of other methods are left out ({named}): --methods all takes them")
 
 
 def answered(folder):

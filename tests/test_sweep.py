@@ -528,7 +528,7 @@ def test_full_fine_tuning_and_tds_as_the_metric(tiny, puzzles, trajectories, tmp
         (dict(test="P", epoch="last", rounds=2, lora_rank=0), "--rounds needs an adapter"),
         (dict(test="P,gsm8k", epoch="last", benchmarks="nowhere"), "no dataset file nowhere/gsm8k"),
         (dict(test="N", epoch="last"), "no row has an answer to compare with"),
-        (dict(test="P", epoch="last", rounds=2, data="T"), "--rounds and sft-gt need the dataset"),
+        (dict(test="P", epoch="last", rounds=2, data="T"), "--rounds needs the dataset, and sft-gt one with"),
         (dict(test="P", epoch="last", data="nowhere.jsonl"), "no dataset file nowhere.jsonl"),
         (dict(test="P", epoch="last", check="none"), "no answer that --check none could compare with"),
     ],

@@ -45,7 +45,8 @@ class CheckOptions(loading.ModelOptions):
 
 
 def check(c):
-    """Make the checks on a device -> how many rows have passed, failed and been skipped, and the rows. Prints a table.
+    """Make the checks on a device -> how many rows have passed, failed, been skipped, or only been shown, and the rows.
+    Prints a table.
 
     Raises ValueError for an unknown check, and for --adapter without --model."""
     if c.adapter is not None and c.model is None:
@@ -65,7 +66,7 @@ def check(c):
             values = {key: finite(value) for key, value in row._asdict().items()}
             found.append(dict(check=name, **values, verdict=verdict, reason=reason))
     verdicts = [row["verdict"] for row in found]
-    counts = {name: verdicts.count(name) for name in ("passed", "failed", "skipped")}
+    counts = {name: verdicts.count(name) for name in ("passed", "failed", "skipped", "shown")}
     return dict(device=str(processes.device), **counts, rows=found)
 
 
@@ -73,7 +74,8 @@ def rows_of(make, c, processes):
     """The rows of a check, each with its verdict and the reason, where there is one. An error is a failed row."""
     try:
         for row in make(c, processes):
-            yield row, "passed" if row.passed else "failed", ""
+            verdict = "passed" if row.passed else "failed"
+            yield row, "shown" if row.limit is None else verdict, ""
     except Skip as e:
         yield Row("", None), "skipped", str(e)
     except Exception as e:  # whatever a device does must not hide what others check

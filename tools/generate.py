@@ -72,8 +72,8 @@ def generate(c):
         tokens, seconds = tokens + result["tokens"], seconds + result["seconds"]
         # Of many answers each is a line of JSON: a text may have several lines.
         print(result["text"] if c.prompts is None else json.dumps(result, ensure_ascii=False), flush=True)
-    if failed and not chats:
-        raise ValueError(f"{failed} of {len(asked)} prompts of {c.prompts} were not answered: see above")
+    if failed and not (chats and sys.stdin.isatty()):
+        raise ValueError(f"{failed} of {turn + 1} prompts of {c.prompts or 'stdin'} were not answered: see above")
     if c.prompts is not None:  # each answer has its line already
         result = dict(prompts=len(asked), tokens=tokens, seconds=round(seconds, 2))
     return dict(**result, decoder=settings)
