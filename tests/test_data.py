@@ -55,6 +55,13 @@ def test_a_row_that_says_more_is_not_plain(row):
     assert not data.is_plain(row)
 
 
+def test_ids_that_are_not_unique_are_replaced_and_it_is_said(tmp_path):
+    rows, said = [dict(prompt="q", id=key) for key in ("a", "b", "a")], []
+    found = data.read_examples(write(tmp_path / "d.jsonl", *rows), warn=said.append)
+    assert column(found, "id") == [0, 1, 2]
+    assert len(said) == 1 and "1 of 3 rows have an id that another row has" in said[0]
+
+
 ALONE = """
 import json, sys
 import {name} as file

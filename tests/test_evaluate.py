@@ -106,6 +106,14 @@ def test_the_table_says_how_many_answers_could_not_be_graded():
     assert "math500: 1 of 2 answers could not be graded and count as wrong" in table
 
 
+def test_the_table_says_how_fast_was_decoded_and_that_tokens_were_drawn():
+    score = dict(evaluate.score("gsm8k", [dict(correct=True)]), finished=100.0, protocol="paper", shots=0, seed=0)
+    decoder = dict(max_new_tokens=8, steps=8, block_length=None, threshold=0.5, temperature=0.2)
+    assert "| 8, threshold 0.5, -, sampled |" in evaluate.score_table([dict(score, decoder=decoder)])
+    decoder.update(threshold=None, greedy=True)
+    assert "| 8, 8, - |" in evaluate.score_table([dict(score, decoder=decoder)])
+
+
 def test_wilson_interval():
     low, high = evaluate.wilson(50, 100)
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))

@@ -544,6 +544,14 @@ def test_bad_input_is_one_line(tiny, puzzles, trajectories, tmp_path, capsys, ch
     assert re.search(message, line), line
 
 
+def test_a_test_set_may_have_several_right_answers(tiny, trajectories, tmp_path, capsys):
+    rows = [dict(prompt="L12", answer=["3", "4"])] * 2
+    test = write_lines(tmp_path / "q.jsonl", rows)
+    settings = dict(SMALL, data=trajectories, test=test, epoch="last", epochs=1)
+    assert tabom.main(words(["seed=0"], model=tiny, out=tmp_path / "S", objective="traj", **settings)) == 0
+    assert "\nquestions: q 2\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_another_sweep_in_the_folder_is_refused(swept, capsys):
     out, line, _ = swept

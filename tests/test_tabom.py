@@ -152,11 +152,24 @@ def test_generate_chats_from_stdin(tiny, capsys, monkeypatch):
 
 
 def test_a_chat_goes_on_after_a_turn_that_cannot_be_read(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("L12\nhello\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal("L12\nhello\n"))
+    monkeypatch.setattr("builtins.input", lambda shown: sys.stdin.readline().strip() or exhausted())
     assert tabom.main(["generate", *flags(model=tiny)]) == 0
     out, err = capsys.readouterr()
     assert "error: the tokenizer cannot encode" in err
     assert last_json(out)["prompt"] == "L12"
+
+
+def exhausted():
+    raise EOFError
+
+
+def test_turns_of_a_file_that_cannot_be_read_are_an_error_in_the_end(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nL12\n"))
+    assert tabom.main(["generate", *flags(model=tiny)]) == 1
+    out, err = capsys.readouterr()
+    assert "error: the tokenizer cannot encode" in err and "1 of 2 prompts of stdin were not answered" in err
+    assert out.strip()  # of the other turn
 
 
 def test_a_chat_without_a_turn_is_no_error(tiny, capsys, monkeypatch):

@@ -817,8 +817,39 @@ def test_an_unfinished_distillation_is_refused_unless_it_is_meant(tiny, unfinish
     fails(capsys, "10 of 12 prompts are answered: .*--unfinished trains on what is there", "train", **options)
     assert not (tmp_path / "R").exists()
     fails(capsys, "10 of 11 prompts are answered", "train", limit=11, **options)
+    with open(data.trajectory_files(unfinished)[0], "a") as f:
+        f.write('{"id": "torn", "prompt_ids": [3, 4')  # by a kill: it is as if it were not there
     result, _ = run(capsys, "train", unfinished=True, **options)
     assert result["examples"] == 10
+
+
+def test_what_is_left_out_is_said(tiny, trajectories, release, tmp_path, capsys):
+    rows = [dict(r, correct=i > 2, finished=i > 0) for i, r in enumerate(data.read_trajectories(trajectories))]
+    file = write_lines(tmp_path / "some.jsonl", rows)
+    options = {**TRAIN, "epochs": 1, "keep": "correct", "model": tiny}
+    run_of = functools.partial(run, capsys, "train", **options)
+    result, err = run_of(data=file, out=tmp_path / "R")
+    assert result["examples"] == 9
+    assert "--keep correct trains on 9 of 12 trajectories (11 finished, 3 wrong)" in err
+    bare = [{name: r[name] for name in ("id", "prompt_ids", "response_ids", "order")} for r in rows]
+    options["data"] = write_lines(tmp_path / "bare.jsonl", bare)
+    fails(capsys, "no row says `finished`: take --keep all", "train", out=tmp_path / "S", **options)
+    theirs = [json.loads(line) for line in release.read_text().splitlines()]
+    theirs[0]["decoding_order"].pop()
+    file = write_lines(tmp_path / "theirs.jsonl", theirs)
+    options["keep"] = "all"
+    _, err = run(capsys, "train", methods="entropy", out=tmp_path / "U", **dict(options, data=file))
+    assert "8 rows of other methods are left out (default 4, topk_margin 4): --methods all" in err
+    assert "1 of 4 rows have no step for each token, and count as decoded from left to right" in err
+    options.update(data=file, methods="credit")
+    fails(capsys, "no row is of the methods credit .*--methods all takes them", "train", out=tmp_path / "V", **options)
+
+
+def test_that_the_first_of_several_answers_is_trained_on_is_said(tiny, tmp_path, capsys):
+    rows = [dict(prompt="L1", answer=["2", "3"]), dict(prompt="L2", answer="3")]
+    options = dict(model=tiny, data=write_lines(tmp_path / "d.jsonl", rows), objective="nelbo", out=tmp_path / "R")
+    _, err = run(capsys, "train", **{**TRAIN, **options})
+    assert "1 of 2 rows have several answers: the first of each is trained on" in err
 
 
 def test_each_of_several_folders_has_to_be_finished(tiny, trajectories, unfinished, tmp_path, capsys):
