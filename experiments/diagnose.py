@@ -102,7 +102,11 @@ def check_inputs(c):
     """Raises FileNotFoundError or ValueError for what is read only after the base model is measured."""
     for folder in map(Path, c.checkpoints):
         if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"--checkpoints {folder}: no adapter_config.json and no config.json in there")
+            what = "no adapter_config.json and no config.json in there"
+            raise FileNotFoundError(f"--checkpoints {folder}: {what}; of a run give a checkpoint, such as RUN/epoch-5")
+    for folder in c.runs:
+        if not Path(folder).exists():
+            raise FileNotFoundError(f"--runs {folder}: there is no such run")
     if c.ground_truth is not None:
         data.read_examples(c.ground_truth, c.prompt_field, c.answer_field, c.limit, lambda line: None)
 

@@ -262,8 +262,12 @@ def decoding_of(c, score, command, family):
     for key in sorted({*expected["full"], *score["decoder"]}):
         ours, theirs = score["decoder"].get(key), expected["full"].get(key)
         if ours != theirs:
-            differ.append(f"{key} {ours} for {theirs}")
+            differ.append(f"{key} {unset(ours)} for {unset(theirs)}")
     raise Misfit(f"decoded with {', '.join(differ)}: a decoder of no table")
+
+
+def unset(value):
+    return "unset" if value is None else value
 
 
 # ------------------------------------------------------------------------------------------- which model it is

@@ -250,7 +250,7 @@ def test_training_curves_need_no_model(run_folder, tmp_path, capsys):
         (dict(model="TINY", data="T", ground_truth="nowhere.jsonl"), "no dataset file nowhere.jsonl"),
         (dict(model="TINY", data="T", out="TINY/config.json/D"), "--out .*config.json is a file"),
         (dict(model="TINY", data="T", window=1), "--window 1: must be a number of at least 2"),
-        (dict(runs="nowhere"), "no dataset file nowhere"),
+        (dict(runs="nowhere"), "--runs nowhere: there is no such run"),
         (dict(runs="TINY/config.json"), "config.json"),
         (dict(model="TINY", data="T", out="T"), "is there already"),
         (dict(model="TINY", data="T", temperature=1), "--temperature .* --fresh"),
