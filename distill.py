@@ -169,8 +169,7 @@ def record_of(e, tok, response, step, order, entropy, confidence):
     record.update(response_ids=response, order=order, step=step)
     record.update(entropy=[round(h, 6) for h in entropy], confidence=[round(p, 6) for p in confidence])
     record["text"] = tok.response_text(response)
-    end = tokenizer.first_end(response, tok.stop_ids)
-    record["finished"] = end < len(response) and -1 not in order[:end]  # with a mask before its end it is not
+    record["finished"] = tokenizer.is_finished(response, order, tok.stop_ids)
     return record
 
 

@@ -365,9 +365,10 @@ def score_table(scores):
     for r in scores:
         low, high = (f"{x:.1f}" for x in r["interval"])
         d = r["decoder"]
-        pace = d.get("steps") or f"{d['tokens_per_step']} a step"
         if d.get("threshold") is not None:
             pace = f"threshold {d['threshold']:g}"
+        else:
+            pace = d.get("steps") or f"{d['tokens_per_step']} a step"
         decoding = f"{d['max_new_tokens']}, {pace}, {d['block_length'] or '-'}"
         if d.get("temperature") and not d.get("greedy"):
             decoding += ", sampled"

@@ -191,6 +191,11 @@ def first_end(ids, stop_ids):
     return next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
 
 
+def is_finished(response, order, stop_ids):
+    """Whether a response holds a token that ends it and was decoded (order: -1 = never), with no mask before it."""
+    return not stop_ids.isdisjoint(response) and -1 not in order[: first_end(response, stop_ids) + 1]
+
+
 def quoting():
     """The module that spells a special token as text, imported where a text quotes one."""
     try:
@@ -237,10 +242,9 @@ def cut_messages(tok, messages, max_tokens):
     less than would fit. Raises ValueError where the template alone is longer."""
     ids = tok.encode_text(messages[-1]["content"])
     around = len(tok.encode_chat(messages)) - len(ids)
-    room = max_tokens - (around + 1)
-    if len(ids) <= room:
+    if len(ids) < max_tokens - around:
         return messages
-    for kept in range(room, 0, -1):
+    for kept in range(max_tokens - around - 1, 0, -1):
         text = tok.decode(ids[:kept])
         shorter = [*messages[:-1], {**messages[-1], "content": text}]
         # Half a character at the end is left out. What is kept may need more tokens than it had.

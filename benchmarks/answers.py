@@ -105,7 +105,7 @@ def marked_answer(text):
         ends = not text[found.end() :].strip()
         if found[1].strip() and (ends or NUMBER_FIRST.match(found[1])):
             return found[1]
-    return ", ".join(filter(str.strip, joined_boxes(text))) or None
+    return ", ".join(dict.fromkeys(filter(str.strip, joined_boxes(text)))) or None
 
 
 def joined_boxes(text):
@@ -179,14 +179,15 @@ def bare(text, mathematics=False):
 # ------------------------------------------------------------------------------------------------------ letters
 
 # A capital letter on its own, but for the article in "A dog" and the pronoun in "I think".
-# Characters of other scripts may stand beside it, which write no spaces.
-LETTER = r"(?<![A-Za-z0-9_'])(?:[B-HJ-Z]|[AI](?!\s+(?!(?:is|are|was|must|would|seems)\b)[a-z]))(?![A-Za-z0-9_'])"
+# Beside it there may be kana, Chinese characters and Hangul, which write no spaces.
+BESIDE = r"(?:[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|')"
+LETTER = rf"(?<!{BESIDE})(?:[B-HJ-Z]|[AI](?!\s+(?!(?:is|are|was|must|would|seems)\b)[a-z]))(?!{BESIDE})"
 IS = r"(?:is|are|was|must be|would be|seems)"
 DENIED = re.compile(  # not D; D is wrong
     rf"(?i:\b(?:not|than|eliminate|reject)\s+(?:option\s+|choice\s+)?)\(?{LETTER}"
     rf"|{LETTER}[\W_]{{0,3}}\s*(?:{IS}\s+(?:not|wrong|incorrect|false)\b|(?:isn|can|doesn)'t\b|cannot\b)"
 )
-ANY, GAP = r"(?<![A-Za-z0-9_'])[A-Z](?![A-Za-z0-9_'])", r"[\W_]{0,3}"
+ANY, GAP = rf"(?<!{BESIDE})[A-Z](?!{BESIDE})", r"[\W_]{0,3}"
 OR = rf"{GAP}(?:[/&]|\b(?:and|or)\b|\u6216){GAP}{ANY}"
 TOKEN = re.compile(  # A, B or C; C is correct; the answer ...; any letter
     rf"(?P<several>{ANY}(?:(?:{GAP},{GAP}{ANY}){{2,}}(?:{OR})?|(?:{GAP},{GAP}{ANY})?,?{OR}))"
@@ -196,6 +197,7 @@ TOKEN = re.compile(  # A, B or C; C is correct; the answer ...; any letter
     rf"|(?P<letter>{LETTER})"
 )
 FIRST = re.compile(r"\(?([A-Z])[.):]")  # of a marked answer: B. Vitamin C
+SMALL = re.compile(r"\(?([a-z])\)\.?")  # (b), and not x, which may be what an option says
 
 
 def sole_letter(asked):
@@ -212,8 +214,8 @@ def final_choice(response):
     if marked is not None and (first := FIRST.match(marked)):
         return first[1]
     said = INTRODUCTION.split(response)[-1] if marked is None else marked
-    if alone := sole_letter(said.strip().removesuffix(".").upper()):  # b, (b)
-        return alone
+    if small := SMALL.fullmatch(said.strip()):
+        return small[1].upper()
     text = DENIED.sub(" ", response if marked is None else marked.replace(",", " or "))
     chosen, last, expected = None, None, False
     for token in TOKEN.finditer(text):

@@ -11,7 +11,7 @@ Dimensions: N response; lists of int.
 
 from data import are_numbers, has_text, non_ltr_positions
 from runs import disk
-from tokenizer import encode_answer, encode_prompt, first_end, message
+from tokenizer import encode_answer, encode_prompt, is_finished, message
 
 # Fields that only they have, their methods, {prompt: responses by preference}.
 KEYS = {"response_token_ids", "decoding_order", "non_ltr_positions", "gen_text"}
@@ -66,8 +66,7 @@ def read_record(row, tok, methods=None, max_prompt_tokens=None, raw=False):
     if are_numbers(record["non_ltr"], 0, steps - 1):
         record["non_ltr"] = list(filter(range(len(response)).__contains__, record["non_ltr"]))
     record["data_source"] = source.strip() if has_text(source) else None
-    end = first_end(response, tok.stop_ids)  # padding, or behind a mask, it ends nothing
-    record["finished"] = end < len(response) and -1 not in order[: end + 1]
+    record["finished"] = is_finished(response, order, tok.stop_ids)  # padding ends nothing
     return record, None
 
 

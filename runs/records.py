@@ -64,6 +64,7 @@ def training_records(c, loaded, parameters, processes):
 
 
 def has_several(example):
+    """Whether a question has more than one right answer."""
     return isinstance(example["answer"], list) and len(example["answer"]) > 1
 
 
@@ -104,23 +105,12 @@ def usable_trajectories(c, path, loaded, processes, say):
             raise ValueError(f"{folder}: {what}")
         check_finished(c, folder, answered(folder), processes, say)
     how = (tok, methods, config.mask_id, c.max_prompt_tokens, say, c.raw)
-    found = data.read_trajectories(path, config.vocab_size, *how)
-    if methods is not None and (not found or "method" in found[0]):
-        say_other_methods(path, methods, len(found), say)
-    records = found[: c.limit]
+    records = data.read_trajectories(path, config.vocab_size, *how)
+    if methods is not None:
+        say_other_methods(path, methods, len(records), say)
+    records = records[: c.limit]
     kept = [r for r in records if data.usable(r, c.keep)]
-    # Say why: an answer that is cut off and a wrong one want different remedies.
-    finished = sum(bool(r.get("finished")) for r in records)
-    wrong = sum(r.get("correct") is False for r in records)
-    counts = f"{finished} finished, {wrong} wrong"
-    if not kept:
-        untold = records and all("finished" not in r for r in records)
-        how = "no row says `finished`: take --keep all" if untold else "take another --keep, or distill with a larger"
-        how += "" if untold else " --max-new-tokens"
-        raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({counts}): {how}")
-    if len(kept) < len(records) and processes.first:
-        told = f"{path}: --keep {c.keep} trains on {len(kept)} of {len(records)} trajectories ({counts})"
-        print(told, file=sys.stderr)
+    say_what_is_kept(c, path, records, len(kept), processes)
     unordered = sum(r.get("ordered") is False for r in kept)
     if unordered:
         what = f"{unordered} of {len(kept)} rows have no step for each token"
@@ -141,10 +131,28 @@ def usable_trajectories(c, path, loaded, processes, say):
     return kept
 
 
+def say_what_is_kept(c, path, records, kept, processes):
+    """Say how many of these trajectories --keep lets through. Raises ValueError where it is none, and says why: an
+    answer that is cut off and a wrong one want different remedies."""
+    finished = sum(bool(r.get("finished")) for r in records)
+    wrong = sum(r.get("correct") is False for r in records)
+    counts = f"{finished} finished, {wrong} wrong"
+    if kept == 0:
+        how = "take another --keep, or distill with a larger --max-new-tokens"
+        if records and not any("finished" in r for r in records):
+            how = "no row says `finished`: take --keep all"
+        raise ValueError(f"{path}: --keep {c.keep} keeps none of {len(records)} ({counts}): {how}")
+    if kept < len(records) and processes.first:
+        print(f"{path}: --keep {c.keep} trains on {kept} of {len(records)} trajectories ({counts})", file=sys.stderr)
+
+
 def say_other_methods(path, methods, there, say):
-    """Say how many rows are left out because they were decoded by other methods. Raises ValueError where all are."""
-    rows = itertools.chain.from_iterable(map(data.read_rows, data.files_of(path)))
-    others = collections.Counter(row.get("method") for _, row in rows if row.get("method") not in methods)
+    """Say how many rows of the authors' files are left out because they were decoded by other methods. Raises
+    ValueError where all are."""
+    others = collections.Counter()
+    for _, row in itertools.chain.from_iterable(map(data.read_rows, data.files_of(path))):
+        if not data.is_ours(row) and row.get("method") not in methods:
+            others[row.get("method")] += 1
     named = ", ".join(f"{name} {count}" for name, count in others.items())
     if others and not there:
         raise ValueError(f"{path}: no row is of the methods {', '.join(methods)} ({named}): --methods all takes them")

@@ -119,6 +119,9 @@ def test_a_factorial_and_a_derivative_are_their_own(kind):
         ("\u7b54\u6848\u662fA\u6216B", "B", False),
         ("The answer is (b).", "B", True),
         ("(c)", "B", False),
+        ("the answer is x", "(B)", None),
+        ("B) G\u00f6del", "B", True),
+        ("\\boxed{18}, \\boxed{18}", "18", True),
     ],
 )
 def test_auto_check_of_what_once_had_another_verdict(response, answer, verdict):

@@ -147,7 +147,7 @@ def test_the_waits_of_a_replay(family):
 
 FAKEGPU = Path(os.environ.get("TABOM_DATA", "no-such-folder")).parent / "fakegpu"
 # Runs a program of fakegpu, which knows some things by the names of other modules. It leaves without taking the
-# interpreter down: autograd's threads for a device that is none have aborted the process there, after all its work.
+# interpreter down: once the process aborted there ("terminate called without an active exception"), its work done.
 CHILD = """
 import os, runpy, sys
 from pathlib import Path

@@ -254,7 +254,7 @@ def prose(tmp_path):
 
 def all_end(monkeypatch):
     """Every response counts as finished."""
-    monkeypatch.setattr(tokenizer, "first_end", lambda ids, stop_ids: 0)
+    monkeypatch.setattr(tokenizer, "is_finished", lambda response, order, stop_ids: True)
 
 
 def test_answers_that_cannot_be_checked_are_counted_and_named(tiny, prose, tmp_path, capsys, monkeypatch):

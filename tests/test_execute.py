@@ -191,7 +191,7 @@ def test_no_attack_passes_or_leaves_anything(name, port):
         for key, value in dict(home=repr(str(Path.home())), sleep=repr(SLEEP)).items():
             program = program.replace("{" + key + "!r}", value)
         program = program.replace("{port}", str(port)).replace("{{", "{").replace("}}", "}")
-    timeout = 20.0 if reason == "out of memory" else 1.0  # some machines take long to hand it out
+    timeout = 20.0 if reason == "out of memory" else 1.0  # one machine took more than that second
     result = execute.run(program, CHECK, timeout=timeout, memory=2**29)
     assert not result["passed"]
     assert not left_behind()

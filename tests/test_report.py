@@ -314,3 +314,10 @@ def test_the_committed_tables_are_those_of_the_committed_base_models(folder, tas
         assert before["epochs"][-1]["right"][task][0] == claims.SIZES[task]
         assert claims.KEPT[0] <= base["tried"][-1][1] <= claims.KEPT[1], number
     assert sum(file.stat().st_size for file in folder.glob("bases/*")) < 3_000_000
+
+
+def test_the_picture_has_the_rows_that_are_compared_at_the_rates_of_frontiers():
+    rows = ("TABOM", "SFT-SD", "naive TD", "T3D", "SFT-GT")
+    drawn = [row for row in rows if report.is_drawn(dict(row=row, rate="0.0003"))]
+    assert drawn == ["TABOM", "SFT-SD", "naive TD"]
+    assert not report.is_drawn(dict(row="TABOM", rate="0.003"))

@@ -364,3 +364,17 @@ def test_byte_order_marks_are_no_text(tmp_path):
         assert column(data.read_examples(tmp_path / name), "prompt") == ["a", "b"]
     (tmp_path / "list.json").write_bytes(b'\xef\xbb\xbf[{"prompt": "a"}]')
     assert len(data.read_examples(tmp_path / "list.json")) == 1
+
+
+@pytest.mark.parametrize(
+    "response, order, finished",
+    [
+        ([5, 1, 1], [0, 1, 2], True),
+        ([5, 6, 7], [0, 1, 2], False),
+        ([5, 1, 1], [0, 1, -1], True),
+        ([5, 9, 1], [0, -1, 1], False),  # behind a mask
+        ([5, 6, 1], [0, 1, -1], False),  # padding
+    ],
+)
+def test_what_finishes_a_response_was_decoded_with_no_mask_before_it(response, order, finished):
+    assert tokenizer.is_finished(response, order, {1}) is finished

@@ -5,8 +5,8 @@
     python tabom.py check --model GSAI-ML/LLaDA-8B-Instruct --adapter out/R/epoch-5
 
 Each line of the table is a comparison with the official code's outputs, with a CPU, or with the same computation made
-in another way: passed, failed, or skipped with the reason. The exit status is 1 if one has failed. What is timed has a
-limit only where it tells a fault from a slow machine.
+in another way: passed, failed, skipped with the reason, or shown where it has no limit. The exit status is 1 if one has
+failed. What is timed has a limit only where it tells a fault from a slow machine.
 """
 
 import contextlib
